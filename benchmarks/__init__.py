@@ -1,0 +1,1 @@
+"""Longer runs and measurements; `python -m benchmarks.NAME`."""

@@ -1,0 +1,143 @@
+"""The command line: flags, error lines, exit codes."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from lakd_jax import config as config_lib
+from lakd_jax import errors, interrupt
+
+USAGE = """\
+python main.py --config=configs/digits_lakd.py [--workdir=DIR] [--dry_run]
+               [--config.FIELD=VALUE ...]
+
+  --config      a Python file with get_config(arg); FILE.py:ARG hands ARG over
+  --workdir     where the run is kept; the same command again goes on from there
+                (default: runs/ and the name of the config file)
+  --dry_run     build everything, run one step and one evaluation batch, stop
+  --config.X    changes one field; lakd_jax/config.py lists them with their meaning"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command and ends the process with the documented exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or "--help" in argv or "-h" in argv:
+        print(USAGE)
+        sys.exit(0 if argv else 2)
+    try:
+        with interrupt.Guard() as guard:
+            _run(argv, guard)
+        code = 0
+    except interrupt.Interrupted:
+        print("Stopped; the same command goes on from here.", file=sys.stderr)
+        code = 0
+    except errors.LakdError as e:
+        print(ten_lines(str(e)), file=sys.stderr)
+        code = e.exit_code
+    # An abandoned compilation may still run in a thread, see interrupt.Guard.
+    interrupt.exit_now(code)
+
+
+def _run(argv: list[str], guard: interrupt.Guard) -> None:
+    config, workdir, dry_run = parse(argv)
+    from lakd_jax import train  # starts JAX: only once the flags are right
+
+    if dry_run:
+        train.dry_run(config, guard=guard)
+    else:
+        train.run(config, workdir, guard=guard)
+
+
+def ten_lines(text: str) -> str:
+    """At most ten lines; the last says how many were left out."""
+    lines = text.splitlines()
+    if len(lines) <= 10:
+        return text
+    return "\n".join([*lines[:9], f"... and {len(lines) - 9} more"])
+
+
+def parse(argv: list[str]) -> tuple[config_lib.ConfigDict, str, bool]:
+    """The config with its overrides, the run's directory, and `dry_run`.
+
+    Raises:
+      errors.ConfigError: naming every flag and override that is not right.
+    """
+    overrides, base = _split(argv)
+    values, problem = _attempt(base)
+    if values is None:
+        raise errors.ConfigError([problem])
+    if values.config is None:
+        example = "--config=configs/digits_lakd.py"
+        raise errors.ConfigError([f"--config is missing, e.g. {example}"])
+    problems = []
+    for override in overrides:
+        # One at a time: absl stops at the first fault, a person wants them all.
+        _, problem = _attempt([*base, *override], values.config)
+        problems += [problem] if problem else []
+    if problems:
+        raise errors.ConfigError(problems)
+    values, problem = _attempt([*base, *sum(overrides, [])])
+    if values is None:
+        raise errors.ConfigError([problem])
+    file = config_flags.get_config_filename(values["config"])
+    workdir = values.workdir or str(Path("runs") / Path(file.split(":")[0]).stem)
+    return values.config, workdir, values.dry_run
+
+
+def _split(argv: list[str]) -> tuple[list[list[str]], list[str]]:
+    """Overrides, each with its value, apart from all other arguments."""
+    overrides, base, rest = [], [], list(argv)
+    while rest:
+        arg = rest.pop(0)
+        if not re.match(r"--?(no)?config\.", arg):
+            base.append(arg)
+        elif "=" not in arg and rest and not rest[0].startswith("-"):
+            overrides.append([arg, rest.pop(0)])
+        else:
+            overrides.append([arg])
+    return overrides, base
+
+
+def _attempt(
+    argv: list[str], known: config_lib.ConfigDict | None = None
+) -> tuple[Any, str]:
+    """Parses `argv`: (flag values, "") or (None, what is wrong with it)."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, "file with get_config()", values, sys_argv=["main.py", *argv]
+    )
+    flags.DEFINE_string("workdir", "", "directory of the run", values)
+    flags.DEFINE_boolean("dry_run", False, "one step, then stop", values)
+    try:
+        rest = values(["main.py", *argv])[1:]
+        getattr(values.config, "keys", None)  # raises if the file was not loaded
+    except Exception as e:  # a config is Python: whatever it raises is its fault
+        return None, _reason(argv, e, known)
+    if rest:
+        return None, f"{rest[0]!r} is not understood; flags are written --name=value"
+    return values, ""
+
+
+def _reason(
+    argv: list[str], error: Exception, known: config_lib.ConfigDict | None
+) -> str:
+    """One line for a flag that could not be parsed."""
+    if known is None:
+        missing = re.search(r"\[Errno 2\] (.*)", str(error))
+        fault = missing.group(0) if missing else str(error)
+        if not missing and not isinstance(error, flags.Error):
+            fault = f"{type(error).__name__}: {error}"
+        return f"flags: {fault}".splitlines()[0]
+    from lakd_jax import validate
+
+    flag = next(a for a in argv if re.match(r"--?(no)?config\.", a))
+    field, _, value = flag.split("config.", 1)[1].partition("=")
+    fields = config_lib.flat(known)
+    if field not in fields:
+        return validate.unknown_field(field, fields)
+    want = type(fields[field]).__name__
+    return f"{field} must be {want}, is {value!r}"

@@ -1,0 +1,215 @@
+"""The configuration: every field, its default and its meaning.
+
+Files in `configs/` start from `default()` and change what they need. Only the
+builders in `lakd_jax.train` read a config; library functions take plain values.
+A tuple that is empty means "not given" where its comment says so.
+"""
+
+import copy
+import hashlib
+import json
+from typing import Any
+
+import ml_collections
+
+ConfigDict = ml_collections.ConfigDict
+
+
+def default() -> ConfigDict:
+    """Every field with its default; the CIFAR protocol of the field, LAKD on."""
+    c = ConfigDict()
+    c.method = "lakd"  # none (plain training) | kd | lakd
+    c.seed = 0  # initialisation, order and augmentation follow from it
+    c.epochs = 240
+    c.batch_size = 64  # global, over all devices
+    c.eval_batch_size = 512
+    c.dtype = "float32"  # compute type: float32 | bfloat16; losses stay float32
+    c.baselines = ()  # methods trained first, in WORKDIR/METHOD, for the table
+    c.log_every = 50  # steps between two lines of metrics
+    c.eval_every = 1  # epochs between two evaluations on minival
+    c.steps_per_dispatch = 0  # steps in one program; 0: 1 on CPU, else 50
+
+    c.data = _data()
+    c.student = _network("resnet20")
+    c.teacher = _teacher()
+    c.optim = _optim()
+    c.kd = _kd()
+    c.lakd = _lakd()
+    c.local = _local()
+    c.checkpoint = _checkpoint()
+    return c
+
+
+def _data() -> ConfigDict:
+    d = ConfigDict()
+    d.source = "cifar100"  # digits | folder:PATH | a tfds name
+    d.data_dir = ""  # where tfds keeps its sets; empty: its own default
+    d.image_size = 0  # resize and centre crop to this; 0: as they are
+    d.minival = 0.1  # share of the training split kept to choose the best epoch
+    d.mean = (0.5071, 0.4867, 0.4408)  # of the pixels in 0..1, per channel
+    d.std = (0.2675, 0.2565, 0.2761)
+    d.pad = 4  # zero pixels around the image before the random crop
+    d.flip = True  # random horizontal mirror image
+    d.drop_last = False  # leave out the short last batch of an epoch
+    return d
+
+
+def _network(name: str) -> ConfigDict:
+    n = ConfigDict()
+    n.name = name  # see lakd_jax.models.names()
+    n.init = ""  # empty: random; a finished run, .safetensors or PyTorch file
+    n.shortcut = "projection"  # projection | identity (option A of He et al.)
+    return n
+
+
+def _teacher() -> ConfigDict:
+    t = _network("resnet56")  # empty init: train it first with method=none
+    t.mean = ()  # its own; empty: as its finished run says, or data.mean
+    t.std = ()
+    t.epochs = 0  # when it is trained here; 0: as many as the student
+    t.seed = 0  # when it is trained here; students of all seeds share it
+    t.cache = "runs/teachers"  # where teachers trained here are kept, by hash
+    t.floor = 0.0  # lowest accuracy accepted, in 0..1; 0: twice chance
+    return t
+
+
+def _optim() -> ConfigDict:
+    o = ConfigDict()
+    o.lr = 0.05
+    o.momentum = 0.9
+    o.nesterov = False
+    o.weight_decay = 5e-4  # on every parameter, as the field does
+    o.schedule = "step"  # step | cosine | constant
+    o.milestones = (150.0, 180.0, 210.0)  # epochs after which lr falls (step)
+    o.decay = 0.1  # factor at each milestone
+    o.warmup_epochs = 0.0  # linear, from 0
+    o.clip_norm = 0.0  # largest gradient norm of a module; 0: no clipping
+    return o
+
+
+def _kd() -> ConfigDict:
+    k = ConfigDict()
+    k.ce_weight = 0.1  # of the cross-entropy with the labels
+    k.kd_weight = 0.9  # of the softened divergence to the teacher
+    k.temperature = 4.0
+    return k
+
+
+def _lakd() -> ConfigDict:
+    k = ConfigDict()
+    k.preset = "default"  # default | literal (the bare formula; see docs/design.md)
+    k.head_weight = 1.0  # of L_h, the loss of the classifier
+    k.attention_weight = 1.0  # of L_att
+    k.feature_weight = 1.0  # of L_lf
+    k.alpha = 0.5  # preset=literal: L = alpha L_h + (1-alpha) s L_att + beta L_lf
+    k.beta = 100.0
+    k.att_scale = 1.0  # s above
+    k.head_loss = "ce+kd"  # Q1: ce | ce+kd (weights and temperature in kd)
+    k.attention = "weight"  # Q2: weight | map | logits | inside
+    k.power = "2"  # Q3: of the mask on the squared error: 2 | 1 | softmax
+    k.window = 3  # Q4: side of the pooling window; 0: the whole map
+    k.stride = 1  # Q4: above 1, pooled coarsely and enlarged again
+    k.f_sum = "abs"  # Q5: sum over channels of: abs | signed | square
+    k.normalise = "mean"  # Q6: mean | l2 | max | sigmoid | none
+    k.a = 0.5  # weight of average pooling in the mask
+    k.b = 0.5  # weight of max pooling in the mask
+    k.task = "last"  # Q7: last | aux_heads | teacher_suffix
+    k.aux_weight = 1.0  # of the earlier modules' task loss, when they have one
+    k.att_global = False  # Q8: L_att crosses the cuts
+    k.reduction = "mean"  # Q11: mean | per_sample_sum
+    k.preact = False  # Q12: compare before the last ReLU (stage ends only)
+    k.adapter = "always"  # always | shape: 1x1 convolution only where widths differ
+    return k
+
+
+def _local() -> ConfigDict:
+    m = ConfigDict()
+    m.granularity = "stage"  # Q14: stage | block | none (one module) | list
+    m.cuts = ()  # granularity=list: student joints, e.g. ("stage1", "stage2.block1")
+    m.cut_scale = 0.0  # Q8: gradient kept at a cut: 0 isolates, 1 is end to end
+    m.module_input = "student"  # Q10: student | teacher
+    m.module_start_epochs = ()  # Q9: epoch at which each module starts; empty: 0
+    return m
+
+
+def _checkpoint() -> ConfigDict:
+    k = ConfigDict()
+    k.every_steps = 0  # 0: at the end of every epoch
+    k.keep = 2
+    return k
+
+
+def with_pair(config: ConfigDict, arg: str) -> ConfigDict:
+    """`config` with "TEACHER,STUDENT,METHOD" set; parts left out stay as they are.
+
+    Raises:
+      ValueError: more than three parts.
+    """
+    parts = arg.split(",") if arg else []
+    if len(parts) > 3:
+        raise ValueError(f"expected TEACHER,STUDENT,METHOD, got {arg!r}")
+    fields = ("teacher.name", "student.name", "method")
+    given = {f: p.strip() for f, p in zip(fields, parts, strict=False) if p.strip()}
+    return changed(config, given)
+
+
+LITERAL = {"adapter": "shape", "normalise": "none", "head_loss": "ce"}
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """A frozen copy with presets and "same as" fields written out.
+
+    `lakd.preset="literal"` pins the fields in `LITERAL`; `teacher.epochs=0`
+    becomes the student's epochs.
+    """
+    c = copy.deepcopy(config)
+    with c.unlocked():
+        if c.lakd.preset == "literal":
+            c.lakd.update(LITERAL)
+        c.teacher.epochs = c.teacher.epochs or c.epochs
+    return c
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """Plain nested dictionaries and lists, as they are written to JSON."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def digest(config: ConfigDict) -> str:
+    """Twelve hex digits that change with any field."""
+    text = json.dumps(to_dict(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """`{"data.pad": 4, ...}` of every field that is not a block."""
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def changed(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
+    """A copy in which each `{"block.field": value}` is set."""
+    c = copy.deepcopy(config)
+    c.update_from_flattened_dict(fields)
+    return c
+
+
+def teacher_config(config: ConfigDict) -> ConfigDict:
+    """The config that trains `config`'s teacher: plain training of its network.
+
+    Only what matters to the teacher is kept; student and method fields are
+    reset, so that every student that needs this teacher finds the same one.
+    """
+    c, t = default(), config.teacher
+    c.update(method="none", seed=t.seed, epochs=t.epochs)
+    for name in ("batch_size", "eval_batch_size", "dtype", "log_every", "eval_every"):
+        c[name] = config[name]
+    c.data = copy.deepcopy(config.data)
+    c.optim = copy.deepcopy(config.optim)
+    c.student.update(name=t.name, shortcut=t.shortcut)
+    return resolve(c)

@@ -1,0 +1,10 @@
+"""Image data: sources as uint8 arrays, batch order and augmentation.
+
+Everything random here is a pure function: the order of (seed, step), the
+augmentation of (key, epoch, example), the held-out split of the labels alone.
+"""
+
+from lakd_jax.data.dataset import Dataset, Split, fingerprint
+from lakd_jax.data.sources import load
+
+__all__ = ["Dataset", "Split", "fingerprint", "load"]

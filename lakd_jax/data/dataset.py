@@ -1,0 +1,104 @@
+"""What a source gives: splits of uint8 images, labels and stable ids."""
+
+import dataclasses
+import hashlib
+
+import numpy as np
+
+from lakd_jax import errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Images of one split, whole in memory.
+
+    Attributes:
+      images: (N, H, W, 3) uint8, RGB.
+      labels: (N,) int32, positions in `Dataset.classes`.
+      ids: (N,) int32, each example's number in its source's split; it keeps
+        it when a part of the split is held out.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, chosen: np.ndarray) -> "Split":
+        """Returns the examples that `chosen`, a mask or indices, names."""
+        return Split(self.images[chosen], self.labels[chosen], self.ids[chosen])
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A data set of labelled images; `minival` was taken away from train."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    minival: Split | None
+    test: Split
+
+
+def new_split(images: np.ndarray, labels: np.ndarray) -> Split:
+    """Returns a split whose ids number the (N, H, W, 3) images in order."""
+    ids = np.arange(len(images), dtype=np.int32)
+    return Split(np.ascontiguousarray(images), labels.astype(np.int32), ids)
+
+
+def stratified_mask(labels: np.ndarray, count: int) -> np.ndarray:
+    """Chooses `count` of the examples with every class's share kept.
+
+    The choice depends on `labels` (N,) alone. Shares are rounded by the
+    largest remainder, so exactly `count` entries of the (N,) bool mask are set.
+    """
+    classes, member, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    share = sizes * count / len(labels)
+    quota = np.floor(share).astype(np.int64)
+    extra = np.argsort(quota - share, kind="stable")[: count - quota.sum()]
+    quota[extra] += 1
+    # Sorting raw Philox words: NumPy guarantees that stream for ever, which
+    # it does not for the methods of Generator.
+    order = np.argsort(np.random.Philox(key=0).random_raw(len(labels)), kind="stable")
+    mask = np.zeros(len(labels), bool)
+    for index in range(len(classes)):
+        of_class = order[member[order] == index]
+        mask[of_class[: quota[index]]] = True
+    return mask
+
+
+def hold_out(train: Split, fraction: float) -> tuple[Split, Split]:
+    """Splits `train` into (what is left, held-out fraction), stratified.
+
+    Raises:
+      DataError: nothing would be held out, or a class would lose all its images.
+    """
+    count = round(fraction * len(train))
+    mask = stratified_mask(train.labels, count)
+    left = np.unique(train.labels[~mask])
+    if not count or len(left) < len(np.unique(train.labels)):
+        raise errors.DataError(
+            f"data.minival={fraction:g} takes {count} of {len(train)} training images: "
+            "give a fraction that holds out at least one image and leaves one of "
+            "every class."
+        )
+    return train.take(~mask), train.take(mask)
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Returns 16 hex digits of the pixels, labels, ids, splits and class names.
+
+    The name of the data set is left out: the same images from another path
+    have the same fingerprint.
+    """
+    digest = hashlib.blake2b(repr(dataset.classes).encode(), digest_size=8)
+    for role in ("train", "minival", "test"):
+        split = getattr(dataset, role)
+        if split is None:
+            continue
+        digest.update(f"{role}{split.images.shape}".encode())
+        for array in (split.images, split.labels, split.ids):
+            digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()

@@ -1,0 +1,105 @@
+"""Image folders: PATH/train/CLASS/x.png and PATH/test/CLASS/x.png."""
+
+import pathlib
+
+import numpy as np
+
+from lakd_jax import errors
+from lakd_jax.data import dataset, images
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+def load(
+    path: str, image_size: int
+) -> tuple[tuple[str, ...], dataset.Split, dataset.Split]:
+    """Reads a folder of images into (classes, train, test).
+
+    Classes are sorted by name, images by class and file name; an image's id
+    is its place in that order.
+
+    Args:
+      path: a folder with the subfolders `train` and `test`.
+      image_size: height and width in pixels; 0 keeps the images' own, which
+        then must all be equal.
+
+    Raises:
+      DataError: a folder is missing or empty, classes are fewer than two or
+        differ between the splits, sizes differ, an image is undecodable.
+    """
+    root = pathlib.Path(path).expanduser()
+    files = {role: _list(root, role) for role in ("train", "test")}
+    classes = tuple(files["train"])
+    _check_classes(root, set(classes), set(files["test"]))
+    train, test = (
+        _read(root / role, files[role], image_size) for role in ("train", "test")
+    )
+    if train.images.shape[1:] != test.images.shape[1:]:
+        sizes = [f"{s.images.shape[2]}x{s.images.shape[1]}" for s in (train, test)]
+        first = [next(iter(files[role].values()))[0] for role in ("train", "test")]
+        raise errors.DataError(
+            f"images differ in size: {first[0]} is {sizes[0]}, {first[1]} is "
+            f"{sizes[1]} (width x height). Set data.image_size to resize all of them."
+        )
+    return classes, train, test
+
+
+def _list(root: pathlib.Path, role: str) -> dict[str, list[pathlib.Path]]:
+    """Returns {class: sorted image files} of one split, sorted by class."""
+    _need_folder(root, "data.source names no folder")
+    _need_folder(root / role, f"an image folder needs {role}/CLASS/ subfolders")
+    folders = sorted(
+        (p for p in (root / role).iterdir() if p.is_dir() and p.name[0] != "."),
+        key=lambda p: p.name,
+    )
+    found = {folder.name: _images_in(folder) for folder in folders}
+    empty = [name for name, files in found.items() if not files]
+    if empty or not found:
+        where = root / role / (empty[0] if empty else "")
+        raise errors.DataError(
+            f"{where}: no images. Expected files ending in {', '.join(SUFFIXES)}"
+            + ("." if empty else f" in {role}/CLASS/ subfolders.")
+        )
+    return found
+
+
+def _need_folder(path: pathlib.Path, meaning: str) -> None:
+    if not path.is_dir():
+        state = "is not a folder" if path.exists() else "does not exist"
+        raise errors.DataError(f"{path} {state}: {meaning}.")
+
+
+def _images_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    named = (
+        p
+        for p in folder.iterdir()
+        if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
+    )
+    return sorted(named, key=lambda p: p.name)
+
+
+def _check_classes(root: pathlib.Path, train: set[str], test: set[str]) -> None:
+    if train != test:
+        only = {"train": sorted(train - test), "test": sorted(test - train)}
+        lines = [
+            f"  only in {role}/: {', '.join(names[:5])}"
+            + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            for role, names in only.items()
+            if names
+        ]
+        raise errors.DataError(
+            f"{root}: train/ and test/ must have the same classes.\n" + "\n".join(lines)
+        )
+    if len(train) < 2:
+        raise errors.DataError(
+            f"{root}: only one class, {next(iter(train))!r}; at least two are needed."
+        )
+
+
+def _read(
+    folder: pathlib.Path, files: dict[str, list[pathlib.Path]], image_size: int
+) -> dataset.Split:
+    paths = [str(path) for of_class in files.values() for path in of_class]
+    labels = np.repeat(np.arange(len(files)), [len(paths) for paths in files.values()])
+    pixels = images.decode_all(paths, paths.__getitem__, image_size, str(folder))
+    return dataset.new_split(pixels, labels)

@@ -1,0 +1,56 @@
+"""The one way in: a source's name gives a data set."""
+
+from lakd_jax import errors
+from lakd_jax.data import dataset
+
+_FOLDER = "folder:"
+
+
+def load(
+    source: str, *, image_size: int = 0, minival: float = 0.0, data_dir: str = ""
+) -> dataset.Dataset:
+    """Loads a data set into memory.
+
+    Args:
+      source: "digits" (built in), "folder:PATH" (PATH/train/CLASS/x.png and
+        PATH/test/CLASS/x.png), or a tfds name such as "cifar10".
+      image_size: height and width in pixels, by resizing the shorter side
+        and cropping the centre; 0 keeps the images' own (digits: 16).
+      minival: fraction of the training split, 0 <= minival < 1, held out as
+        `Dataset.minival`; stratified, the same in every run.
+      data_dir: where tfds keeps its data sets; "" is tfds's default.
+
+    Raises:
+      DataError: the data is missing, unfit or broken; the message says why.
+    """
+    if not 0 <= minival < 1:
+        raise errors.DataError(f"data.minival={minival:g} must be at least 0, below 1.")
+    if image_size < 0:
+        raise errors.DataError(f"data.image_size={image_size} must not be negative.")
+    classes, train, test = _read(source, image_size, data_dir)
+    held_out = None
+    if minival:
+        train, held_out = dataset.hold_out(train, minival)
+    return dataset.Dataset(source, classes, train, held_out, test)
+
+
+def _read(
+    source: str, image_size: int, data_dir: str
+) -> tuple[tuple[str, ...], dataset.Split, dataset.Split]:
+    # Each source brings imports that the others do without.
+    if source == "digits":
+        from lakd_jax.data import digits
+
+        return digits.load(image_size)
+    if source.startswith(_FOLDER) and source != _FOLDER:
+        from lakd_jax.data import folder
+
+        return folder.load(source.removeprefix(_FOLDER), image_size)
+    if source and not source.startswith(_FOLDER):
+        from lakd_jax.data import tfds_source
+
+        return tfds_source.load(source, image_size, data_dir)
+    raise errors.DataError(
+        f"data.source={source!r} names no data: give digits, folder:PATH or "
+        "a tfds name."
+    )

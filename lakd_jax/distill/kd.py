@@ -1,0 +1,98 @@
+"""Plain training and Hinton's knowledge distillation; both see the logits only.
+
+Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network"
+(arXiv 1503.02531), section 2. Softmax and losses are float32 whatever the
+compute type of the networks.
+"""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from lakd_jax.distill import method
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean over the batch of -log softmax(logits)[label], scalar float32 >= 0.
+
+    Args:
+      logits: (B, classes), any floating type.
+      labels: (B,) integers.
+    """
+    logits = logits.astype(jnp.float32)
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.mean(losses)
+
+
+def kd_loss(
+    student_logits: jax.Array, teacher_logits: jax.Array, temperature: float
+) -> jax.Array:
+    """T^2 * mean over the batch of KL(p_T || p_S), p = softmax(logits / T).
+
+    T^2 keeps the gradient's size when T changes (Hinton, end of section 2). The
+    teacher gets no gradient.
+
+    Args:
+      student_logits: (B, classes), any floating type.
+      teacher_logits: (B, classes), any floating type.
+      temperature: T > 0.
+
+    Returns:
+      Scalar float32, never negative.
+    """
+    student = student_logits.astype(jnp.float32) / temperature
+    teacher = jax.lax.stop_gradient(teacher_logits).astype(jnp.float32) / temperature
+    log_s, log_t = jax.nn.log_softmax(student), jax.nn.log_softmax(teacher)
+    divergence = jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1)
+    # Near-equal logits can round to about -1e-8. The value is lifted to 0 and the
+    # gradient, which is accurate there, is kept.
+    lift = jax.lax.stop_gradient(jnp.maximum(-divergence, 0.0))
+    return temperature**2 * jnp.mean(divergence + lift)
+
+
+class Plain(nn.Module):
+    """No teacher: cross-entropy with the labels in the one and last module."""
+
+    local: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
+    needs_uncut: ClassVar[bool] = False
+    needs_suffix: ClassVar[bool] = False
+
+    @nn.compact
+    def __call__(
+        self, signals: method.Signals, *, train: bool
+    ) -> tuple[method.ModuleLoss, ...]:
+        """One `ModuleLoss` with the term `head_ce`."""
+        terms = {"head_ce": cross_entropy(signals.student.logits, signals.labels)}
+        return (
+            method.ModuleLoss(terms=terms, weights={"head_ce": 1.0}, diagnostics={}),
+        )
+
+
+class KD(nn.Module):
+    """ce_weight * CE(labels) + kd_weight * T^2 KL(teacher || student)."""
+
+    ce_weight: float
+    kd_weight: float
+    temperature: float
+
+    local: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = True
+    needs_uncut: ClassVar[bool] = False
+    needs_suffix: ClassVar[bool] = False
+
+    @nn.compact
+    def __call__(
+        self, signals: method.Signals, *, train: bool
+    ) -> tuple[method.ModuleLoss, ...]:
+        """One `ModuleLoss` with the terms `head_ce` and `head_kd`."""
+        logits = signals.student.logits
+        terms = {
+            "head_ce": cross_entropy(logits, signals.labels),
+            "head_kd": kd_loss(logits, signals.teacher.logits, self.temperature),
+        }
+        weights = {"head_ce": self.ce_weight, "head_kd": self.kd_weight}
+        return (method.ModuleLoss(terms=terms, weights=weights, diagnostics={}),)

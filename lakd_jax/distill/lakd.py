@@ -1,0 +1,394 @@
+"""LAKD: activation mapping distillation based on local learning.
+
+Source: Yaoze Zhang et al., "LAKD, Activation Mapping Distillation Based on Local
+Learning", arXiv 2408.11478. The student is cut into modules whose gradients are
+independent (separation-decoupling mechanism) and the teacher's attention weights
+their features (non-directional activation mapping, `lakd_jax.distill.ndam`):
+
+    L_lf^l = (1/N_l) sum_i |F_T^l(i) - F_S^l(i)|^2                    (features)
+    W      = a avgpool(F_sum(T)) + b maxpool(F_sum(T))                (mask)
+    L_t    = alpha L_h + (1 - alpha) L_att + beta L_lf                (total)
+
+What is certain: no official code exists, and no accuracy of LAKD is published as
+far as we know. The three formulas come from summaries of the paper that agree;
+what L_h and L_att are, how W is pooled and normalised, where adapters stand, and
+every hyper-parameter are **unknown**. Each of these is an option below, its
+default is **our reading**, and its comment lists the others (Q1 .. Q14 as in the
+project's notes). Our deviations from the bare formulas by default: adapters at
+every joint, W normalised to mean 1, CE + KD in the head, weights (1, 1, 1); the
+bare formulas are `preset=literal` with `adapter=shape`, `normalise=none` and
+`head_loss=ce`, and need a lower learning rate.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lakd_jax import choices
+from lakd_jax.distill import adapter as adapters
+from lakd_jax.distill import kd, method, ndam
+
+Weighted = tuple[dict[str, jax.Array], dict[str, jax.Array | float]]
+
+CHOICES = {
+    "preset": ("default", "literal"),
+    "head_loss": ("ce", "ce+kd"),
+    "attention": ("weight", "map", "logits", "inside"),
+    "power": ("2", "1", "softmax"),
+    "f_sum": ndam.F_SUMS,
+    "normalise": ndam.NORMALISATIONS,
+    "task": ("last", "aux_heads", "teacher_suffix"),
+    "reduction": ("mean", "per_sample_sum"),
+    "adapter": ("always", "shape"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Every choice LAKD leaves open; ValueError names a field that is wrong.
+
+    Attributes:
+      preset: `default` weighs (L_h, L_att, L_lf) by `head_weight`,
+        `attention_weight`, `feature_weight`; `literal` by alpha,
+        (1 - alpha) att_scale, beta. The other set is not read.
+      head_loss: Q1, L_h: `ce` (literal) | `ce+kd` ce_weight CE + kd_weight KD.
+      attention: Q2, L_att: `weight` both maps weighted by the teacher's mask |
+        `map` distance of L2-normalised attention maps of student and teacher |
+        `logits` KL of the logits that the teacher's later stages make of the
+        weighted maps | `inside` the mask stands in L_lf, no separate term.
+      power: Q3, of the mask: `2` (What (u-v))^2, literal | `1` What (u-v)^2 |
+        `softmax` HW softmax_HW(What) (u-v)^2.
+      window: Q4, see `ndam.pooled_map`.
+      stride: Q4.
+      f_sum: Q5, see `ndam.attention_map`.
+      normalise: Q6, see `ndam.normalise`; `map` is always L2-normalised.
+      a: of the average in W; not the alpha of the total (Q13).
+      b: of the maximum in W; not the beta of the total (Q13).
+      task: Q7, where L_h also goes: `last` module only | `aux_heads` a linear
+        classifier on each earlier module's pooled features | `teacher_suffix`
+        each earlier module's adapted features through the frozen teacher's own
+        later stages. (Through an uncut student: cut_scale=1 in `local`.)
+      aux_weight: of that loss in each earlier module.
+      att_global: Q8, L_att is computed on a forward pass without cuts.
+      module_start_epochs: Q9, per module the epoch before which its weights are
+        0; () starts all at once.
+      reduction: Q11, N_l: `mean` over all elements | `per_sample_sum` over a
+        sample's elements, mean over the batch.
+      adapter: `always` at every joint | `shape` only where channels differ.
+      temperature: of KD, in the head and wherever logits are compared.
+    """
+
+    preset: str = "default"
+    head_weight: float = 1.0
+    attention_weight: float = 1.0
+    feature_weight: float = 1.0
+    alpha: float = 0.5
+    beta: float = 100.0
+    att_scale: float = 1.0
+    head_loss: str = "ce+kd"
+    ce_weight: float = 0.1
+    kd_weight: float = 0.9
+    temperature: float = 4.0
+    attention: str = "weight"
+    power: str = "2"
+    window: int = 3
+    stride: int = 1
+    f_sum: str = "abs"
+    normalise: str = "mean"
+    a: float = 0.5
+    b: float = 0.5
+    task: str = "last"
+    aux_weight: float = 1.0
+    att_global: bool = False
+    module_start_epochs: tuple[float, ...] = ()
+    reduction: str = "mean"
+    adapter: str = "always"
+
+    def __post_init__(self):
+        object.__setattr__(self, "power", str(self.power))
+        object.__setattr__(self, "module_start_epochs", tuple(self.module_start_epochs))
+        for field, valid in CHOICES.items():
+            choices.check(field, getattr(self, field), valid)
+        if self.window < 0 or self.stride < 1:
+            raise ValueError(
+                f"window must be at least 0 and stride at least 1, are {self.window} "
+                f"and {self.stride}"
+            )
+        if self.att_global and self.attention == "inside":
+            raise ValueError(
+                "att_global needs a separate L_att; attention='inside' has none"
+            )
+
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        """Factors of (L_h, L_att, L_lf)."""
+        if self.preset == "literal":
+            return self.alpha, (1 - self.alpha) * self.att_scale, self.beta
+        return self.head_weight, self.attention_weight, self.feature_weight
+
+    def mask(self, features: jax.Array) -> jax.Array:
+        """What of the teacher's features (B, H, W, C), (B, H, W, 1), no gradient."""
+        return jax.lax.stop_gradient(self.map(features, self.normalise))
+
+    def map(self, features: jax.Array, kind: str) -> jax.Array:
+        """`ndam.activation_map` under these options, with a gradient."""
+        return ndam.activation_map(
+            features,
+            f_sum=self.f_sum,
+            a=self.a,
+            b=self.b,
+            window=self.window,
+            stride=self.stride,
+            kind=kind,
+        )
+
+
+def reduce_errors(errors: jax.Array, reduction: str) -> jax.Array:
+    """(B, H, W, C) -> scalar: 1/N_l sum over elements (Q11).
+
+    `mean` divides by all elements, `per_sample_sum` by the batch size only.
+    """
+    choices.check("reduction", reduction, CHOICES["reduction"])
+    if reduction == "mean":
+        return jnp.mean(errors)
+    return jnp.mean(jnp.sum(errors, axis=(1, 2, 3)))
+
+
+def feature_loss(u: jax.Array, v: jax.Array, reduction: str) -> jax.Array:
+    """L_lf = (1/N) sum |v - u|^2, the paper's layer feature loss.
+
+    Args:
+      u: (B, H, W, C), the student's adapted features.
+      v: (B, H, W, C), the teacher's; gets no gradient.
+      reduction: what N is, see `reduce_errors`.
+
+    Returns:
+      Scalar float32.
+    """
+    v = jax.lax.stop_gradient(v).astype(jnp.float32)
+    return reduce_errors(jnp.square(u.astype(jnp.float32) - v), reduction)
+
+
+def attention_loss(
+    u: jax.Array, v: jax.Array, mask: jax.Array, power: str, reduction: str
+) -> jax.Array:
+    """L_att = (1/N) sum (What (u - v))^2: the feature error seen through the mask.
+
+    Our reading (Q2 a) of "W weights the feature maps of the modules"; summaries
+    do not give L_att's formula.
+
+    Args:
+      u: (B, H, W, C), the student's adapted features.
+      v: (B, H, W, C), the teacher's; gets no gradient.
+      mask: (B, H, W, 1), What; gets no gradient.
+      power: `2` as above; `1` What (u-v)^2; `softmax` HW softmax_HW(What) (u-v)^2.
+      reduction: what N is, see `reduce_errors`.
+
+    Returns:
+      Scalar float32; equal to `feature_loss` where What is 1 everywhere.
+    """
+    choices.check("power", power, CHOICES["power"])
+    v = jax.lax.stop_gradient(v).astype(jnp.float32)
+    w = jax.lax.stop_gradient(mask).astype(jnp.float32)
+    errors = u.astype(jnp.float32) - v
+    if power == "2":
+        return reduce_errors(jnp.square(w * errors), reduction)
+    if power == "softmax":
+        w = w.shape[1] * w.shape[2] * jax.nn.softmax(w, axis=(1, 2))
+    return reduce_errors(w * jnp.square(errors), reduction)
+
+
+def map_loss(student_map: jax.Array, teacher_map: jax.Array) -> jax.Array:
+    """L_att as a distance of maps (Q2 b): mean_B ||W_S/||W_S|| - W_T/||W_T||||^2.
+
+    A sum over the pixels of each image, so that it lies in 0..2 (0..4 for signed
+    maps) at every size; Attention Transfer divides by the pixels as well.
+
+    Args:
+      student_map: (B, H, W, 1).
+      teacher_map: (B, H, W, 1); gets no gradient.
+
+    Returns:
+      Scalar float32.
+    """
+    student = ndam.normalise(student_map, "l2")
+    teacher = jax.lax.stop_gradient(ndam.normalise(teacher_map, "l2"))
+    return reduce_errors(jnp.square(student - teacher), "per_sample_sum")
+
+
+class LAKD(nn.Module):
+    """LAKD's losses, one `ModuleLoss` per local module.
+
+    Parameters and statistics: `{"module1": {"adapter": ..., "aux_head": ...}, ...}`
+    with what the options call for; none of it is part of the trained student.
+    Terms: `feature`, `attention` in every module, `head_ce`, `head_kd` in the last,
+    `task_ce`, `task_kd` in earlier ones with `task=aux_heads|teacher_suffix`.
+    Diagnostic: `feature_error`, mean (u-v)^2 / mean v^2, 1 where u predicts zero.
+    """
+
+    options: Options
+
+    local: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = True
+
+    @property
+    def needs_uncut(self) -> bool:
+        """Whether `Signals.student_uncut` is read."""
+        return self.options.att_global
+
+    @property
+    def needs_suffix(self) -> bool:
+        """Whether `Signals.teacher_suffix` is called."""
+        options = self.options
+        return options.task == "teacher_suffix" or options.attention == "logits"
+
+    @nn.compact
+    def __call__(
+        self, signals: method.Signals, *, train: bool
+    ) -> tuple[method.ModuleLoss, ...]:
+        """One `ModuleLoss` per entry of `signals.student_joints`.
+
+        Raises:
+          ValueError: `module_start_epochs` has another length, or a signal that
+            the options need is missing.
+        """
+        count = len(signals.student_joints)
+        _check_signals(self.options, signals)
+        return tuple(
+            _LocalLoss(self.options, k, k + 1 == count, name=f"module{k + 1}")(
+                signals, train=train
+            )
+            for k in range(count)
+        )
+
+
+def _check_signals(options: Options, signals: method.Signals) -> None:
+    count, starts = len(signals.student_joints), options.module_start_epochs
+    if starts and len(starts) != count:
+        raise ValueError(
+            f"module_start_epochs has {len(starts)} entries, the student has {count} "
+            "modules"
+        )
+    if options.att_global and len(signals.student_uncut) != count:
+        raise ValueError("att_global needs Signals.student_uncut, one a module")
+    if signals.teacher_suffix is None and (
+        options.task == "teacher_suffix" or options.attention == "logits"
+    ):
+        raise ValueError(
+            "task='teacher_suffix' and attention='logits' need Signals.teacher_suffix"
+        )
+
+
+class _LocalLoss(nn.Module):
+    """J_k of one module and the parameters that belong to it."""
+
+    options: Options
+    index: int
+    last: bool
+
+    @nn.compact
+    def __call__(self, signals: method.Signals, *, train: bool) -> method.ModuleLoss:
+        options, k = self.options, self.index
+        h = signals.student_joints[k].astype(jnp.float32)
+        z = jax.lax.stop_gradient(signals.teacher_joints[k]).astype(jnp.float32)
+        uncut = (
+            signals.student_uncut[k].astype(jnp.float32) if options.att_global else h
+        )
+        adapted, adapted_uncut = self._adapt(h, uncut, z.shape[-1], train)
+        u, v = adapters.match_size(adapted, z)
+
+        terms, weights = self._task(signals, h, adapted, z)
+        _, attention_weight, feature_weight = options.weights
+        weights["feature"] = feature_weight
+        mask = options.mask(v)
+        if options.attention == "inside":
+            terms["feature"] = attention_loss(
+                u, v, mask, options.power, options.reduction
+            )
+        else:
+            terms["feature"] = feature_loss(u, v, options.reduction)
+            terms["attention"] = self._attention(signals, uncut, adapted_uncut, z)
+            weights["attention"] = attention_weight
+        if options.module_start_epochs:
+            started = jnp.float32(signals.epoch >= options.module_start_epochs[k])
+            weights = {name: started * w for name, w in weights.items()}
+        scale = jnp.maximum(jnp.mean(jnp.square(v)), 1e-12)
+        error = jax.lax.stop_gradient(feature_loss(u, v, "mean")) / scale
+        return method.ModuleLoss(
+            terms=terms, weights=weights, diagnostics={"feature_error": error}
+        )
+
+    def _adapt(
+        self, h: jax.Array, uncut: jax.Array, channels: int, train: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """A(h) and A(uncut); one update of A's running statistics."""
+        if self.options.adapter == "shape" and h.shape[-1] == channels:
+            return h, uncut
+        adapter = adapters.Adapter(channels, name="adapter")
+        adapted = adapter(h, train=train)
+        if not self.options.att_global:
+            return adapted, adapted
+        return adapted, adapters.again(adapter, uncut, train=train)
+
+    def _attention(
+        self, signals: method.Signals, h: jax.Array, adapted: jax.Array, z: jax.Array
+    ) -> jax.Array:
+        """L_att of the student's map `h` and its adapted form."""
+        options = self.options
+        u, v = adapters.match_size(adapted, z)
+        if options.attention == "weight":
+            mask = options.mask(v)
+            return attention_loss(u, v, mask, options.power, options.reduction)
+        if options.attention == "map":
+            # The student's own map: an adapter could match W for it.
+            h, v = adapters.match_size(h, z)
+            return map_loss(options.map(h, "none"), options.map(v, "none"))
+        mask = options.mask(z)
+        ours = signals.teacher_suffix(
+            self.index, mask * adapters.resize_like(adapted, z)
+        )
+        theirs = signals.teacher_suffix(self.index, mask * z)
+        return kd.kd_loss(ours, theirs, options.temperature)
+
+    def _task(
+        self, signals: method.Signals, h: jax.Array, adapted: jax.Array, z: jax.Array
+    ) -> Weighted:
+        """L_h in the last module, and in earlier ones as `task` says."""
+        options = self.options
+        if self.last:
+            logits = signals.student.logits
+            return _head_loss(options, signals, logits, "head", options.weights[0])
+        if options.task == "last":
+            return {}, {}
+        if options.task == "aux_heads":
+            classes = signals.student.logits.shape[-1]
+            pooled = jnp.mean(h, axis=(1, 2))
+            logits = nn.Dense(classes, name="aux_head")(pooled)
+        else:
+            logits = signals.teacher_suffix(
+                self.index, adapters.resize_like(adapted, z)
+            )
+        return _head_loss(options, signals, logits, "task", options.aux_weight)
+
+
+def _head_loss(
+    options: Options,
+    signals: method.Signals,
+    logits: jax.Array,
+    prefix: str,
+    weight: float,
+) -> Weighted:
+    """L_h of `logits` (B, classes) as terms and weights named after `prefix`."""
+    ce = f"{prefix}_ce"
+    terms = {ce: kd.cross_entropy(logits, signals.labels)}
+    if options.head_loss == "ce":
+        return terms, {ce: weight}
+    divergence = f"{prefix}_kd"
+    terms[divergence] = kd.kd_loss(logits, signals.teacher.logits, options.temperature)
+    return terms, {
+        ce: weight * options.ce_weight,
+        divergence: weight * options.kd_weight,
+    }

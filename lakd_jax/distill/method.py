@@ -1,0 +1,82 @@
+"""What every distillation method is given and what it gives back.
+
+A method is a Linen module called once a step with `Signals`; it answers one
+`ModuleLoss` for each local module of the student, in order from the image to
+the head. The last module owns the head. Which parameters a loss may reach is
+decided by where the forward pass is cut (`lakd_jax.local.cuts`), never here.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class Signals:
+    """One step as a method sees it; K is the number of local modules.
+
+    Attributes:
+      student: the student's `Outputs`, in training mode.
+      teacher: the teacher's `Outputs` in evaluation mode; None without a teacher.
+      labels: (B,) int32.
+      epoch: scalar float32, epochs begun since the start, with fractions.
+      student_joints: K activations (B, H, W, C), at the end of each module and
+        before the cut there, so that a loss on them trains the module below.
+      teacher_joints: the K activations they are compared with; () without teacher.
+      student_uncut: K activations of a forward pass without cuts, for methods
+        with `needs_uncut`; else ().
+      teacher_suffix: `(k, activation) -> logits (B, classes)`, the teacher from
+        the end of its module k (counted from 0) to the logits, for methods with
+        `needs_suffix`; else None.
+    """
+
+    student: Any
+    teacher: Any
+    labels: jax.Array
+    epoch: jax.Array
+    student_joints: tuple[jax.Array, ...]
+    teacher_joints: tuple[jax.Array, ...]
+    student_uncut: tuple[jax.Array, ...] = ()
+    teacher_suffix: Callable[[int, jax.Array], jax.Array] | None = flax.struct.field(
+        pytree_node=False, default=None
+    )
+
+
+@flax.struct.dataclass
+class ModuleLoss:
+    """The loss of one local module, J_k = sum_i weights[i] * terms[i].
+
+    Attributes:
+      terms: name -> raw loss, scalar float32.
+      weights: the same names -> factor.
+      diagnostics: name -> scalar float32 that is reported and never minimised.
+    """
+
+    terms: dict[str, jax.Array]
+    weights: dict[str, jax.Array | float]
+    diagnostics: dict[str, jax.Array]
+
+    def total(self) -> jax.Array:
+        """J_k, scalar float32."""
+        zero = jnp.zeros((), jnp.float32)
+        return sum((self.weights[n] * t for n, t in self.terms.items()), zero)
+
+
+def total(losses: Sequence[ModuleLoss]) -> jax.Array:
+    """L_t = sum_k J_k, scalar float32: what a step differentiates and reports."""
+    return sum((loss.total() for loss in losses), jnp.zeros((), jnp.float32))
+
+
+def flatten_metrics(losses: Sequence[ModuleLoss]) -> dict[str, jax.Array]:
+    """`{"module1/feature": ..., "module3/head_ce": ...}`, unweighted terms.
+
+    Diagnostics are included, under the same `moduleN/` prefix.
+    """
+    return {
+        f"module{k}/{name}": value
+        for k, loss in enumerate(losses, 1)
+        for name, value in (loss.terms | loss.diagnostics).items()
+    }

@@ -1,0 +1,186 @@
+"""NDAM, the non-directional activation mapping of LAKD: the teacher's mask.
+
+W = a * avgpool(F_sum(T)) + b * maxpool(F_sum(T)), where F_sum adds a feature
+map over its channels (LAKD, arXiv 2408.11478; the formula is known from
+summaries of the paper). Pooling window, normalisation and the exact F_sum are
+not known: each is an argument here and its default is **our reading**. F_sum is
+the notation of Attention Transfer (Zagoruyko and Komodakis, arXiv 1612.03928),
+which is why absolute values are the default. Everything is float32, NHWC.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lakd_jax import choices
+
+F_SUMS = ("abs", "signed", "square")
+NORMALISATIONS = ("mean", "l2", "max", "sigmoid", "none")
+
+_EPS = 1e-8  # only an all-zero map feels it
+
+
+def attention_map(features: jax.Array, kind: str) -> jax.Array:
+    """S = F_sum(features), the sum over channels (ambiguity Q5).
+
+    Args:
+      features: (B, H, W, C).
+      kind: `abs` sum |x| (default reading); `signed` sum x; `square` sum x^2.
+
+    Returns:
+      (B, H, W, 1) float32; never negative unless `signed`.
+    """
+    choices.check("f_sum", kind, F_SUMS)
+    x = features.astype(jnp.float32)
+    if kind == "abs":
+        x = x * jnp.sign(x)  # |x|, with derivative 0 at 0 where jnp.abs has 1
+    elif kind == "square":
+        x = jnp.square(x)
+    return jnp.sum(x, axis=-1, keepdims=True)
+
+
+def adaptive_pool(
+    x: jax.Array, height: int, width: int, reduce: Callable[..., jax.Array]
+) -> jax.Array:
+    """Pools to `height` x `width` cells that cover the map, any sizes.
+
+    Cell i of n over N pixels is floor(i N / n) .. ceil((i + 1) N / n) - 1, as in
+    PyTorch's AdaptiveAvgPool2d; neighbours overlap where n does not divide N.
+
+    Args:
+      x: (B, H, W, C).
+      height: rows of the result, at most H.
+      width: columns of the result, at most W.
+      reduce: `jnp.mean` or `jnp.max`.
+
+    Returns:
+      (B, height, width, C).
+    """
+    for axis, cells in ((1, height), (2, width)):
+        size = x.shape[axis]
+        if size == cells:
+            continue
+        if size % cells == 0:
+            shape = (*x.shape[:axis], cells, size // cells, *x.shape[axis + 1 :])
+            x = reduce(x.reshape(shape), axis=axis + 1)
+            continue
+        edges = [(i * size // cells, -((i + 1) * -size // cells)) for i in range(cells)]
+        pieces = [jax.lax.slice_in_dim(x, lo, hi, axis=axis) for lo, hi in edges]
+        pooled = [reduce(piece, axis=axis, keepdims=True) for piece in pieces]
+        x = jnp.concatenate(pooled, axis=axis)
+    return x
+
+
+def pooled_map(s: jax.Array, a: float, b: float, window: int, stride: int) -> jax.Array:
+    """W = a * avgpool(S) + b * maxpool(S), as large as S (ambiguity Q4).
+
+    Padding is SAME: the average counts only real pixels and the maximum pads
+    with -inf, so a constant S gives the constant (a + b) S up to the borders.
+
+    Args:
+      s: (B, H, W, 1) or any (B, H, W, C).
+      a: factor of the average.
+      b: factor of the maximum.
+      window: side of the pooling window. 0 stands for `stride` x `stride` equal
+        cells over the whole map: (0, 1) is global pooling, (0, 4) a 4 x 4 grid.
+      stride: 1 keeps the size; above 1 the pooled map is enlarged again by
+        repeating its values (nearest), the coarse readings.
+
+    Returns:
+      (B, H, W, C) float32.
+    """
+    s = s.astype(jnp.float32)
+    height, width = s.shape[1:3]
+    if window == 0:
+        rows, columns = min(stride, height), min(stride, width)
+        average = adaptive_pool(s, rows, columns, jnp.mean)
+        maximum = adaptive_pool(s, rows, columns, jnp.max)
+        return resize_nearest(a * average + b * maximum, height, width)
+    where = {"window_shape": (window, window), "strides": (stride, stride)}
+    average = nn.avg_pool(s, **where, padding="SAME", count_include_pad=False)
+    maximum = nn.max_pool(s, **where, padding="SAME")
+    coarse = a * average + b * maximum
+    if stride == 1:
+        return coarse
+    repeated = jnp.repeat(jnp.repeat(coarse, stride, axis=1), stride, axis=2)
+    return repeated[:, :height, :width]
+
+
+def resize_nearest(x: jax.Array, height: int, width: int) -> jax.Array:
+    """(B, H, W, C) enlarged to (B, height, width, C) by repeating values.
+
+    Pixel y of n takes pixel floor(y H / n), as in PyTorch's nearest mode.
+    """
+    rows = jnp.arange(height) * x.shape[1] // height
+    columns = jnp.arange(width) * x.shape[2] // width
+    return x[:, rows][:, :, columns]
+
+
+def normalise(w: jax.Array, kind: str) -> jax.Array:
+    """What: W brought to a common scale, image by image (ambiguity Q6).
+
+    Args:
+      w: (B, H, W, 1).
+      kind: `mean` W / (mean_HW |W| + eps), so that L_att has L_lf's scale for
+        every teacher and stage (default reading); `l2` W / ||W||_2 over HW;
+        `max` W / (max_HW |W| + eps); `sigmoid` 1 / (1 + exp(-W)); `none` W, the
+        literal formula.
+
+    Returns:
+      (B, H, W, 1) float32. An all-zero map stays zero (`sigmoid`: one half).
+    """
+    choices.check("normalise", kind, NORMALISATIONS)
+    w = w.astype(jnp.float32)
+    if kind == "mean":
+        return w / (jnp.mean(jnp.abs(w), axis=(1, 2), keepdims=True) + _EPS)
+    if kind == "max":
+        return w / (jnp.max(jnp.abs(w), axis=(1, 2), keepdims=True) + _EPS)
+    if kind == "l2":
+        squares = jnp.sum(jnp.square(w), axis=(1, 2), keepdims=True)
+        # The inner where keeps the gradient of an all-zero map finite.
+        scale = jnp.where(squares > 0, squares, 1.0)
+        return w * jnp.where(squares > 0, jax.lax.rsqrt(scale), 0.0)
+    return jax.nn.sigmoid(w) if kind == "sigmoid" else w
+
+
+def activation_map(
+    features: jax.Array,
+    *,
+    f_sum: str,
+    a: float,
+    b: float,
+    window: int,
+    stride: int,
+    kind: str,
+) -> jax.Array:
+    """normalise(pooled_map(attention_map(features))), differentiable.
+
+    Args:
+      features: (B, H, W, C).
+      f_sum: see `attention_map`.
+      a: see `pooled_map`.
+      b: see `pooled_map`.
+      window: see `pooled_map`.
+      stride: see `pooled_map`.
+      kind: see `normalise`.
+
+    Returns:
+      (B, H, W, 1) float32.
+    """
+    s = attention_map(features, f_sum)
+    return normalise(pooled_map(s, a, b, window, stride), kind)
+
+
+def mask(features: jax.Array, **options: str | float | int) -> jax.Array:
+    """The teacher's mask What, `activation_map` without any gradient.
+
+    Args:
+      features: (B, H, W, C), the teacher's.
+      **options: as of `activation_map`.
+
+    Returns:
+      (B, H, W, 1) float32.
+    """
+    return jax.lax.stop_gradient(activation_map(features, **options))

@@ -1,0 +1,64 @@
+"""PyTorch state dictionaries as plain NumPy, whoever wrapped them; needs no torch."""
+
+import collections.abc
+from typing import Any
+
+import numpy as np
+
+from lakd_jax import errors
+
+_WRAPPERS = ("state_dict", "model", "net")
+# What DataParallel, Lightning and torch.compile put in front of every key.
+_PREFIXES = ("module.", "model.", "net.", "_orig_mod.")
+
+
+def plain(state_dict: collections.abc.Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Unwrap a state dictionary: name to array, in PyTorch's layout.
+
+    Looks inside "state_dict", "model" and "net", strips prefixes that all keys share,
+    leaves out entries that are not tensors (epoch, accuracy) and the counters
+    `num_batches_tracked`. Values may be NumPy arrays or torch tensors.
+
+    Raises:
+        errors.TeacherError: there is no tensor in it.
+    """
+    while inner := [state_dict[key] for key in _WRAPPERS if _wraps(state_dict, key)]:
+        state_dict = inner[0]
+    tensors = {key: value for key, value in state_dict.items() if _is_tensor(value)}
+    while tensors and (prefix := _common_prefix(tensors)):
+        tensors = {key.removeprefix(prefix): tensors[key] for key in tensors}
+    if not tensors:
+        raise errors.TeacherError(
+            "no tensors found: expected a state_dict, bare or under one of "
+            + ", ".join(repr(key) for key in _WRAPPERS)
+        )
+    return {
+        key: _to_numpy(value)
+        for key, value in tensors.items()
+        if not key.endswith("num_batches_tracked")
+    }
+
+
+def _wraps(state_dict: collections.abc.Mapping[str, Any], key: str) -> bool:
+    return isinstance(state_dict.get(key), collections.abc.Mapping)
+
+
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _common_prefix(keys: collections.abc.Iterable[str]) -> str:
+    for prefix in _PREFIXES:
+        if all(key.startswith(prefix) for key in keys):
+            return prefix
+    return ""
+
+
+def _to_numpy(value: Any) -> np.ndarray:
+    """Torch tensors are known by their methods, so that torch is not imported."""
+    if not hasattr(value, "detach"):
+        return np.asarray(value)
+    value = value.detach().cpu()
+    if str(value.dtype) == "torch.bfloat16":  # NumPy has no such type
+        value = value.float()
+    return value.numpy()

@@ -1,0 +1,238 @@
+"""Where a student is cut into local modules, and what a cut does to gradients.
+
+A module is a run of neighbouring units of a `models.chain.Chain`; module 1 owns
+the stem and module K the head. Modules are counted from 0 in indices and from 1
+in names.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from lakd_jax import choices
+from lakd_jax.models import chain
+
+PyTree = Any
+
+GRANULARITIES = ("stage", "block", "none", "list")
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """K local modules of a student and the teacher's joints beside theirs.
+
+    Attributes:
+      student_joints: the joint at the end of each module; the last is the end of
+        the last stage.
+      teacher_joints: the teacher's joint each is compared with; () if no teacher.
+      names: "module1", ..., "moduleK".
+    """
+
+    student_joints: tuple[str, ...]
+    teacher_joints: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+def modules(
+    student: chain.Chain,
+    teacher: chain.Chain | None,
+    granularity: str,
+    cuts: Sequence[str],
+) -> Partition:
+    """Cuts a student, and finds the teacher's joint for every cut.
+
+    The teacher's joint lies in the same stage, after the same share of its blocks
+    (the end of a stage with the end of a stage, the stem with the stem).
+
+    Args:
+      student: the network to be cut.
+      teacher: None for a method without one.
+      granularity: `none` one module; `stage` one a stage, the stem with the
+        first; `block` one a block; `list` the joints in `cuts`.
+      cuts: with `list` only, the student's joints to cut at, in order, such as
+        ("stage1", "stage2.block1"); the end of the network is added.
+
+    Raises:
+      ValueError: names `local.granularity` or `local.cuts`, what is wrong and the
+        joints that are valid.
+    """
+    choices.check("local.granularity", granularity, GRANULARITIES)
+    if bool(cuts) != (granularity == "list"):
+        raise ValueError(
+            "local.cuts goes with local.granularity=list, and only with it; it is "
+            f"{tuple(cuts)!r} with {granularity!r}"
+        )
+    ends = [f"stage{s}" for s in range(1, len(student.stage_sizes) + 1)]
+    joints = {
+        "none": ends[-1:],
+        "stage": ends,
+        "block": student.unit_names[1:],
+        "list": [*_checked(student, cuts), ends[-1]],
+    }[granularity]
+    joints = tuple(chain.resolve_joint(student, j) for j in joints)
+    theirs: tuple[str, ...] = ()
+    if teacher is not None and len(joints) == 1:
+        theirs = teacher.unit_names[-1:]
+    elif teacher is not None:
+        theirs = _counterparts(student, teacher, joints, granularity)
+    names = tuple(f"module{k}" for k in range(1, len(joints) + 1))
+    return Partition(joints, theirs, names)
+
+
+def _checked(student: chain.Chain, cuts: Sequence[str]) -> list[str]:
+    """The cuts as unit names, in order and each inside the network."""
+    valid = f"; cuts can be made at {', '.join(student.unit_names[:-1])}"
+    resolved: list[str] = []
+    for cut_point in cuts:
+        try:
+            unit = chain.resolve_joint(student, cut_point)
+        except ValueError as e:
+            raise ValueError(f"local.cuts: {e}") from None
+        if unit == student.unit_names[-1]:
+            raise ValueError(
+                f"local.cuts: {cut_point!r} is the end of the last stage, where the "
+                f"last module ends anyway{valid}"
+            )
+        if unit in resolved:
+            raise ValueError(f"local.cuts: {cut_point!r} is given twice{valid}")
+        order = student.unit_names.index
+        if resolved and order(unit) < order(resolved[-1]):
+            raise ValueError(
+                f"local.cuts: {cut_point!r} comes before {resolved[-1]!r} in the "
+                f"network; give the cuts in order{valid}"
+            )
+        resolved.append(unit)
+    return resolved
+
+
+def _counterparts(
+    student: chain.Chain,
+    teacher: chain.Chain,
+    joints: tuple[str, ...],
+    granularity: str,
+) -> tuple[str, ...]:
+    """The teacher's joint for each of the student's."""
+    field = "local.cuts" if granularity == "list" else "local.granularity"
+    ours, theirs = student.stage_sizes, teacher.stage_sizes
+    if len(ours) != len(theirs):
+        raise ValueError(
+            f"{field}: the student has {len(ours)} stages and the teacher "
+            f"{len(theirs)}, so their joints do not pair; use local.granularity=none"
+        )
+    paired = {"stem": "stem"}
+    for s, (n, m) in enumerate(zip(ours, theirs, strict=True), 1):
+        for b in range(1, n + 1):
+            if b * m % n == 0:
+                paired[f"stage{s}.block{b}"] = f"stage{s}.block{b * m // n}"
+    for joint in joints:
+        if joint not in paired:
+            raise ValueError(
+                f"{field}: no joint of the teacher lies as far through its stage as "
+                f"{joint!r} does, since its stages have {theirs} blocks and the "
+                f"student's {ours}; cuts can be made at {', '.join(paired)}"
+            )
+    return tuple(paired[j] for j in joints)
+
+
+def cut(h: jax.Array, scale: float) -> jax.Array:
+    """`h` itself, with its gradient multiplied by `scale`.
+
+    0 isolates the module below (the separation of LAKD), 1 is end-to-end training.
+
+    Args:
+      h: any array.
+      scale: g in [0, 1].
+
+    Raises:
+      ValueError: g outside.
+    """
+    if not 0 <= scale <= 1:
+        raise ValueError(f"local.cut_scale must be from 0 to 1, is {scale:g}")
+    if scale == 1:
+        return h
+    stopped = jax.lax.stop_gradient(h)
+    if scale == 0:
+        return stopped
+    # Not g h + (1 - g) sg(h), which may round to another value than h.
+    return stopped + scale * (h - stopped)
+
+
+def joint_function(
+    partition: Partition,
+    scale: float,
+    replace: Mapping[str, jax.Array] | None = None,
+) -> Callable[[str, jax.Array], jax.Array]:
+    """The `joint` argument of a student's `apply` that isolates its modules.
+
+    Args:
+      partition: of the student; there is no cut at its last joint.
+      scale: see `cut`.
+      replace: student joint -> the teacher's activation there, which the module
+        above is then fed instead (no gradient crosses); None feeds the student's.
+
+    Raises:
+      ValueError: `scale` is out of range, or, when called, an activation of the
+        teacher has another shape than the student's.
+    """
+    inner = partition.student_joints[:-1]
+
+    def joint(name: str, h: jax.Array) -> jax.Array:
+        if name not in inner:
+            return h
+        if replace is None:
+            return cut(h, scale)
+        z = replace[name]
+        if z.shape != h.shape:
+            raise ValueError(
+                f"local.module_input=teacher: at {name!r} the teacher's activation is "
+                f"{z.shape} and the student's {h.shape}; use local.module_input=student"
+            )
+        return jax.lax.stop_gradient(z).astype(h.dtype)
+
+    return joint
+
+
+def module_of(path: Sequence[str], partition: Partition, student: chain.Chain) -> int:
+    """Index from 0 of the module that owns a variable.
+
+    Args:
+      path: its keys in `{"student": chain variables, "method": method variables}`,
+        such as ("student", "stage2", "block1", "conv1", "kernel") or
+        ("method", "module2", "adapter", "conv", "kernel").
+      partition: of the student.
+      student: the network that was cut.
+
+    Raises:
+      KeyError: the path belongs to no module.
+    """
+    part, unit = path[0], path[1]
+    if part == "method":
+        return partition.names.index(unit) if unit in partition.names else _lost(path)
+    if unit == "head":
+        return len(partition.student_joints) - 1
+    if unit != "stem":
+        unit = f"{unit}.{path[2]}"
+    order = student.unit_names
+    if part != "student" or unit not in order:
+        return _lost(path)
+    ends = [order.index(joint) for joint in partition.student_joints]
+    return sum(end < order.index(unit) for end in ends)
+
+
+def _lost(path: Sequence[str]) -> int:
+    raise KeyError(f"{'/'.join(path)} belongs to no module")
+
+
+def label_tree(tree: PyTree, partition: Partition, student: chain.Chain) -> PyTree:
+    """`module_of` every leaf of `{"student": ..., "method": ...}`, the same tree.
+
+    Serves parameters and batch statistics alike: per-module norms, clipping and
+    optimisers hang on it.
+    """
+
+    def label(path: tuple[Any, ...], _: Any) -> int:
+        return module_of([str(key.key) for key in path], partition, student)
+
+    return jax.tree_util.tree_map_with_path(label, tree)

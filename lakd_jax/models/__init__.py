@@ -1,0 +1,74 @@
+"""Networks by name.
+
+A family is one file with a `chain.Chain` subclass and a table `NETWORKS` from name
+to a partial of it; adding the file to `_FAMILIES` is all it takes to register it.
+"""
+
+import difflib
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+
+from lakd_jax.models import chain, resnet
+
+_FAMILIES = (resnet,)
+_NETWORKS: dict[str, functools.partial] = {
+    name: build for family in _FAMILIES for name, build in family.NETWORKS.items()
+}
+
+
+def names() -> list[str]:
+    """Names of all registered networks, family by family."""
+    return list(_NETWORKS)
+
+
+def family(name: str) -> type[chain.Chain]:
+    """The class of the network `name`; ValueError as for `create`."""
+    _check_known("network", name, names())
+    return _NETWORKS[name].func
+
+
+def create(name: str, *, num_classes: int, **options: Any) -> chain.Chain:
+    """Make a network; its variables come from `init` or from files.
+
+    Args:
+        name: one of `names()`.
+        num_classes: width of the logits, at least 1.
+        **options: `dtype` (compute type, float32 unless given) and what the family
+            offers: for ResNets `shortcut`, "projection" (unless given) or "identity".
+
+    Raises:
+        ValueError: unknown name (tells the nearest), option or value.
+    """
+    allowed = family(name).OPTIONS
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+        raise ValueError(f"num_classes must be an integer, not {num_classes!r}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+    options = {"dtype": jnp.float32} | options
+    options["dtype"] = _float_dtype(options["dtype"])
+    for option, value in options.items():
+        _check_known(f"option of {name}", option, [*allowed, "dtype"])
+        if option != "dtype":
+            _check_known(f"{option} of {name}", value, list(allowed[option]))
+    return _NETWORKS[name](num_classes=num_classes, **options)
+
+
+def _float_dtype(dtype: Any) -> jnp.dtype:
+    """One object for "bfloat16" and jnp.bfloat16, so that equal models are equal."""
+    try:
+        result = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"unknown dtype {dtype!r}") from error
+    if not jnp.issubdtype(result, jnp.floating):
+        raise ValueError(f"dtype must be a floating type, not {result}")
+    return result
+
+
+def _check_known(what: str, value: Any, known: list[str]) -> None:
+    if value in known:
+        return
+    near = difflib.get_close_matches(str(value), known, n=1)
+    hint = f" (nearest: {near[0]!r})" if near else ""
+    raise ValueError(f"unknown {what} {value!r}{hint}; known: {', '.join(known)}")

@@ -1,0 +1,237 @@
+"""A classifier as a chain of units, so that it can be watched and cut anywhere.
+
+The finest pieces are *units*: the stem and every residual (or other) block, in
+order. A *joint* is the end of a unit and bears its name ("stem",
+"stage2.block3"); "stage2" is short for the end of stage 2's last block. The head
+(global average pool and linear classifier) follows the last joint.
+
+A family of networks is a subclass of `Chain` that says how a stem, a block and a
+head are made; names, recording, cutting and restarting are all done here.
+"""
+
+import collections.abc
+import difflib
+from typing import Any, ClassVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+JointFn = collections.abc.Callable[[str, jax.Array], jax.Array]
+
+
+@flax.struct.dataclass
+class Outputs:
+    """What one pass through a network yields; unused parts cost nothing under jit.
+
+    Attributes:
+        logits: (B, classes) float32.
+        features: the stem's activation, then one per stage; each (B, H, W, C).
+        preacts: the same before the last ReLU; entry 0 repeats the stem.
+        blocks: per stage (without the stem) every block's activation.
+        pooled: (B, C) float32, the mean over positions that the classifier reads.
+    """
+
+    logits: jax.Array
+    features: tuple[jax.Array, ...]
+    preacts: tuple[jax.Array, ...]
+    blocks: tuple[tuple[jax.Array, ...], ...]
+    pooled: jax.Array
+
+
+class Chain(nn.Module, kw_only=True):
+    """A stem, stages of blocks and a head, run in order.
+
+    The stem and every block are modules called as `unit(x, train=...)` that return
+    the pair (activation, pre-activation). The head returns (logits, pooled).
+    The variable tree has one subtree a unit: "stem", "stage1"/"block1", ..., "head".
+
+    Attributes:
+        stage_sizes: number of blocks in each stage.
+        num_classes: width of the logits.
+        dtype: what convolutions and the classifier compute in; parameters, batch
+            statistics and logits are float32 whatever it is.
+    """
+
+    stage_sizes: tuple[int, ...]
+    num_classes: int
+    dtype: Any = jnp.float32
+
+    # Options beside num_classes and dtype that `create` accepts, with their values.
+    OPTIONS: ClassVar[dict[str, tuple[str, ...]]] = {}
+    # (pattern, replacement) pairs that turn other PyTorch spellings into ours.
+    TORCH_ALIASES: ClassVar[tuple[tuple[str, str], ...]] = ()
+
+    @nn.nowrap
+    def make_stem(self, name: str) -> nn.Module:
+        """The unit that turns images into the first feature map."""
+        raise NotImplementedError
+
+    @nn.nowrap
+    def make_block(self, stage: int, index: int, name: str) -> nn.Module:
+        """The unit at place `index` of stage `stage`, both counted from 0."""
+        raise NotImplementedError
+
+    @nn.nowrap
+    def make_head(self, name: str) -> nn.Module:
+        """What maps the last joint to (logits, pooled)."""
+        raise NotImplementedError
+
+    @nn.nowrap
+    def torch_name(self, path: tuple[str, ...]) -> str:
+        """The published PyTorch name of a layer, given its path in our tree."""
+        raise NotImplementedError
+
+    @classmethod
+    def options_from_torch(
+        cls, shapes: collections.abc.Mapping[str, tuple[int, ...]]
+    ) -> dict[str, Any]:
+        """Read `num_classes` and the family's options from PyTorch keys and shapes.
+
+        Raises KeyError naming the key that is needed but missing or misshaped.
+        """
+        raise NotImplementedError
+
+    @property
+    def unit_names(self) -> tuple[str, ...]:
+        """Names of all units (hence joints) in order, known without variables."""
+        blocks = [
+            f"stage{stage}.block{index}"
+            for stage, size in enumerate(self.stage_sizes, 1)
+            for index in range(1, size + 1)
+        ]
+        return ("stem", *blocks)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        train: bool,
+        joint: JointFn | None = None,
+        after: str = "",
+    ) -> Outputs:
+        """Run the network, or the part of it after one joint.
+
+        Args:
+            x: normalised images (B, H, W, 3) of any size the strides allow; with
+                `after`, the activation at that joint.
+            train: normalise with the batch's statistics and update the running ones
+                (the collection "batch_stats" must then be mutable).
+            joint: called at the end of every unit that runs, with the unit's name
+                and activation; the next unit receives what it returns. The
+                outputs record the activation from before the call, so a loss on
+                them trains the unit below even if `joint` stops the gradient.
+            after: name of the joint to start from; "" for the whole network.
+
+        Returns:
+            The outputs. With `after`, skipped stages are missing at the front of
+            `features` and `preacts`, and skipped blocks in `blocks`.
+
+        Raises:
+            ValueError: `after` names no joint.
+        """
+        end = joint if joint is not None else lambda name, h: h
+        names = self.unit_names
+        done = names.index(resolve_joint(self, after)) + 1 if after else 0
+        features, preacts, blocks = [], [], []
+        h = x
+        if done == 0:
+            stem, _ = self.make_stem("stem")(h, train=train)
+            features.append(stem)
+            preacts.append(stem)
+            h = end("stem", stem)
+        before = 1  # units in front of the stage
+        for stage, size in enumerate(self.stage_sizes):
+            first = min(max(done - before, 0), size)
+            before += size
+            if first == size:
+                blocks.append(())
+                continue
+            module = _Stage(name=f"stage{stage + 1}")
+            h, outs, preact = module(h, self.make_block, stage, first, size, train, end)
+            features.append(outs[-1])
+            preacts.append(preact)
+            blocks.append(outs)
+        logits, pooled = self.make_head("head")(h, train=train)
+        return Outputs(
+            logits=logits.astype(jnp.float32),
+            features=tuple(features),
+            preacts=tuple(preacts),
+            blocks=tuple(blocks),
+            pooled=pooled,
+        )
+
+
+class _Stage(nn.Module):
+    """Scope of one stage's blocks; owns no parameters of its own."""
+
+    @nn.compact
+    def __call__(
+        self,
+        h: jax.Array,
+        make_block: collections.abc.Callable[[int, int, str], nn.Module],
+        stage: int,
+        first: int,
+        size: int,
+        train: bool,
+        end: JointFn,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
+        """Run blocks first..size-1; gives (h, every activation, last preact)."""
+        outputs = []
+        for index in range(first, size):
+            # make_block is not wrapped by Linen, so the block lands in this scope.
+            name = f"block{index + 1}"
+            activation, preact = make_block(stage, index, name)(h, train=train)
+            outputs.append(activation)
+            h = end(f"{self.name}.{name}", activation)
+        return h, tuple(outputs), preact
+
+
+def resolve_joint(model: Chain, joint: str) -> str:
+    """The unit whose end `joint` names: "stage2" -> "stage2.block3".
+
+    Raises ValueError listing the joints (and the nearest) for an unknown name.
+    """
+    names = model.unit_names
+    if joint in names:
+        return joint
+    ends = {f"stage{s}": size for s, size in enumerate(model.stage_sizes, 1)}
+    if joint in ends:
+        return f"{joint}.block{ends[joint]}"
+    valid = [*ends, *names]
+    near = difflib.get_close_matches(joint, valid, n=1)
+    hint = f" (nearest: {near[0]!r})" if near else ""
+    raise ValueError(f"unknown joint {joint!r}{hint}; joints are {', '.join(valid)}")
+
+
+def feature_at(
+    outputs: Outputs, model: Chain, joint: str, preact: bool = False
+) -> jax.Array:
+    """The activation (B, H, W, C) recorded at a joint of a whole pass.
+
+    Args:
+        outputs: of a pass without `after`.
+        model: the network they come from.
+        joint: as `resolve_joint` takes it.
+        preact: give the value before the last ReLU instead; only the stem and the
+            ends of stages have one on record.
+
+    Raises:
+        ValueError: unknown joint, or `preact` inside a stage.
+    """
+    name = resolve_joint(model, joint)
+    if name == "stem":
+        return outputs.preacts[0] if preact else outputs.features[0]
+    stage_name, block_name = name.split(".")
+    stage = int(stage_name.removeprefix("stage"))
+    index = int(block_name.removeprefix("block"))
+    if not preact:
+        return outputs.blocks[stage - 1][index - 1]
+    if index != model.stage_sizes[stage - 1]:
+        raise ValueError(
+            f"no pre-activation is recorded at {name!r}: only at the stem and at "
+            f"the ends of stages, such as {stage_name!r}"
+        )
+    return outputs.preacts[stage]

@@ -1,0 +1,40 @@
+"""What all pictures share: figures by the pixel, text measured, ink colours.
+
+matplotlib is used through its objects, not pyplot: no global state, no display.
+"""
+
+import os
+from typing import Any
+
+DPI = 150
+INK = "#222222"
+FAINT = "#767676"
+
+Path = str | os.PathLike[str]
+
+
+def cut(text: str, length: int) -> str:
+    """Returns `text`, shortened with an ellipsis to at most `length` characters."""
+    if len(text) <= length:
+        return text
+    return text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def text_width(figure: Any, text: str, **style: Any) -> float:
+    """Returns the width in pixels that `text` takes when drawn."""
+    probe = figure.text(0, 0, text, **style)
+    width = probe.get_window_extent(figure.canvas.get_renderer()).width
+    probe.remove()
+    return float(width)
+
+
+def new_figure(width: int, height: int) -> Any:
+    """Returns a white figure of `width` x `height` pixels at DPI."""
+    from matplotlib import figure
+    from matplotlib.backends import backend_agg
+
+    # The canvas rounds down: the hundredth keeps 313 / 150 * 150 from being 312.
+    size = ((width + 0.01) / DPI, (height + 0.01) / DPI)
+    result = figure.Figure(figsize=size, dpi=DPI, facecolor="white")
+    backend_agg.FigureCanvasAgg(result)
+    return result

@@ -1,0 +1,213 @@
+"""The picture of accuracy and loss over epochs."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lakd_jax.report import canvas
+
+# Okabe and Ito's colours, which colour-blind readers tell apart, without the
+# yellow that white swallows; line patterns take over when they are used up.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+PATTERNS = ("-", "--", ":", "-.")
+_SIZE = (1350, 1050)  # pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class _Curve:
+    name: str
+    epochs: np.ndarray
+    values: np.ndarray
+    colour: str
+    pattern: str
+
+    @property
+    def last(self) -> int:
+        """Index of the last finite value; there is at least one."""
+        return int(np.flatnonzero(np.isfinite(self.values))[-1])
+
+
+def curves(
+    path: canvas.Path,
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    teacher_accuracy: float | None = None,
+    accuracy: str = "accuracy",
+    loss: str = "loss",
+    split: str = "minival",
+) -> None:
+    """Draws accuracy and loss over epochs, one line per run, named at its end.
+
+    Args:
+      path: image file to write (1350 x 1050 pixels); its suffix is the format.
+      runs: records by run name, as `metrics.read` returns them; those of kind
+        "eval" with "epoch" and the named values are drawn.
+      teacher_accuracy: drawn as a horizontal line; None leaves it out.
+      accuracy: name of the accuracy in the records, a fraction of 1.
+      loss: name of the evaluation loss in the records.
+      split: what was evaluated on, for the axis labels.
+    """
+    figure = canvas.new_figure(*_SIZE)
+    grid = figure.add_gridspec(2, 1, height_ratios=(3, 2), hspace=0.1)
+    top = figure.add_subplot(grid[0])
+    below = figure.add_subplot(grid[1], sharex=top)
+    ends = _plot(top, _collect(runs, accuracy, 100.0), "{name}  {value:.1f}")
+    ends_below = _plot(below, _collect(runs, loss, 1.0), "{name}")
+    if teacher_accuracy is not None and ends:
+        level = 100 * teacher_accuracy
+        top.axhline(level, color=canvas.FAINT, linestyle="--", linewidth=1.2)
+        ends.append(_End(math.inf, level, f"teacher  {level:.1f}", canvas.FAINT, "--"))
+    _dress(top, f"accuracy on {split}, %", bool(ends))
+    _dress(below, f"loss on {split}", bool(ends_below))
+    top.tick_params(labelbottom=False)
+    below.set_xlabel("epoch", color=canvas.INK)
+    if not ends and not ends_below:
+        below.set_xticks([])
+    labels = [end.label for end in (*ends, *ends_below)]
+    right = _label_margin(figure, labels) / _SIZE[0]
+    figure.subplots_adjust(left=0.085, right=1 - right, top=0.97, bottom=0.075)
+    figure.align_ylabels()
+    _label_ends(top, ends)
+    _label_ends(below, ends_below)
+    figure.savefig(path, dpi=canvas.DPI)
+
+
+def _collect(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], name: str, scale: float
+) -> list[_Curve]:
+    found = []
+    for index, (run, records) in enumerate(runs.items()):
+        points = [
+            (record["epoch"], scale * record[name])
+            for record in records
+            if record["kind"] == "eval" and name in record and "epoch" in record
+        ]
+        epochs, values = np.asarray(points, np.float64).reshape(-1, 2).T
+        if np.isfinite(values).any():
+            colour = COLOURS[index % len(COLOURS)]
+            pattern = PATTERNS[index // len(COLOURS) % len(PATTERNS)]
+            found.append(_Curve(canvas.cut(run, 34), epochs, values, colour, pattern))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _End:
+    """Where a line ends, and what is written there."""
+
+    epoch: float
+    value: float
+    label: str
+    colour: str
+    pattern: str
+
+
+def _plot(axes: Any, drawn: Sequence[_Curve], label: str) -> list[_End]:
+    for curve in drawn:
+        axes.plot(
+            curve.epochs,
+            curve.values,
+            color=curve.colour,
+            linestyle=curve.pattern,
+            linewidth=1.6,
+            marker="o" if len(curve.epochs) <= 30 else "",
+            markersize=3,
+            clip_on=False,  # the last point lies on the edge
+        )
+    ends = []
+    for curve in drawn:
+        epoch, value = curve.epochs[curve.last], float(curve.values[curve.last])
+        text = label.format(name=curve.name, value=value)
+        ends.append(_End(epoch, value, text, curve.colour, curve.pattern))
+    return ends
+
+
+def _dress(axes: Any, label: str, filled: bool) -> None:
+    axes.set_ylabel(label, color=canvas.INK)
+    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(x=0)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#999999")
+    axes.tick_params(colors=canvas.INK, labelsize=9)
+    if filled:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    else:
+        axes.set_yticks([])
+        place = {"transform": axes.transAxes, "ha": "center", "va": "center"}
+        axes.text(0.5, 0.5, "no evaluations recorded", color=canvas.FAINT, **place)
+
+
+# Right of the axes, in pixels: a line from the curve's end fans out to the height
+# of the label, goes on as a sample of the line's pattern, then the text follows.
+_FAN, _SAMPLE, _TEXT = 26, 62, 72
+
+
+def _label_margin(figure: Any, labels: Sequence[str]) -> float:
+    widths = [
+        canvas.text_width(figure, label, fontsize=9, parse_math=False)
+        for label in labels
+    ]
+    return _TEXT + 12 + max(widths, default=0)
+
+
+def _label_ends(axes: Any, ends: Sequence[_End]) -> None:
+    box = axes.get_window_extent()
+    right = axes.get_xlim()[1]
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # stop following the data
+    values = [(right, end.value) for end in ends]
+    own = [float(y) - box.y0 for _, y in map(axes.transData.transform, values)]
+    heights = spread(own, 25, box.height)
+    for end, start, height in zip(ends, own, heights, strict=True):
+        style = {"color": end.colour, "transform": None, "clip_on": False}
+        x = box.x1 + np.array([0, _FAN, _SAMPLE])
+        y = box.y0 + np.array([start, height, height])
+        line = axes.figure.add_artist
+        line(_line(x[:2], y[:2], linewidth=0.8, **style))
+        line(_line(x[1:], y[1:], linewidth=1.8, linestyle=end.pattern, **style))
+        place = {"transform": None, "va": "center_baseline", "fontsize": 9}
+        place["parse_math"] = False  # a name may contain dollar signs
+        axes.figure.text(box.x1 + _TEXT, y[1], end.label, color=canvas.INK, **place)
+        if end.epoch < right:  # a run that ended before others
+            level = [end.value, end.value]
+            axes.plot([end.epoch, right], level, ":", color=end.colour, linewidth=0.8)
+
+
+def _line(x: np.ndarray, y: np.ndarray, **style: Any) -> Any:
+    from matplotlib import lines
+
+    return lines.Line2D(x, y, **style)
+
+
+def spread(wanted: Sequence[float], gap: float, height: float) -> list[float]:
+    """Returns positions near `wanted`, in the same order, at least `gap` apart.
+
+    Positions stay within 0 and `height` unless there are too many to fit.
+    """
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    # Neighbours that are too close merge into a block centred on their mean.
+    blocks: list[tuple[float, int]] = []  # (mean of the wanted, members)
+    for index in order:
+        mean, count = float(wanted[index]), 1
+        while blocks:
+            below, members = blocks[-1]
+            if mean - below >= gap * (count + members) / 2:
+                break
+            blocks.pop()
+            mean = (mean * count + below * members) / (count + members)
+            count += members
+        blocks.append((mean, count))
+    placed = [
+        mean + gap * (i - (count - 1) / 2)
+        for mean, count in blocks
+        for i in range(count)
+    ]
+    for i in reversed(range(len(placed))):
+        placed[i] = min(placed[i], height - gap * (len(placed) - 1 - i))
+    for i in range(len(placed)):
+        placed[i] = max(placed[i], gap * i)
+    return [placed[order.index(i)] for i in range(len(wanted))]

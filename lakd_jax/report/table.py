@@ -1,0 +1,145 @@
+"""The results of runs as a table: aligned text that is also Markdown."""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+
+from lakd_jax.report import summary
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One run, or one network measured alone (a teacher).
+
+    Accuracies are fractions of 1. What does not apply is None and shown as "-".
+
+    Attributes:
+      name: network and method, e.g. "resnet20, LAKD".
+      test_last: test accuracy of the last checkpoint.
+      test_best: test accuracy of the checkpoint that was best on minival.
+      examples: number of test images.
+      parameters: number of trainable parameters of the deployed network.
+      seconds: training time.
+      images_per_second: training speed.
+      note: shown in a last column, which exists if any row has one.
+    """
+
+    name: str
+    test_last: float
+    test_best: float | None
+    examples: int
+    parameters: int
+    seconds: float | None
+    images_per_second: float | None
+    note: str = ""
+
+
+_HEADER = (
+    "network / method",
+    "last %",
+    "best-on-minival %",
+    "parameters",
+    "train time",
+    "images/s",
+)
+
+
+def render(rows: Sequence[Row]) -> str:
+    """Returns one line per row, below them the number of test images."""
+    body = [
+        [row.name, _percent(row.test_last), _percent(row.test_best), *_costs([row])]
+        for row in rows
+    ]
+    return _grid(body, [row.note for row in rows]) + _examples(rows)
+
+
+def render_seeds(rows: Sequence[Row]) -> str:
+    """Returns one line per name: "mean +- sd (n)" over the rows that bear it.
+
+    sd is the sample standard deviation, in percentage points. Training time and
+    speed are means; parameters and note are those of the first row.
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.name, []).append(row)
+    body = [
+        [
+            name,
+            _spread([row.test_last for row in group]),
+            _spread([row.test_best for row in group]),
+            *_costs(group),
+        ]
+        for name, group in groups.items()
+    ]
+    return _grid(body, [group[0].note for group in groups.values()]) + _examples(rows)
+
+
+def summarise(values: Sequence[float]) -> tuple[float, float | None, int]:
+    """Returns mean, sample standard deviation (None for one value) and count.
+
+    Raises:
+      ValueError: `values` is empty.
+    """
+    if not values:
+        raise ValueError("values is empty: there is no mean of nothing")
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return statistics.fmean(values), deviation, len(values)
+
+
+def _percent(accuracy: float | None) -> str:
+    return "-" if accuracy is None else f"{100 * accuracy:.2f}"
+
+
+def _spread(accuracies: Sequence[float | None]) -> str:
+    known = [accuracy for accuracy in accuracies if accuracy is not None]
+    if not known:
+        return "-"
+    mean, deviation, count = summarise(known)
+    middle = "" if deviation is None else f" +- {100 * deviation:.2f}"
+    return f"{_percent(mean)}{middle} ({count})"
+
+
+def _costs(group: Sequence[Row]) -> list[str]:
+    seconds = [row.seconds for row in group if row.seconds is not None]
+    speeds = [r.images_per_second for r in group if r.images_per_second is not None]
+    return [
+        f"{group[0].parameters:,}",
+        summary.duration(statistics.fmean(seconds)) if seconds else "-",
+        f"{statistics.fmean(speeds):,.0f}" if speeds else "-",
+    ]
+
+
+def _examples(rows: Sequence[Row]) -> str:
+    counts = sorted({row.examples for row in rows})
+    if not counts:
+        return ""
+    return f"\n\nAccuracy on {' or '.join(f'{n:,}' for n in counts)} test images."
+
+
+def _grid(body: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    lines = [list(_HEADER), *(list(line) for line in body)]
+    if any(notes):
+        for line, note in zip(lines, ["note", *notes], strict=True):
+            line.append(note)
+    lines = [[_escape(cell) for cell in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    # Numbers to the right; the first column and the notes to the left.
+    left = [index in (0, len(_HEADER)) for index in range(len(widths))]
+    rule = [
+        ":" + "-" * (width - 1) if is_left else "-" * (width - 1) + ":"
+        for width, is_left in zip(widths, left, strict=True)
+    ]
+    padded = [
+        [
+            cell.ljust(width) if is_left else cell.rjust(width)
+            for cell, width, is_left in zip(line, widths, left, strict=True)
+        ]
+        for line in lines
+    ]
+    padded.insert(1, rule)
+    return "\n".join("| " + " | ".join(line) + " |" for line in padded)
+
+
+def _escape(cell: str) -> str:
+    # A bar or a line break would end the cell.
+    return " ".join(cell.split()).replace("|", "\\|")

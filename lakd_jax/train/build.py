@@ -1,0 +1,180 @@
+"""From a config to the pieces of a run: the one place where fields are read."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lakd_jax import config as config_lib
+from lakd_jax import distill
+from lakd_jax.local import cuts
+from lakd_jax.train import networks, optim
+from lakd_jax.train import state as state_lib
+from lakd_jax.train import step as step_lib
+
+PyTree = Any
+
+
+def pixels(config: config_lib.ConfigDict) -> step_lib.Pixels:
+    """What the student sees of an image."""
+    return step_lib.Pixels(
+        tuple(config.data.mean), tuple(config.data.std), jnp.dtype(config.dtype)
+    )
+
+
+def learner(
+    config: config_lib.ConfigDict,
+    student: networks.Loaded,
+    teacher: networks.Loaded | None,
+    *,
+    teacher_pixels: step_lib.Pixels,
+    image_shape: tuple[int, ...],
+    steps_per_epoch: int,
+    mesh: jax.sharding.Mesh,
+) -> tuple[step_lib.Learner, Callable[[], state_lib.TrainState]]:
+    """The step's fixed parts, and a function that makes the first state.
+
+    Args:
+      config: resolved.
+      image_shape: (H, W, 3) of the training images.
+    """
+    method = distill.create(config.method, method_options(config))
+    is_local = distill.METHODS[config.method].local
+    partition = cuts.modules(
+        student.model,
+        teacher.model if teacher else student.model,
+        config.local.granularity if is_local else "none",
+        config.local.cuts if is_local else (),
+    )
+    rate = learning_rate(config, steps_per_epoch)
+    draft = step_lib.Learner(
+        student=student.model,
+        teacher=teacher.model if teacher else None,
+        method=method,
+        partition=partition,
+        cut_scale=config.local.cut_scale if is_local else 1.0,
+        module_input=config.local.module_input if is_local else "student",
+        uncut=method.needs_uncut,
+        preact=is_local and config.lakd.preact,
+        student_pixels=pixels(config),
+        teacher_pixels=teacher_pixels,
+        pad=config.data.pad,
+        flip=config.data.flip,
+        steps_per_epoch=steps_per_epoch,
+        optimizer=optax.identity(),  # the real one needs the parameters' names
+        learning_rate=rate,
+        weight_decay=config.optim.weight_decay,
+        labels=None,
+        mesh=mesh,
+    )
+    init = _initialiser(draft, teacher, config.seed, image_shape)
+    params, _ = jax.eval_shape(init)
+    labels = cuts.label_tree(params, partition, student.model)
+    optimizer = optim.sgd(
+        rate,
+        momentum=config.optim.momentum,
+        nesterov=config.optim.nesterov,
+        weight_decay=config.optim.weight_decay,
+        clip_norm=config.optim.clip_norm,
+        labels=labels,
+    )
+    done = dataclasses.replace(draft, optimizer=optimizer, labels=labels)
+    return done, lambda: _first_state(done, init, student.variables)
+
+
+def learning_rate(
+    config: config_lib.ConfigDict, steps_per_epoch: int
+) -> optax.Schedule:
+    """The schedule that `config.optim` describes."""
+    o = config.optim
+    return optim.schedule(
+        o.schedule,
+        o.lr,
+        epochs=config.epochs,
+        steps_per_epoch=steps_per_epoch,
+        milestones=o.milestones,
+        decay=o.decay,
+        warmup_epochs=o.warmup_epochs,
+    )
+
+
+def method_options(config: config_lib.ConfigDict) -> dict[str, Any]:
+    """The fields that `distill.create` takes for this method."""
+    if config.method == "none":
+        return {}
+    kd = config.kd.to_dict()
+    if config.method == "kd":
+        return kd
+    own = {n: v for n, v in config.lakd.items() if n != "preact"}  # the step's
+    starts = tuple(config.local.module_start_epochs)
+    return {**own, **kd, "module_start_epochs": starts}
+
+
+def _initialiser(
+    learner: step_lib.Learner,
+    teacher: networks.Loaded | None,
+    seed: int,
+    image_shape: tuple[int, ...],
+) -> Callable[[], tuple[PyTree, PyTree]]:
+    """A function that makes ({part: params}, {part: batch statistics})."""
+    key = jax.random.fold_in(jax.random.key(seed), state_lib.INITIALISE)
+    images = jnp.zeros((2, *image_shape), jnp.uint8)
+    labels = jnp.zeros((2,), jnp.int32)
+
+    def init() -> tuple[PyTree, PyTree]:
+        keys = dict(zip(("student", "method"), jax.random.split(key), strict=True))
+        variables = learner.student.init(
+            keys["student"], learner.student_pixels(images), train=False
+        )
+        params = {"student": variables["params"]}
+        stats = {"student": variables["batch_stats"]}
+        signals, _ = step_lib.observe(
+            learner,
+            params,
+            stats,
+            _zeros(teacher),
+            images,
+            labels,
+            jnp.int32(0),
+        )
+        own = learner.method.init(keys["method"], signals, train=True)
+        params["method"] = own.get("params", {})
+        stats["method"] = own.get("batch_stats", {})
+        return params, stats
+
+    return init
+
+
+def _zeros(teacher: networks.Loaded | None) -> PyTree:
+    """Stand-in teacher weights: only their shapes matter to an initialisation."""
+    if teacher is None:
+        return None
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), teacher.variables)
+
+
+def _first_state(
+    learner: step_lib.Learner,
+    init: Callable[[], tuple[PyTree, PyTree]],
+    student_variables: PyTree | None,
+) -> state_lib.TrainState:
+    # Runs once, and its random numbers take XLA's CPU compiler five times longer to
+    # optimise than to run as they are.
+    options = {"xla_backend_optimization_level": 0} if _on_cpu() else None
+    params, stats = jax.jit(init).lower().compile(compiler_options=options)()
+    if student_variables is not None:
+        params["student"] = student_variables["params"]
+        stats["student"] = student_variables["batch_stats"]
+    state = state_lib.TrainState(
+        step=jnp.int32(0),
+        params=params,
+        batch_stats=stats,
+        opt_state=learner.optimizer.init(params),
+    )
+    return state_lib.replicate(state, learner.mesh)
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"

@@ -1,0 +1,60 @@
+"""What a run will cost, told from its compiled step before it starts."""
+
+from typing import Any
+
+import jax
+
+from lakd_jax import config as config_lib
+from lakd_jax.report import summary
+from lakd_jax.train import build, fit, networks, runs
+from lakd_jax.train import state as state_lib
+
+
+def one_step(
+    config: config_lib.ConfigDict,
+    bench: runs.Bench,
+    job: fit.Fit,
+    student: networks.Loaded,
+    teacher: runs.Teacher | None,
+) -> str:
+    """Runs a step and an evaluation batch; their costs as a block of text."""
+    state, metrics, program = job.one_step()
+    size = config.eval_batch_size
+    some = bench.test.replace(
+        images=bench.test.images[:size], labels=bench.test.labels[:size]
+    )
+    evaluator = runs.evaluator(config, student, build.pixels(config), bench)
+    score = evaluator(fit.student_variables(state), some)
+    plan = job.plan
+    lines = {
+        "student": _network(config.student.name, state.params["student"]),
+        "teacher": _network(config.teacher.name, teacher.network.variables["params"])
+        if teacher
+        else "none",
+        "method": f"{config.method}: {_count(state.params['method'])} parameters of its own",
+        "devices": f"{bench.mesh.size} x {jax.devices()[0].device_kind}",
+        "steps": f"{plan.total_steps:,} = {plan.epochs} epochs x "
+        f"{plan.steps_per_epoch:,}, batch {plan.batch_size}",
+        "a step": _compiled(program),
+        "first loss": f"{metrics['loss']:.4f}",
+        "first batch": f"{score.right} of {score.examples} test images right",
+    }
+    return summary.describe(lines)
+
+
+def _network(name: str, params: Any) -> str:
+    return f"{name}, {_count(params)} parameters"
+
+
+def _count(params: Any) -> str:
+    return f"{state_lib.parameter_count(params):,}"
+
+
+def _compiled(program: Any) -> str:
+    flops = program.cost_analysis().get("flops", float("nan"))
+    memory = program.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return (
+        f"{flops / 1e9:.2f} GFLOP; {held / 2**20:.0f} MiB on each device, "
+        f"{memory.temp_size_in_bytes / 2**20:.0f} of them temporary"
+    )

@@ -1,0 +1,89 @@
+"""Exact counts over a whole split."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lakd_jax.models import chain
+from lakd_jax.train import state as state_lib
+from lakd_jax.train import step as step_lib
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Right answers of all examples, and the mean cross-entropy."""
+
+    right: int
+    examples: int
+    loss: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, in 0..1."""
+        return self.right / self.examples
+
+
+class Evaluator:
+    """Scores a network on a resident split, each example exactly once.
+
+    The last batch is filled up with the first example and masked, so that one
+    compiled program serves all batches. `check` is called between batches and
+    `compile_with` runs the compilation (both let an interruption through).
+    """
+
+    def __init__(
+        self,
+        model: chain.Chain,
+        pixels: step_lib.Pixels,
+        batch_size: int,
+        mesh: jax.sharding.Mesh,
+        *,
+        check: Callable[[], None],
+        compile_with: Callable[..., Any],
+    ):
+        self._model, self._pixels, self._mesh = model, pixels, mesh
+        self._batch_size = batch_size
+        self._check, self._compile_with = check, compile_with
+        self._programs: dict[tuple[int, ...], Any] = {}
+
+    def __call__(self, variables: PyTree, data: state_lib.Resident) -> Score:
+        """The score of `variables` on all of `data`."""
+        examples = data.labels.shape[0]
+        totals = []
+        for start in range(0, examples, self._batch_size):
+            rows = np.arange(start, start + self._batch_size)
+            mask = rows < examples
+            arguments = (variables, data, np.where(mask, rows, 0), mask)
+            totals.append(self._program(arguments)(*arguments))
+            self._check()
+        right, loss = np.sum(jax.device_get(totals), axis=0)
+        return Score(int(right), examples, float(loss) / examples)
+
+    def _program(self, arguments: tuple) -> Any:
+        shape = arguments[1].images.shape
+        if shape not in self._programs:
+            lowered = jax.jit(self._batch).lower(*arguments)
+            self._programs[shape] = self._compile_with(lowered.compile)
+        return self._programs[shape]
+
+    def _batch(
+        self,
+        variables: PyTree,
+        data: state_lib.Resident,
+        rows: jax.Array,
+        mask: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        sharding = state_lib.over_batch(self._mesh)
+        images = jax.lax.with_sharding_constraint(data.images[rows], sharding)
+        labels = data.labels[rows]
+        logits = self._model.apply(variables, self._pixels(images), train=False).logits
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        right = (jnp.argmax(logits, -1) == labels) & mask
+        return jnp.sum(right), jnp.sum(jnp.where(mask, losses, 0.0))

@@ -1,0 +1,108 @@
+"""The pictures at the end of a run: accuracy curves and attention maps."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from lakd_jax import config as config_lib
+from lakd_jax.distill import lakd
+from lakd_jax.local import cuts
+from lakd_jax.models import chain
+from lakd_jax.report import maps, metrics, pictures
+from lakd_jax.train import build, networks, runs
+
+SHOWN = 8  # test images in the attention picture
+
+
+def draw(
+    config: config_lib.ConfigDict,
+    directory: Path,
+    bench: runs.Bench,
+    teacher: runs.Teacher | None,
+    methods: Sequence[str],
+) -> None:
+    """Writes curves.png, and attention.png if there is a teacher to compare with.
+
+    Args:
+      methods: the runs of this command; the last is in `directory` itself, the
+        others in its subdirectories.
+    """
+    folders = {m: directory / m for m in methods[:-1]} | {methods[-1]: directory}
+    records = {m: metrics.read(folder) for m, folder in folders.items()}
+    pictures.curves(
+        directory / "curves.png",
+        records,
+        teacher_accuracy=teacher.score.accuracy if teacher else None,
+    )
+    if teacher:
+        _attention(config, directory, bench, teacher)
+
+
+def _attention(
+    config: config_lib.ConfigDict,
+    directory: Path,
+    bench: runs.Bench,
+    teacher: runs.Teacher,
+) -> None:
+    finished = config_lib.changed(config, {"student.init": str(directory)})
+    student = runs.load_network("student", finished, bench)
+    test = bench.dataset.test
+    chosen = _one_a_class(test.labels)
+    images = jax.numpy.asarray(test.images[chosen])
+    theirs = _forward(teacher.network, teacher.pixels(images))
+    ours = _forward(student, build.pixels(config)(images))
+    partition = cuts.modules(
+        student.model,
+        teacher.network.model,
+        config.local.granularity,
+        config.local.cuts,
+    )
+    options = lakd.Options(
+        **build.method_options(config_lib.changed(config, {"method": "lakd"}))
+    )
+    at_teacher = _joints(theirs, teacher.network.model, partition.teacher_joints)
+    at_student = _joints(ours, student.model, partition.student_joints)
+    masks = [options.mask(z)[..., 0] for z in at_teacher]
+    modules = [
+        pictures.ModuleMaps(name, *map(np.asarray, columns))
+        for name, *columns in zip(
+            partition.names,
+            maps.attention_maps(at_teacher),
+            masks,
+            maps.attention_maps(at_student),
+            strict=True,
+        )
+    ]
+    names = bench.dataset.classes
+    said = [
+        [names[c] for c in labels]
+        for labels in (test.labels[chosen], _argmax(theirs), _argmax(ours))
+    ]
+    captions = [pictures.Caption(*texts) for texts in zip(*said, strict=True)]
+    pictures.attention(
+        directory / "attention.png", test.images[chosen], captions, modules
+    )
+
+
+def _one_a_class(labels: np.ndarray) -> np.ndarray:
+    """Positions of the first image of each of `SHOWN` classes spread over all."""
+    classes = np.unique(labels)
+    places = np.linspace(0, len(classes) - 1, min(SHOWN, len(classes)))
+    return np.array([np.flatnonzero(labels == classes[int(p)])[0] for p in places])
+
+
+def _forward(network: networks.Loaded, inputs: jax.Array) -> chain.Outputs:
+    forward = jax.jit(lambda v, x: network.model.apply(v, x, train=False))
+    return forward(network.variables, inputs)
+
+
+def _joints(
+    outputs: chain.Outputs, model: chain.Chain, names: Sequence[str]
+) -> list[jax.Array]:
+    return [chain.feature_at(outputs, model, n) for n in names]
+
+
+def _argmax(outputs: chain.Outputs) -> np.ndarray:
+    return np.asarray(outputs.logits.argmax(-1))

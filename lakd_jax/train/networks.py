@@ -1,0 +1,123 @@
+"""Brings a network with its weights from wherever the user keeps them."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from lakd_jax import errors, interop, models
+from lakd_jax.models import chain
+
+PyTree = Any
+
+STUDENT_FILE = "student.safetensors"  # in every finished run
+RESULT_FILE = "result.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A network, its variables (None: to be initialised), and where from.
+
+    `mean` and `std` are those of its own training where the source knows them.
+    """
+
+    model: chain.Chain
+    variables: PyTree | None
+    source: str
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+def load(
+    field: str, name: str, init: str, *, shortcut: str, dtype: str, num_classes: int
+) -> Loaded:
+    """The network `name` with the weights that `init` points at.
+
+    Args:
+      field: "student" or "teacher", for error messages.
+      init: empty (random), a finished run's directory, a `.safetensors` file or a
+        PyTorch file. Class count and shortcut type are then read from it.
+
+    Raises:
+      errors.TeacherError: nothing is there, it is another network's, or it has
+        another number of classes than the data.
+    """
+    if not init:
+        model = models.create(
+            name, num_classes=num_classes, shortcut=shortcut, dtype=jnp.dtype(dtype)
+        )
+        return Loaded(model, None, "random weights")
+    path = Path(init).expanduser()
+    if not path.exists():
+        raise errors.TeacherError(
+            f"{field}.init: {path} does not exist. It must be a finished run's "
+            "directory, a .safetensors file or a PyTorch checkpoint."
+        )
+    if path.is_dir():
+        path = _student_of(field, path)
+    read = _own if interop.is_variables_file(path) else _foreign
+    try:
+        loaded = read(name, path, dtype)
+    except errors.TeacherError as e:
+        raise errors.TeacherError(f"{field}.init: {path}\n{e}") from e
+    if loaded.model.num_classes != num_classes:
+        raise errors.TeacherError(
+            f"{field}.init: {path} tells {loaded.model.num_classes} classes apart, "
+            f"the data has {num_classes}; use weights trained on the same classes."
+        )
+    return loaded
+
+
+def save(path: Path, variables: PyTree, network: Loaded, result: dict) -> None:
+    """Writes a student so that `load` finds all it needs in the one file.
+
+    Args:
+      variables: of the plain student; `network` names it and its normalisation.
+      result: what is known of its quality, kept as it is.
+    """
+    model = network.model
+    card = {
+        "network": result["student"],
+        "num_classes": model.num_classes,
+        "options": {name: getattr(model, name) for name in model.OPTIONS},
+        "mean": network.mean,
+        "std": network.std,
+        "result": result,
+    }
+    interop.save_variables(path, variables, card)
+
+
+def _student_of(field: str, directory: Path) -> Path:
+    if not (directory / RESULT_FILE).exists():
+        raise errors.TeacherError(
+            f"{field}.init: {directory} is not a finished run (it has no "
+            f"{RESULT_FILE}); finish it by giving its own command again, or name "
+            "another."
+        )
+    return directory / STUDENT_FILE
+
+
+def _own(name: str, path: Path, dtype: str) -> Loaded:
+    """A student that `save` wrote."""
+    variables, card = interop.load_variables(path)
+    if card["network"] != name:
+        raise errors.TeacherError(
+            f"holds a {card['network']}, not the {name} that the config names; "
+            "make the two agree."
+        )
+    model = models.create(
+        name,
+        num_classes=card["num_classes"],
+        dtype=jnp.dtype(dtype),
+        **card["options"],
+    )
+    return Loaded(model, variables, str(path), tuple(card["mean"]), tuple(card["std"]))
+
+
+def _foreign(name: str, path: Path, dtype: str) -> Loaded:
+    """A PyTorch state dictionary."""
+    state = interop.load_torch_file(path)
+    options = interop.options_from_torch(name, state)
+    model = models.create(name, dtype=jnp.dtype(dtype), **options)
+    return Loaded(model, interop.from_torch(name, state), str(path))

@@ -1,0 +1,85 @@
+"""Learning-rate schedules and stochastic gradient descent, as PyTorch has it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+
+
+def schedule(
+    kind: str,
+    lr: float,
+    *,
+    epochs: int,
+    steps_per_epoch: int,
+    milestones: Sequence[float],
+    decay: float,
+    warmup_epochs: float,
+) -> optax.Schedule:
+    """The learning rate at a step (counted from 0).
+
+    `step` multiplies by `decay` once `milestones` epochs are complete, `cosine`
+    falls to 0 at the last step, `constant` stays. Before that, `warmup_epochs`
+    of linear growth from 0.
+    """
+    warmup = round(warmup_epochs * steps_per_epoch)
+    total = epochs * steps_per_epoch
+    if kind == "step":
+        drops = {round(m * steps_per_epoch): decay for m in milestones}
+        base = optax.piecewise_constant_schedule(lr, drops)
+    elif kind == "cosine":
+        after = optax.cosine_decay_schedule(lr, max(total - warmup, 1))
+        base = lambda step: after(jnp.maximum(step - warmup, 0))  # noqa: E731
+    else:
+        base = optax.constant_schedule(lr)
+    if not warmup:
+        return base
+    return lambda step: base(step) * jnp.minimum(1.0, (step + 1) / warmup)
+
+
+def sgd(
+    learning_rate: optax.Schedule,
+    *,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    clip_norm: float,
+    labels: PyTree,
+) -> optax.GradientTransformation:
+    """Clip per module, add weight decay, momentum, then the learning rate.
+
+    The order is PyTorch's SGD: the decay enters the momentum buffer. `labels`
+    (the module index of every parameter) says which gradients share a norm: a
+    norm over all modules would couple them across the cuts.
+    """
+    return optax.chain(
+        clip_by_module_norm(clip_norm, labels) if clip_norm else optax.identity(),
+        optax.add_decayed_weights(weight_decay),
+        optax.trace(momentum, nesterov),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def clip_by_module_norm(limit: float, labels: PyTree) -> optax.GradientTransformation:
+    """Scales each module's gradient to a norm of at most `limit`."""
+
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple:
+        del params
+        norms = module_norms(updates, labels)
+        scale = {k: jnp.minimum(1.0, limit / (n + 1e-12)) for k, n in norms.items()}
+        return jax.tree.map(lambda u, k: u * scale[k], updates, labels), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def module_norms(tree: PyTree, labels: PyTree) -> dict[int, jax.Array]:
+    """L2 norm over each module's leaves, keyed by module index."""
+    leaves, indices = jax.tree.leaves(tree), jax.tree.leaves(labels)
+    squares: dict[int, jax.Array] = {}
+    for leaf, k in zip(leaves, indices, strict=True):
+        squares[k] = squares.get(k, jnp.float32(0)) + jnp.sum(jnp.square(leaf))
+    return {k: jnp.sqrt(s) for k, s in sorted(squares.items())}

@@ -1,0 +1,79 @@
+"""What training carries from step to step, and how it is spread over devices."""
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lakd_jax import data
+
+PyTree = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+    """One subtree a network part: `{"student": ..., "method": ...}`.
+
+    Attributes:
+      step: finished updates, int32 scalar.
+      params: float32 parameters of the student and of the method.
+      batch_stats: running statistics of the same two.
+      opt_state: of the optimiser over `params`.
+    """
+
+    step: jax.Array
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: PyTree
+
+
+@flax.struct.dataclass
+class Resident:
+    """A split kept on the devices: images (N,H,W,3) uint8, labels, ids (N,).
+
+    `key` is the augmentation's; it travels with the data, so that runs of several
+    seeds share one compiled program.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    ids: jax.Array
+    key: jax.Array
+
+
+# What random numbers are for; folded into the run's seed.
+INITIALISE, AUGMENT = 0, 1
+
+
+def resident(split: data.Split, seed: int, mesh: Mesh) -> Resident:
+    """A split whole on every device, with the augmentation key of `seed`."""
+    key = jax.random.fold_in(jax.random.key(seed), AUGMENT)
+    return replicate(Resident(split.images, split.labels, split.ids, key), mesh)
+
+
+def data_mesh() -> Mesh:
+    """All local devices in one axis, over which batches are split."""
+    return Mesh(np.array(jax.local_devices()), ("data",))
+
+
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Every leaf whole on every device, in buffers of its own.
+
+    The copy matters: `device_put` may alias its argument, and the step donates
+    what it is given.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jax.device_put(jnp.array(x), sharding), tree)
+
+
+def over_batch(mesh: Mesh) -> NamedSharding:
+    """The first axis split over the devices."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def parameter_count(params: PyTree) -> int:
+    """How many numbers a tree of parameters holds."""
+    return sum(x.size for x in jax.tree.leaves(params))

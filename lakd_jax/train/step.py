@@ -1,0 +1,282 @@
+"""One training step as a pure function: forward, loss, update."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from lakd_jax.data import augment
+from lakd_jax.distill import method as method_lib
+from lakd_jax.local import cuts
+from lakd_jax.models import chain
+from lakd_jax.train import optim
+from lakd_jax.train import state as state_lib
+
+PyTree = Any
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """How uint8 images become a network's input; mean and std per channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dtype: Any
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """(B,H,W,3) uint8 -> normalised (B,H,W,3) of `dtype`."""
+        return augment.normalise(images, self.mean, self.std, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """Everything about a step that does not change while training.
+
+    Attributes:
+      student, teacher: the networks; the teacher may be None.
+      method: Linen module that turns `Signals` into one loss a module.
+      partition: the student's modules and the teacher's matching joints.
+      cut_scale: gradient kept at each cut, 0 (isolated) to 1 (end to end).
+      module_input: "student", or "teacher": each module is fed the teacher's
+        activation at the joint below it.
+      uncut: also hand the method joints whose gradients cross the cuts.
+      preact: joints before the last ReLU.
+    """
+
+    student: chain.Chain
+    teacher: chain.Chain | None
+    method: nn.Module
+    partition: cuts.Partition
+    cut_scale: float
+    module_input: str
+    uncut: bool
+    preact: bool
+    student_pixels: Pixels
+    teacher_pixels: Pixels
+    pad: int
+    flip: bool
+    steps_per_epoch: int
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    weight_decay: float
+    labels: PyTree  # module index of every parameter
+    mesh: Mesh
+
+
+def run_steps(
+    learner: Learner,
+    state: state_lib.TrainState,
+    teacher_variables: PyTree,
+    data: state_lib.Resident,
+    indices: jax.Array,
+) -> tuple[state_lib.TrainState, Metrics]:
+    """As many steps as `indices` (n, B) has rows; metrics are (n,) each.
+
+    On CPU the loop is unrolled: XLA runs convolutions inside loops there more
+    than ten times slower.
+    """
+    if indices.shape[0] == 1:
+        state, metrics = train_step(learner, state, teacher_variables, data, indices[0])
+        return state, jax.tree.map(lambda m: m[None], metrics)
+    return jax.lax.scan(
+        lambda s, rows: train_step(learner, s, teacher_variables, data, rows),
+        state,
+        indices,
+        unroll=indices.shape[0] if jax.default_backend() == "cpu" else 1,
+    )
+
+
+def train_step(
+    learner: Learner,
+    state: state_lib.TrainState,
+    teacher_variables: PyTree,
+    data: state_lib.Resident,
+    indices: jax.Array,
+) -> tuple[state_lib.TrainState, Metrics]:
+    """One update from the examples at `indices` (B,) of the training split.
+
+    Returns the new state and scalars: the loss, the batch's accuracy, every
+    loss term, and per module the norms of gradient and weight-decay term.
+    """
+    images, labels = batch(learner, state.step, data, indices)
+    grads, (stats, metrics) = jax.grad(loss, argnums=1, has_aux=True)(
+        learner,
+        state.params,
+        state.batch_stats,
+        teacher_variables,
+        images,
+        labels,
+        state.step,
+    )
+    updates, opt_state = learner.optimizer.update(grads, state.opt_state, state.params)
+    metrics |= _norms(learner, grads, state.params)
+    metrics["learning_rate"] = jnp.float32(learner.learning_rate(state.step))
+    new = state_lib.TrainState(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        batch_stats=stats,
+        opt_state=opt_state,
+    )
+    return new, metrics
+
+
+def batch(
+    learner: Learner, step: jax.Array, data: state_lib.Resident, indices: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Augmented images (B,H,W,3) uint8 and labels (B,), split over devices.
+
+    An example's augmentation depends on (seed, epoch, example id) alone, not on
+    the batch it comes in.
+    """
+    images = augment.augment(
+        data.key,
+        data.images[indices],
+        data.ids[indices],
+        step // learner.steps_per_epoch,
+        pad=learner.pad,
+        flip=learner.flip,
+    )
+    sharding = state_lib.over_batch(learner.mesh)
+    if indices.shape[0] % learner.mesh.size:
+        return images, data.labels[indices]  # a short batch, whole everywhere
+    constrain = jax.lax.with_sharding_constraint
+    return constrain(images, sharding), constrain(data.labels[indices], sharding)
+
+
+def loss(
+    learner: Learner,
+    params: PyTree,
+    batch_stats: PyTree,
+    teacher_variables: PyTree,
+    images: jax.Array,
+    labels: jax.Array,
+    step: jax.Array,
+) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
+    """The summed loss of all modules; (new batch statistics, metrics) beside it.
+
+    Images are (B,H,W,3) uint8, already augmented. The gradient of the sum for a
+    module's parameters is that of its own loss, since the cuts let nothing (or
+    `cut_scale` of it) through.
+    """
+    signals, stats = observe(
+        learner, params, batch_stats, teacher_variables, images, labels, step
+    )
+    losses, method_state = learner.method.apply(
+        _variables(params, batch_stats, "method"),
+        signals,
+        train=True,
+        mutable=["batch_stats"],
+    )
+    total = method_lib.total(losses)
+    correct = jnp.argmax(signals.student.logits, -1) == labels
+    metrics = {"loss": total, "accuracy": jnp.mean(correct, dtype=jnp.float32)}
+    metrics |= method_lib.flatten_metrics(losses)
+    new_stats = {"student": stats, "method": method_state.get("batch_stats", {})}
+    return total, (new_stats, metrics)
+
+
+def observe(
+    learner: Learner,
+    params: PyTree,
+    batch_stats: PyTree,
+    teacher_variables: PyTree,
+    images: jax.Array,
+    labels: jax.Array,
+    step: jax.Array,
+) -> tuple[method_lib.Signals, PyTree]:
+    """Both networks' outputs as a method sees them, and the student's new statistics."""
+    teacher, suffix, teacher_joints = None, None, ()
+    if learner.teacher is not None:
+        teacher = _teacher_outputs(learner, teacher_variables, images)
+        suffix = _suffix(learner, teacher_variables)
+        teacher_joints = _joints(
+            learner, learner.teacher, teacher, learner.partition.teacher_joints
+        )
+    replace = None
+    if learner.module_input == "teacher":
+        replace = dict(
+            zip(learner.partition.student_joints, teacher_joints, strict=True)
+        )
+    variables = _variables(params, batch_stats, "student")
+    inputs = learner.student_pixels(images)
+
+    def run(scale: float) -> tuple[chain.Outputs, PyTree]:
+        joint = cuts.joint_function(learner.partition, scale, replace)
+        return learner.student.apply(
+            variables, inputs, train=True, joint=joint, mutable=["batch_stats"]
+        )
+
+    student, new = run(learner.cut_scale)
+    uncut = ()
+    if learner.uncut:
+        # The same values again; the compiler merges the two forward passes.
+        uncut = _joints(
+            learner, learner.student, run(1.0)[0], learner.partition.student_joints
+        )
+    signals = method_lib.Signals(
+        student=student,
+        teacher=teacher,
+        labels=labels,
+        epoch=step.astype(jnp.float32) / learner.steps_per_epoch,
+        student_joints=_joints(
+            learner, learner.student, student, learner.partition.student_joints
+        ),
+        teacher_joints=teacher_joints,
+        student_uncut=uncut,
+        teacher_suffix=suffix,
+    )
+    return signals, new["batch_stats"]
+
+
+def _teacher_outputs(
+    learner: Learner, variables: PyTree, images: jax.Array
+) -> chain.Outputs:
+    outputs = learner.teacher.apply(
+        variables, learner.teacher_pixels(images), train=False
+    )
+    return jax.lax.stop_gradient(outputs)
+
+
+def _suffix(learner: Learner, variables: PyTree) -> Any:
+    """The teacher from one joint on: (module index, activation) -> logits."""
+
+    def run(module: int, activation: jax.Array) -> jax.Array:
+        after = learner.partition.teacher_joints[module]
+        dtype = learner.teacher_pixels.dtype
+        outputs = learner.teacher.apply(
+            variables, activation.astype(dtype), train=False, after=after
+        )
+        return outputs.logits
+
+    return run
+
+
+def _joints(
+    learner: Learner, model: chain.Chain, outputs: chain.Outputs, names: tuple[str, ...]
+) -> tuple[jax.Array, ...]:
+    return tuple(
+        chain.feature_at(outputs, model, n, preact=learner.preact) for n in names
+    )
+
+
+def _variables(params: PyTree, batch_stats: PyTree, part: str) -> PyTree:
+    return {"params": params[part], "batch_stats": batch_stats[part]}
+
+
+def _norms(learner: Learner, grads: PyTree, params: PyTree) -> Metrics:
+    """Per module the norm of its gradient and of its weight-decay term.
+
+    A gradient far below the decay means that the module shrinks instead of
+    learning (a danger where its only loss is a mean over many features).
+    """
+    out = {}
+    for k, norm in optim.module_norms(grads, learner.labels).items():
+        out[f"module{k + 1}/grad_norm"] = norm
+    for k, norm in optim.module_norms(params, learner.labels).items():
+        out[f"module{k + 1}/decay_norm"] = learner.weight_decay * norm
+    return out

@@ -1,0 +1,6 @@
+"""Trains and distils: python main.py --config=configs/digits_lakd.py."""
+
+from lakd_jax import cli
+
+if __name__ == "__main__":
+    cli.main()

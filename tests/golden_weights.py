@@ -1,0 +1,55 @@
+"""Made-up PyTorch weights for the golden tests, from nothing but names and shapes.
+
+The golden files were computed by the public PyTorch implementations with exactly
+these numbers: each tensor comes from a NumPy generator of its own, seeded by the
+CRC-32 of its name, so no weights need to be stored.
+"""
+
+import json
+import math
+import pathlib
+import zlib
+
+import numpy as np
+
+FOLDER = pathlib.Path(__file__).parent / "golden"
+
+
+def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The float32 tensor called `name`, in PyTorch's layout."""
+    generator = np.random.default_rng(zlib.crc32(name.encode("ascii")))
+    noise = generator.standard_normal(shape)
+    if len(shape) > 1:  # kernel of a convolution, matrix of a linear layer
+        values = noise * np.sqrt(0.5 / math.prod(shape[1:]))
+    elif name.endswith("running_var"):
+        values = np.exp(0.1 * noise)
+    elif name.endswith("weight"):  # scale of a batch norm
+        values = 1.0 + 0.1 * noise
+    else:
+        values = 0.1 * noise
+    return values.astype(np.float32)
+
+
+def state_dict(name: str) -> dict[str, np.ndarray]:
+    """All weights of the golden network `name`."""
+    spec = json.loads((FOLDER / "models" / f"{name}.json").read_text())
+    return {key: tensor(key, tuple(shape)) for key, shape in spec["state_dict"]}
+
+
+def outputs(name: str) -> dict[str, np.ndarray]:
+    """The reference's results for the golden network `name`."""
+    with np.load(FOLDER / "models" / f"{name}.npz") as file:
+        return dict(file)
+
+
+def images() -> np.ndarray:
+    """The input (2, 32, 32, 3) of the golden networks for small images, NHWC."""
+    nchw = np.random.default_rng(7).standard_normal((2, 3, 32, 32))
+    return nchw.astype(np.float32).transpose(0, 2, 3, 1)
+
+
+def distance(ours: np.ndarray, golden: np.ndarray) -> float:
+    """Relative L2 distance |ours - golden| / |golden|, in double precision."""
+    ours, golden = np.asarray(ours, np.float64), np.asarray(golden, np.float64)
+    assert ours.shape == golden.shape
+    return float(np.linalg.norm(ours - golden) / np.linalg.norm(golden))

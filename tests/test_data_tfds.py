@@ -1,0 +1,372 @@
+"""tfds sets: prepared from archives on loopback, read without TensorFlow."""
+
+import functools
+import hashlib
+import http.server
+import io
+import json
+import pathlib
+import sys
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+
+from lakd_jax import data, errors
+from lakd_jax.data import tfds_builders, tfds_source
+
+tfds = pytest.importorskip("tensorflow_datasets")
+checksums = pytest.importorskip("tensorflow_datasets.core.download.checksums")
+
+COARSE = [f"group{k}" for k in range(20)]
+NAMES = {
+    "cifar10": [f"kind{k}" for k in range(10)],
+    "cifar100": [f"kind{k:02d}" for k in range(100)],
+    "svhn_cropped": [str(k) for k in range(10)],
+}
+COUNTS = {"train": 10, "test": 4}
+
+
+def pixels(role: str) -> np.ndarray:
+    seed = ("train", "test").index(role)
+    shape = (COUNTS[role], 32, 32, 3)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def labels(role: str) -> np.ndarray:
+    return np.arange(COUNTS[role], dtype=np.uint8)[::-1]
+
+
+def cifar_records(role: str, coarse: bool) -> bytes:
+    columns = [labels(role)[:, None] % 20] * coarse + [labels(role)[:, None]]
+    planes = pixels(role).transpose(0, 3, 1, 2).reshape(COUNTS[role], -1)
+    return np.concatenate([*columns, planes], axis=1).tobytes()
+
+
+def tar_gz(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def cifar10_archive() -> bytes:
+    train = cifar_records("train", coarse=False)
+    fifth = len(train) // 5
+    files = {f"data_batch_{k + 1}.bin": train[k * fifth :][:fifth] for k in range(5)}
+    files["test_batch.bin"] = cifar_records("test", coarse=False)
+    files["batches.meta.txt"] = ("\n".join(NAMES["cifar10"]) + "\n\n").encode()
+    hostile = {"../../outside.txt": b"x", "cifar-10-batches-bin/readme.html": b"x"}
+    return tar_gz(hostile | {f"cifar-10-batches-bin/{k}": v for k, v in files.items()})
+
+
+def cifar100_archive() -> bytes:
+    files = {f"{role}.bin": cifar_records(role, coarse=True) for role in COUNTS}
+    files["coarse_label_names.txt"] = ("\n".join(COARSE) + "\n").encode()
+    files["fine_label_names.txt"] = ("\n".join(NAMES["cifar100"]) + "\n").encode()
+    return tar_gz({f"cifar-100-binary/{k}": v for k, v in files.items()})
+
+
+def svhn_matrix(role: str) -> bytes:
+    from scipy import io as scipy_io
+
+    buffer = io.BytesIO()
+    digits = np.where(labels(role) == 0, 10, labels(role))[:, None]
+    content = {"X": pixels(role).transpose(1, 2, 3, 0), "y": digits}
+    scipy_io.savemat(buffer, content)
+    return buffer.getvalue()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves `files`; notes each request in `seen`."""
+
+    def __init__(self, files, seen, *rest):
+        self.files, self.seen = files, seen
+        super().__init__(*rest)
+
+    def do_GET(self):
+        self.seen.append(self.path)
+        content = self.files.get(self.path)
+        self.send_response(200 if content is not None else 404)
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.end_headers()
+        self.wfile.write(content or b"")
+
+    def log_message(self, *_):
+        pass
+
+
+class Site:
+    """A web server of one test; `publish` points a builder at it."""
+
+    def __init__(self, monkeypatch):
+        self.files, self.seen, self.monkeypatch = {}, [], monkeypatch
+        handler = functools.partial(Handler, self.files, self.seen)
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(
+            target=self.server.serve_forever, args=(0.02,), daemon=True
+        ).start()
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
+
+    def publish(self, name: str, archives: dict[str, bytes]) -> None:
+        urls, infos = {}, {}
+        for part, content in archives.items():
+            suffix = tfds_builders.URLS[name][part].rsplit("/", 1)[1]
+            urls[part] = f"{self.address}/{suffix}"
+            self.files[f"/{suffix}"] = content
+            digest = hashlib.sha256(content).hexdigest()
+            size = tfds.core.utils.Size(len(content))
+            infos[urls[part]] = checksums.UrlInfo(size, digest, suffix)
+        self.monkeypatch.setitem(tfds_builders.URLS, name, urls)
+        stock = tfds_builders.builder_class(name)
+        self.monkeypatch.setattr(stock, "url_infos", infos)
+
+
+ARCHIVES = {
+    "cifar10": lambda: {"all": cifar10_archive()},
+    "cifar100": lambda: {"all": cifar100_archive()},
+    "svhn_cropped": lambda: {role: svhn_matrix(role) for role in COUNTS},
+}
+
+
+class WithoutTensorFlow:
+    """An import finder for which TensorFlow is not installed."""
+
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "tensorflow":
+            return None
+        return self.finder.find_spec(name, path, target)
+
+
+@pytest.fixture
+def site(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
+    finders = [WithoutTensorFlow(finder) for finder in sys.meta_path]
+    monkeypatch.setattr(sys, "meta_path", finders)
+    site = Site(monkeypatch)
+    yield site
+    assert "tensorflow" not in sys.modules
+    site.server.shutdown()
+    site.server.server_close()
+
+
+def failure(name: str, data_dir: pathlib.Path, **options) -> str:
+    with pytest.raises(errors.DataError) as caught:
+        data.load(name, data_dir=str(data_dir), **options)
+    text = str(caught.value)
+    assert text.count("\n") < 10
+    return text
+
+
+def by_content(split: data.Split) -> dict[bytes, int]:
+    pairs = zip(split.images, split.labels, strict=True)
+    return {image.tobytes(): int(label) for image, label in pairs}
+
+
+@pytest.mark.parametrize("name", sorted(ARCHIVES))
+def test_downloads_once_and_reads_every_pixel(name, site, tmp_path):
+    site.publish(name, ARCHIVES[name]())
+    first = data.load(name, data_dir=str(tmp_path))
+    requests = len(site.seen)
+    assert requests == len(tfds_builders.URLS[name])
+    second = data.load(name, data_dir=str(tmp_path))
+    assert len(site.seen) == requests
+    assert data.fingerprint(first) == data.fingerprint(second)
+    assert first.name == name and first.classes == tuple(NAMES[name])
+    for role in COUNTS:
+        split = getattr(first, role)
+        assert split.images.shape == (COUNTS[role], 32, 32, 3)
+        expected = zip(pixels(role), labels(role), strict=True)
+        assert by_content(split) == {x.tobytes(): int(y) for x, y in expected}
+        assert split.ids.tolist() == list(range(COUNTS[role]))
+    assert not list(tmp_path.parent.rglob("outside.txt"))
+
+
+@pytest.mark.parametrize("name", sorted(ARCHIVES))
+def test_the_stock_builder_opens_the_result(name, site, tmp_path):
+    site.publish(name, ARCHIVES[name]())
+    data.load(name, data_dir=str(tmp_path))
+    stock = tfds.builder(name, data_dir=str(tmp_path), file_format="array_record")
+    assert type(stock) is tfds.builder_cls(name)
+    assert type(stock) is not tfds_builders.builder_class(name)
+    assert stock.info.features["label"].names == NAMES[name]
+    for role, count in COUNTS.items():
+        source = stock.as_data_source(role)
+        examples = [source[k] for k in range(count)]
+        assert stock.info.splits[role].num_examples == count
+        assert set(examples[0]) == set(stock.info.features)
+        digits = 6 if name == "svhn_cropped" else 5
+        for example in examples:
+            place = int(example["id"].decode().removeprefix(f"{role}_"))
+            assert example["id"].decode() == f"{role}_{place:0{digits}d}"
+            np.testing.assert_array_equal(example["image"], pixels(role)[place])
+            assert example["label"] == labels(role)[place]
+            if name == "cifar100":
+                assert example["coarse_label"] == labels(role)[place] % 20
+
+
+@pytest.mark.parametrize("name", sorted(tfds_builders.URLS))
+def test_urls_and_version_are_those_of_tfds(name):
+    stock, own = tfds.builder_cls(name), tfds_builders.builder_class(name)
+    assert set(tfds_builders.URLS[name].values()) <= set(stock.url_infos)
+    assert own.url_infos == stock.url_infos
+    assert own.name == name and own.VERSION == stock.VERSION
+
+
+def test_a_size_may_be_asked_for(site, tmp_path):
+    site.publish("cifar10", ARCHIVES["cifar10"]())
+    found = data.load("cifar10", data_dir=str(tmp_path), image_size=16)
+    assert found.train.images.shape[1:] == (16, 16, 3)
+
+
+def test_a_wrong_checksum_is_refused(site, tmp_path):
+    site.publish("cifar10", ARCHIVES["cifar10"]())
+    path = next(iter(site.files))
+    site.files[path] = site.files[path][:-1] + b"!"
+    text = failure("cifar10", tmp_path)
+    assert "wrong checksum" in text and "cifar-10-binary.tar.gz" in text
+    assert not (tmp_path / "cifar10" / "3.0.2").exists()
+    site.publish("cifar10", ARCHIVES["cifar10"]())
+    data.load("cifar10", data_dir=str(tmp_path))  # and the next try succeeds
+
+
+def test_a_url_without_checksum_is_refused(site, tmp_path, monkeypatch):
+    site.publish("cifar10", ARCHIVES["cifar10"]())
+    monkeypatch.setattr(tfds_builders.builder_class("cifar10"), "url_infos", {})
+    assert "checksum" in failure("cifar10", tmp_path)
+    assert not site.seen
+
+
+def test_a_failed_download_says_what_to_do(site, tmp_path):
+    site.publish("cifar10", ARCHIVES["cifar10"]())
+    archive = site.files.pop(next(iter(site.files)))
+    text = failure("cifar10", tmp_path)
+    manual = tmp_path / "downloads" / "manual"
+    assert "404" in text and str(manual) in text
+    assert tfds_builders.URLS["cifar10"]["all"] in text
+    manual.mkdir(parents=True)
+    (manual / "cifar-10-binary.tar.gz").write_bytes(archive)
+    before = len(site.seen)
+    assert len(data.load("cifar10", data_dir=str(tmp_path)).train) == COUNTS["train"]
+    assert len(site.seen) == before
+
+
+def test_an_unreachable_host_is_no_traceback(site, tmp_path, monkeypatch):
+    site.publish("cifar10", ARCHIVES["cifar10"]())
+    site.server.server_close()
+    monkeypatch.setattr(tfds_builders, "_RETRIES", 0)
+    assert "downloading and preparing failed" in failure("cifar10", tmp_path)
+
+
+def test_an_archive_without_a_file_is_named(site, tmp_path):
+    site.publish("cifar100", {"all": tar_gz({"cifar-100-binary/train.bin": b""})})
+    assert "lacks cifar-100-binary/coarse_label_names.txt" in failure(
+        "cifar100", tmp_path
+    )
+
+
+def test_a_truncated_shard_is_an_error(site, tmp_path):
+    site.publish("cifar10", ARCHIVES["cifar10"]())
+    data.load("cifar10", data_dir=str(tmp_path))
+    (shard,) = tmp_path.rglob("cifar10-train.array_record*")
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    assert "cannot be read" in failure("cifar10", tmp_path)
+    shard.unlink()
+    assert "Delete the directory" in failure("cifar10", tmp_path)
+
+
+def test_fewer_examples_than_the_info_says_is_an_error(site, tmp_path, monkeypatch):
+    site.publish("cifar10", ARCHIVES["cifar10"]())
+    data.load("cifar10", data_dir=str(tmp_path))
+    whole = tfds_source._records
+
+    def short(builder, split, limit=None):
+        return tuple(part[:3] for part in whole(builder, split, limit))
+
+    monkeypatch.setattr(tfds_source, "_records", short)
+    assert "3 examples" in (text := failure("cifar10", tmp_path)) and "10" in text
+
+
+def rewrite_info(data_dir: pathlib.Path, file_format: str) -> None:
+    (path,) = data_dir.rglob("dataset_info.json")
+    info = json.loads(path.read_text()) | {"fileFormat": file_format}
+    path.write_text(json.dumps(info))
+
+
+def as_tfrecords(data_dir: pathlib.Path) -> None:
+    """Turns a prepared set into the TFRecord files tfds writes by default."""
+    from array_record.python import array_record_module
+
+    for path in list(data_dir.rglob("*.array_record*")):
+        reader = array_record_module.ArrayRecordReader(str(path))
+        records = [reader.read([k])[0] for k in range(reader.num_records())]
+        reader.close()
+        path.unlink()
+        path.with_name(path.name.replace("array_record", "tfrecord")).write_bytes(
+            b"".join(
+                len(r).to_bytes(8, "little") + b"crc1" + r + b"crc2" for r in records
+            )
+        )
+    rewrite_info(data_dir, "tfrecord")
+
+
+def test_tfrecords_are_read_alike(site, tmp_path):
+    site.publish("cifar10", ARCHIVES["cifar10"]())
+    first = data.load("cifar10", data_dir=str(tmp_path))
+    as_tfrecords(tmp_path)
+    second = data.load("cifar10", data_dir=str(tmp_path))
+    assert data.fingerprint(first) == data.fingerprint(second)
+    assert len(site.seen) == 1
+
+
+@pytest.mark.parametrize("lost", [1, 5, 3000])
+def test_truncated_tfrecords_are_an_error(site, tmp_path, lost):
+    site.publish("cifar10", ARCHIVES["cifar10"]())
+    data.load("cifar10", data_dir=str(tmp_path))
+    as_tfrecords(tmp_path)
+    (shard,) = tmp_path.rglob("cifar10-train.tfrecord*")
+    shard.write_bytes(shard.read_bytes()[:-lost])
+    assert "ends within a record" in failure("cifar10", tmp_path)
+
+
+def test_missing_tfrecords_are_an_error(site, tmp_path):
+    site.publish("cifar10", ARCHIVES["cifar10"]())
+    data.load("cifar10", data_dir=str(tmp_path))
+    as_tfrecords(tmp_path)
+    (shard,) = tmp_path.rglob("cifar10-train.tfrecord*")
+    content = shard.read_bytes()
+    length = 16 + int.from_bytes(content[:8], "little")
+    shard.write_bytes(content[length:])
+    assert "9 examples" in (text := failure("cifar10", tmp_path)) and "10" in text
+
+
+def test_other_formats_are_refused(site, tmp_path):
+    site.publish("cifar10", ARCHIVES["cifar10"]())
+    data.load("cifar10", data_dir=str(tmp_path))
+    rewrite_info(tmp_path, "riegeli")
+    text = failure("cifar10", tmp_path)
+    assert "riegeli" in text and "--file_format=array_record" in text
+
+
+def test_unknown_names_get_the_nearest(tmp_path):
+    text = failure("cifer10", tmp_path)
+    assert "cifar10" in text and "folder:PATH" in text
+    assert "digits" in failure("digit", tmp_path)
+
+
+def test_an_unknown_config_is_no_traceback(tmp_path):
+    assert "no_such" in failure("cifar10_1/no_such", tmp_path)
+
+
+def test_without_tensorflow_other_sets_say_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds_source, "has_tensorflow", lambda: False)
+    text = failure("mnist", tmp_path)
+    assert "pip install lakd-jax[tf]" in text and "--file_format=array_record" in text

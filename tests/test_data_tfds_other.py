@@ -1,0 +1,101 @@
+"""tfds sets that this package has no reader for, prepared by somebody else."""
+
+import io
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lakd_jax import data, errors
+
+tfds = pytest.importorskip("tensorflow_datasets")
+
+
+def failure(name: str, data_dir: pathlib.Path) -> str:
+    with pytest.raises(errors.DataError) as caught:
+        data.load(name, data_dir=str(data_dir))
+    text = str(caught.value)
+    assert text.count("\n") < 10
+    return text
+
+
+def prepare_own(data_dir: pathlib.Path, features: dict, splits: dict) -> None:
+    """Prepares a set that tfds does not know, as a user would."""
+    fields = {
+        "name": "homemade",
+        "VERSION": tfds.core.Version("1.0.0"),
+        "__module__": __name__,
+        "_info": lambda self: tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features)
+        ),
+        "_split_generators": lambda self, _: {
+            name: enumerate(examples) for name, examples in splits.items()
+        },
+        "_generate_examples": lambda self: None,
+    }
+    with tfds.core.registered.skip_registration():
+        cls = type("Homemade", (tfds.core.GeneratorBasedBuilder,), fields)
+    cls(data_dir=data_dir, file_format="array_record").download_and_prepare()
+
+
+def png(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def grey_examples(count: int, label: int | None = None) -> list[dict]:
+    return [
+        {
+            "image": png(np.full((6, 6), 10 * k, np.uint8)),
+            "label": k % 2 if label is None else label,
+        }
+        for k in range(count)
+    ]
+
+
+FEATURES = {
+    "image": tfds.features.Image(shape=(6, 6, 1)),
+    "label": tfds.features.ClassLabel(names=["even", "odd"]),
+}
+
+
+def test_any_prepared_set_is_used_and_grey_becomes_rgb(tmp_path):
+    parts = {"train": grey_examples(8), "test": grey_examples(4)}
+    prepare_own(tmp_path, FEATURES, parts)
+    found = data.load("homemade", data_dir=str(tmp_path))
+    assert found.classes == ("even", "odd")
+    assert found.train.images.shape == (8, 6, 6, 3)
+    np.testing.assert_array_equal(
+        found.train.labels, found.train.images[:, 0, 0, 0] // 10 % 2
+    )
+    assert (found.train.images == found.train.images[..., :1]).all()
+
+
+def test_validation_stands_in_for_a_test_split_without_labels(tmp_path):
+    parts = {
+        "train": grey_examples(8),
+        "validation": grey_examples(3),
+        "test": grey_examples(5, label=-1),
+    }
+    prepare_own(tmp_path, FEATURES, parts)
+    assert len(data.load("homemade", data_dir=str(tmp_path)).test) == 3
+
+
+def test_sets_without_a_test_split_are_refused(tmp_path):
+    prepare_own(tmp_path, FEATURES, {"train": grey_examples(8)})
+    assert "no labelled test" in failure("homemade", tmp_path)
+
+
+def test_sets_without_images_and_labels_are_refused(tmp_path):
+    text = {"text": tfds.features.Text()}
+    prepare_own(tmp_path, text, {"train": [{"text": "a"}], "test": [{"text": "b"}]})
+    assert "`image`" in (message := failure("homemade", tmp_path)) and "text" in message
+
+
+def test_undecodable_examples_are_named(tmp_path):
+    parts = {"train": grey_examples(8), "test": grey_examples(2)}
+    parts["train"][3]["image"] = b"broken"
+    prepare_own(tmp_path, FEATURES, parts)
+    assert "homemade train, example" in failure("homemade", tmp_path)

@@ -1,0 +1,431 @@
+"""Networks: golden parity with PyTorch, joints, names, precision, errors."""
+
+import functools
+import math
+
+import flax
+import golden_weights
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lakd_jax import interop, models
+from lakd_jax.models import chain, resnet
+
+LONG = pytest.mark.long
+GOLDEN = ["resnet8x4", "resnet20", "resnet32x4", "resnet56", "resnet110"]
+# Compiling the gradient of the deep ones takes seconds each.
+GOLDEN_TRAIN = [
+    *GOLDEN[:2],
+    *(pytest.param(name, marks=LONG) for name in GOLDEN[2:]),
+]
+GOLDEN_DOUBLE = [
+    GOLDEN[0],
+    *(pytest.param(name, marks=LONG) for name in GOLDEN[1:]),
+]
+
+
+@functools.cache
+def network(name="resnet8", shortcut="projection"):
+    """A small network with the variables `init` might give it.
+
+    Drawn by NumPy: XLA takes a second to compile each shape of random numbers.
+    """
+    model = models.create(name, num_classes=5, shortcut=shortcut)
+    generator = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        if path[-1].key in ("scale", "var"):
+            return jnp.ones(leaf.shape)
+        if len(leaf.shape) == 1:
+            return jnp.zeros(leaf.shape)
+        deviation = math.sqrt(2 / math.prod(leaf.shape[:-1]))
+        return jnp.asarray(deviation * generator.standard_normal(leaf.shape), "float32")
+
+    return model, jax.tree_util.tree_map_with_path(draw, variable_shapes(model))
+
+
+@functools.cache
+def variable_shapes(model):
+    init = functools.partial(model.init, train=False)
+    return jax.eval_shape(init, jax.random.key(0), batch())
+
+
+def run(model, variables, x, **options):
+    """Outputs in evaluation mode; compiled, which beats running op by op."""
+    return jax.jit(functools.partial(model.apply, train=False, **options))(variables, x)
+
+
+def run_training(model, variables, x):
+    apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    return jax.jit(apply)(variables, x)
+
+
+@functools.cache
+def batch(size=8):
+    noise = np.random.default_rng(3).standard_normal((4, size, size, 3))
+    return jnp.asarray(noise, jnp.float32)
+
+
+def flat_names(tree):
+    return set(flax.traverse_util.flatten_dict(tree, sep="/"))
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+# Golden parity
+
+
+def golden_network(name, dtype=jnp.float32):
+    weights = golden_weights.state_dict(name)
+    model = models.create(name, num_classes=100, shortcut="projection", dtype=dtype)
+    return model, interop.from_torch(name, weights)
+
+
+@pytest.mark.parametrize("name", [*GOLDEN[:4], pytest.param(GOLDEN[4], marks=LONG)])
+def test_evaluation_agrees_with_pytorch(name):
+    model, variables = golden_network(name)
+    golden = golden_weights.outputs(name)
+    out = run(model, variables, golden_weights.images())
+    pairs = [(out.logits, golden["logits"]), (out.pooled, golden["pooled_feat"])]
+    for kind, maps in (("feats", out.features), ("preact_feats", out.preacts)):
+        assert len(maps) == 4
+        for index, value in enumerate(maps):
+            prefix = f"{kind}_{index}"
+            batch_size, channels, height, width = golden[f"{prefix}_shape"]
+            assert value.shape == (batch_size, height, width, channels)
+            pairs.append((value.mean((1, 2)), golden[f"{prefix}_channel_mean"]))
+            pairs.append((value.mean(3), golden[f"{prefix}_spatial_mean"]))
+    assert max(golden_weights.distance(*pair) for pair in pairs) < 1e-5
+    assert count(variables["params"]) == golden["param_count"]
+
+
+def train_logits_and_input_gradient(name, dtype):
+    model, variables = golden_network(name, dtype)
+
+    def loss(images):
+        out, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        return jnp.mean(out.logits**2), out.logits
+
+    images = jnp.asarray(golden_weights.images(), dtype)
+    gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(images)
+    return logits, gradient.transpose(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("name", GOLDEN_TRAIN)
+def test_training_mode_agrees_with_pytorch(name):
+    logits, gradient = train_logits_and_input_gradient(name, jnp.float32)
+    golden = golden_weights.outputs(name)
+    assert golden_weights.distance(logits, golden["train_logits"]) < 1e-4
+    assert golden_weights.distance(gradient, golden["train_input_grad"]) < 5e-2
+
+
+@pytest.mark.parametrize("name", GOLDEN_DOUBLE)
+def test_input_gradient_agrees_in_double_precision(name):
+    # Single flipped ReLUs move the gradient in float32; for resnet110 the
+    # reference's own float32 is the limit.
+    with jax.enable_x64(True):
+        _, gradient = train_logits_and_input_gradient(name, jnp.float64)
+    golden = golden_weights.outputs(name)["train_input_grad"]
+    limit = 5e-2 if name == "resnet110" else 1e-3
+    assert gradient.dtype == np.float64
+    assert golden_weights.distance(gradient, golden) < limit
+
+
+# Shortcuts and sizes
+
+
+def test_pad_shortcut_by_hand():
+    x = np.arange(1.0, 17.0).reshape(1, 4, 4, 1) * [1.0, 100.0]
+    out = resnet.pad_shortcut(x, 4, 2)
+    corners = [[1.0, 3.0], [9.0, 11.0]]  # rows and columns 0 and 2
+    zeros = np.zeros((2, 2))
+    wanted = np.stack([zeros, corners, 100 * np.asarray(corners), zeros], -1)
+    np.testing.assert_array_equal(out[0], wanted)
+
+
+def test_pad_shortcut_without_stride_keeps_every_position():
+    x = jnp.ones((1, 3, 3, 2))
+    out = resnet.pad_shortcut(x, 5, 1)
+    np.testing.assert_array_equal(out, np.broadcast_to([0, 1, 1, 0, 0], (1, 3, 3, 5)))
+
+
+def test_identity_block_with_silent_convolutions_is_its_shortcut():
+    # Zeros silence both convolutions, which leaves relu(pad_shortcut(x)).
+    block = resnet.BasicBlock(6, 2, "identity", jnp.float32)
+    x = batch()
+    init = functools.partial(block.init, train=False)
+    shapes = jax.eval_shape(init, jax.random.key(0), x)
+    silent = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
+    out, preact = run(block, silent, x)
+    np.testing.assert_array_equal(preact, resnet.pad_shortcut(x, 6, 2))
+    np.testing.assert_array_equal(out, jnp.maximum(preact, 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "shortcut", "classes", "parameters"),
+    [
+        # 269,722 and 1,727,962 are what the authors of the public checkpoints state.
+        ("resnet20", "identity", 10, 269_722),
+        ("resnet110", "identity", 10, 1_727_962),
+        ("resnet20", "projection", 100, 278_324),
+        ("resnet8x4", "projection", 100, 1_233_540),
+        # Three projections less: (32*64 + 2*64) + (64*128 + 2*128) + (128*256 + 2*256).
+        ("resnet8x4", "identity", 100, 1_233_540 - 2_176 - 8_448 - 33_280),
+    ],
+)
+def test_parameter_counts(name, shortcut, classes, parameters):
+    model = models.create(name, num_classes=classes, shortcut=shortcut)
+    assert count(variable_shapes(model)["params"]) == parameters
+
+
+def test_global_pool_takes_any_image_size():
+    model, variables = network()
+    for size in (8, 12, 16):
+        out = run(model, variables, batch(size))
+        assert out.logits.shape == (4, 5)
+        sides = [f.shape[1] for f in out.features]
+        assert sides == [size, size, size // 2, size // 4]
+
+
+# Joints
+
+
+def test_names_and_tree():
+    model, variables = network("resnet14")
+    blocks = [f"stage{s}.block{b}" for s in (1, 2, 3) for b in (1, 2)]
+    assert model.unit_names == ("stem", *blocks)
+    assert model.stage_sizes == (2, 2, 2)
+    params, stats = variables["params"], variables["batch_stats"]
+    assert set(params) == {"stem", "stage1", "stage2", "stage3", "head"}
+    assert set(stats) == {"stem", "stage1", "stage2", "stage3"}
+    assert set(params["stage2"]) == {"block1", "block2"}
+    assert flat_names(params["stage2"]["block1"]) == {
+        *("conv1/kernel", "conv2/kernel", "shortcut_conv/kernel"),
+        *(
+            f"{bn}/{p}"
+            for bn in ("bn1", "bn2", "shortcut_bn")
+            for p in ("scale", "bias")
+        ),
+    }
+    assert flat_names(params["stage1"]["block1"]) == {
+        *("conv1/kernel", "conv2/kernel"),
+        *("bn1/scale", "bn1/bias", "bn2/scale", "bn2/bias"),
+    }
+    assert flat_names(stats["stem"]) == {"bn/mean", "bn/var"}
+    assert flat_names(params["head"]) == {"dense/kernel", "dense/bias"}
+
+
+def test_joints_resolve():
+    model, _ = network("resnet14")
+    assert chain.resolve_joint(model, "stage2") == "stage2.block2"
+    for name in model.unit_names:
+        assert chain.resolve_joint(model, name) == name
+    for unknown in ("stage4", "stage2.block3", "head", ""):
+        with pytest.raises(ValueError, match="stage3.block2"):
+            chain.resolve_joint(model, unknown)
+    with pytest.raises(ValueError, match="nearest: 'stage1.block2'"):
+        chain.resolve_joint(model, "stage1.blok2")
+
+
+def test_joint_function_sees_every_unit_and_records_what_came_before_it():
+    model, variables = network("resnet14")
+    seen = []
+
+    def double(name, h):
+        seen.append(name)
+        return 2 * h
+
+    plain = run(model, variables, batch())
+    out = run(model, variables, batch(), joint=double)
+    assert tuple(seen) == model.unit_names
+    # The stem is recorded undoubled, the next block and the head received double.
+    np.testing.assert_allclose(out.features[0], plain.features[0], rtol=1e-6)
+    rest = run(model, variables, 2 * plain.features[0], after="stem")
+    np.testing.assert_allclose(out.blocks[0][0], rest.blocks[0][0], rtol=1e-5)
+    pooled = 2 * out.features[-1].mean((1, 2))
+    np.testing.assert_allclose(out.pooled, pooled, rtol=1e-5)
+
+
+def test_features_and_preacts_match_blocks():
+    model, variables = network("resnet14")
+    out = run(model, variables, batch())
+    assert [len(stage) for stage in out.blocks] == [2, 2, 2]
+    for stage in (1, 2, 3):
+        feature = chain.feature_at(out, model, f"stage{stage}")
+        np.testing.assert_array_equal(feature, out.features[stage])
+        preact = chain.feature_at(out, model, f"stage{stage}", preact=True)
+        assert jnp.min(preact) < 0
+        np.testing.assert_array_equal(feature, jnp.maximum(preact, 0))
+    stem = chain.feature_at(out, model, "stem", preact=True)
+    np.testing.assert_array_equal(stem, out.features[0])
+    with pytest.raises(ValueError, match="ends of stages"):
+        chain.feature_at(out, model, "stage1.block1", preact=True)
+
+
+def gradient_with_cuts(loss):
+    model, variables = network()
+
+    def objective(params):
+        out, _ = model.apply(
+            {**variables, "params": params},
+            batch(),
+            train=True,
+            joint=lambda name, h: jax.lax.stop_gradient(h),
+            mutable=["batch_stats"],
+        )
+        return loss(out)
+
+    gradient = jax.jit(jax.grad(objective))(variables["params"])
+    return {
+        unit: max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(tree))
+        for unit, tree in gradient.items()
+    }
+
+
+def test_stopping_the_gradient_at_joints_isolates_units():
+    of_logits = gradient_with_cuts(lambda out: jnp.mean(out.logits**2))
+    assert of_logits.pop("head") > 0
+    assert set(of_logits.values()) == {0.0}
+    of_stage1 = gradient_with_cuts(lambda out: jnp.mean(out.features[1] ** 2))
+    assert of_stage1.pop("stage1") > 0
+    assert set(of_stage1.values()) == {0.0}
+
+
+def test_running_from_any_joint_gives_the_same_logits():
+    model, variables = network("resnet14")
+
+    def rest(h, after):  # op by op: the ops are shared, the programs would not be
+        return model.apply(variables, h, train=False, after=after)
+
+    whole = run(model, variables, batch())
+    for name in (*model.unit_names, "stage1", "stage3"):
+        out = rest(chain.feature_at(whole, model, name), name)
+        np.testing.assert_allclose(out.logits, whole.logits, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(out.pooled, whole.pooled, rtol=1e-5, atol=1e-5)
+    out = rest(chain.feature_at(whole, model, "stage2.block1"), "stage2.block1")
+    assert [len(stage) for stage in out.blocks] == [0, 1, 2]
+    assert len(out.features) == len(out.preacts) == 2
+    with pytest.raises(ValueError, match="unknown joint"):
+        rest(whole.features[0], "stage9")
+
+
+def test_one_pass_equals_units_in_turn():
+    model, variables = network()
+    whole = run(model, variables, batch())
+    params, stats = variables["params"], variables["batch_stats"]
+    stem = {"params": params["stem"], "batch_stats": stats["stem"]}
+    h, _ = model.make_stem(None).apply(stem, batch(), train=False)
+    for stage in range(3):
+        name = f"stage{stage + 1}"
+        block = {
+            "params": params[name]["block1"],
+            "batch_stats": stats[name]["block1"],
+        }
+        h, _ = model.make_block(stage, 0, None).apply(block, h, train=False)
+    head = {"params": params["head"]}
+    logits, _ = model.make_head(None).apply(head, h, train=False)
+    np.testing.assert_allclose(logits, whole.logits, rtol=1e-5, atol=1e-5)
+
+
+# Training mode, precision, compilation
+
+
+def test_training_updates_running_statistics_as_pytorch_does():
+    model, variables = network()
+    _, changed = run_training(model, variables, batch())
+    stem = model.make_stem(None)
+    kernel = variables["params"]["stem"]["conv"]["kernel"]
+    h = jax.lax.conv_general_dilated(
+        batch(), kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    assert stem.features == h.shape[-1]
+    new = changed["batch_stats"]["stem"]["bn"]
+    np.testing.assert_allclose(new["mean"], 0.1 * h.mean((0, 1, 2)), atol=1e-5)
+    np.testing.assert_allclose(new["var"], 0.9 + 0.1 * h.var((0, 1, 2)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("shortcut", ["projection", "identity"])
+def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32(shortcut):
+    full, variables = network(shortcut=shortcut)
+    half = models.create(
+        "resnet8", num_classes=5, shortcut=shortcut, dtype=jnp.bfloat16
+    )
+    out, changed = run_training(half, variables, batch())
+    assert out.logits.dtype == out.pooled.dtype == jnp.float32
+    assert {f.dtype for f in (*out.features, *out.preacts)} == {jnp.dtype("bfloat16")}
+    for leaf in jax.tree.leaves((changed, variable_shapes(half))):
+        assert leaf.dtype == jnp.float32
+    wanted, _ = run_training(full, variables, batch())
+    assert 0 < golden_weights.distance(out.logits, wanted.logits) < 5e-2
+
+
+def test_jit_gives_the_same_and_equal_models_share_the_program():
+    model, variables = network()
+    again = models.create("resnet8", num_classes=5, dtype="float32")
+    assert again == model
+    assert hash(again) == hash(model)
+    assert models.create("resnet8", num_classes=6) != model
+    apply = jax.jit(
+        lambda model, variables, x: model.apply(variables, x, train=False),
+        static_argnums=0,
+    )
+    out = apply(model, variables, batch())
+    apply(again, variables, batch())
+    assert apply._cache_size() == 1
+    plain = run(model, variables, batch())
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), out, plain)
+
+
+def test_initialisation_is_he_normal_and_torch_linear():
+    model = models.create("resnet8x4", num_classes=100)
+    x = jnp.zeros((1, 4, 4, 256))
+    weights = model.make_head(None).init(jax.random.key(2), x, train=False)
+    for leaf in jax.tree.leaves(weights):  # kernel and bias
+        assert 0.9 / 16 < jnp.max(jnp.abs(leaf)) <= 1 / 16
+    stem = model.make_stem(None).init(jax.random.key(2), x, train=False)
+    kernel = stem["params"]["conv"]["kernel"]
+    assert kernel.shape == (3, 3, 256, 32)
+    deviation = math.sqrt(2 / (9 * 32))
+    assert jnp.std(kernel) == pytest.approx(deviation, rel=0.02)
+    assert jnp.max(jnp.abs(kernel)) > 3 * deviation  # not truncated
+    for value, leaf in (
+        (1, stem["params"]["bn"]["scale"]),
+        (0, stem["params"]["bn"]["bias"]),
+        (0, stem["batch_stats"]["bn"]["mean"]),
+        (1, stem["batch_stats"]["bn"]["var"]),
+    ):
+        np.testing.assert_array_equal(leaf, np.full(32, value))
+
+
+# The registry
+
+
+def test_registry_names():
+    assert models.names() == [
+        *(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110)),
+        *("resnet8x4", "resnet32x4"),
+    ]
+    assert models.create("resnet110", num_classes=10).stage_sizes == (18, 18, 18)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "resnet-20"}, "nearest: 'resnet20'"),
+        ({"name": "zzz"}, "unknown network 'zzz'; known: resnet8, "),
+        ({"shortcutt": "identity"}, "nearest: 'shortcut'"),
+        ({"shortcut": "B"}, "known: projection, identity"),
+        ({"dtype": "int8"}, "floating type"),
+        ({"dtype": "float33"}, "unknown dtype"),
+        ({"num_classes": 0}, "at least 1"),
+        ({"num_classes": True}, "integer"),
+        ({"num_classes": 2.0}, "integer"),
+    ],
+)
+def test_create_rejects(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        models.create(**{"name": "resnet20", "num_classes": 10} | arguments)

@@ -1,0 +1,144 @@
+import errno
+import json
+import math
+import pathlib
+
+import pytest
+import tensorboardX.proto.event_pb2 as event_pb2
+
+from lakd_jax.report import metrics
+
+
+def _write(workdir, steps, resume_step=None):
+    with metrics.MetricWriter(workdir, resume_step=resume_step) as writer:
+        for step in steps:
+            writer.write(step, "train", {"loss": 1 / step, "module1/kd": 0.1 * step})
+            if step % 2 == 0:
+                writer.write(step, "eval", {"accuracy": step / 10})
+
+
+def _events(workdir):
+    """All events, file after file; each record is framed by 12 and 4 bytes."""
+    found = []
+    for path in sorted(workdir.glob("events.out.tfevents.*")):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            found.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+            data = data[12 + size + 4 :]
+    return found
+
+
+def _visible(events):
+    """What TensorBoard shows: a restart hides earlier events of its step on."""
+    shown = []
+    for event in events:
+        if event.session_log.status == 1:
+            shown = [old for old in shown if old[0] < event.step]
+        shown += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+    return shown
+
+
+@pytest.mark.parametrize("resume_step", [None, 0, 3, 4, 6])
+def test_resumed_files_equal_the_unbroken_ones(tmp_path, resume_step):
+    _write(tmp_path / "unbroken", range(1, 9))
+    _write(tmp_path / "broken", range(1, 7))
+    _write(tmp_path / "broken", range((resume_step or 0) + 1, 9), resume_step)
+    files = [tmp_path / name / "metrics.jsonl" for name in ("unbroken", "broken")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    shown = [_visible(_events(file.parent)) for file in files]
+    assert shown[0] == shown[1]
+    assert len(shown[0]) == 8 * 2 + 4
+
+
+def test_a_line_cut_by_a_crash_is_dropped(tmp_path):
+    _write(tmp_path, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"step": 3, "kind": "ev')
+    assert [record["step"] for record in metrics.read(tmp_path)] == [1, 2, 2, 3]
+    _write(tmp_path, [], resume_step=3)
+    assert path.read_bytes() == whole
+
+
+def test_lines_are_on_disk_at_once_and_in_the_agreed_form(tmp_path):
+    with metrics.MetricWriter(tmp_path / "new" / "run", resume_step=None) as writer:
+        writer.write(7, "train", {"loss": 0.5, "module1/kd": 2.0})
+        line = (tmp_path / "new" / "run" / "metrics.jsonl").read_text()
+        tags = [tag for _, tag, _ in _visible(_events(tmp_path / "new" / "run"))]
+    assert line == '{"step": 7, "kind": "train", "loss": 0.5, "module1/kd": 2.0}\n'
+    assert tags == ["train/loss", "train/module1/kd"]
+
+
+def test_values_that_are_not_finite_keep_the_file_valid_json(tmp_path):
+    with metrics.MetricWriter(tmp_path, resume_step=None) as writer:
+        writer.write(1, "train", {"loss": math.nan, "norm": math.inf})
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=refuse)["loss"] is None
+    assert math.isnan(metrics.read(tmp_path)[0]["loss"])
+
+
+def test_names_of_the_record_itself_are_refused(tmp_path):
+    with metrics.MetricWriter(tmp_path, resume_step=None) as writer:
+        with pytest.raises(ValueError, match="kind"):
+            writer.write(1, "train", {"kind": 1.0})
+
+
+def test_reading_where_nothing_was_written(tmp_path):
+    assert metrics.read(tmp_path) == []
+
+
+class _Full:
+    """A file on a disk that is full from the second write on."""
+
+    def __init__(self, file):
+        self._file = file
+        self._writes = 0
+
+    def write(self, data):
+        self._writes += 1
+        if self._writes > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self._file.write(data)
+
+    def flush(self):
+        self._file.flush()
+
+    def close(self):
+        self._file.close()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("victim", ["_lines", "_events"])
+def test_full_disk_warns_once_and_lets_training_go_on(tmp_path, victim):
+    warnings = []
+    with metrics.MetricWriter(
+        tmp_path, resume_step=None, warn=warnings.append
+    ) as writer:
+        setattr(writer, victim, _Full(getattr(writer, victim)))
+        for step in range(1, 6):
+            writer.write(step, "train", {"loss": 1.0})
+    assert len(warnings) == 1 and "\n" not in warnings[0]
+    assert str(tmp_path) in warnings[0] and "No space left" in warnings[0]
+    assert 1 <= len(metrics.read(tmp_path)) <= 2
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="Linux only")
+def test_really_full_device(tmp_path, capsys):
+    with metrics.MetricWriter(tmp_path, resume_step=None) as writer:
+        writer._lines.close()
+        writer._lines = open("/dev/full", "ab")
+        writer.write(1, "train", {"loss": 1.0})
+        writer.write(2, "train", {"loss": 1.0})
+    assert capsys.readouterr().err.count("training goes on") == 1
+
+
+def test_unusable_directory_warns_instead_of_raising(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    with metrics.MetricWriter(tmp_path / "file", resume_step=2) as writer:
+        writer.write(3, "train", {"loss": 1.0})
+    assert capsys.readouterr().err.startswith("warning: metrics cannot be written")

@@ -1,0 +1,68 @@
+"""Schedules and SGD against numbers worked out beside them."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lakd_jax.train import optim
+
+
+def rate(kind, **fields):
+    settings = {
+        "epochs": 4,
+        "steps_per_epoch": 10,
+        "milestones": (2.0, 3.0),
+        "decay": 0.1,
+        "warmup_epochs": 0.0,
+    }
+    return optim.schedule(kind, 0.5, **(settings | fields))
+
+
+def test_step_schedule_falls_when_the_milestone_is_complete():
+    schedule = rate("step")
+    steps = [0, 19, 20, 29, 30, 39]
+    expected = [0.5, 0.5, 0.05, 0.05, 0.005, 0.005]
+    np.testing.assert_allclose([schedule(s) for s in steps], expected, rtol=1e-6)
+
+
+def test_cosine_ends_at_zero_and_warm_up_grows_linearly():
+    schedule = rate("cosine", warmup_epochs=1.0)
+    np.testing.assert_allclose(schedule(0), 0.05, rtol=1e-6)
+    np.testing.assert_allclose(schedule(9), 0.5, rtol=1e-6)
+    np.testing.assert_allclose(schedule(25), 0.25, rtol=1e-6)
+    np.testing.assert_allclose(schedule(40), 0.0, atol=1e-7)
+
+
+def test_constant_schedule_stays():
+    assert rate("constant")(39) == 0.5
+
+
+def test_sgd_is_pytorchs():
+    """v = m v + (g + wd p); p -= lr v, three steps by hand."""
+    optimizer = optim.sgd(
+        optax.constant_schedule(0.1),
+        momentum=0.9,
+        nesterov=False,
+        weight_decay=0.01,
+        clip_norm=0.0,
+        labels={"w": 0},
+    )
+    params = {"w": jnp.array([1.0, -2.0])}
+    state = optimizer.init(params)
+    p, v = np.array([1.0, -2.0]), np.zeros(2)
+    for g in ([0.5, 0.1], [-0.3, 0.2], [0.0, 1.0]):
+        updates, state = optimizer.update({"w": jnp.array(g)}, state, params)
+        params = optax.apply_updates(params, updates)
+        v = 0.9 * v + (np.array(g) + 0.01 * p)
+        p = p - 0.1 * v
+        np.testing.assert_allclose(params["w"], p, rtol=1e-6)
+
+
+def test_clipping_is_per_module():
+    labels = {"a": 0, "b": 0, "c": 1}
+    clip = optim.clip_by_module_norm(1.0, labels)
+    grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0]), "c": jnp.array([0.5])}
+    clipped, _ = clip.update(grads, clip.init(grads))
+    np.testing.assert_allclose(clipped["a"], [0.6], rtol=1e-6)
+    np.testing.assert_allclose(clipped["b"], [0.8], rtol=1e-6)
+    np.testing.assert_allclose(clipped["c"], [0.5])  # below the limit: untouched

@@ -1,0 +1,218 @@
+"""The compiled step: devices, dispatch, precision, what it reports."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import Mesh
+
+from lakd_jax import config as config_lib
+from lakd_jax.train import build, fit, networks, step
+from lakd_jax.train import state as state_lib
+
+
+def make(tmp_path, devices=8, **fields):
+    """(learner, first state, teacher variables, resident data) on some devices."""
+    config = config_lib.resolve(tiny.config(tmp_path, **fields))
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+    student = networks.load(
+        "student", "resnet8", "", shortcut="projection", dtype="float32", num_classes=3
+    )
+    variables = state_lib.replicate(tiny.variables(student.model), mesh)
+    teacher = dataclasses.replace(student, variables=variables)
+    teacher = teacher if config.method != "none" else None
+    learner, first = build.learner(
+        config,
+        student,
+        teacher,
+        teacher_pixels=build.pixels(config),
+        image_shape=(8, 8, 3),
+        steps_per_epoch=10,
+        mesh=mesh,
+    )
+    data = state_lib.resident(tiny.split(160, 0), config.seed, mesh)
+    return learner, first(), teacher.variables if teacher else None, data
+
+
+def one_step(made, row):
+    learner, state, teacher, data = made
+    jitted = jax.jit(lambda s, t, d, r: step.train_step(learner, s, t, d, r))
+    return jitted(state, teacher, data, row)
+
+
+def rows(steps, batch=16):
+    return np.random.default_rng(3).integers(0, 160, (steps, batch)).astype(np.int32)
+
+
+def run_singly(made, indices):
+    learner, state, teacher, data = made
+    one = jax.jit(lambda s, t, d, r: step.run_steps(learner, s, t, d, r))
+    losses = []
+    for row in indices:
+        state, metrics = one(state, teacher, data, row[None])
+        losses.append(float(metrics["loss"][0]))
+    return state, losses
+
+
+@pytest.mark.parametrize("method", ["none", "lakd"])
+def test_eight_devices_train_as_one(method, tmp_path):
+    indices = rows(20)
+    one, losses_one = run_singly(make(tmp_path, 1, method=method), indices)
+    eight, losses_eight = run_singly(make(tmp_path, 8, method=method), indices)
+    np.testing.assert_allclose(losses_eight, losses_one, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
+        eight.params,
+        one.params,
+    )
+
+
+def test_many_steps_in_a_dispatch_are_the_same_steps(tmp_path):
+    indices = rows(4)
+    made = make(tmp_path, 1)
+    state, losses = run_singly(made, indices)
+    learner, first, teacher, data = made
+    both, metrics = jax.jit(lambda s, t, d, r: step.run_steps(learner, s, t, d, r))(
+        first, teacher, data, indices
+    )
+    assert int(both.step) == 4
+    np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        both.params,
+        state.params,
+    )
+
+
+def test_seed_decides_the_run(tmp_path):
+    indices = rows(3)
+    _, first = run_singly(make(tmp_path, 1, method="none"), indices)
+    _, again = run_singly(make(tmp_path, 1, method="none"), indices)
+    _, other = run_singly(make(tmp_path, 1, method="none", seed=1), indices)
+    assert first == again
+    assert first != other
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_state(tmp_path):
+    state, losses = run_singly(make(tmp_path, 1, dtype="bfloat16"), rows(2))
+    assert np.isfinite(losses).all()
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    full, exact = run_singly(make(tmp_path, 1), rows(2))
+    np.testing.assert_allclose(losses[0], exact[0], rtol=0.05)
+    assert losses[0] != exact[0]
+
+
+def test_logged_total_is_the_sum_of_weighted_terms(tmp_path):
+    """Property 13 of LAKD, on the step's own metrics."""
+    fields = {"lakd__feature_weight": 3.0, "lakd__attention_weight": 2.0}
+    _, metrics = one_step(make(tmp_path, 1, **fields), rows(1)[0])
+    head = 0.1 * metrics["module3/head_ce"] + 0.9 * metrics["module3/head_kd"]
+    features = sum(metrics[f"module{k}/feature"] for k in (1, 2, 3))
+    attention = sum(metrics[f"module{k}/attention"] for k in (1, 2, 3))
+    expected = head + 3 * features + 2 * attention
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+
+
+def test_metrics_report_gradient_and_decay_of_each_module(tmp_path):
+    made = make(tmp_path, 1)
+    learner, state, _, _ = made
+    _, metrics = one_step(made, rows(1)[0])
+    for k in (1, 2, 3):
+        assert metrics[f"module{k}/grad_norm"] > 0
+    leaves = [
+        np.sum(np.square(x))
+        for x, label in zip(
+            jax.tree.leaves(state.params), jax.tree.leaves(learner.labels), strict=True
+        )
+        if label == 1
+    ]
+    np.testing.assert_allclose(
+        metrics["module2/decay_norm"], 5e-4 * np.sqrt(np.sum(leaves)), rtol=1e-5
+    )
+
+
+def test_without_features_lakd_uncut_is_plain_training(tmp_path):
+    """Property 15: beta = s_att = 0, cut_scale = 1, alpha = 1."""
+    indices = rows(5)
+    plain, _ = run_singly(make(tmp_path, 1, method="none"), indices)
+    lakd, _ = run_singly(
+        make(
+            tmp_path,
+            1,
+            lakd__preset="literal",
+            lakd__alpha=1.0,
+            lakd__beta=0.0,
+            lakd__att_scale=0.0,
+            local__cut_scale=1.0,
+        ),
+        indices,
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        lakd.params["student"],
+        plain.params["student"],
+    )
+
+
+def test_teacher_is_fed_with_its_own_normalisation(tmp_path):
+    learner, state, teacher, data = make(tmp_path, 1, method="kd")
+    own = step.Pixels((0.2, 0.3, 0.4), (0.5, 0.6, 0.7), jnp.float32)
+    learner = dataclasses.replace(learner, teacher_pixels=own)
+
+    @jax.jit
+    def observe(state, teacher, data, row):
+        images, labels = step.batch(learner, state.step, data, row)
+        signals, _ = step.observe(
+            learner,
+            state.params,
+            state.batch_stats,
+            teacher,
+            images,
+            labels,
+            state.step,
+        )
+        return images, signals.teacher.logits
+
+    images, logits = observe(state, teacher, data, rows(1)[0])
+    x = (np.asarray(images) / 255 - own.mean) / np.array(own.std)
+    apply = jax.jit(lambda v, x: learner.teacher.apply(v, x, train=False).logits)
+    direct = apply(teacher, x.astype(np.float32))
+    np.testing.assert_allclose(logits, direct, atol=1e-5)
+
+
+def test_batch_statistics_move_once_a_step(tmp_path):
+    """Property 17, the fused half: momentum 0.9 applied exactly once."""
+    made = make(tmp_path, 1)
+    learner, state, _, data = made
+
+    @jax.jit
+    def direct(state, data, row):
+        images, _ = step.batch(learner, state.step, data, row)
+        return learner.student.apply(
+            fit.student_variables(state),
+            learner.student_pixels(images),
+            train=True,
+            mutable=["batch_stats"],
+        )[1]["batch_stats"]
+
+    after, _ = one_step(made, rows(1)[0])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        after.batch_stats["student"],
+        direct(state, data, rows(1)[0]),
+    )
+
+
+def test_student_variables_are_the_plain_network(tmp_path):
+    """Property 18: no adapter or other part of the method goes along."""
+    learner, state, _, _ = make(tmp_path, 1)
+    images = jnp.zeros((1, 8, 8, 3))
+    plain = jax.eval_shape(
+        lambda: learner.student.init(jax.random.key(0), images, train=False)
+    )
+    student = fit.student_variables(state)
+    assert jax.tree.structure(student) == jax.tree.structure(dict(plain))
+    assert state.params["method"]  # there was something to leave behind

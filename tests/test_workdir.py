@@ -1,0 +1,223 @@
+"""The folder of a run is proved, locked, recorded, and refused to others."""
+
+import json
+import logging
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from lakd_jax import errors, workdir
+
+CONFIG = {
+    "seed": 0,
+    "model": {"name": "resnet20", "widths": (16, 32)},
+    "optim": {"lr": 0.1, "decay": None},
+    "empty": {},
+}
+
+
+def _changed(**fields):
+    return CONFIG | fields
+
+
+def test_first_use_records_config_and_environment(tmp_path):
+    with workdir.prepare(tmp_path / "a" / "run", CONFIG) as run:
+        assert not run.resumed
+        assert run.path == tmp_path / "a" / "run"
+        text = (run.path / "config.json").read_text()
+        assert json.loads(text) == json.loads(json.dumps(CONFIG))
+        assert text.index('"empty"') < text.index('"model"') < text.index('"seed"')
+        found = workdir.read_json(run.path / "environment.json")
+        names = {p.name for p in run.path.iterdir()}
+    assert names == {"config.json", "environment.json", ".lock"}
+    needed = {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"}
+    assert found["versions"].keys() == needed | {"lakd_jax"}
+    assert len(found["devices"]) == 8
+    assert "pytest" in found["command"]
+    assert found["started"].endswith("+00:00")
+    assert "commit" in found
+
+
+def test_same_config_resumes_and_keeps_the_first_environment(tmp_path):
+    workdir.prepare(tmp_path, CONFIG).close()
+    before = (tmp_path / "environment.json").read_text()
+    with workdir.prepare(tmp_path, CONFIG) as run:
+        assert run.resumed
+    assert (tmp_path / "environment.json").read_text() == before
+    with pytest.raises(errors.WorkdirError, match="already has a run"):
+        workdir.prepare(tmp_path, CONFIG, allow_resume=False)
+
+
+def test_other_config_is_refused_field_by_field(tmp_path):
+    workdir.prepare(tmp_path, CONFIG).close()
+    other = _changed(seed=1, optim={"lr": 0.1, "momentum": 0.9}, empty={"x": 1})
+    with pytest.raises(errors.WorkdirError) as caught:
+        workdir.prepare(tmp_path, other)
+    lines = str(caught.value).splitlines()
+    assert "5 fields differ" in lines[0] and str(tmp_path) in lines[0]
+    assert lines[1:-1] == [
+        "  empty: {} -> absent",
+        "  empty.x: absent -> 1",
+        "  optim.decay: null -> absent",
+        "  optim.momentum: absent -> 0.9",
+        "  seed: 0 -> 1",
+    ]
+    assert "--workdir" in lines[-1] and "old values" in lines[-1]
+    assert workdir.read_json(tmp_path / "config.json")["seed"] == 0
+    # The refused attempt left no lock behind.
+    workdir.prepare(tmp_path, CONFIG).close()
+
+
+def test_many_differences_are_cut(tmp_path):
+    workdir.prepare(tmp_path, {f"f{i:02}": i for i in range(20)}).close()
+    with pytest.raises(errors.WorkdirError) as caught:
+        workdir.prepare(tmp_path, {f"f{i:02}": "x" * 500 for i in range(20)})
+    lines = str(caught.value).splitlines()
+    assert "20 fields differ (first 8 shown)" in lines[0]
+    assert len(lines) == 10
+    assert max(map(len, lines[1:])) < 100
+
+
+def test_fields_that_may_change_are_taken_over(tmp_path):
+    nan = float("nan")
+    workdir.prepare(tmp_path, _changed(clip=nan)).close()
+    new = _changed(clip=nan, optim={"lr": 0.2, "decay": None})
+    with pytest.raises(errors.WorkdirError, match="optim.lr: 0.1 -> 0.2"):
+        workdir.prepare(tmp_path, new, may_change=["seed"])
+    workdir.prepare(tmp_path, new, may_change=["optim.lr"]).close()
+    assert workdir.read_json(tmp_path / "config.json")["optim"]["lr"] == 0.2
+
+
+def test_other_versions_on_resume_are_a_warning(tmp_path, caplog):
+    workdir.prepare(tmp_path, CONFIG).close()
+    file = tmp_path / "environment.json"
+    file.write_text(file.read_text().replace('"jaxlib": "', '"jaxlib": "9'))
+    workdir.prepare(tmp_path, CONFIG).close()
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "versions.jaxlib: " in record.getMessage()
+    file.unlink()
+    workdir.prepare(tmp_path, CONFIG).close()
+    assert file.exists()
+
+
+def test_checkpoints_without_config_and_garbled_config_are_refused(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(errors.WorkdirError, match=r"no config\.json"):
+        workdir.prepare(tmp_path, CONFIG)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(errors.WorkdirError, match=r"config\.json: not readable"):
+        workdir.prepare(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("number", [28, 30])  # ENOSPC, EROFS
+def test_full_or_read_only_disk_is_found_at_the_start(tmp_path, monkeypatch, number):
+    def fail(handle):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(errors.WorkdirError) as caught:
+            workdir.prepare(tmp_path, CONFIG)
+    assert caught.value.exit_code == 2
+    assert os.strerror(number) in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_failure_while_recording_frees_the_lock(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(errors.WorkdirError, match="No space"):
+            workdir.prepare(tmp_path, CONFIG)
+    assert not workdir.prepare(tmp_path, CONFIG).resumed
+
+
+def test_path_that_cannot_be_a_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(errors.WorkdirError, match="file"):
+            workdir.prepare(path, CONFIG)
+    with pytest.raises(errors.WorkdirError, match="local folder"):
+        workdir.prepare("gs://bucket/run", CONFIG)
+    assert not pathlib.Path("gs:").exists()
+
+
+_HOLDER = """
+import sys, time
+from lakd_jax import workdir
+run = workdir.prepare(sys.argv[1], {})
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_folder_in_use_is_refused_until_the_other_process_dies(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOLDER, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(errors.WorkdirError) as caught:
+            workdir.prepare(tmp_path, {})
+        assert f"in use by process {process.pid} on " in str(caught.value)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run = workdir.prepare(tmp_path, {})
+    with pytest.raises(errors.WorkdirError, match=f"process {os.getpid()}"):
+        workdir.prepare(tmp_path, {})
+    run.close()
+    run.close()
+    workdir.prepare(tmp_path, {}).close()
+
+
+def test_file_system_without_locks_is_used_all_the_same(tmp_path, monkeypatch, caplog):
+    def fail(*args):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(workdir.fcntl, "flock", fail)
+    workdir.prepare(tmp_path, CONFIG).close()
+    assert "no locks" in caplog.text
+
+
+def test_write_json_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    file = tmp_path / "result.json"
+    workdir.write_json(file, {"top1": 0.9, "a": [1, "é"]})
+    assert workdir.read_json(file) == {"top1": 0.9, "a": [1, "é"]}
+    with pytest.raises(TypeError):
+        workdir.write_json(file, {"top1": object()})
+
+    def fail(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space"):
+        workdir.write_json(file, {})
+    assert workdir.read_json(file)["top1"] == 0.9
+
+
+def test_commit_is_of_the_checkout_that_has_the_code(tmp_path, monkeypatch):
+    def git(*words):
+        name = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", *name, *words], cwd=tmp_path, check=True)
+
+    source = tmp_path / "workdir.py"
+    source.write_text("")
+    monkeypatch.setattr(workdir, "__file__", str(source))
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "x")
+    assert workdir.environment()["commit"] is None  # another project's checkout
+    git("add", "workdir.py")
+    git("commit", "-q", "-m", "y")
+    commit = workdir.environment()["commit"]
+    assert len(commit) == 40
+    source.write_text("changed")
+    assert workdir.environment()["commit"] == f"{commit}-dirty"

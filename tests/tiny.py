@@ -1,0 +1,73 @@
+"""A data set and a config small enough to train many times in a test."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lakd_jax import config as config_lib
+from lakd_jax import data, interrupt
+
+KEY = jax.random.key(0)
+CLASSES = ("dark", "left", "right")
+
+
+def split(count: int, seed: int) -> data.Split:
+    """Noise of 8x8 whose class is where the light is."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, len(CLASSES), count).astype(np.int32)
+    images = rng.integers(0, 80, (count, 8, 8, 3)).astype(np.uint8)
+    images[labels == 1, :, :4] += 150
+    images[labels == 2, :, 4:] += 150
+    return data.Split(images, labels, np.arange(count, dtype=np.int32))
+
+
+def dataset(train: int = 160, minival: int = 40, test: int = 45) -> data.Dataset:
+    return data.Dataset(
+        "tiny", CLASSES, split(train, 0), split(minival, 1), split(test, 2)
+    )
+
+
+def config(tmp_path, **fields) -> config_lib.ConfigDict:
+    """resnet8 from resnet8 on `dataset`, 40 steps; `fields` with "__" for dots."""
+    c = config_lib.default()
+    c.update(epochs=4, batch_size=16, eval_batch_size=16, log_every=4)
+    c.data.update(source="tiny", pad=1)
+    c.student.name = c.teacher.name = "resnet8"
+    c.teacher.update(cache=str(tmp_path / "teachers"), epochs=1, floor=0.01)
+    c.optim.update(lr=0.05, schedule="cosine", warmup_epochs=1.0)
+    changes = {name.replace("__", "."): value for name, value in fields.items()}
+    return config_lib.changed(c, changes)
+
+
+def variables(model):
+    """Weights for `model` drawn by NumPy: XLA compiles random numbers slowly."""
+    images = jnp.zeros((1, 8, 8, 3))
+    shapes = jax.eval_shape(lambda k: model.init(k, images, train=False), KEY)
+    rng = np.random.default_rng(5)
+
+    def draw(path, leaf):
+        if path[-1].key in ("scale", "var"):
+            return np.ones(leaf.shape, np.float32)
+        fan_in = max(math.prod(leaf.shape[:-1]), 1)
+        noise = rng.standard_normal(leaf.shape) * math.sqrt(2 / fan_in)
+        return noise.astype(np.float32) if leaf.ndim > 1 else 0 * noise.astype("f4")
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+class StopAfter(interrupt.Guard):
+    """Asks to stop once it has been asked `count` times; installs no handlers."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self._left = count
+
+    def check(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise interrupt.Interrupted
+
+    def run(self, function, *args):
+        return function(*args)

@@ -1,0 +1,225 @@
+"""Toy chains and a tiny local training step for the tests of methods and cuts."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from lakd_jax import distill
+from lakd_jax.distill import method
+from lakd_jax.local import cuts
+from lakd_jax.models import chain
+
+CLASSES = 3
+
+
+class Unit(nn.Module):
+    """3x3 convolution, batch norm, ReLU."""
+
+    features: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        strides = (self.stride, self.stride)
+        x = nn.Conv(self.features, (3, 3), strides, use_bias=False, name="conv")(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="bn")(x)
+        return nn.relu(x), x
+
+
+class Head(nn.Module):
+    classes: int
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        pooled = jnp.mean(x, axis=(1, 2))
+        return nn.Dense(self.classes, name="dense")(pooled), pooled
+
+
+class Toy(chain.Chain, kw_only=True):
+    """Three stages by default; each halves the size but the first."""
+
+    width: int = 4
+    stage_sizes: tuple[int, ...] = (1, 1, 1)
+    num_classes: int = CLASSES
+
+    @nn.nowrap
+    def make_stem(self, name):
+        return Unit(self.width, 1, name=name)
+
+    @nn.nowrap
+    def make_block(self, stage, index, name):
+        stride = 2 if stage and index == 0 else 1
+        return Unit(self.width + stage, stride, name=name)
+
+    @nn.nowrap
+    def make_head(self, name):
+        return Head(self.num_classes, name=name)
+
+
+def images(count=8, size=8, seed=0):
+    """Random images (count, size, size, 3) and labels (count,)."""
+    key = jax.random.key(seed)
+    return jax.random.normal(key, (count, size, size, 3)), jnp.arange(count) % CLASSES
+
+
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """A student, its teacher, a method and how they are cut."""
+
+    student: chain.Chain
+    teacher: chain.Chain
+    teacher_variables: Any
+    method: nn.Module
+    partition: cuts.Partition
+    cut_scale: float | None = 0.0  # None: no function at the joints at all
+    module_input: str = "student"
+    # Module index -> what its target is replaced by.
+    targets: Mapping[int, Callable[[jax.Array], jax.Array]] = dataclasses.field(
+        default_factory=dict
+    )
+
+    def signals(self, params, stats, x, y, epoch=0.0, teacher_variables=None):
+        """Signals in training mode, and the student's new batch statistics."""
+        variables = teacher_variables or self.teacher_variables
+        teacher = self.teacher.apply(variables, x, train=False)
+        theirs = [
+            chain.feature_at(teacher, self.teacher, j)
+            for j in self.partition.teacher_joints
+        ]
+        theirs = [self.targets.get(k, lambda z: z)(z) for k, z in enumerate(theirs)]
+        replace = None
+        if self.module_input == "teacher":
+            replace = dict(zip(self.partition.student_joints, theirs, strict=True))
+
+        def run(scale):
+            joint = None
+            if scale is not None:
+                joint = cuts.joint_function(self.partition, scale, replace)
+            out, new = self.student.apply(
+                {"params": params, "batch_stats": stats},
+                x,
+                train=True,
+                joint=joint,
+                mutable=["batch_stats"],
+            )
+            joints = [
+                chain.feature_at(out, self.student, j)
+                for j in self.partition.student_joints
+            ]
+            return out, tuple(joints), new["batch_stats"]
+
+        def suffix(k, h):
+            after = self.partition.teacher_joints[k]
+            return self.teacher.apply(variables, h, train=False, after=after).logits
+
+        out, joints, new = run(self.cut_scale)
+        signals = method.Signals(
+            student=out,
+            teacher=teacher,
+            labels=y,
+            epoch=jnp.float32(epoch),
+            student_joints=joints,
+            teacher_joints=tuple(theirs),
+            student_uncut=run(1.0)[1] if self.method.needs_uncut else (),
+            teacher_suffix=suffix if self.method.needs_suffix else None,
+        )
+        return signals, new
+
+    def init(self, x, y, seed=1):
+        """`{"student": ..., "method": ...}` parameters and batch statistics."""
+
+        # The batch is an argument: a constant would have XLA fold the teacher's pass.
+        @jax.jit
+        def variables(key, x, y):
+            student = self.student.init(key, x, train=False)
+            signals, _ = self.signals(student["params"], student["batch_stats"], x, y)
+            return student, self.method.init(key, signals, train=True)
+
+        student, ours = variables(jax.random.key(seed), x, y)
+        return (
+            {"student": student["params"], "method": ours.get("params", {})},
+            {"student": student["batch_stats"], "method": ours.get("batch_stats", {})},
+        )
+
+    def losses(self, params, stats, x, y, epoch=0.0, teacher_variables=None):
+        """The K module losses and the new batch statistics of both parts."""
+        signals, new = self.signals(
+            params["student"], stats["student"], x, y, epoch, teacher_variables
+        )
+        losses, mutated = self.method.apply(
+            {"params": params["method"], "batch_stats": stats["method"]},
+            signals,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        return losses, {"student": new, "method": mutated.get("batch_stats", {})}
+
+    def total(self, params, stats, x, y):
+        """L_t; (module losses, new batch statistics) beside it."""
+        losses, new = self.losses(params, stats, x, y)
+        return method.total(losses), (losses, new)
+
+    def train(self, optimizer, params, stats, x, y, steps):
+        """Parameters, statistics, first and last losses of `steps` on one batch."""
+
+        @jax.jit
+        def step(params, stats, opt_state, x, y):
+            grads, (losses, new) = jax.grad(self.total, has_aux=True)(
+                params, stats, x, y
+            )
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            metrics = method.flatten_metrics(losses)
+            return optax.apply_updates(params, updates), new, opt_state, metrics
+
+        opt_state, history = optimizer.init(params), []
+        for _ in range(steps):
+            params, stats, opt_state, metrics = step(params, stats, opt_state, x, y)
+            history.append(metrics)
+        return params, stats, history[0], history[-1]
+
+    def labels(self, tree):
+        return cuts.label_tree(tree, self.partition, self.student)
+
+
+def lesson(
+    options,
+    *,
+    name="lakd",
+    student=None,
+    teacher=None,
+    granularity="stage",
+    cut_points=(),
+    size=8,
+    **fields,
+):
+    """A `Lesson` of toys (4 channels from 6) with a method made from `options`."""
+    student = student or Toy()
+    teacher = teacher or Toy(width=6, stage_sizes=(2, 2, 2))
+    start = jax.jit(lambda key, x: teacher.init(key, x, train=False))
+    variables = start(jax.random.key(7), jnp.ones((1, size, size, 3)))
+    return Lesson(
+        student=student,
+        teacher=teacher,
+        teacher_variables=variables,
+        method=distill.create(name, options),
+        partition=cuts.modules(student, teacher, granularity, cut_points),
+        **fields,
+    )
+
+
+def sgd(lr=0.1, momentum=0.9, decay=1e-2):
+    """SGD as the field runs it: decay added to the gradient, then momentum."""
+    return optax.chain(optax.add_decayed_weights(decay), optax.sgd(lr, momentum))
+
+
+def by_module(tree, labels, count):
+    """Per module the list of its leaves."""
+    leaves, owners = jax.tree.leaves(tree), jax.tree.leaves(labels)
+    return [
+        [x for x, o in zip(leaves, owners, strict=True) if o == k] for k in range(count)
+    ]
