@@ -3,11 +3,13 @@
     python -m benchmarks.compare digits
     python -m benchmarks.compare resnet8 --images=DIR --weights=DIR
 
-Each arm is a command line of main.py, printed before it runs; each run keeps its
-directory under --out, so an interrupted comparison goes on where it stopped and a
-finished one only prints. `--images` is an image folder of CIFAR-10, `--weights` a
-folder with PyTorch checkpoints of CIFAR-10 ResNets (option A shortcuts, trained
-with ImageNet's normalisation), as published by Y. Idelbayev.
+Each arm is a command line of main.py, printed before it runs. A run that ends is
+added to benchmarks/results/PLAN.json with that command, the versions and the device;
+runs recorded there are not made again, so that an interrupted comparison goes on
+where it stopped (inside a run, too: its directory under --out is kept) and a finished
+one only prints its table. `--images` is an image folder of CIFAR-10, `--weights` a
+folder with the PyTorch checkpoints of CIFAR-10 ResNets that Y. Idelbayev published
+(option A shortcuts, trained with ImageNet's normalisation), under their own names.
 """
 
 import argparse
@@ -15,10 +17,13 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from lakd_jax import cli, interrupt, train
+from lakd_jax import cli, interrupt, train, workdir
 from lakd_jax.report import table
 from lakd_jax.train import runs
+
+RESULTS = Path(__file__).parent / "results"
 
 LOCAL = {
     "LAKD cut": ["lakd.head_loss=ce"],
@@ -47,9 +52,9 @@ def digits() -> Plan:
     return Plan("configs/digits_lakd.py", arms, range(5))
 
 
-def resnet8(images: str, weights: str) -> Plan:
+def resnet8() -> Plan:
     """CIFAR-10, resnet8 from a published resnet20, three seeds, 12 epochs."""
-    common = cifar(images, weights, "resnet20-12fca82f.th")
+    common = cifar("resnet20-12fca82f.th")
     arms = {"alone": "none", "KD": "kd"}
     plan = {n: (f"resnet20,resnet8,{m}", common) for n, m in arms.items()}
     local = {"features uncut": FEATURES} | LOCAL
@@ -57,17 +62,17 @@ def resnet8(images: str, weights: str) -> Plan:
     return Plan("configs/cifar10_lakd.py", plan, range(3))
 
 
-def resnet20(images: str, weights: str) -> Plan:
+def resnet20() -> Plan:
     """CIFAR-10, resnet20 from a published resnet56, one seed, 12 epochs."""
-    common = cifar(images, weights, "resnet56-4bfd9763.th")
+    common = cifar("resnet56-4bfd9763.th")
     arms = {"KD": "kd", "LAKD ce+kd cut": "lakd"}
     plan = {n: (f"resnet56,resnet20,{m}", common) for n, m in arms.items()}
     return Plan("configs/cifar10_lakd.py", plan, range(1))
 
 
-def sweep(images: str, weights: str) -> Plan:
-    """CIFAR-10, resnet8 from resnet20, one seed: one field changed at a time."""
-    common = cifar(images, weights, "resnet20-12fca82f.th")
+def sweep() -> Plan:
+    """CIFAR-10, resnet8 from resnet20, one seed: one thing changed at a time."""
+    common = cifar("resnet20-12fca82f.th")
     changes = [
         [],
         ["lakd.feature_weight=0.3", "lakd.attention_weight=0.3"],
@@ -77,7 +82,6 @@ def sweep(images: str, weights: str) -> Plan:
         ["local.cut_scale=0.5"],
         ["lakd.attention_weight=0"],
         ["lakd.attention=map"],
-        ["lakd.attention=map", "lakd.attention_weight=100"],
         ["lakd.power=1"],
         ["lakd.normalise=max"],
         ["lakd.task=teacher_suffix"],
@@ -91,43 +95,68 @@ def sweep(images: str, weights: str) -> Plan:
     return Plan("configs/cifar10_lakd.py", arms, range(1))
 
 
-def cifar(images: str, weights: str, file: str) -> list[str]:
+PLANS = {"digits": digits, "resnet8": resnet8, "resnet20": resnet20, "sweep": sweep}
+
+
+def cifar(file: str) -> list[str]:
     """What the CIFAR-10 arms share: the data, a published teacher, a short recipe."""
-    (path,) = Path(weights).glob(f"*{file}")
-    return [f"data.source=folder:{images}", f"teacher.init={path}", *IMAGENET, *SHORT]
+    paths = ["data.source=folder:IMAGES", f"teacher.init=WEIGHTS/{file}"]
+    return [*paths, *IMAGENET, *SHORT]
 
 
-def run(plan: Plan, out: Path) -> str:
-    """Runs what is not finished yet, seed by seed, and renders the table."""
+def run(plan: Plan, places: dict[str, str], out: Path, record: Path) -> str:
+    """Runs what is not recorded yet, seed by seed, and renders the table.
+
+    Args:
+      places: what IMAGES and WEIGHTS stand for on this machine.
+      out: where the runs' directories go.
+      record: JSON file of the finished runs, kept up to date.
+    """
+    kept = workdir.read_json(record) if record.exists() else {}
     rows = []
     with interrupt.Guard() as guard:
         for seed in plan.seeds:
             for name, (arg, overrides) in plan.arms.items():
-                fields = [*overrides, f"seed={seed}", "baselines=()"]
-                workdir = out / f"{name.replace(' ', '_')}-{seed}"
-                argv = [f"--config={plan.config}:{arg}", f"--workdir={workdir}"]
-                argv += [f"--config.{field}" for field in fields]
-                print("python main.py", shlex.join(argv), flush=True)
-                config, _, _ = cli.parse(argv)
-                result = train.run(config, workdir, guard=guard)
-                rows.append(runs.row(result, name))
+                key = f"{name}, seed {seed}"
+                if key not in kept:
+                    fields = [*overrides, f"seed={seed}", "baselines=()"]
+                    command = [f"--config={plan.config}:{arg}"]
+                    command += [f"--config.{field}" for field in fields]
+                    directory = out / f"{name.replace(' ', '_')}-{seed}"
+                    kept[key] = _run_one(command, places, directory, guard)
+                    record.parent.mkdir(parents=True, exist_ok=True)
+                    workdir.write_json(record, kept)
+                rows.append(runs.row(kept[key]["result"], name))
     return table.render_seeds(rows)
+
+
+def _run_one(
+    command: list[str], places: dict[str, str], directory: Path, guard: interrupt.Guard
+) -> dict[str, Any]:
+    """Runs one arm; its command is recorded without this machine's paths."""
+    text = "python main.py " + shlex.join(command)
+    print(text, flush=True)
+    for name, place in places.items():
+        command = [argument.replace(name, place) for argument in command]
+    config, _, _ = cli.parse(command)
+    result = train.run(config, directory, guard=guard)
+    environment = workdir.read_json(directory / "environment.json")
+    kept = {name: environment[name] for name in ("versions", "platform")}
+    return {"command": text, "result": result} | kept
 
 
 def main() -> None:
     """Reads the command line and runs one plan."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("plan", choices=("digits", "resnet8", "resnet20", "sweep"))
+    parser.add_argument("plan", choices=PLANS)
     parser.add_argument("--images", default="", help="image folder of CIFAR-10")
     parser.add_argument("--weights", default="", help="folder of PyTorch checkpoints")
     parser.add_argument("--out", default="runs/compare", type=Path)
+    parser.add_argument("--record", default=RESULTS, type=Path, help="results folder")
     chosen = parser.parse_args()
-    if chosen.plan == "digits":
-        plan = digits()
-    else:
-        make = {"resnet8": resnet8, "resnet20": resnet20, "sweep": sweep}[chosen.plan]
-        plan = make(chosen.images, chosen.weights)
-    print(run(plan, chosen.out / chosen.plan))
+    places = {"IMAGES": chosen.images, "WEIGHTS": chosen.weights}
+    record = chosen.record / f"{chosen.plan}.json"
+    print(run(PLANS[chosen.plan](), places, chosen.out / chosen.plan, record))
 
 
 if __name__ == "__main__":

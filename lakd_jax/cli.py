@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from ml_collections import config_flags
 
 from lakd_jax import config as config_lib
 from lakd_jax import errors, interrupt
+
+_OVERRIDE = re.compile(r"--?(no)?config\.")
 
 USAGE = """\
 python main.py --config=configs/digits_lakd.py [--workdir=DIR] [--dry_run]
@@ -38,6 +41,9 @@ def main(argv: list[str] | None = None) -> None:
     except errors.LakdError as e:
         print(ten_lines(str(e)), file=sys.stderr)
         code = e.exit_code
+    except OSError as e:  # a full or lost disk, outside what the run guards itself
+        print(ten_lines(str(e)), file=sys.stderr)
+        code = 2
     # An abandoned compilation may still run in a thread, see interrupt.Guard.
     interrupt.exit_now(code)
 
@@ -64,7 +70,8 @@ def parse(argv: list[str]) -> tuple[config_lib.ConfigDict, str, bool]:
     """The config with its overrides, the run's directory, and `dry_run`.
 
     Raises:
-      errors.ConfigError: naming every flag and override that is not right.
+      errors.ConfigError: naming every flag and override that is not right, and
+        what is wrong with the config beside them.
     """
     overrides, base = _split(argv)
     values, problem = _attempt(base)
@@ -73,19 +80,38 @@ def parse(argv: list[str]) -> tuple[config_lib.ConfigDict, str, bool]:
     if values.config is None:
         example = "--config=configs/digits_lakd.py"
         raise errors.ConfigError([f"--config is missing, e.g. {example}"])
-    problems = []
+    if not isinstance(values.config, config_lib.ConfigDict):
+        kind = type(values.config).__name__
+        raise errors.ConfigError([f"--config: get_config() gave {kind}, no ConfigDict"])
+    good, problems = [], {}
     for override in overrides:
         # One at a time: absl stops at the first fault, a person wants them all.
         _, problem = _attempt([*base, *override], values.config)
-        problems += [problem] if problem else []
-    if problems:
-        raise errors.ConfigError(problems)
-    values, problem = _attempt([*base, *sum(overrides, [])])
+        if problem:
+            problems[_field(override)] = problem
+        else:
+            good += override
+    values, problem = _attempt([*base, *good])
     if values is None:
         raise errors.ConfigError([problem])
+    if problems:
+        raise errors.ConfigError([*problems.values(), *_others(values, problems)])
     file = config_flags.get_config_filename(values["config"])
     workdir = values.workdir or str(Path("runs") / Path(file.split(":")[0]).stem)
     return values.config, workdir, values.dry_run
+
+
+def _others(values: Any, known: Collection[str]) -> list[str]:
+    """What is wrong with the config apart from the fields in `known`."""
+    import jax
+
+    from lakd_jax import validate
+
+    return validate.problems(values.config, jax.local_device_count(), skip=known)
+
+
+def _field(override: list[str]) -> str:
+    return override[0].split("config.", 1)[1].partition("=")[0]
 
 
 def _split(argv: list[str]) -> tuple[list[list[str]], list[str]]:
@@ -93,7 +119,7 @@ def _split(argv: list[str]) -> tuple[list[list[str]], list[str]]:
     overrides, base, rest = [], [], list(argv)
     while rest:
         arg = rest.pop(0)
-        if not re.match(r"--?(no)?config\.", arg):
+        if not _OVERRIDE.match(arg):
             base.append(arg)
         elif "=" not in arg and rest and not rest[0].startswith("-"):
             overrides.append([arg, rest.pop(0)])
@@ -126,18 +152,23 @@ def _reason(
     argv: list[str], error: Exception, known: config_lib.ConfigDict | None
 ) -> str:
     """One line for a flag that could not be parsed."""
+    text = str(error)
+    if known is None and isinstance(error, flags.Error) and "\n" not in text:
+        return f"flags: {text}"
     if known is None:
-        missing = re.search(r"\[Errno 2\] (.*)", str(error))
-        fault = missing.group(0) if missing else str(error)
-        if not missing and not isinstance(error, flags.Error):
-            fault = f"{type(error).__name__}: {error}"
-        return f"flags: {fault}".splitlines()[0]
+        # What the file itself raised is the last of many lines.
+        cause = text.splitlines()[-1].split("failure to load: ")[-1].strip()
+        if not isinstance(error, flags.Error | OSError):
+            cause = f"{type(error).__name__}: {cause}"
+        file = re.search(r"-config[= ](\S+)", " ".join(argv))
+        return f"{file.group(1) if file else '--config'}: {cause}"
     from lakd_jax import validate
 
-    flag = next(a for a in argv if re.match(r"--?(no)?config\.", a))
-    field, _, value = flag.split("config.", 1)[1].partition("=")
-    fields = config_lib.flat(known)
+    override = argv[next(i for i, a in enumerate(argv) if _OVERRIDE.match(a)) :]
+    field, fields = _field(override), config_lib.flat(known)
     if field not in fields:
         return validate.unknown_field(field, fields)
-    want = type(fields[field]).__name__
-    return f"{field} must be {want}, is {value!r}"
+    if override == [f"--config.{field}"]:
+        return f"--config.{field} has no value; write --config.{field}=VALUE"
+    value = " ".join(override).replace("=", " ", 1).partition(" ")[2]
+    return f"{field} must be {type(fields[field]).__name__}, is {value!r}"

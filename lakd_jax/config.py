@@ -157,13 +157,15 @@ LITERAL = {"adapter": "shape", "normalise": "none", "head_loss": "ce"}
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """A frozen copy with presets and "same as" fields written out.
+    """A copy with presets and "same as" fields written out.
 
     `lakd.preset="literal"` pins the fields in `LITERAL`; `teacher.epochs=0`
-    becomes the student's epochs.
+    becomes the student's epochs; `baselines` loses `method` and repetitions.
     """
     c = copy.deepcopy(config)
     with c.unlocked():
+        others = dict.fromkeys(m for m in c.baselines if m != c.method)
+        c.baselines = tuple(others)
         if c.lakd.preset == "literal":
             c.lakd.update(LITERAL)
         c.teacher.epochs = c.teacher.epochs or c.epochs

@@ -154,7 +154,7 @@ def _stored(entry: dict[str, Any]) -> str:
 
 
 def _crc(host: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(host).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(host).reshape(-1).view(np.uint8).data)
 
 
 def _json_crc(body: dict[str, Any]) -> int:

@@ -12,12 +12,11 @@ import threading
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download import checksums
 
 from lakd_jax import data, errors
 from lakd_jax.data import tfds_builders, tfds_source
-
-tfds = pytest.importorskip("tensorflow_datasets")
-checksums = pytest.importorskip("tensorflow_datasets.core.download.checksums")
 
 COARSE = [f"group{k}" for k in range(20)]
 NAMES = {

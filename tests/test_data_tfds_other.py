@@ -5,11 +5,10 @@ import pathlib
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from lakd_jax import data, errors
-
-tfds = pytest.importorskip("tensorflow_datasets")
 
 
 def failure(name: str, data_dir: pathlib.Path) -> str:

@@ -7,16 +7,20 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import Mesh
 
 from lakd_jax import config as config_lib
 from lakd_jax import interop, interrupt, workdir
 from lakd_jax.report import metrics
 from lakd_jax.train import networks, runs
+from lakd_jax.train import state as state_lib
 
 
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.setattr(runs.data, "load", lambda *a, **k: tiny.dataset())
+    one = Mesh(np.array(jax.devices()[:1]), ("data",))
+    monkeypatch.setattr(state_lib, "data_mesh", lambda: one)
     return lambda config, guard: runs.bench(config, guard, lambda text: None)
 
 

@@ -16,6 +16,23 @@ from lakd_jax.models import chain
 
 CLASSES = 3
 
+LITERAL = {
+    "preset": "literal",
+    "adapter": "shape",
+    "normalise": "none",
+    "head_loss": "ce",
+}
+# Settings of LAKD that change which tensors a loss reads.
+READINGS = {
+    "default": {},
+    "literal": LITERAL,
+    "map": {"attention": "map"},
+    "logits": {"attention": "logits"},
+    "inside": {"attention": "inside"},
+    "aux_heads": {"task": "aux_heads"},
+    "teacher_suffix": {"task": "teacher_suffix", "head_loss": "ce"},
+}
+
 
 class Unit(nn.Module):
     """3x3 convolution, batch norm, ReLU."""
@@ -44,6 +61,7 @@ class Toy(chain.Chain, kw_only=True):
     """Three stages by default; each halves the size but the first."""
 
     width: int = 4
+    growth: int = 1  # channels that each stage adds
     stage_sizes: tuple[int, ...] = (1, 1, 1)
     num_classes: int = CLASSES
 
@@ -54,7 +72,7 @@ class Toy(chain.Chain, kw_only=True):
     @nn.nowrap
     def make_block(self, stage, index, name):
         stride = 2 if stage and index == 0 else 1
-        return Unit(self.width + stage, stride, name=name)
+        return Unit(self.width + self.growth * stage, stride, name=name)
 
     @nn.nowrap
     def make_head(self, name):
@@ -199,7 +217,7 @@ def lesson(
 ):
     """A `Lesson` of toys (4 channels from 6) with a method made from `options`."""
     student = student or Toy()
-    teacher = teacher or Toy(width=6, stage_sizes=(2, 2, 2))
+    teacher = teacher or Toy(width=6)
     start = jax.jit(lambda key, x: teacher.init(key, x, train=False))
     variables = start(jax.random.key(7), jnp.ones((1, size, size, 3)))
     return Lesson(
@@ -223,3 +241,9 @@ def by_module(tree, labels, count):
     return [
         [x for x, o in zip(leaves, owners, strict=True) if o == k] for k in range(count)
     ]
+
+
+def made(options, **fields):
+    """A lesson, its variables and a batch."""
+    taught, batch = lesson(options, **fields), images()
+    return taught, *taught.init(*batch), batch

@@ -100,5 +100,5 @@ def fingerprint(dataset: Dataset) -> str:
             continue
         digest.update(f"{role}{split.images.shape}".encode())
         for array in (split.images, split.labels, split.ids):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

@@ -4,6 +4,8 @@ Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits,
 UCI Machine Learning Repository, 1998 (its test part), 8x8 pixels of 17 greys.
 """
 
+from typing import Any
+
 import numpy as np
 from PIL import Image
 
@@ -21,7 +23,7 @@ def load(image_size: int) -> tuple[tuple[str, ...], dataset.Split, dataset.Split
     """
     from sklearn import datasets
 
-    scans = datasets.load_digits()
+    scans: Any = datasets.load_digits()
     size = image_size or DEFAULT_SIZE
     images = np.stack([_enlarge(scan, size) for scan in scans.images])
     everything = dataset.new_split(images, scans.target)

@@ -37,6 +37,10 @@ _RETRIES = 5  # tfds's own 10 take more than three minutes to give up
 class _Cifar:
     """Reads CIFAR's binary version straight from the tar stream."""
 
+    name: str
+    info: Any
+    _cifar_info: Any
+
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         table = self._cifar_info  # tfds's names of members and labels
         path = dl_manager.download(URLS[self.name]["all"])
@@ -70,6 +74,8 @@ class _Cifar:
 
 class _Svhn:
     """Reads SVHN's MATLAB files; the digit 0 is stored there as 10."""
+
+    name: str
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         paths = dl_manager.download(URLS[self.name])
@@ -145,7 +151,9 @@ def read_members(path: pathlib.Path, names: list[str]) -> dict[str, bytes]:
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:gz") as archive:
         for member in archive:
             if member.name in wanted and member.isfile():
-                found[member.name] = archive.extractfile(member).read()
+                reader = archive.extractfile(member)
+                assert reader is not None  # it is a file
+                found[member.name] = reader.read()
     if missing := sorted(wanted - found.keys()):
         raise errors.DataError(f"{path} lacks {', '.join(missing)}")
     return found
@@ -167,8 +175,9 @@ def brief(error: Exception) -> str:
 @contextlib.contextmanager
 def few_retries() -> Iterator[None]:
     """Lets tfds's downloads give up after some seconds instead of minutes."""
-    from tensorflow_datasets.core.download import downloader
+    from tensorflow_datasets.core.download import downloader as module
 
+    downloader: Any = module  # its constant is typed as a literal
     before, downloader.MAX_RETRIES = downloader.MAX_RETRIES, _RETRIES
     try:
         yield

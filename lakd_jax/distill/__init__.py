@@ -8,12 +8,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flax import linen as nn
-
 from lakd_jax import choices
-from lakd_jax.distill import kd, lakd
+from lakd_jax.distill import kd, lakd, method
 
-METHODS: dict[str, type[nn.Module]] = {
+METHODS: dict[str, type[method.Method]] = {
     "none": kd.Plain,
     "kd": kd.KD,
     "lakd": lakd.LAKD,
@@ -36,7 +34,7 @@ def option_names(name: str) -> list[str]:
     return [n for n in own if n not in ("parent", "name")]
 
 
-def create(name: str, options: Mapping[str, Any]) -> nn.Module:
+def create(name: str, options: Mapping[str, Any]) -> method.Method:
     """The method `name`; its parameters come from `init` with `Signals`.
 
     Args:

@@ -53,13 +53,10 @@ def kd_loss(
     return temperature**2 * jnp.mean(divergence + lift)
 
 
-class Plain(nn.Module):
+class Plain(method.Method):
     """No teacher: cross-entropy with the labels in the one and last module."""
 
-    local: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
-    needs_uncut: ClassVar[bool] = False
-    needs_suffix: ClassVar[bool] = False
 
     @nn.compact
     def __call__(
@@ -72,17 +69,12 @@ class Plain(nn.Module):
         )
 
 
-class KD(nn.Module):
+class KD(method.Method):
     """ce_weight * CE(labels) + kd_weight * T^2 KL(teacher || student)."""
 
     ce_weight: float
     kd_weight: float
     temperature: float
-
-    local: ClassVar[bool] = False
-    needs_teacher: ClassVar[bool] = True
-    needs_uncut: ClassVar[bool] = False
-    needs_suffix: ClassVar[bool] = False
 
     @nn.compact
     def __call__(

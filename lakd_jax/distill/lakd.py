@@ -219,7 +219,7 @@ def map_loss(student_map: jax.Array, teacher_map: jax.Array) -> jax.Array:
     return reduce_errors(jnp.square(student - teacher), "per_sample_sum")
 
 
-class LAKD(nn.Module):
+class LAKD(method.Method):
     """LAKD's losses, one `ModuleLoss` per local module.
 
     Parameters and statistics: `{"module1": {"adapter": ..., "aux_head": ...}, ...}`
@@ -232,7 +232,6 @@ class LAKD(nn.Module):
     options: Options
 
     local: ClassVar[bool] = True
-    needs_teacher: ClassVar[bool] = True
 
     @property
     def needs_uncut(self) -> bool:
@@ -274,12 +273,6 @@ def _check_signals(options: Options, signals: method.Signals) -> None:
         )
     if options.att_global and len(signals.student_uncut) != count:
         raise ValueError("att_global needs Signals.student_uncut, one a module")
-    if signals.teacher_suffix is None and (
-        options.task == "teacher_suffix" or options.attention == "logits"
-    ):
-        raise ValueError(
-            "task='teacher_suffix' and attention='logits' need Signals.teacher_suffix"
-        )
 
 
 class _LocalLoss(nn.Module):

@@ -6,12 +6,19 @@ the head. The last module owns the head. Which parameters a loss may reach is
 decided by where the forward pass is cut (`lakd_jax.local.cuts`), never here.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import flax
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+
+
+def _no_suffix(k: int, activation: jax.Array) -> jax.Array:
+    raise ValueError(
+        "task='teacher_suffix' and attention='logits' need Signals.teacher_suffix"
+    )
 
 
 @flax.struct.dataclass
@@ -30,7 +37,7 @@ class Signals:
         with `needs_uncut`; else ().
       teacher_suffix: `(k, activation) -> logits (B, classes)`, the teacher from
         the end of its module k (counted from 0) to the logits, for methods with
-        `needs_suffix`; else None.
+        `needs_suffix`; else it raises ValueError.
     """
 
     student: Any
@@ -40,9 +47,31 @@ class Signals:
     student_joints: tuple[jax.Array, ...]
     teacher_joints: tuple[jax.Array, ...]
     student_uncut: tuple[jax.Array, ...] = ()
-    teacher_suffix: Callable[[int, jax.Array], jax.Array] | None = flax.struct.field(
-        pytree_node=False, default=None
+    teacher_suffix: Callable[[int, jax.Array], jax.Array] = flax.struct.field(
+        pytree_node=False, default=_no_suffix
     )
+
+
+class Method(nn.Module):
+    """What all methods share; a subclass says how it sees `Signals`.
+
+    Class facts (instance properties where they depend on options): `local`, whether
+    the student is cut for it; `needs_teacher`; `needs_uncut` and `needs_suffix`,
+    whether it reads `Signals.student_uncut` and `Signals.teacher_suffix`.
+    """
+
+    local: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = True
+
+    @property
+    def needs_uncut(self) -> bool:
+        """Whether `Signals.student_uncut` is read."""
+        return False
+
+    @property
+    def needs_suffix(self) -> bool:
+        """Whether `Signals.teacher_suffix` is called."""
+        return False
 
 
 @flax.struct.dataclass
@@ -56,7 +85,7 @@ class ModuleLoss:
     """
 
     terms: dict[str, jax.Array]
-    weights: dict[str, jax.Array | float]
+    weights: Mapping[str, jax.Array | float]
     diagnostics: dict[str, jax.Array]
 
     def total(self) -> jax.Array:

@@ -9,7 +9,9 @@ which is why absolute values are the default. Everything is float32, NHWC.
 """
 
 from collections.abc import Callable
+from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -58,14 +60,11 @@ def adaptive_pool(
     Returns:
       (B, height, width, C).
     """
+    if x.shape[1] % height == 0 and x.shape[2] % width == 0:
+        pattern = "b (h rows) (w columns) c -> b h w c"
+        return einops.reduce(x, pattern, reduce, h=height, w=width)
     for axis, cells in ((1, height), (2, width)):
         size = x.shape[axis]
-        if size == cells:
-            continue
-        if size % cells == 0:
-            shape = (*x.shape[:axis], cells, size // cells, *x.shape[axis + 1 :])
-            x = reduce(x.reshape(shape), axis=axis + 1)
-            continue
         edges = [(i * size // cells, -((i + 1) * -size // cells)) for i in range(cells)]
         pieces = [jax.lax.slice_in_dim(x, lo, hi, axis=axis) for lo, hi in edges]
         pooled = [reduce(piece, axis=axis, keepdims=True) for piece in pieces]
@@ -104,7 +103,8 @@ def pooled_map(s: jax.Array, a: float, b: float, window: int, stride: int) -> ja
     coarse = a * average + b * maximum
     if stride == 1:
         return coarse
-    repeated = jnp.repeat(jnp.repeat(coarse, stride, axis=1), stride, axis=2)
+    pattern = "b h w c -> b (h rows) (w columns) c"
+    repeated = einops.repeat(coarse, pattern, rows=stride, columns=stride)
     return repeated[:, :height, :width]
 
 
@@ -173,7 +173,7 @@ def activation_map(
     return normalise(pooled_map(s, a, b, window, stride), kind)
 
 
-def mask(features: jax.Array, **options: str | float | int) -> jax.Array:
+def mask(features: jax.Array, **options: Any) -> jax.Array:
     """The teacher's mask What, `activation_map` without any gradient.
 
     Args:

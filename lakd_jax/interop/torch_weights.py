@@ -122,13 +122,14 @@ def _traced(
     # The spatial size is of no matter to shapes; 32 survives five halvings.
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     init = functools.partial(model.init, train=False)
-    variables = jax.eval_shape(init, jax.random.key(0), images)
+    variables: Any = jax.eval_shape(init, jax.random.key(0), images)
+    leaves: dict[_Path, Any] = flax.traverse_util.flatten_dict(variables)
     return {
         f"{model.torch_name(path[1:-1])}.{_LEAVES[path[-1]]}": (
             path,
             _torch_shape(leaf.shape),
         )
-        for path, leaf in flax.traverse_util.flatten_dict(variables).items()
+        for path, leaf in leaves.items()
     }
 
 

@@ -5,7 +5,6 @@ to a partial of it; adding the file to `_FAMILIES` is all it takes to register i
 """
 
 import difflib
-import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from lakd_jax.models import chain, resnet
 
 _FAMILIES = (resnet,)
-_NETWORKS: dict[str, functools.partial] = {
+_NETWORKS: dict[str, Any] = {  # partials of Chain classes
     name: build for family in _FAMILIES for name, build in family.NETWORKS.items()
 }
 

@@ -179,7 +179,7 @@ class _Stage(nn.Module):
         end: JointFn,
     ) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
         """Run blocks first..size-1; gives (h, every activation, last preact)."""
-        outputs = []
+        outputs, preact = [], h  # at least one block runs and replaces it
         for index in range(first, size):
             # make_block is not wrapped by Linen, so the block lands in this scope.
             name = f"block{index + 1}"

@@ -45,7 +45,7 @@ def curves(
       path: image file to write (1350 x 1050 pixels); its suffix is the format.
       runs: records by run name, as `metrics.read` returns them; those of kind
         "eval" with "epoch" and the named values are drawn.
-      teacher_accuracy: drawn as a horizontal line; None leaves it out.
+      teacher_accuracy: on the test split, as a horizontal line; None leaves it out.
       accuracy: name of the accuracy in the records, a fraction of 1.
       loss: name of the evaluation loss in the records.
       split: what was evaluated on, for the axis labels.
@@ -56,10 +56,14 @@ def curves(
     below = figure.add_subplot(grid[1], sharex=top)
     ends = _plot(top, _collect(runs, accuracy, 100.0), "{name}  {value:.1f}")
     ends_below = _plot(below, _collect(runs, loss, 1.0), "{name}")
+    if ends_below and all(end.value > 0 for end in ends_below):
+        below.set_yscale("log")  # a first epoch may be a hundred times the last
     if teacher_accuracy is not None and ends:
         level = 100 * teacher_accuracy
         top.axhline(level, color=canvas.FAINT, linestyle="--", linewidth=1.2)
-        ends.append(_End(math.inf, level, f"teacher  {level:.1f}", canvas.FAINT, "--"))
+        ends.append(
+            _End(math.inf, level, f"teacher on test  {level:.1f}", canvas.FAINT, "--")
+        )
     _dress(top, f"accuracy on {split}, %", bool(ends))
     _dress(below, f"loss on {split}", bool(ends_below))
     top.tick_params(labelbottom=False)
@@ -136,6 +140,7 @@ def _dress(axes: Any, label: str, filled: bool) -> None:
     axes.tick_params(colors=canvas.INK, labelsize=9)
     if filled:
         axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_minor_formatter("")
     else:
         axes.set_yticks([])
         place = {"transform": axes.transAxes, "ha": "center", "va": "center"}

@@ -113,8 +113,9 @@ class MetricWriter:
         self._events.flush()
 
     def _write_event(self, step: int, **content: Any) -> None:
-        from tensorboardX.proto import event_pb2
+        from tensorboardX.proto import event_pb2 as generated
 
+        event_pb2: Any = generated  # made by protobuf while importing
         event = event_pb2.Event(step=step, wall_time=time.time(), **content)
         self._events.write(event.SerializeToString())
 
@@ -147,8 +148,9 @@ def _line(step: int, kind: str, numbers: dict[str, float]) -> bytes:
 
 
 def _scalars(kind: str, numbers: dict[str, float]) -> Any:
-    from tensorboardX.proto import summary_pb2
+    from tensorboardX.proto import summary_pb2 as generated
 
+    summary_pb2: Any = generated  # made by protobuf while importing
     value = summary_pb2.Summary.Value
     return summary_pb2.Summary(
         value=[value(tag=f"{kind}/{n}", simple_value=v) for n, v in numbers.items()]

@@ -2,7 +2,7 @@
 
 import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax
 from lakd_jax import config as config_lib
 from lakd_jax import distill, interrupt, validate, workdir
 from lakd_jax.report import table
-from lakd_jax.train import costs, look, runs
+from lakd_jax.train import costs, look, networks, runs
 
 TITLES = {"none": "alone", "kd": "KD", "lakd": "LAKD"}
 
@@ -45,7 +45,7 @@ def run(
     with contextlib.ExitStack() as stack:
         guard = guard or stack.enter_context(interrupt.Guard())
         settings = config_lib.to_dict(config)
-        stack.enter_context(workdir.prepare(directory, settings))
+        stack.enter_context(_claimed(directory, settings))
         bench = runs.bench(config, guard, notify)
         notify(_describe_data(bench))
         methods = [*config.baselines, config.method]
@@ -59,11 +59,29 @@ def run(
         notify(_title(config, config.method))
         result = runs.train_one(config, directory, bench, teacher)
         results[config.method] = result
-        look.draw(config, directory, bench, teacher, list(results))
+        folders = {TITLES[m]: directory / m for m in config.baselines}
+        folders[TITLES[config.method]] = directory
+        look.draw(config, directory, bench, teacher, folders)
         text = _table(config, results, teacher)
         (directory / "table.md").write_text(text + "\n")
         notify(f"\n{text}\n\nPictures, metrics and the student are in {directory}")
     return result
+
+
+@contextlib.contextmanager
+def _claimed(directory: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """The run's directory, free for another config if it fails before training.
+
+    A path that was mistyped may then be corrected and the command given again.
+    """
+    with workdir.prepare(directory, settings):
+        try:
+            yield
+        except BaseException:
+            begun = ("checkpoints", networks.RESULT_FILE)
+            if not any((directory / name).exists() for name in begun):
+                (directory / workdir.CONFIG).unlink(missing_ok=True)
+            raise
 
 
 def _baseline(

@@ -162,7 +162,7 @@ def _first_state(
 ) -> state_lib.TrainState:
     # Runs once, and its random numbers take XLA's CPU compiler five times longer to
     # optimise than to run as they are.
-    options = {"xla_backend_optimization_level": 0} if _on_cpu() else None
+    options: Any = {"xla_backend_optimization_level": 0} if _on_cpu() else None
     params, stats = jax.jit(init).lower().compile(compiler_options=options)()
     if student_variables is not None:
         params["student"] = student_variables["params"]

@@ -1,5 +1,6 @@
 """What a run will cost, told from its compiled step before it starts."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -20,18 +21,15 @@ def one_step(
     """Runs a step and an evaluation batch; their costs as a block of text."""
     state, metrics, program = job.one_step()
     size = config.eval_batch_size
-    some = bench.test.replace(
-        images=bench.test.images[:size], labels=bench.test.labels[:size]
+    some = dataclasses.replace(
+        bench.test, images=bench.test.images[:size], labels=bench.test.labels[:size]
     )
     evaluator = runs.evaluator(config, student, build.pixels(config), bench)
     score = evaluator(fit.student_variables(state), some)
     plan = job.plan
     lines = {
         "student": _network(config.student.name, state.params["student"]),
-        "teacher": _network(config.teacher.name, teacher.network.variables["params"])
-        if teacher
-        else "none",
-        "method": f"{config.method}: {_count(state.params['method'])} parameters of its own",
+        "method": f"{config.method}, {_count(state.params['method'])} parameters",
         "devices": f"{bench.mesh.size} x {jax.devices()[0].device_kind}",
         "steps": f"{plan.total_steps:,} = {plan.epochs} epochs x "
         f"{plan.steps_per_epoch:,}, batch {plan.batch_size}",
@@ -39,6 +37,9 @@ def one_step(
         "first loss": f"{metrics['loss']:.4f}",
         "first batch": f"{score.right} of {score.examples} test images right",
     }
+    if teacher:
+        variables: Any = teacher.network.variables
+        lines["teacher"] = _network(config.teacher.name, variables["params"])
     return summary.describe(lines)
 
 

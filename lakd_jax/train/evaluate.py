@@ -83,7 +83,8 @@ class Evaluator:
         sharding = state_lib.over_batch(self._mesh)
         images = jax.lax.with_sharding_constraint(data.images[rows], sharding)
         labels = data.labels[rows]
-        logits = self._model.apply(variables, self._pixels(images), train=False).logits
+        outputs: Any = self._model.apply(variables, self._pixels(images), train=False)
+        logits = outputs.logits
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         right = (jnp.argmax(logits, -1) == labels) & mask
         return jnp.sum(right), jnp.sum(jnp.where(mask, losses, 0.0))

@@ -112,6 +112,7 @@ class Fit:
         self._ledger = Ledger()
         self._best: PyTree = {}
         self._saved = 0
+        self._shown = (0, 0.0)
         self._began = time.perf_counter()
 
     def run(self) -> Trained:
@@ -200,7 +201,7 @@ class Fit:
         last = step == plan.total_steps
         due = step % (plan.eval_every * plan.steps_per_epoch) == 0
         if self._minival and self._ledger.evaluated < step and (due or last):
-            self._evaluate(step)
+            self._evaluate(step, self._minival)
         if step % plan.save_every == 0 or last:
             self._save(step)
 
@@ -247,16 +248,20 @@ class Fit:
             row = dict(zip(columns, values, strict=True))
             bad = [n for n, v in row.items() if not math.isfinite(v)]
             if bad:
-                raise self._not_finite(first + i + 1, bad)
+                step = first + i + 1
+                raise self._not_finite(step - len(self._ledger.window), step, bad)
             self._ledger.window.append(row)
 
-    def _not_finite(self, step: int, bad: list[str]) -> errors.NonFiniteError:
+    def _not_finite(
+        self, first: int, step: int, bad: list[str]
+    ) -> errors.NonFiniteError:
+        """`first`: where the window of metrics began that `step` belongs to."""
         # A term says more than the total it makes non-finite.
         bad.sort(key=lambda name: ("norm" in name, "/" not in name))
         good = f"step {self._saved}" if self._saved else "none yet"
         return errors.NonFiniteError(
-            f"step {step}: {', '.join(bad[:4])} is not finite "
-            f"(steps {step - len(self._ledger.window)} to {step - 1} were).\n"
+            f"step {step} (window of steps {first} to {step}): {', '.join(bad[:4])} "
+            f"not finite.\n"
             f"Last good checkpoint: {good}, in {self.plan.workdir}.\n"
             "Try a lower optim.lr, optim.warmup_epochs, or optim.clip_norm, in a new "
             "--workdir."
@@ -267,14 +272,16 @@ class Fit:
         window, ledger = self._ledger.window, self._ledger
         means = {n: sum(row[n] for row in window) / len(window) for n in window[0]}
         self._writer.write(step, "train", means)
-        speed = ledger.images / max(ledger.step_seconds, 1e-9)
+        images, seconds = self._shown  # the speed of late, not of the whole run
+        speed = (ledger.images - images) / max(ledger.step_seconds - seconds, 1e-9)
+        self._shown = ledger.images, ledger.step_seconds
         shown = {n: v for n, v in means.items() if "norm" not in n}
         self._screen.update(step, shown, speed)
         window.clear()
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int, minival: state_lib.Resident) -> None:
         variables = student_variables(self._state)
-        score = self._evaluator(variables, self._minival)
+        score = self._evaluator(variables, minival)
         epoch = step / self.plan.steps_per_epoch
         values = {"epoch": epoch, "accuracy": score.accuracy, "loss": score.loss}
         self._writer.write(step, "eval", values)
@@ -297,6 +304,7 @@ class Fit:
         self._ledger = Ledger(**extra)
         self._began -= self._ledger.seconds
         self._saved = self._step = step
+        self._shown = self._ledger.images, self._ledger.step_seconds
         return step
 
     def _save(self, step: int) -> None:

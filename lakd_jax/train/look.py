@@ -1,6 +1,6 @@
 """The pictures at the end of a run: accuracy curves and attention maps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -21,16 +21,15 @@ def draw(
     directory: Path,
     bench: runs.Bench,
     teacher: runs.Teacher | None,
-    methods: Sequence[str],
+    folders: Mapping[str, Path],
 ) -> None:
     """Writes curves.png, and attention.png if there is a teacher to compare with.
 
     Args:
-      methods: the runs of this command; the last is in `directory` itself, the
-        others in its subdirectories.
+      directory: of the run whose student is looked at, and of the pictures.
+      folders: directories of all runs of this command by title, for the curves.
     """
-    folders = {m: directory / m for m in methods[:-1]} | {methods[-1]: directory}
-    records = {m: metrics.read(folder) for m, folder in folders.items()}
+    records = {title: metrics.read(folder) for title, folder in folders.items()}
     pictures.curves(
         directory / "curves.png",
         records,

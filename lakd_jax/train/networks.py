@@ -56,8 +56,8 @@ def load(
         )
     if path.is_dir():
         path = _student_of(field, path)
-    read = _own if interop.is_variables_file(path) else _foreign
     try:
+        read = _own if interop.is_variables_file(path) else _foreign
         loaded = read(name, path, dtype)
     except errors.TeacherError as e:
         raise errors.TeacherError(f"{field}.init: {path}\n{e}") from e
@@ -101,6 +101,11 @@ def _student_of(field: str, directory: Path) -> Path:
 def _own(name: str, path: Path, dtype: str) -> Loaded:
     """A student that `save` wrote."""
     variables, card = interop.load_variables(path)
+    missing = {"network", "num_classes", "options", "mean", "std"} - card.keys()
+    if missing:
+        raise errors.TeacherError(
+            f"is no student of a run: its card lacks {', '.join(sorted(missing))}."
+        )
     if card["network"] != name:
         raise errors.TeacherError(
             f"holds a {card['network']}, not the {name} that the config names; "

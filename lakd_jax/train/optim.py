@@ -73,7 +73,7 @@ def clip_by_module_norm(limit: float, labels: PyTree) -> optax.GradientTransform
         scale = {k: jnp.minimum(1.0, limit / (n + 1e-12)) for k, n in norms.items()}
         return jax.tree.map(lambda u, k: u * scale[k], updates, labels), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def module_norms(tree: PyTree, labels: PyTree) -> dict[int, jax.Array]:

@@ -51,7 +51,8 @@ INITIALISE, AUGMENT = 0, 1
 def resident(split: data.Split, seed: int, mesh: Mesh) -> Resident:
     """A split whole on every device, with the augmentation key of `seed`."""
     key = jax.random.fold_in(jax.random.key(seed), AUGMENT)
-    return replicate(Resident(split.images, split.labels, split.ids, key), mesh)
+    host: Any = (split.images, split.labels, split.ids, key)
+    return replicate(Resident(*host), mesh)
 
 
 def data_mesh() -> Mesh:

@@ -1,12 +1,12 @@
 """One training step as a pure function: forward, loss, update."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from jax.sharding import Mesh
 
 from lakd_jax.data import augment
@@ -50,7 +50,7 @@ class Learner:
 
     student: chain.Chain
     teacher: chain.Chain | None
-    method: nn.Module
+    method: method_lib.Method
     partition: cuts.Partition
     cut_scale: float
     module_input: str
@@ -114,11 +114,12 @@ def train_step(
         state.step,
     )
     updates, opt_state = learner.optimizer.update(grads, state.opt_state, state.params)
-    metrics |= _norms(learner, grads, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics |= _norms(learner, grads, params)
     metrics["learning_rate"] = jnp.float32(learner.learning_rate(state.step))
     new = state_lib.TrainState(
         step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
+        params=params,
         batch_stats=stats,
         opt_state=opt_state,
     )
@@ -189,11 +190,13 @@ def observe(
     labels: jax.Array,
     step: jax.Array,
 ) -> tuple[method_lib.Signals, PyTree]:
-    """Both networks' outputs as a method sees them, and the student's new statistics."""
-    teacher, suffix, teacher_joints = None, None, ()
+    """What the method sees of both networks, and the student's new statistics."""
+    teacher, teacher_joints, extra = None, (), {}
     if learner.teacher is not None:
-        teacher = _teacher_outputs(learner, teacher_variables, images)
-        suffix = _suffix(learner, teacher_variables)
+        pixels = learner.teacher_pixels(images)
+        outputs: Any = learner.teacher.apply(teacher_variables, pixels, train=False)
+        teacher = jax.lax.stop_gradient(outputs)
+        extra["teacher_suffix"] = functools.partial(_suffix, learner, teacher_variables)
         teacher_joints = _joints(
             learner, learner.teacher, teacher, learner.partition.teacher_joints
         )
@@ -228,32 +231,23 @@ def observe(
         ),
         teacher_joints=teacher_joints,
         student_uncut=uncut,
-        teacher_suffix=suffix,
+        **extra,
     )
     return signals, new["batch_stats"]
 
 
-def _teacher_outputs(
-    learner: Learner, variables: PyTree, images: jax.Array
-) -> chain.Outputs:
-    outputs = learner.teacher.apply(
-        variables, learner.teacher_pixels(images), train=False
+def _suffix(
+    learner: Learner, variables: PyTree, module: int, activation: jax.Array
+) -> jax.Array:
+    """Logits of the teacher run on from the end of its module `module`."""
+    assert learner.teacher is not None
+    outputs: Any = learner.teacher.apply(
+        variables,
+        activation.astype(learner.teacher_pixels.dtype),
+        train=False,
+        after=learner.partition.teacher_joints[module],
     )
-    return jax.lax.stop_gradient(outputs)
-
-
-def _suffix(learner: Learner, variables: PyTree) -> Any:
-    """The teacher from one joint on: (module index, activation) -> logits."""
-
-    def run(module: int, activation: jax.Array) -> jax.Array:
-        after = learner.partition.teacher_joints[module]
-        dtype = learner.teacher_pixels.dtype
-        outputs = learner.teacher.apply(
-            variables, activation.astype(dtype), train=False, after=after
-        )
-        return outputs.logits
-
-    return run
+    return outputs.logits
 
 
 def _joints(
@@ -269,8 +263,10 @@ def _variables(params: PyTree, batch_stats: PyTree, part: str) -> PyTree:
 
 
 def _norms(learner: Learner, grads: PyTree, params: PyTree) -> Metrics:
-    """Per module the norm of its gradient and of its weight-decay term.
+    """Per module the norm of its gradient and of its next weight-decay term.
 
+    `params` are those after the update, so that numbers that overflowed are seen
+    before they are saved.
     A gradient far below the decay means that the module shrinks instead of
     learning (a danger where its only loss is a mean over many features).
     """

@@ -1,0 +1,186 @@
+"""What must hold between fields of a configuration that are each fine alone."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from lakd_jax import config as config_lib
+from lakd_jax import distill, models
+from lakd_jax.local import cuts
+from lakd_jax.models import chain
+
+Config = config_lib.ConfigDict
+Relation = Callable[[Config, int], str]  # (config, devices) -> the fault, or ""
+
+# Every relation with the fields it reads, which must be in range.
+TABLE: list[tuple[tuple[str, ...], Relation]] = []
+
+_METHODS = ("method", "baselines")
+_CUTS = ("student.name", "teacher.name", "local.granularity", "local.cuts")
+
+
+def _reads(*fields: str, only_lakd: bool = False) -> Callable[[Relation], Relation]:
+    """Enters a relation in the table."""
+
+    def enter(relation: Relation) -> Relation:
+        def if_lakd(c: Config, devices: int) -> str:
+            return relation(c, devices) if "lakd" in _methods(c) else ""
+
+        if only_lakd:
+            TABLE.append(((*_METHODS, *fields), if_lakd))
+        else:
+            TABLE.append((fields, relation))
+        return relation
+
+    return enter
+
+
+@_reads("batch_size")
+def _batch(c: Config, devices: int) -> str:
+    return _shared("batch_size", c.batch_size, devices)
+
+
+@_reads("eval_batch_size")
+def _eval_batch(c: Config, devices: int) -> str:
+    return _shared("eval_batch_size", c.eval_batch_size, devices)
+
+
+@_reads("epochs", "optim.warmup_epochs")
+def _warmup(c: Config, _: int) -> str:
+    return _longer(c.optim.warmup_epochs, "epochs", c.epochs)
+
+
+@_reads(*_METHODS, "teacher.init", "teacher.epochs", "optim.warmup_epochs")
+def _teacher_warmup(c: Config, _: int) -> str:
+    if not c.teacher.epochs or c.teacher.init or not _needs_teacher(c):
+        return ""
+    return _longer(c.optim.warmup_epochs, "teacher.epochs", c.teacher.epochs)
+
+
+@_reads("kd.ce_weight", "kd.kd_weight")
+def _kd_weights(c: Config, _: int) -> str:
+    if c.kd.ce_weight or c.kd.kd_weight:
+        return ""
+    return "kd.ce_weight and kd.kd_weight are both 0: nothing is learnt"
+
+
+@_reads(
+    "lakd.preset",
+    "lakd.head_weight",
+    "lakd.attention_weight",
+    "lakd.feature_weight",
+    only_lakd=True,
+)
+def _lakd_weights(c: Config, _: int) -> str:
+    weights = ("head_weight", "attention_weight", "feature_weight")
+    if c.lakd.preset != "default" or any(c.lakd[w] for w in weights):
+        return ""
+    return f"lakd.{', lakd.'.join(weights)} are all 0: nothing is learnt"
+
+
+@_reads("lakd.a", "lakd.b", only_lakd=True)
+def _mask(c: Config, _: int) -> str:
+    if c.lakd.a or c.lakd.b:
+        return ""
+    return "lakd.a and lakd.b are both 0: the mask would be empty"
+
+
+@_reads("lakd.att_global", "lakd.attention", only_lakd=True)
+def _att_global(c: Config, _: int) -> str:
+    if not c.lakd.att_global or c.lakd.attention != "inside":
+        return ""
+    return "lakd.att_global needs a separate L_att; lakd.attention=inside has none"
+
+
+@_reads("lakd.preact", "local.granularity", only_lakd=True)
+def _preact(c: Config, _: int) -> str:
+    if not c.lakd.preact or c.local.granularity in ("stage", "none"):
+        return ""
+    return "lakd.preact needs local.granularity=stage or none"
+
+
+@_reads(*_METHODS, *_CUTS)
+def _cuts(c: Config, _: int) -> str:
+    if not _needs_teacher(c):
+        return ""
+    try:
+        _partition(c)
+    except ValueError as e:
+        return str(e)
+    return ""
+
+
+@_reads(*_CUTS, "local.module_start_epochs", only_lakd=True)
+def _module_starts(c: Config, devices: int) -> str:
+    starts = c.local.module_start_epochs
+    if not starts or _cuts(c, devices):
+        return ""
+    modules = len(_partition(c)[2].names)
+    if len(starts) == modules:
+        return ""
+    return (
+        f"local.module_start_epochs has {len(starts)} entries, the student "
+        f"{modules} modules"
+    )
+
+
+@_reads(*_CUTS, "local.module_input", only_lakd=True)
+def _module_input(c: Config, devices: int) -> str:
+    if c.local.module_input == "student" or _cuts(c, devices):
+        return ""
+    student, teacher, partition = _partition(c)
+    inner = slice(len(partition.names) - 1)  # the last joint feeds no module
+    ours, theirs = partition.student_joints[inner], partition.teacher_joints[inner]
+    have, want = _shapes(student, ours), _shapes(teacher, theirs)
+    for joint, mine, other in zip(ours, have, want, strict=True):
+        if mine != other:
+            return (
+                f"local.module_input=teacher: at {joint!r} the student has "
+                f"{mine[-1]} channels and the teacher {other[-1]}; use "
+                "local.module_input=student"
+            )
+    return ""
+
+
+def _shared(field: str, size: int, devices: int) -> str:
+    if size % devices == 0:
+        return ""
+    return (
+        f"{field} is {size}, which {devices} devices cannot share equally; use a "
+        f"multiple of {devices}"
+    )
+
+
+def _longer(warmup: float, field: str, epochs: int) -> str:
+    if warmup <= epochs:
+        return ""
+    return f"optim.warmup_epochs is {warmup:g}, more than {field} ({epochs})"
+
+
+def _methods(c: Config) -> tuple[str, ...]:
+    return (c.method, *c.baselines)
+
+
+def _needs_teacher(c: Config) -> bool:
+    return any(distill.METHODS[m].needs_teacher for m in _methods(c))
+
+
+def _partition(c: Config) -> tuple[chain.Chain, chain.Chain, cuts.Partition]:
+    """Both networks and where they are cut; ValueError if they cannot be."""
+    student = models.create(c.student.name, num_classes=2)
+    teacher = models.create(c.teacher.name, num_classes=2)
+    partition = cuts.modules(student, teacher, c.local.granularity, c.local.cuts)
+    return student, teacher, partition
+
+
+def _shapes(model: chain.Chain, joints: tuple[str, ...]) -> list[tuple[int, ...]]:
+    """Of the activations at `joints` for an image of 32x32; nothing is computed."""
+
+    def run(images: jax.Array) -> list[jax.Array]:
+        key = jax.random.key(0)
+        outputs, _ = model.init_with_output(key, images, train=False)
+        return [chain.feature_at(outputs, model, joint) for joint in joints]
+
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    return [x.shape for x in jax.eval_shape(run, images)]

@@ -1,0 +1,444 @@
+"""The command line: exit codes, error lines, and a whole run."""
+
+import errno
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny
+from jax.sharding import Mesh
+from PIL import Image
+
+from lakd_jax import cli, interop, interrupt, models
+from lakd_jax.train import fit, networks, runs
+from lakd_jax.train import state as state_lib
+
+# How ml_collections loads a config file is deprecated from Python 3.12 on.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+ROOT = pathlib.Path(__file__).parents[1]
+DIGITS = f"--config={ROOT / 'configs' / 'digits_lakd.py'}"
+CONFIG = """
+import pathlib
+import tiny
+
+def get_config(directory):
+    return tiny.config(pathlib.Path(directory), epochs=2, baselines=("none", "kd"))
+"""
+
+
+@pytest.fixture
+def main(monkeypatch, capfd):
+    """Calls `cli.main`; gives (exit code, stdout, stderr)."""
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(interrupt, "exit_now", leave)
+
+    def run(*args):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(a) for a in args])
+        return caught.value.code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def tiny_main(main, monkeypatch, tmp_path):
+    """The same on the tiny data set and one device; needs no --config."""
+    monkeypatch.setattr(runs.data, "load", lambda *a, **k: tiny.dataset())
+    one = Mesh(np.array(jax.devices()[:1]), ("data",))
+    monkeypatch.setattr(state_lib, "data_mesh", lambda: one)
+    file = tmp_path / "tiny_config.py"
+    file.write_text(CONFIG)
+    return lambda *args: main(f"--config={file}:{tmp_path}", *args)
+
+
+def refused(result, *words, code=2):
+    """The command ended with `code` and at most ten lines, which hold `words`."""
+    got, _, err = result
+    lines = err.splitlines()
+    assert got == code, err
+    assert 1 <= len(lines) <= 10, err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+    return err
+
+
+def untouched(workdir):
+    """Nothing was trained there, and the next config may have it."""
+    names = {p.name for p in workdir.iterdir()} if workdir.exists() else set()
+    return not names & {"metrics.jsonl", "checkpoints", "config.json"}
+
+
+# ------------------------------------------------------------------ the process
+
+
+def process(*args):
+    """(exit code, stdout, stderr, seconds) of `python main.py ARGS`."""
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, ROOT / "main.py", *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout, done.stderr, time.monotonic() - start
+
+
+def test_help_is_quick():
+    code, out, err, seconds = process("--help")
+    assert (code, err) == (0, "")
+    assert "--config=configs/digits_lakd.py" in out and "--dry_run" in out
+    assert seconds < 5
+
+
+def test_configuration_faults_are_quick_and_all_told():
+    *result, seconds = process(
+        DIGITS,
+        "--config.optim.lrr=0.1",
+        "--config.epochs=ten",
+        "--config.student.name=resnet21",
+        "--config.batch_size=0",
+    )
+    err = refused(result, "did you mean optim.lr?", "epochs must be int, is 'ten'")
+    assert "student.name is 'resnet21'" in err and "batch_size must be" in err
+    assert err.count("\n") == 4
+    assert seconds < 5
+
+
+# -------------------------------------------------------------------- the flags
+
+
+def test_without_arguments_the_usage_is_shown(main):
+    code, out, _ = main()
+    assert (code, out) == (2, cli.USAGE + "\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--dry_run"], ["--config is missing"]),
+        (["--config"], ["Missing value for flag --config"]),
+        (["--config=nowhere.py"], ["nowhere.py: [Errno 2] No such file"]),
+        (["--config", "nowhere.py"], ["nowhere.py: [Errno 2] No such file"]),
+        ([DIGITS, "--dryrun"], ["'dryrun'", "dry_run"]),
+        ([DIGITS, "stray"], ["'stray' is not understood"]),
+        ([DIGITS, "--config.methd=kd"], ["methd is not", "did you mean method?"]),
+        ([DIGITS, "--config.optim=3"], ["optim is not a field"]),
+        ([DIGITS, "--config.seed=1.5"], ["seed must be int, is '1.5'"]),
+        ([DIGITS, "--config.seed", "1.5"], ["seed must be int, is '1.5'"]),
+        ([DIGITS, "--config.data.pad="], ["data.pad must be int, is ''"]),
+        ([DIGITS, "--config.epochs"], ["--config.epochs has no value"]),
+        ([DIGITS, "--config.data.flip=si"], ["data.flip must be bool, is 'si'"]),
+        ([DIGITS + ":lakt"], ["method is 'lakt'; did you mean 'lakd'?"]),
+        ([DIGITS, "--config.local.cuts=1"], ["local.cuts must hold names"]),
+        ([DIGITS, "--config.data.source="], ["data.source='' names no data"]),
+        (
+            [DIGITS, "--config.seed=x", "--config.lr=1", "--config.epochs=0"],
+            ["seed must be int", "did you mean optim.lr?", "epochs must be at least 1"],
+        ),
+        (
+            [
+                DIGITS,
+                "--config.local.granularity=list",
+                "--config.local.cuts=stage7",
+                "--config.batch_size=12",
+            ],
+            ["local.cuts: unknown joint 'stage7'", "batch_size is 12, which 8"],
+        ),
+    ],
+)
+def test_fault_in_the_flags(main, args, words, tmp_path):
+    refused(main(f"--workdir={tmp_path / 'run'}", *args), *words)
+    assert untouched(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("import nonsense", ["No module named 'nonsense'"]),
+        ("x = (", ["SyntaxError", "line 1"]),
+        ("def get_config(): return 3", ["get_config() gave int"]),
+        ("def get_config(): raise ValueError('too bad')", ["ValueError: too bad"]),
+        (
+            "from lakd_jax import config\n"
+            "def get_config():\n"
+            "  c = config.default()\n"
+            "  c.lr, c.optim.momentum = 1, 2.0\n"
+            "  del c.epochs\n"
+            "  return c",
+            ["lr is not a field", "epochs is missing", "optim.momentum must be from"],
+        ),
+    ],
+)
+def test_fault_in_the_config_file(main, text, words, tmp_path):
+    file = tmp_path / "broken.py"
+    file.write_text(text)
+    refused(main(f"--config={file}", f"--workdir={tmp_path / 'run'}"), *words)
+
+
+def test_long_errors_are_cut_to_ten_lines(main, tmp_path):
+    wrong = [f"--config.kd.field{i}=1" for i in range(20)]
+    err = refused(main(DIGITS, *wrong))
+    assert err.splitlines()[-1] == "... and 11 more"
+    assert cli.ten_lines("a\n" * 10) == "a\n" * 10
+
+
+# --------------------------------------------------------------------- the data
+
+
+def image_folder(root, classes=("cat", "dog"), count=40):
+    for role in ("train", "test"):
+        for k, name in enumerate(classes):
+            folder = root / role / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.full((8, 8, 3), 100 * k + i, np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def break_nothing(root):
+    return [str(root / "elsewhere")], root / "elsewhere"
+
+
+def break_class(root):
+    for file in (root / "train" / "dog").iterdir():
+        file.unlink()
+    return [str(root / "train" / "dog"), "no images"], root
+
+
+def break_count(root):
+    for role in ("train", "test"):
+        (root / role / "dog").rename(root / f"{role} dog")
+    return ["only one class, 'cat'"], root
+
+
+def break_image(root):
+    (root / "test" / "dog" / "3.png").write_bytes(b"\x89PNG but no more")
+    return [str(root / "test" / "dog" / "3.png"), "not a readable image"], root
+
+
+def break_size(root):
+    file = root / "train" / "cat" / "7.png"
+    Image.new("RGB", (9, 8)).save(file)
+    return [str(file), "9x8", "data.image_size"], root
+
+
+def break_batch(root):
+    for role in ("train", "test"):
+        for file in (root / role).glob("*/[1-9]*.png"):
+            file.unlink()
+    return ["2 training images do not fill one batch"], root
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [break_nothing, break_class, break_count, break_image, break_size, break_batch],
+)
+def test_fault_in_the_images(main, fault, tmp_path):
+    words, folder = fault(image_folder(tmp_path / "images"))
+    run = tmp_path / "run"
+    args = (f"--config.data.source=folder:{folder}", "--config.data.image_size=0")
+    args = (*args, "--config.data.minival=0", "--config.batch_size=16")
+    refused(main(DIGITS, *args, f"--workdir={run}"), *words)
+    assert untouched(run)
+
+
+# ------------------------------------------------------------------ the teacher
+
+
+def student_file(directory, name="resnet8", classes=3, **card):
+    """Random weights as a finished run leaves them."""
+    directory.mkdir()
+    model = models.create(name, num_classes=classes)
+    network = networks.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
+    result = {"student": name} | card
+    networks.save(
+        directory / networks.STUDENT_FILE, tiny.variables(model), network, result
+    )
+    (directory / networks.RESULT_FILE).write_text(json.dumps(result))
+    return directory
+
+
+def no_file(path):
+    return path, [f"teacher.init: {path} does not exist"]
+
+
+def no_run(path):
+    path.mkdir()
+    return path, ["is not a finished run (it has no result.json)"]
+
+
+def no_student(path):
+    (student_file(path) / networks.STUDENT_FILE).unlink()
+    return path, ["teacher.init: ", "no weights at", networks.STUDENT_FILE]
+
+
+def no_card(path):
+    interop.save_variables(f"{path}.safetensors", {"params": {"a": np.ones(2)}}, {})
+    return f"{path}.safetensors", ["is no student of a run", "num_classes"]
+
+
+def other_network(path):
+    return student_file(path, "resnet14"), ["holds a resnet14, not the resnet8"]
+
+
+def other_classes(path):
+    words = ["tells 10 classes apart, the data has 3"]
+    return student_file(path, classes=10), words
+
+
+def other_keys(path):
+    path = path.with_suffix(".safetensors")
+    weights = {"fc.weight": np.ones((3, 64), "f4"), "fc.bias": np.ones(3, "f4")}
+    weights["extra.weight"] = np.ones((1, 1, 1, 1), "f4")
+    safetensors.numpy.save_file(weights, path, metadata={"format": "pt"})
+    words = ["do not fit resnet8", " missing: ", "stage1.", "1 surplus: extra"]
+    return path, words
+
+
+def cut_short(path):
+    file = student_file(path) / networks.STUDENT_FILE
+    file.write_bytes(file.read_bytes()[:5000])
+    return path, ["no readable safetensors file"]
+
+
+def no_better_than_chance(path):
+    words = ["teacher.init: ", "of 45 test images right", "the 66.67 % asked for"]
+    words += [str(path), "mean (0.4, 0.4, 0.4)", "deviation (0.3, 0.3, 0.3)"]
+    return student_file(path), words
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        no_file,
+        no_run,
+        no_student,
+        no_card,
+        other_network,
+        other_classes,
+        other_keys,
+        cut_short,
+        no_better_than_chance,
+    ],
+)
+def test_fault_in_the_teacher(tiny_main, fault, tmp_path):
+    init, words = fault(tmp_path / "other")
+    run = tmp_path / "run"
+    args = (f"--config.teacher.init={init}", "--config.teacher.floor=0")
+    refused(tiny_main(*args, f"--workdir={run}"), *words)
+    assert untouched(run)
+
+
+# ------------------------------------------------------------------ the workdir
+
+
+def test_workdir_that_is_a_file(main, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    refused(main(DIGITS, f"--workdir={tmp_path / 'run'}"), "run: cannot be written")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_workdir_on_a_full_disk(main, tmp_path, monkeypatch):
+    def fail(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    result = main(DIGITS, f"--workdir={tmp_path / 'run'}")
+    refused(result, f"{tmp_path / 'run'}: cannot be written: No space left")
+
+
+def test_disk_that_fills_up_later(tiny_main, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path))
+
+    monkeypatch.setattr(fit.Fit, "run", fail)
+    args = ("--config.method=none", "--config.baselines=()")
+    result = tiny_main(*args, f"--workdir={tmp_path / 'run'}")
+    refused(result, "No space left on device", str(tmp_path))
+
+
+# ------------------------------------------------------------------- whole runs
+
+
+def test_dry_run_tells_the_costs_and_writes_nothing(tiny_main, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = tiny_main("--dry_run", f"--workdir={tmp_path / 'run'}")
+    assert code == 0, err
+    assert "teacher resnet8: random weights stand in" in out
+    for word in ("resnet8, 77,587 parameters", "FLOP", "MiB", "20 = 2 epochs x 10"):
+        assert word in out
+    assert "of 16 test images right" in out
+    after = [p for p in tmp_path.rglob("*") if "__pycache__" not in p.parts]
+    assert sorted(after) == before
+
+
+FILES = [
+    "config.json",
+    "environment.json",
+    "metrics.jsonl",
+    "student.safetensors",
+    "result.json",
+]
+
+
+def test_whole_run(tiny_main, tmp_path, monkeypatch):
+    run, args = tmp_path / "run", (f"--workdir={tmp_path / 'run'}",)
+    # A path mistyped at first does not spoil the directory.
+    refused(tiny_main(*args, "--config.teacher.init=mistyped"), "does not exist")
+    code, out, err = tiny_main(*args)
+    assert code == 0, err
+    table = out[out.index("| network") : out.index("\n\nPictures")]
+    titles = [line.split("|")[1].strip() for line in table.splitlines()[2:6]]
+    names = ("teacher", "alone", "KD", "LAKD")
+    assert titles == [f"resnet8, {name}" for name in names]
+    assert (run / "table.md").read_text() == table + "\n"
+    for directory in (run, run / "none", run / "kd"):
+        for name in FILES:
+            assert (directory / name).stat().st_size, (directory, name)
+        assert any((directory / "checkpoints").iterdir())
+    for name in ("curves.png", "attention.png"):
+        assert Image.open(run / name).size[0] > 100
+    assert json.loads((run / "config.json").read_text())["epochs"] == 2
+
+    # The same command again tells the same and trains nothing.
+    with monkeypatch.context() as m:
+        m.setattr(fit.Fit, "run", None)
+        code, again, _ = tiny_main(*args)
+    assert code == 0 and table in again
+
+    # Another config is refused, with the fields that differ.
+    other = ("--config.optim.lr=0.07", "--config.kd.temperature=2")
+    err = refused(tiny_main(*args, *other), f"{run}: is of another config, 2 fields")
+    assert "optim.lr: 0.05 -> 0.07" in err
+    assert "kd.temperature: 4.0 -> 2.0" in err
+
+    # A finished run serves as a teacher and as a start for another.
+    more = ("--config.baselines=()", "--config.epochs=1", f"--workdir={tmp_path / 'b'}")
+    inits = (f"--config.student.init={run / 'none'}", f"--config.teacher.init={run}")
+    code, out, err = tiny_main(*more, *inits, "--config.optim.lr=1e-9")
+    assert code == 0, err
+    assert f"teacher resnet8 from {run / 'student.safetensors'}" in out
+    first, last = (
+        interop.load_variables(d / networks.STUDENT_FILE)[0]["params"]
+        for d in (run / "none", tmp_path / "b")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), first, last)
+    wrong = f"--config.student.init={tmp_path / 'none'}"
+    more = (*more[:2], f"--workdir={tmp_path / 'c'}")
+    refused(tiny_main(*more, wrong, inits[1]), "student.init: ", "does not exist")
+    assert untouched(tmp_path / "c")

@@ -1,0 +1,407 @@
+"""The configuration: its fields, their ranges, and what must hold between them."""
+
+import importlib.util
+import pathlib
+
+import pytest
+
+from lakd_jax import cli, errors, models, validate
+from lakd_jax import config as config_lib
+from lakd_jax.distill import lakd
+
+# How ml_collections loads a config file is deprecated from Python 3.12 on.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+# Text that is no choice, and cut points, which are checked against the networks.
+FREE = {
+    "data.source",
+    "data.data_dir",
+    "student.init",
+    "teacher.init",
+    "teacher.cache",
+    "local.cuts",
+}
+
+
+def changed(**fields):
+    """The default config with `fields`, "__" for dots, set without a type check."""
+    c = config_lib.default()
+    for name, value in fields.items():
+        *blocks, last = name.split("__")
+        block = c
+        for part in blocks:
+            block = block[part]
+        with block.ignore_type():
+            block[last] = value
+    return c
+
+
+def problems(devices=1, **fields):
+    return validate.problems(changed(**fields), devices)
+
+
+def load(path, *arg):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*arg)
+
+
+def test_defaults_have_no_fault():
+    assert problems() == []
+
+
+def test_every_number_and_choice_has_a_range():
+    fields = config_lib.flat(config_lib.default())
+    ranged = validate._ranges()
+    without = {f for f, v in fields.items() if f not in ranged and type(v) is not bool}
+    assert without == FREE
+    assert ranged.keys() <= fields.keys()
+
+
+def wrong_values():
+    """A value out of range for every field that has a range."""
+    for field, value in config_lib.flat(config_lib.default()).items():
+        if field not in FREE and type(value) is not bool:
+            entry = value
+            if isinstance(value, tuple):
+                entry = "" if field in validate._WORDS else 0.0
+            wrong = "nonsense" if isinstance(entry, str) else type(entry)(-1)
+            yield field, (wrong,) * 3 if isinstance(value, tuple) else wrong
+
+
+@pytest.mark.parametrize(("field", "wrong"), list(wrong_values()))
+def test_value_out_of_range_is_one_line_naming_the_field(field, wrong):
+    (line,) = problems(**{field.replace(".", "__"): wrong})
+    assert line.startswith(f"{field} ")
+    assert "must be" in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong", "says"),
+    [
+        ("epochs", 1.5, "epochs must be int, is float 1.5"),
+        ("epochs", True, "epochs must be int, is bool True"),
+        ("method", None, "method must be str, is NoneType None"),
+        ("data.flip", 1, "data.flip must be bool, is int 1"),
+        ("optim.lr", "0.1", "optim.lr must be float, is str '0.1'"),
+        ("optim.lr", float("nan"), "optim.lr must be above 0, is nan"),
+        ("optim.lr", float("inf"), "optim.lr must be above 0, is inf"),
+        ("optim.milestones", ("a",), "optim.milestones must hold numbers, is ('a',)"),
+        ("local.cuts", (1,), "local.cuts must hold names, is (1,)"),
+        ("baselines", (1,), "baselines must hold names, is (1,)"),
+        ("data.mean", (0.5,), "data.mean must have 3 entries, one a channel, has 1"),
+        ("seed", 2**32, "seed must be from 0 to 4294967295, is 4294967296"),
+        ("method", "lakt", "did you mean 'lakd'?"),
+        ("student.name", "resnet8x", "did you mean 'resnet8x4'?"),
+        ("baselines", ("kd", "lakt"), "baselines is 'lakt'; did you mean 'lakd'?"),
+    ],
+)
+def test_fault_says_what_is_wrong(field, wrong, says):
+    (line,) = problems(**{field.replace(".", "__"): wrong})
+    assert says in line
+
+
+def test_whole_number_is_a_float():
+    c = changed(optim__lr=1, teacher__mean=(0, 1, 0), optim__milestones=(1, 2.5))
+    assert validate.problems(c, 1) == []
+
+
+def test_unknown_field_names_the_nearest():
+    (line,) = problems(optim__milestone=(1.0,))
+    assert line.endswith("did you mean optim.milestones?")
+    (line,) = problems(lr=0.1)
+    assert line.endswith("did you mean optim.lr?")
+    (line,) = problems(zzz=0.1)
+    assert line == "zzz is not a field of the configuration"
+
+
+def test_missing_field_is_named():
+    c = config_lib.default()
+    del c.optim.momentum
+    assert validate.problems(c, 1) == [
+        "optim.momentum is missing from the configuration"
+    ]
+
+
+def test_all_faults_at_once():
+    found = problems(
+        devices=8,
+        unheard=1,
+        epochs="many",
+        optim__lr=-1.0,
+        method="lakt",
+        batch_size=7,
+        eval_batch_size=9,
+        kd__ce_weight=0.0,
+        kd__kd_weight=0.0,
+    )
+    starts = ["unheard", "epochs", "optim.lr", "method"]
+    starts += ["batch_size", "eval_batch_size", "kd.ce_weight"]
+    assert len(found) == len(starts)
+    for start in starts:
+        assert sum(line.startswith(f"{start} ") for line in found) == 1, start
+    with pytest.raises(errors.ConfigError) as caught:
+        validate.require(changed(epochs=0, optim__lr=0.0), 1)
+    assert str(caught.value).count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"batch_size": 60, "devices": 8}, "batch_size is 60, which 8 devices"),
+        ({"eval_batch_size": 4, "devices": 8}, "eval_batch_size is 4, which 8"),
+        ({"optim__warmup_epochs": 241.0}, "more than epochs (240)"),
+        (
+            {"optim__warmup_epochs": 2.0, "teacher__epochs": 1},
+            "more than teacher.epochs (1)",
+        ),
+        ({"kd__ce_weight": 0.0, "kd__kd_weight": 0.0}, "nothing is learnt"),
+        (
+            {
+                "lakd__head_weight": 0.0,
+                "lakd__attention_weight": 0.0,
+                "lakd__feature_weight": 0.0,
+            },
+            "lakd.feature_weight are all 0",
+        ),
+        ({"lakd__a": 0.0, "lakd__b": 0.0}, "mask would be empty"),
+        (
+            {"lakd__att_global": True, "lakd__attention": "inside"},
+            "lakd.att_global needs",
+        ),
+        (
+            {"lakd__preact": True, "local__granularity": "block"},
+            "lakd.preact needs local.granularity=stage",
+        ),
+        ({"local__granularity": "list"}, "local.cuts goes with"),
+        ({"local__cuts": ("stage1",)}, "local.cuts goes with"),
+        (
+            {"local__granularity": "list", "local__cuts": ("stage4",)},
+            "local.cuts: unknown joint 'stage4' (nearest: 'stage",
+        ),
+        (
+            {"local__granularity": "list", "local__cuts": ("stage2", "stage1")},
+            "local.cuts: 'stage1' comes before",
+        ),
+        (
+            {"local__granularity": "list", "local__cuts": ("stage3",)},
+            "is the end of the last stage",
+        ),
+        (
+            {"local__granularity": "block", "teacher__name": "resnet32"},
+            "local.granularity: no joint of the teacher",
+        ),
+        (
+            {"local__module_start_epochs": (0.0, 1.0)},
+            "local.module_start_epochs has 2 entries, the student 3 modules",
+        ),
+        (
+            {"local__module_input": "teacher", "teacher__name": "resnet32x4"},
+            "at 'stage1.block3' the student has 16 channels and the teacher 64",
+        ),
+    ],
+)
+def test_relation_between_fields(fields, says):
+    fields = dict(fields)
+    (line,) = problems(fields.pop("devices", 1), **fields)
+    assert says in line
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        # None of these fields is read by the methods asked for.
+        {"method": "kd", "lakd__a": 0.0, "lakd__b": 0.0},
+        {"method": "none", "local__cuts": ("stage1",)},
+        {"optim__warmup_epochs": 2.0, "teacher__epochs": 1, "teacher__init": "x.pt"},
+        {"local__module_input": "teacher"},
+        {
+            "local__module_input": "teacher",
+            "local__granularity": "none",
+            "teacher__name": "resnet32x4",
+        },
+    ],
+)
+def test_relation_that_does_not_apply(fields):
+    assert problems(**fields) == []
+
+
+def test_relations_hold_for_baselines_too():
+    (line,) = problems(method="none", baselines=("lakd",), lakd__a=0.0, lakd__b=0.0)
+    assert line.startswith("lakd.a ")
+
+
+def test_skipped_fields_are_not_spoken_of():
+    c = changed(optim__lr=-1.0, epochs=0, local__granularity="list")
+    found = validate.problems(c, 1, skip=("optim.lr", "local.cuts"))
+    assert found == ["epochs must be at least 1, is 0"]
+
+
+def test_choices_are_those_of_the_library():
+    ranged = validate._ranges()
+    for field, names in lakd.CHOICES.items():
+        for name in names:
+            assert ranged[f"lakd.{field}"](name) == ""
+        line = ranged[f"lakd.{field}"]("?")
+        assert line.endswith(", ".join(names))
+    assert ranged["student.name"]("?").endswith(", ".join(models.names()))
+
+
+def test_literal_pins_its_fields():
+    c = config_lib.resolve(changed(lakd__preset="literal", lakd__adapter="always"))
+    for field, value in config_lib.LITERAL.items():
+        assert c.lakd[field] == value
+    default = config_lib.resolve(config_lib.default())
+    assert default.lakd.adapter == "always"
+
+
+def test_resolve_writes_out_what_was_left_open():
+    c = changed(epochs=7, baselines=("kd", "none", "lakd", "kd"))
+    done = config_lib.resolve(c)
+    assert (done.teacher.epochs, done.baselines) == (7, ("kd", "none"))
+    assert (c.teacher.epochs, len(c.baselines)) == (0, 4)  # a copy
+    assert config_lib.to_dict(config_lib.resolve(done)) == config_lib.to_dict(done)
+    assert config_lib.resolve(changed(teacher__epochs=3)).teacher.epochs == 3
+
+
+def another(value):
+    """Of the same type."""
+    if isinstance(value, bool):
+        return not value
+    return (*value, 1) if isinstance(value, tuple) else value + type(value)(1)
+
+
+@pytest.mark.parametrize("field", config_lib.flat(config_lib.default()))
+def test_digest_changes_with_any_field(field):
+    c = config_lib.default()
+    value = config_lib.flat(c)[field]
+    other = config_lib.changed(c, {field: another(value)})
+    assert config_lib.digest(other) != config_lib.digest(c)
+    assert config_lib.digest(config_lib.changed(other, {field: value})) == (
+        config_lib.digest(config_lib.default())
+    )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "kd", "baselines": ("none",), "seed": 3},
+        {
+            "student.name": "resnet8",
+            "student.init": "x",
+            "student.shortcut": "identity",
+        },
+        {"kd.temperature": 2.0, "lakd.preset": "literal", "local.cut_scale": 0.5},
+        {"teacher.cache": "elsewhere", "teacher.floor": 0.5, "teacher.init": "x"},
+        {"checkpoint.every_steps": 3, "checkpoint.keep": 9},
+    ],
+)
+def test_teacher_does_not_depend_on(fields):
+    c = config_lib.default()
+    one, other = (
+        config_lib.teacher_config(config_lib.resolve(x))
+        for x in (c, config_lib.changed(c, fields))
+    )
+    assert config_lib.digest(one) == config_lib.digest(other)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"teacher.name": "resnet32"},
+        {"teacher.shortcut": "identity"},
+        {"teacher.seed": 1},
+        {"teacher.epochs": 5},
+        {"epochs": 5},
+        {"batch_size": 32},
+        {"dtype": "bfloat16"},
+        {"data.pad": 3},
+        {"data.source": "cifar10"},
+        {"optim.lr": 0.2},
+    ],
+)
+def test_teacher_depends_on(fields):
+    c = config_lib.default()
+    one, other = (
+        config_lib.teacher_config(config_lib.resolve(x))
+        for x in (c, config_lib.changed(c, fields))
+    )
+    assert config_lib.digest(one) != config_lib.digest(other)
+
+
+def test_teacher_config_trains_the_teacher():
+    c = changed(epochs=9, teacher__seed=4, teacher__shortcut="identity", seed=8)
+    t = config_lib.teacher_config(config_lib.resolve(c))
+    assert (t.method, t.student.name, t.seed, t.epochs) == ("none", "resnet56", 4, 9)
+    assert (t.student.shortcut, t.student.init) == ("identity", "")
+    assert validate.problems(t, 1) == []
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
+def test_config_file_is_valid(path):
+    c = load(path)
+    assert validate.problems(c, 1) == []
+    assert config_lib.flat(c).keys() == config_lib.flat(config_lib.default()).keys()
+
+
+def test_argument_of_config_files():
+    for name in ("cifar10_lakd", "cifar100_lakd"):
+        c = load(CONFIGS / f"{name}.py", "resnet110, resnet32,kd")
+        assert c.teacher.name == "resnet110"
+        assert (c.student.name, c.method) == ("resnet32", "kd")
+        c = load(CONFIGS / f"{name}.py", ",resnet8")
+        assert (c.teacher.name, c.student.name, c.method) == (
+            "resnet56",
+            "resnet8",
+            "lakd",
+        )
+        with pytest.raises(ValueError, match="TEACHER,STUDENT,METHOD"):
+            load(CONFIGS / f"{name}.py", "a,b,c,d")
+    for method, baselines in (("", ("none", "kd")), ("kd", ("none",))):
+        c = load(CONFIGS / "digits_lakd.py", method)
+        assert (c.method, c.baselines) == (method or "lakd", baselines)
+
+
+def test_update_from_the_command_line():
+    path = CONFIGS / "digits_lakd.py"
+    c, directory, dry_run = cli.parse(
+        [
+            f"--config={path}:kd",
+            "--config.optim.milestones=(1.5, 2)",
+            "--config.local.module_start_epochs=(0,1,2)",
+            "--config.local.cuts=('stage1', 'stage2')",
+            "--config.baselines=none",
+            "--config.optim.lr",
+            "0.25",
+            "--noconfig.data.flip",
+            "--config.data.drop_last",
+            "--dry_run",
+        ]
+    )
+    assert (directory, dry_run) == ("runs/digits_lakd", True)
+    assert c.optim.milestones == (1.5, 2)
+    assert c.local.module_start_epochs == (0, 1, 2)
+    assert c.local.cuts == ("stage1", "stage2")
+    assert c.baselines == ("none",)
+    assert (c.method, c.optim.lr, c.data.flip, c.data.drop_last) == (
+        "kd",
+        0.25,
+        False,
+        True,
+    )
+    assert cli.parse([f"--config={path}", "--config.baselines=()"])[0].baselines == ()
+    assert cli.parse([f"--config={path}", "--workdir=a/b"])[1] == "a/b"
+
+
+def test_flat_and_changed():
+    c = config_lib.default()
+    fields = config_lib.flat(c)
+    assert fields["data.pad"] == 4 and fields["method"] == "lakd"
+    assert "data" not in fields
+    other = config_lib.changed(c, {"data.pad": 1, "seed": 2})
+    assert (other.data.pad, other.seed) == (1, 2)
+    assert (c.data.pad, c.seed) == (4, 0)
+    rebuilt = config_lib.changed(c, fields)
+    assert config_lib.to_dict(rebuilt) == config_lib.to_dict(c)
