@@ -104,7 +104,13 @@ def cifar(file: str) -> list[str]:
     return [*paths, *IMAGENET, *SHORT]
 
 
-def run(plan: Plan, places: dict[str, str], out: Path, record: Path) -> str:
+def run(
+    plan: Plan,
+    places: dict[str, str],
+    out: Path,
+    record: Path,
+    guard: interrupt.Guard,
+) -> str:
     """Runs what is not recorded yet, seed by seed, and renders the table.
 
     Args:
@@ -114,19 +120,18 @@ def run(plan: Plan, places: dict[str, str], out: Path, record: Path) -> str:
     """
     kept = workdir.read_json(record) if record.exists() else {}
     rows = []
-    with interrupt.Guard() as guard:
-        for seed in plan.seeds:
-            for name, (arg, overrides) in plan.arms.items():
-                key = f"{name}, seed {seed}"
-                if key not in kept:
-                    fields = [*overrides, f"seed={seed}", "baselines=()"]
-                    command = [f"--config={plan.config}:{arg}"]
-                    command += [f"--config.{field}" for field in fields]
-                    directory = out / f"{name.replace(' ', '_')}-{seed}"
-                    kept[key] = _run_one(command, places, directory, guard)
-                    record.parent.mkdir(parents=True, exist_ok=True)
-                    workdir.write_json(record, kept)
-                rows.append(runs.row(kept[key]["result"], name))
+    for seed in plan.seeds:
+        for name, (arg, overrides) in plan.arms.items():
+            key = f"{name}, seed {seed}"
+            if key not in kept:
+                fields = [*overrides, f"seed={seed}", "baselines=()"]
+                command = [f"--config={plan.config}:{arg}"]
+                command += [f"--config.{field}" for field in fields]
+                directory = out / f"{name.replace(' ', '_')}-{seed}"
+                kept[key] = _run_one(command, places, directory, guard)
+                record.parent.mkdir(parents=True, exist_ok=True)
+                workdir.write_json(record, kept)
+            rows.append(runs.row(kept[key]["result"], name))
     return table.render_seeds(rows)
 
 
@@ -156,7 +161,8 @@ def main() -> None:
     chosen = parser.parse_args()
     places = {"IMAGES": chosen.images, "WEIGHTS": chosen.weights}
     record = chosen.record / f"{chosen.plan}.json"
-    print(run(PLANS[chosen.plan](), places, chosen.out / chosen.plan, record))
+    plan, out = PLANS[chosen.plan](), chosen.out / chosen.plan
+    cli.end_with(lambda guard: print(run(plan, places, out, record, guard)))
 
 
 if __name__ == "__main__":

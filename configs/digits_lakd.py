@@ -1,4 +1,4 @@
-"""A quarter of an hour's idea in a few minutes: LAKD on 1,797 real scanned digits.
+"""LAKD on 1,797 real scanned digits, in a few minutes on two CPU cores.
 
     python main.py --config=configs/digits_lakd.py
 
@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
     c.data.flip = False  # a mirrored digit is another sign
     c.student.name = "resnet8"
     c.teacher.name = "resnet20"
-    c.optim.lr = 0.1
+    c.optim.lr = 0.05
     c.optim.schedule = "cosine"
     c.optim.warmup_epochs = 1.0
     return c

@@ -4,7 +4,20 @@ import difflib
 from collections.abc import Iterable
 
 
-def check(field: str, value: str, valid: Iterable[str]) -> None:
+def fault(value: object, valid: Iterable[str]) -> str:
+    """What is wrong with a value that is not in `valid`; "" if it is.
+
+    For example "is 'kdd'; did you mean 'kd'? It must be one of none, kd, lakd".
+    """
+    names = list(valid)
+    if value in names:
+        return ""
+    near = difflib.get_close_matches(str(value), names, 1)
+    hint = f"did you mean {near[0]!r}? It" if near else "it"
+    return f"is {value!r}; {hint} must be one of {', '.join(names)}"
+
+
+def check(field: str, value: object, valid: Iterable[str]) -> None:
     """Raises ValueError if `value` is not in `valid`, with the nearest name.
 
     Args:
@@ -12,11 +25,5 @@ def check(field: str, value: str, valid: Iterable[str]) -> None:
       value: what was given.
       valid: all names that are allowed.
     """
-    names = list(valid)
-    if value in names:
-        return
-    near = difflib.get_close_matches(str(value), names, 1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(
-        f"{field} is {value!r}; {hint}It must be one of {', '.join(names)}"
-    )
+    if found := fault(value, valid):
+        raise ValueError(f"{field} {found}")

@@ -2,9 +2,9 @@
 
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import config_flags
@@ -31,9 +31,17 @@ def main(argv: list[str] | None = None) -> None:
     if not argv or "--help" in argv or "-h" in argv:
         print(USAGE)
         sys.exit(0 if argv else 2)
+    end_with(lambda guard: _run(argv, guard))
+
+
+def end_with(work: Callable[[interrupt.Guard], None]) -> NoReturn:
+    """Does the work and ends the process with the documented exit code.
+
+    Faults meant for the user are printed without a traceback.
+    """
     try:
         with interrupt.Guard() as guard:
-            _run(argv, guard)
+            work(guard)
         code = 0
     except interrupt.Interrupted:
         print("Stopped; the same command goes on from here.", file=sys.stderr)

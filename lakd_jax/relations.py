@@ -100,6 +100,24 @@ def _preact(c: Config, _: int) -> str:
     return "lakd.preact needs local.granularity=stage or none"
 
 
+@_reads("lakd.preact", "lakd.task", "lakd.attention", only_lakd=True)
+def _preact_suffix(c: Config, _: int) -> str:
+    suffix = c.lakd.task == "teacher_suffix" or c.lakd.attention == "logits"
+    if not (c.lakd.preact and suffix):
+        return ""
+    return (
+        "lakd.preact cannot go with lakd.task=teacher_suffix or lakd.attention=logits: "
+        "the teacher goes on from what its blocks put out"
+    )
+
+
+@_reads("lakd.att_global", "local.module_input", only_lakd=True)
+def _att_global_input(c: Config, _: int) -> str:
+    if not c.lakd.att_global or c.local.module_input == "student":
+        return ""
+    return "lakd.att_global needs local.module_input=student: no gradient crosses"
+
+
 @_reads(*_METHODS, *_CUTS)
 def _cuts(c: Config, _: int) -> str:
     if not _needs_teacher(c):

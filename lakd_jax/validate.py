@@ -5,8 +5,10 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+from lakd_jax import choices, distill, errors, models, relations
 from lakd_jax import config as config_lib
-from lakd_jax import distill, errors, models, relations
+from lakd_jax.distill import lakd
+from lakd_jax.local import cuts
 
 Check = Callable[[Any], str]  # the fault, or "" if there is none
 
@@ -39,15 +41,7 @@ def _number(value: float) -> str:
 def one_of(names: Iterable[str]) -> Check:
     """One of `names`; the nearest is suggested."""
     names = list(names)
-
-    def check(value: str) -> str:
-        if value in names:
-            return ""
-        near = difflib.get_close_matches(value, names, 1)
-        hint = f"did you mean {near[0]!r}? It" if near else "it"
-        return f"is {value!r}; {hint} must be one of {', '.join(names)}"
-
-    return check
+    return lambda value: choices.fault(value, names)
 
 
 def each(check: Check) -> Check:
@@ -72,7 +66,7 @@ def _ranges() -> dict[str, Check]:
     method = one_of(distill.names())
     shortcut = one_of(("projection", "identity"))
     weight = at_least(0)
-    return {
+    return {f"lakd.{name}": one_of(v) for name, v in lakd.CHOICES.items()} | {
         "method": method,
         "baselines": each(method),
         "epochs": at_least(1),
@@ -108,7 +102,6 @@ def _ranges() -> dict[str, Check]:
         "kd.ce_weight": weight,
         "kd.kd_weight": weight,
         "kd.temperature": above(0),
-        "lakd.preset": one_of(("default", "literal")),
         "lakd.head_weight": weight,
         "lakd.attention_weight": weight,
         "lakd.feature_weight": weight,
@@ -116,19 +109,11 @@ def _ranges() -> dict[str, Check]:
         "lakd.beta": weight,
         "lakd.att_scale": weight,
         "lakd.aux_weight": weight,
-        "lakd.head_loss": one_of(("ce", "ce+kd")),
-        "lakd.attention": one_of(("weight", "map", "logits", "inside")),
-        "lakd.power": one_of(("2", "1", "softmax")),
         "lakd.window": at_least(0),
         "lakd.stride": at_least(1),
-        "lakd.f_sum": one_of(("abs", "signed", "square")),
-        "lakd.normalise": one_of(("mean", "l2", "max", "sigmoid", "none")),
         "lakd.a": weight,
         "lakd.b": weight,
-        "lakd.task": one_of(("last", "aux_heads", "teacher_suffix")),
-        "lakd.reduction": one_of(("mean", "per_sample_sum")),
-        "lakd.adapter": one_of(("always", "shape")),
-        "local.granularity": one_of(("stage", "block", "none", "list")),
+        "local.granularity": one_of(cuts.GRANULARITIES),
         "local.cut_scale": between(0, 1),
         "local.module_input": one_of(("student", "teacher")),
         "local.module_start_epochs": each(at_least(0)),

@@ -179,7 +179,7 @@ def test_all_faults_at_once():
         ({"local__cuts": ("stage1",)}, "local.cuts goes with"),
         (
             {"local__granularity": "list", "local__cuts": ("stage4",)},
-            "local.cuts: unknown joint 'stage4' (nearest: 'stage",
+            "local.cuts: joint is 'stage4'; did you mean 'stage",
         ),
         (
             {"local__granularity": "list", "local__cuts": ("stage2", "stage1")},

@@ -220,7 +220,7 @@ def test_weights_must_be_finite():
 def test_nothing_to_read():
     with pytest.raises(errors.TeacherError, match="no tensors found"):
         interop.from_torch("resnet8", {"epoch": 3})
-    with pytest.raises(ValueError, match="nearest: 'resnet8'"):
+    with pytest.raises(ValueError, match="did you mean 'resnet8'"):
         interop.from_torch("resnet9", torch_weights())
 
 

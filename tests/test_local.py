@@ -68,8 +68,8 @@ def test_without_teacher_there_are_no_teacher_joints():
 @pytest.mark.parametrize(
     "points,words",
     [
-        (("stage4",), "unknown joint 'stage4'"),
-        (("stage2.block4",), "unknown joint"),
+        (("stage4",), "joint is 'stage4'"),
+        (("stage2.block4",), "joint is"),
         (("stage2", "stage1"), "comes before"),
         (("stage1", "stage1.block3"), "given twice"),
         (("stage1", "stage3"), "end of the last stage"),

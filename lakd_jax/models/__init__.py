@@ -4,11 +4,11 @@ A family is one file with a `chain.Chain` subclass and a table `NETWORKS` from n
 to a partial of it; adding the file to `_FAMILIES` is all it takes to register it.
 """
 
-import difflib
 from typing import Any
 
 import jax.numpy as jnp
 
+from lakd_jax import choices
 from lakd_jax.models import chain, resnet
 
 _FAMILIES = (resnet,)
@@ -24,7 +24,7 @@ def names() -> list[str]:
 
 def family(name: str) -> type[chain.Chain]:
     """The class of the network `name`; ValueError as for `create`."""
-    _check_known("network", name, names())
+    choices.check("network", name, names())
     return _NETWORKS[name].func
 
 
@@ -48,9 +48,9 @@ def create(name: str, *, num_classes: int, **options: Any) -> chain.Chain:
     options = {"dtype": jnp.float32} | options
     options["dtype"] = _float_dtype(options["dtype"])
     for option, value in options.items():
-        _check_known(f"option of {name}", option, [*allowed, "dtype"])
+        choices.check(f"option of {name}", option, [*allowed, "dtype"])
         if option != "dtype":
-            _check_known(f"{option} of {name}", value, list(allowed[option]))
+            choices.check(f"{option} of {name}", value, list(allowed[option]))
     return _NETWORKS[name](num_classes=num_classes, **options)
 
 
@@ -63,11 +63,3 @@ def _float_dtype(dtype: Any) -> jnp.dtype:
     if not jnp.issubdtype(result, jnp.floating):
         raise ValueError(f"dtype must be a floating type, not {result}")
     return result
-
-
-def _check_known(what: str, value: Any, known: list[str]) -> None:
-    if value in known:
-        return
-    near = difflib.get_close_matches(str(value), known, n=1)
-    hint = f" (nearest: {near[0]!r})" if near else ""
-    raise ValueError(f"unknown {what} {value!r}{hint}; known: {', '.join(known)}")

@@ -10,13 +10,14 @@ head are made; names, recording, cutting and restarting are all done here.
 """
 
 import collections.abc
-import difflib
 from typing import Any, ClassVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from lakd_jax import choices
 
 JointFn = collections.abc.Callable[[str, jax.Array], jax.Array]
 
@@ -200,10 +201,7 @@ def resolve_joint(model: Chain, joint: str) -> str:
     ends = {f"stage{s}": size for s, size in enumerate(model.stage_sizes, 1)}
     if joint in ends:
         return f"{joint}.block{ends[joint]}"
-    valid = [*ends, *names]
-    near = difflib.get_close_matches(joint, valid, n=1)
-    hint = f" (nearest: {near[0]!r})" if near else ""
-    raise ValueError(f"unknown joint {joint!r}{hint}; joints are {', '.join(valid)}")
+    raise ValueError(f"joint {choices.fault(joint, [*ends, *names])}")
 
 
 def feature_at(

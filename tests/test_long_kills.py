@@ -1,0 +1,234 @@
+"""Processes that are stopped or killed end as one that was left alone, to the bit."""
+
+import concurrent.futures
+import dataclasses
+import os
+import pathlib
+import queue
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from lakd_jax import checkpoint, interop
+from lakd_jax.report import metrics
+from lakd_jax.train import networks
+
+pytestmark = pytest.mark.long
+
+ROOT = pathlib.Path(__file__).parents[1]
+EPOCH, STEPS, SAVE_EVERY = 20, 40, 3  # steps
+PATIENCE = 300  # seconds; a start takes some five of them on a quiet machine
+CONFIG = """
+from lakd_jax import config
+
+def get_config(method):
+    c = config.default()
+    c.update(method=method, epochs=2, batch_size=32, eval_batch_size=32, log_every=1)
+    c.data.update(source="digits", image_size=8, minival=0.5, pad=1, drop_last=True)
+    c.student.name = c.teacher.name = "resnet8"
+    c.teacher.floor = 0.01
+    c.optim.update(schedule="cosine", warmup_epochs=1.0)
+    c.checkpoint.every_steps = 3
+    return c
+"""
+
+
+class Process:
+    """`python main.py ARGS`; what it says can be waited for."""
+
+    def __init__(self, *args, **environment):
+        self._process = subprocess.Popen(
+            [sys.executable, ROOT / "main.py", *args],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
+        )
+        self.lines = []
+        self._queue = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        for line in self._process.stdout:
+            self._queue.put(line.rstrip())
+        self._queue.put(None)
+
+    def wait_for(self, text):
+        """Reads up to the line that begins with `text`; False if it never comes."""
+        limit = time.monotonic() + PATIENCE
+        while (line := self._queue.get(timeout=limit - time.monotonic())) is not None:
+            self.lines.append(line)
+            if line.startswith(text):
+                return True
+        return False
+
+    def send(self, number):
+        self._process.send_signal(number)
+
+    def end(self):
+        """(exit code, everything it said)."""
+        self.wait_for("\0")
+        return self._process.wait(PATIENCE), "\n".join(self.lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lab:
+    """The unbroken runs of each method, and how to start others like them."""
+
+    root: pathlib.Path
+    seconds: float  # from the start of training to its last step
+
+    def start(self, method, directory, *args, **environment):
+        return Process(
+            f"--config={self.root / 'config.py'}:{method}",
+            f"--config.teacher.init={self.root / 'none'}",
+            f"--workdir={directory}",
+            *args,
+            **environment,
+        )
+
+    def check(self, method, directory):
+        """`directory` holds what the unbroken run of `method` left."""
+        assert left_by(directory) == left_by(self.root / method)
+
+
+def left_by(directory):
+    variables, _ = interop.load_variables(directory / networks.STUDENT_FILE)
+    arrays = jax.tree.map(np.ndarray.tobytes, variables)
+    return arrays, (directory / metrics.FILENAME).read_bytes()
+
+
+def complete(process):
+    code, said = process.end()
+    assert code == 0, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    root = tmp_path_factory.mktemp("lab")
+    (root / "config.py").write_text(CONFIG)
+    lab = Lab(root, 0.0)
+    complete(lab.start("none", root / "none"))  # serves as the teacher, too
+    processes = [lab.start(method, root / method) for method in ("kd", "lakd")]
+    seconds = 0.0
+    for process in processes:
+        process.wait_for("resnet8, ")
+        began = time.monotonic()
+        assert process.wait_for(f"step {STEPS}/"), process.end()[1]
+        seconds = max(seconds, time.monotonic() - began)
+        complete(process)
+    return dataclasses.replace(lab, seconds=seconds)
+
+
+def saved(directory):
+    return checkpoint.list_steps(directory / "checkpoints")
+
+
+def stop(process, number=signal.SIGTERM):
+    """Sends the signal: the process says so and exits with 0. Gives its words."""
+    began = time.monotonic()
+    process.send(number)
+    said = complete(process)
+    assert time.monotonic() - began < 30
+    assert f"{number.name}: will save and stop" in said
+    assert said.endswith("Stopped; the same command goes on from here.")
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize("method", ["none", "kd", "lakd"])
+def test_stopped_process_goes_on_to_the_same_end(lab, method, tmp_path):
+    # A save is under way nearly always.
+    args = (method, tmp_path / "run", "--config.checkpoint.every_steps=1")
+    process = lab.start(*args)
+    assert process.wait_for(f"step {EPOCH + 7}/")
+    said = stop(process)
+    last = max(map(int, re.findall(r"^step (\d+)/", said, re.MULTILINE)))
+    assert EPOCH + 7 <= saved(tmp_path / "run")[-1] <= STEPS
+    assert saved(tmp_path / "run")[-1] in (last, last + 1)  # the last may be unsaid
+    said = complete(lab.start(*args))
+    assert re.search(rf"resumed at step ({last}|{last + 1}) of {STEPS}", said)
+    lab.check(method, tmp_path / "run")
+
+
+def test_stop_during_an_evaluation(lab, tmp_path):
+    process = lab.start("none", tmp_path / "run")
+    assert process.wait_for(f"step {EPOCH}/")
+    said = stop(process)
+    assert "minival" not in said.split(f"step {EPOCH}/")[1]
+    assert saved(tmp_path / "run")[-1] == EPOCH
+    complete(lab.start("none", tmp_path / "run"))
+    lab.check("none", tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.8])
+def test_stop_during_the_compilation(lab, number, share, tmp_path):
+    # Compiled anew and with all optimisation, this takes the longest by far.
+    cold = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "XLA_FLAGS": ""}
+    process = lab.start("none", tmp_path / "run", **cold)
+    assert process.wait_for("resnet8, ")
+    time.sleep(5 * share)
+    said = stop(process, number)
+    assert "step 1/" not in said and saved(tmp_path / "run") == []
+
+
+def test_killed_at_random_moments(lab, tmp_path):
+    kills = {"none": 10, "kd": 5, "lakd": 5}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        jobs = [
+            pool.submit(killed, lab, method, tmp_path / method, count)
+            for method, count in kills.items()
+        ]
+        for job in jobs:
+            job.result()
+
+
+def killed(lab, method, directory, kills):
+    """Starts the run again and again, kills it `kills` times, then lets it end."""
+    moments = random.Random(method)
+    steps = []
+    while kills:
+        process = lab.start(method, directory)
+        process.wait_for("resnet8, ")
+        time.sleep(moments.uniform(0, 0.7 * lab.seconds))
+        process.send(signal.SIGKILL)
+        code, said = process.end()
+        if code == 0:  # it was faster; the next starts from scratch
+            lab.check(method, directory)
+            directory = directory.with_name(f"{directory.name}-again")
+            continue
+        assert code == -signal.SIGKILL, said
+        kills -= 1
+        steps.append(newest(directory))
+        found = re.search(r"resumed at step (\d+) of", said)
+        if found and len(steps) > 1:
+            assert int(found.group(1)) == steps[-2]
+    complete(lab.start(method, directory))
+    lab.check(method, directory)
+
+
+def newest(directory):
+    """The step a killed run will go on from, 0 for none.
+
+    It is whole, and at most one save interval behind the save that was due last.
+    """
+    seen = max((r["step"] for r in metrics.read(directory)), default=0)
+    due = seen // SAVE_EVERY * SAVE_EVERY
+    steps = saved(directory)
+    if not steps:
+        assert due <= SAVE_EVERY
+        return 0
+    step, _, extra = checkpoint.read_arrays(directory / "checkpoints", None)
+    assert step == steps[-1] >= due - SAVE_EVERY
+    assert extra["images"] == 32 * step
+    return step

@@ -1,0 +1,243 @@
+"""What goes wrong in a run, and what must not change in one."""
+
+import errno
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint
+import pytest
+import tiny
+from jax.sharding import Mesh
+
+from lakd_jax import checkpoint, errors, interop, interrupt, models, workdir
+from lakd_jax import config as config_lib
+from lakd_jax.report import metrics
+from lakd_jax.train import evaluate, networks, runs
+from lakd_jax.train import state as state_lib
+from lakd_jax.train import step as step_lib
+
+
+@pytest.fixture(scope="module")
+def module_patch():
+    """The tiny data and one device for all that trains here."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(runs.data, "load", lambda *a, **k: tiny.dataset())
+        one = Mesh(np.array(jax.devices()[:1]), ("data",))
+        m.setattr(state_lib, "data_mesh", lambda: one)
+        yield
+
+
+def train(directory, *, guard=None, teacher=None, method="none", **fields):
+    fields = {"epochs": 3, "method": method} | fields
+    config = config_lib.resolve(tiny.config(directory, **fields))
+    bench = runs.bench(config, guard or interrupt.Guard(), lambda text: None)
+    with workdir.prepare(directory, config_lib.to_dict(config)):
+        return runs.train_one(config, directory, bench, teacher)
+
+
+@pytest.fixture(scope="module")
+def whole(module_patch, tmp_path_factory):
+    """What an unbroken run of `train` leaves: 30 steps, saved every 10."""
+    directory = tmp_path_factory.mktemp("whole")
+    train(directory)
+    return finished(directory)
+
+
+@pytest.fixture
+def run(module_patch, tmp_path):
+    """A directory to train in."""
+    return tmp_path / "run"
+
+
+def teacher_of(directory):
+    """resnet8 of random weights."""
+    model = models.create("resnet8", num_classes=3)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    variables = state_lib.replicate(tiny.variables(model), mesh)
+    pixels = step_lib.Pixels((0.4,) * 3, (0.3,) * 3, jnp.float32)
+    score = evaluate.Score(15, 45, 1.0)
+    loaded = networks.Loaded(model, variables, str(directory))
+    return runs.Teacher(loaded, pixels, score)
+
+
+def finished(directory):
+    """All that a run leaves, its speed apart."""
+    variables, _ = interop.load_variables(directory / networks.STUDENT_FILE)
+    result = json.loads((directory / networks.RESULT_FILE).read_text())
+    for timing in ("seconds", "step_seconds", "images_per_second"):
+        del result[timing]
+    return jax.tree.map(np.ndarray.tobytes, variables), result, metrics.read(directory)
+
+
+# ---------------------------------------------------------- losses not finite
+
+
+def student_of_nan(directory):
+    """A finished run's directory; its student's second stage holds NaN."""
+    directory.mkdir()
+    model = models.create("resnet8", num_classes=3)
+    variables = tiny.variables(model)
+    variables["params"]["stage2"]["block1"]["conv1"]["kernel"][:] = np.nan
+    network = networks.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
+    result = {"student": "resnet8"}
+    networks.save(directory / networks.STUDENT_FILE, variables, network, result)
+    workdir.write_json(directory / networks.RESULT_FILE, result)
+    return str(directory)
+
+
+def test_learning_rate_too_high_stops_the_run(run):
+    # Absurd from step 20 on: the parameters overflow in step 21, whose losses are
+    # still good. It is due to be saved and must not be.
+    fields = {"optim__schedule": "step", "optim__milestones": (2.0,)}
+    messages = []
+    for _ in range(2):  # started again, it fails in the same way
+        with pytest.raises(errors.NonFiniteError) as caught:
+            train(run, optim__decay=1e30, checkpoint__every_steps=7, **fields)
+        messages.append(str(caught.value))
+    first, last, advice = messages[0].splitlines()
+    assert caught.value.exit_code == 4
+    assert first.startswith("step 21 (window of steps 21 to 21): module1/")
+    assert f"Last good checkpoint: step 14, in {run}" in last
+    assert "optim.lr" in advice
+    assert messages[0] == messages[1]
+    assert checkpoint.list_steps(run / "checkpoints") == [7, 14]
+    step, arrays, _ = checkpoint.read_arrays(run / "checkpoints", None)
+    assert step == 14
+    assert all(np.all(np.isfinite(a)) for a in arrays.values())
+    assert not (run / networks.RESULT_FILE).exists()
+
+
+def test_term_that_is_not_finite_is_named(run, tmp_path):
+    init = student_of_nan(tmp_path / "init")
+    teacher = teacher_of(tmp_path)
+    with pytest.raises(errors.NonFiniteError) as caught:
+        train(run, teacher=teacher, method="lakd", student__init=init)
+    first = str(caught.value).splitlines()[0]
+    assert first.startswith("step 1 (window of steps 1 to 1): module2/")
+    assert "module2/feature" in first and "module1" not in first
+    assert "none yet" in str(caught.value)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_save_that_fails_ends_the_run_and_the_next_goes_on(run, whole, monkeypatch):
+    manager = orbax.checkpoint.CheckpointManager
+    save = manager.save
+
+    def fail(self, step, **kwargs):
+        if step == 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(self, step, **kwargs)
+
+    with monkeypatch.context() as m:
+        m.setattr(manager, "save", fail)
+        with pytest.raises(errors.CheckpointWriteError, match="No space") as caught:
+            train(run)
+    assert caught.value.exit_code == 5
+    assert str(caught.value).count("\n") < 10
+    assert checkpoint.list_steps(run / "checkpoints") == [10]
+    train(run)
+    assert finished(run) == whole
+
+
+def damage(checkpoint_folder):
+    """Flips a byte in the middle of the checkpoint's largest file."""
+    files = [f for f in checkpoint_folder.rglob("*") if f.is_file()]
+    file = max(files, key=lambda f: f.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content)
+
+
+def test_broken_newest_checkpoint_is_set_aside(run, whole):
+    with pytest.raises(interrupt.Interrupted):
+        train(run, guard=tiny.StopAfter(30))
+    folder = run / "checkpoints"
+    older, newest = checkpoint.list_steps(folder)
+    assert older == 20 < newest
+    damage(folder / str(newest))
+    train(run)
+    assert (folder / f"{newest}.broken").is_dir()
+    assert finished(run) == whole
+
+
+def test_no_usable_checkpoint_is_an_error(run):
+    with pytest.raises(interrupt.Interrupted):
+        train(run, guard=tiny.StopAfter(3))
+    (step,) = checkpoint.list_steps(run / "checkpoints")
+    damage(run / "checkpoints" / str(step))
+    for _ in range(2):  # nor does it start from scratch the next time
+        with pytest.raises(errors.NoCheckpointError) as caught:
+            train(run)
+        assert caught.value.exit_code == 3
+        assert str(run) in str(caught.value)
+
+
+# --------------------------------------------------- teacher and evaluation
+
+
+def test_teacher_is_the_same_before_and_after(run, tmp_path):
+    teacher = teacher_of(tmp_path)
+    before = jax.tree.map(lambda x: np.array(x).tobytes(), teacher.network.variables)
+    # A reading in which gradients run through the teacher's layers.
+    train(run, teacher=teacher, method="lakd", epochs=1, lakd__attention="logits")
+    after = jax.tree.map(lambda x: np.array(x).tobytes(), teacher.network.variables)
+    assert before == after
+
+
+@pytest.mark.parametrize("batch_size", [16, 48])
+def test_every_example_is_counted_once(batch_size):
+    model = models.create("resnet8", num_classes=3)
+    variables = tiny.variables(model)
+    test = tiny.split(45, 2)
+    pixels = step_lib.Pixels((0.4,) * 3, (0.3,) * 3, jnp.float32)
+    mesh = state_lib.data_mesh()  # all eight devices
+    evaluator = evaluate.Evaluator(
+        model,
+        pixels,
+        batch_size,
+        mesh,
+        check=lambda: None,
+        compile_with=lambda function: function(),
+    )
+    score = evaluator(
+        state_lib.replicate(variables, mesh), state_lib.resident(test, 0, mesh)
+    )
+    logits = model.apply(variables, pixels(jnp.asarray(test.images)), train=False)
+    logits = np.asarray(logits.logits, np.float64)
+    right = int(np.sum(logits.argmax(-1) == test.labels))
+    chosen = logits[np.arange(45), test.labels]
+    loss = np.mean(np.log(np.sum(np.exp(logits), -1)) - chosen)
+    assert (score.right, score.examples) == (right, 45)
+    assert 0 < right < 45
+    assert score.accuracy == right / 45
+    np.testing.assert_allclose(score.loss, loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("classes", "floor", "right", "good"),
+    [
+        (10, 0.0, 20, True),
+        (10, 0.0, 19, False),
+        (10, 0.5, 49, False),
+        (2, 0.0, 75, True),  # twice chance would be all of them
+        (2, 0.0, 74, False),
+        (2, 1.0, 99, False),
+    ],
+)
+def test_floor_of_the_teacher(tmp_path, classes, floor, right, good):
+    config = tiny.config(tmp_path, teacher__floor=floor)
+    teacher = teacher_of(tmp_path)
+    dataset = tiny.dataset()
+    object.__setattr__(dataset, "classes", tuple(map(str, range(classes))))
+    bench = runs.Bench(dataset, None, None, interrupt.Guard(), print)
+    score = evaluate.Score(right, 100, 1.0)
+    arguments = (config, bench, teacher.network, teacher.pixels, score)
+    if good:
+        runs._check_floor(*arguments)
+        return
+    with pytest.raises(errors.TeacherError, match=f"{right} of 100 .*{right}.00 %"):
+        runs._check_floor(*arguments)
