@@ -146,8 +146,7 @@ def _run_one(
     config, _, _ = cli.parse(command)
     result = train.run(config, directory, guard=guard)
     environment = workdir.read_json(directory / "environment.json")
-    kept = {name: environment[name] for name in ("versions", "platform")}
-    return {"command": text, "result": result} | kept
+    return {"command": text, "result": result, "versions": environment["versions"]}
 
 
 def main() -> None:

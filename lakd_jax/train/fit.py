@@ -314,6 +314,9 @@ class Fit:
         extra = dataclasses.asdict(self._ledger)
         arrays = {"train": self._state, "best": self._best}
         self._saver.save(step, arrays, extra=extra)
+        # A kill must not cost more than one interval; steps made while this is being
+        # written would come on top of it, up to another whole one.
+        self._saver.wait()
         self._saved = step
 
 

@@ -1,0 +1,260 @@
+"""A damaged checkpoint is noticed, said, set aside; the next older one is used."""
+
+import os
+import pathlib
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import states
+
+from lakd_jax import checkpoint, errors
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """A folder with checkpoints 1 and 2, only to be copied."""
+    folder = tmp_path_factory.mktemp("two") / "checkpoints"
+    with checkpoint.Checkpointer(folder, keep=3) as saver:
+        saver.save(1, states.make_state(1), extra={"epoch": 1})
+        saver.save(2, states.make_state(2), extra={"epoch": 2})
+    return folder
+
+
+@pytest.fixture
+def copied(two_steps, tmp_path):
+    return pathlib.Path(shutil.copytree(two_steps, tmp_path / "checkpoints"))
+
+
+def _flip(folder, files, rng):
+    """Flips one bit of one file, each bit of all files being as likely."""
+    path = rng.choices(files, weights=[f.stat().st_size for f in files])[0]
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("part", ["data", "other"])
+def test_no_flipped_bit_is_restored_silently(two_steps, tmp_path, part):
+    rng = random.Random(part)
+    template, older, newest = map(states.make_state, range(3))
+    detected = 0
+    for trial in range(100 if part == "data" else 40):
+        folder = shutil.copytree(two_steps, tmp_path / str(trial))
+        files = sorted(f for f in (folder / "2").rglob("*") if f.is_file())
+        files = [f for f in files if (f.parent.name == "d") == (part == "data")]
+        _flip(folder, [f for f in files if f.stat().st_size], rng)
+        lines = []
+        with checkpoint.Checkpointer(folder, keep=3, notify=lines.append) as saver:
+            step, got, extra = saver.restore(template)
+        assert extra == {"epoch": step}
+        assert states.is_same(got, newest if step == 2 else older), f"trial {trial}"
+        assert len(lines) == (step == 1)
+        assert (folder / "2.broken").is_dir() == (step == 1)
+        detected += step == 1
+        shutil.rmtree(folder)
+    # Most of the data is array values, so a check that never fires would show.
+    assert detected >= (50 if part == "data" else 1)
+
+
+def _truncate(step):
+    file = max((step / "state").rglob("d/*"), key=lambda f: f.stat().st_size)
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def _drop_manifest(step):
+    for file in step.rglob("manifest.ocdbt"):
+        file.unlink()
+
+
+def _empty(step):
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+def _garble_json(step):
+    (step / "manifest" / "metadata").write_text("{not json")
+
+
+def _alter_extra(step):
+    file = step / "manifest" / "metadata"
+    file.write_text(file.read_text().replace('"epoch": 2', '"epoch": 3'))
+
+
+def _empty_json(step):
+    (step / "manifest" / "metadata").write_text("[]")
+
+
+def _swap_step(step):
+    shutil.rmtree(step)
+    shutil.copytree(step.with_name("1"), step)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        _truncate,
+        _drop_manifest,
+        _empty,
+        _garble_json,
+        _alter_extra,
+        _empty_json,
+        _swap_step,
+    ],
+)
+def test_damaged_newest_is_set_aside_and_the_older_used(copied, harm, capfd):
+    harm(copied / "2")
+    lines = []
+    with checkpoint.Checkpointer(copied, keep=3, notify=lines.append) as saver:
+        step, got, extra = saver.restore(states.make_state())
+        assert (step, extra) == (1, {"epoch": 1})
+        states.assert_same(got, states.make_state(1))
+        assert saver.steps() == [1]
+        saver.save(2, states.make_state(5), extra={})  # the number is free again
+        saver.wait()
+        states.assert_same(saver.restore(states.make_state())[1], states.make_state(5))
+    (line,) = lines
+    assert "\n" not in line and "damaged" in line and "2.broken" in line
+    assert len(line) < 400
+    assert (copied / "2.broken").is_dir()
+    assert capfd.readouterr().err.count("\n") == 0
+
+
+def test_stray_empty_step_does_not_hide_the_good_ones(copied, caplog):
+    (copied / "9").mkdir()
+    with checkpoint.Checkpointer(copied, keep=3) as saver:
+        assert saver.restore(states.make_state())[0] == 2
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert sorted(p.name for p in copied.iterdir()) == ["1", "2", "9.broken"]
+
+
+def test_none_left_is_an_error_now_and_at_the_next_start(copied):
+    (copied / "2.broken").mkdir()
+    for step in (1, 2):
+        _truncate(copied / str(step))
+    for _ in range(2):
+        with checkpoint.Checkpointer(copied, keep=3) as saver:
+            with pytest.raises(errors.NoCheckpointError, match="every checkpoint"):
+                saver.restore(states.make_state())
+    names = sorted(p.name for p in copied.iterdir())
+    assert names == ["1.broken", "2.broken", "2.broken-2"]
+
+
+_RESTORER = """
+import sys
+import numpy as np
+from lakd_jax import checkpoint
+template = {f"w{i}": np.zeros((60, 60)) for i in range(40)}
+with checkpoint.Checkpointer(sys.argv[1], keep=2) as saver:
+    print(saver.restore(template)[0])
+"""
+
+
+def test_damage_is_told_in_one_line_on_the_terminal(tmp_path):
+    state = {f"w{i}": np.random.rand(60, 60) for i in range(40)}
+    with checkpoint.Checkpointer(tmp_path, keep=2) as saver:
+        saver.save(1, state, extra={})
+        saver.save(2, state, extra={})
+    _truncate(tmp_path / "2")
+    command = [sys.executable, "-c", _RESTORER, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
+    (line,) = done.stderr.splitlines()
+    assert "2.broken" in line
+
+
+_SAVER = """
+import sys
+import numpy as np
+from lakd_jax import checkpoint
+with checkpoint.Checkpointer(sys.argv[1], keep=2) as saver:
+    found = saver.restore({"w": np.zeros((300, 1000))})
+    first = 1 if found is None else found[0] + 1
+    assert found is None or (found[1]["w"] == found[0]).all()
+    print("from", first, flush=True)
+    for step in range(first, 10000):
+        saver.save(step, {"w": np.full((300, 1000), float(step))}, extra={})
+        print(step, flush=True)
+"""
+
+
+def test_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
+    rng = random.Random(0)
+    folder, last = tmp_path / "checkpoints", 0
+    for trial in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", _SAVER, str(folder)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout.readline().split()[0] == "from", f"trial {trial}"
+        for _ in range(4):  # let a few saves begin, the kill falls into the next
+            started = int(process.stdout.readline())
+        time.sleep(rng.random() * 0.1)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        lines = []
+        template = {"w": np.zeros((300, 1000))}
+        with checkpoint.Checkpointer(folder, keep=2, notify=lines.append) as saver:
+            step, got, _ = saver.restore(template)
+        assert not lines
+        assert (got["w"] == step).all()
+        assert step >= max(started - 1, last)
+        left = {p.name for p in folder.iterdir() if not p.name.isdecimal()}
+        assert len(left) <= 1, left  # kills do not pile up
+        last = step
+
+
+_TWO = """
+import pathlib
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
+import numpy as np
+from jax.experimental import multihost_utils
+from lakd_jax import checkpoint
+mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+state = {"w": jax.device_put(np.arange(16.0, dtype=np.float32), replicated), "n": 3}
+folder = pathlib.Path(sys.argv[1])
+with checkpoint.Checkpointer(folder, keep=2) as saver:
+    for step in (1, 2, 3):
+        saver.save(step, state, extra={"step": step})
+    saver.wait()
+    if jax.process_index() == 0:
+        (folder / "3" / "manifest" / "metadata").write_text("{}")
+    multihost_utils.sync_global_devices("damaged")
+    step, got, extra = saver.restore(state)
+    total = float(got["w"].addressable_data(0).sum())
+    saver.save(4, got, extra={})
+    saver.wait()
+    print("result", step, total, extra, saver.steps())
+"""
+
+
+@pytest.mark.long
+def test_two_processes_agree_on_what_is_damaged(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", _TWO, str(tmp_path), address, str(index)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    outputs = [process.communicate(timeout=120) for process in both]
+    for out, err in outputs:
+        assert "result 2 120.0 {'step': 2} [2, 4]" in out, err
+    assert "3.broken" in outputs[0][1] and "3.broken" not in outputs[1][1]
