@@ -4,8 +4,10 @@ import errno
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -16,7 +18,7 @@ import tiny
 from jax.sharding import Mesh
 from PIL import Image
 
-from lakd_jax import cli, interop, interrupt, models
+from lakd_jax import cli, errors, interop, interrupt, models, train
 from lakd_jax.train import fit, networks, runs
 from lakd_jax.train import state as state_lib
 
@@ -369,6 +371,40 @@ def test_disk_that_fills_up_later(tiny_main, tmp_path, monkeypatch):
     args = ("--config.method=none", "--config.baselines=()")
     result = tiny_main(*args, f"--workdir={tmp_path / 'run'}")
     refused(result, "No space left on device", str(tmp_path))
+
+
+# ------------------------------------------------- what a run may end with
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.DataError, 2),
+        (errors.NoCheckpointError, 3),
+        (errors.NonFiniteError, 4),
+        (errors.CheckpointWriteError, 5),
+    ],
+)
+def test_exit_code_of_an_error(main, monkeypatch, error, code):
+    def fail(*args, **kwargs):
+        raise error("what is wrong\nand what to do")
+
+    monkeypatch.setattr(train, "run", fail)
+    err = refused(main(DIGITS), code=code)
+    assert err == "what is wrong\nand what to do\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_while_the_data_is_loaded(main, monkeypatch, number, tmp_path):
+    monkeypatch.setattr(runs.data, "load", lambda *a, **k: time.sleep(30))
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), number))
+    timer.start()
+    start = time.monotonic()
+    code, _, err = main(DIGITS, f"--workdir={tmp_path / 'run'}")
+    assert time.monotonic() - start < 10
+    assert code == 0
+    assert err.endswith("Stopped; the same command goes on from here.\n")
+    assert untouched(tmp_path / "run")
 
 
 # ------------------------------------------------------------------- whole runs
