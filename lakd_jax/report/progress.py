@@ -13,7 +13,7 @@ from typing import Any, Self, TextIO
 
 from lakd_jax.report import summary
 
-PLAIN_WIDTH = 120  # characters; logs are read in editors and web pages
+PLAIN_WIDTH = 160  # characters; logs are read in editors and web pages
 REDRAW_SECONDS = 0.1  # the eye cannot follow more, and slow links cannot carry it
 _GAP = "  "
 _TERM_RANK = 10

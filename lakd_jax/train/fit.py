@@ -275,7 +275,10 @@ class Fit:
         images, seconds = self._shown  # the speed of late, not of the whole run
         speed = (ledger.images - images) / max(ledger.step_seconds - seconds, 1e-9)
         self._shown = ledger.images, ledger.step_seconds
-        shown = {n: v for n, v in means.items() if "norm" not in n}
+        # All are in metrics.jsonl; the line has room for few, the head's first.
+        terms = [n for n in means if "/" in n and "norm" not in n]
+        terms.sort(key=lambda name: "head" not in name)
+        shown = {n: means[n] for n in ("loss", "accuracy", *terms)}
         self._screen.update(step, shown, speed)
         window.clear()
 
