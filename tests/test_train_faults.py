@@ -241,3 +241,16 @@ def test_floor_of_the_teacher(tmp_path, classes, floor, right, good):
         return
     with pytest.raises(errors.TeacherError, match=f"{right} of 100 .*{right}.00 %"):
         runs._check_floor(*arguments)
+
+
+def test_teacher_of_other_images_is_not_taken_from_the_cache(run, monkeypatch):
+    def cached():
+        config = config_lib.resolve(tiny.config(run, method="kd"))
+        bench = runs.bench(config, interrupt.Guard(), lambda text: None)
+        return runs.make_teacher(config, bench).network.source
+
+    first = cached()
+    assert cached() == first
+    other = tiny.dataset(train=144)
+    monkeypatch.setattr(runs.data, "load", lambda *a, **k: other)
+    assert cached() != first

@@ -150,7 +150,8 @@ def make_teacher(config: config_lib.ConfigDict, bench: Bench) -> Teacher:
     """
     if not config.teacher.init:
         _train_teacher(config, bench)
-        config = _from_cache(config)
+        cached = str(_cached(config, bench))
+        config = config_lib.changed(config, {"teacher.init": cached})
     loaded = load_network("teacher", config, bench)
     pixels = step_lib.Pixels(
         tuple(config.teacher.mean or loaded.mean or config.data.mean),
@@ -170,7 +171,8 @@ def make_teacher(config: config_lib.ConfigDict, bench: Bench) -> Teacher:
 
 def stand_in(config: config_lib.ConfigDict, bench: Bench) -> Teacher | None:
     """For a dry run: a teacher of random weights, if it would be trained first."""
-    if config.teacher.init or (_cached(config) / networks.RESULT_FILE).exists():
+    trained = _cached(config, bench) / networks.RESULT_FILE
+    if config.teacher.init or trained.exists():
         return None
     loaded = load_network("teacher", config, bench)
     images = jnp.zeros((1, *bench.dataset.train.images.shape[1:]), jnp.float32)
@@ -182,19 +184,16 @@ def stand_in(config: config_lib.ConfigDict, bench: Bench) -> Teacher | None:
     return Teacher(loaded, build.pixels(config), evaluate.Score(0, 1, float("nan")))
 
 
-def _cached(config: config_lib.ConfigDict) -> Path:
-    """Where the teacher that this config would train is kept."""
+def _cached(config: config_lib.ConfigDict, bench: Bench) -> Path:
+    """Where the teacher that this config would train on these images is kept."""
     key = config_lib.digest(config_lib.teacher_config(config))
-    return Path(config.teacher.cache) / f"{config.teacher.name}-{key}"
-
-
-def _from_cache(config: config_lib.ConfigDict) -> config_lib.ConfigDict:
-    return config_lib.changed(config, {"teacher.init": str(_cached(config))})
+    images = data.fingerprint(bench.dataset)[:6]  # a folder may have changed
+    return Path(config.teacher.cache) / f"{config.teacher.name}-{key}-{images}"
 
 
 def _train_teacher(config: config_lib.ConfigDict, bench: Bench) -> None:
     """Trains the config's teacher into the cache, unless it is there."""
-    directory, own = _cached(config), config_lib.teacher_config(config)
+    directory, own = _cached(config, bench), config_lib.teacher_config(config)
     if (directory / networks.RESULT_FILE).exists():
         return
     bench.notify(f"{config.teacher.name}, the teacher, in {directory}")
