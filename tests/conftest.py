@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 
 # Compilation takes most of the time of these tests, and their networks are tiny: so
 # programs are compiled with little optimisation and kept between tests and runs. The
@@ -14,6 +15,43 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
+import states  # noqa: E402
+
+from lakd_jax import checkpoint, cli, interrupt  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def two_steps(tmp_path_factory):
+    """A folder with checkpoints 1 and 2, only to be copied."""
+    folder = tmp_path_factory.mktemp("two") / "checkpoints"
+    with checkpoint.Checkpointer(folder, keep=3) as saver:
+        saver.save(1, states.make_state(1), extra={"epoch": 1})
+        saver.save(2, states.make_state(2), extra={"epoch": 2})
+    return folder
+
+
+@pytest.fixture
+def copied(two_steps, tmp_path):
+    return pathlib.Path(shutil.copytree(two_steps, tmp_path / "checkpoints"))
+
+
+@pytest.fixture
+def main(monkeypatch, capfd):
+    """Calls `cli.main`; gives (exit code, stdout, stderr)."""
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(interrupt, "exit_now", leave)
+
+    def run(*args):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(a) for a in args])
+        return caught.value.code, *capfd.readouterr()
+
+    return run

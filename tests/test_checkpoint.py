@@ -2,8 +2,6 @@
 
 import json
 import logging
-import pathlib
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,21 +10,6 @@ import pytest
 import states
 
 from lakd_jax import checkpoint, errors, manifest
-
-
-@pytest.fixture(scope="module")
-def two_steps(tmp_path_factory):
-    """A folder with checkpoints 1 and 2, only to be copied."""
-    folder = tmp_path_factory.mktemp("two") / "checkpoints"
-    with checkpoint.Checkpointer(folder, keep=3) as saver:
-        saver.save(1, states.make_state(1), extra={"epoch": 1})
-        saver.save(2, states.make_state(2), extra={"epoch": 2})
-    return folder
-
-
-@pytest.fixture
-def copied(two_steps, tmp_path):
-    return pathlib.Path(shutil.copytree(two_steps, tmp_path / "checkpoints"))
 
 
 def test_round_trip_is_exact_and_keeps_shardings(tmp_path):

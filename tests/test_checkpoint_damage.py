@@ -1,7 +1,6 @@
 """A damaged checkpoint is noticed, said, set aside; the next older one is used."""
 
 import os
-import pathlib
 import random
 import shutil
 import signal
@@ -15,21 +14,6 @@ import pytest
 import states
 
 from lakd_jax import checkpoint, errors
-
-
-@pytest.fixture(scope="module")
-def two_steps(tmp_path_factory):
-    """A folder with checkpoints 1 and 2, only to be copied."""
-    folder = tmp_path_factory.mktemp("two") / "checkpoints"
-    with checkpoint.Checkpointer(folder, keep=3) as saver:
-        saver.save(1, states.make_state(1), extra={"epoch": 1})
-        saver.save(2, states.make_state(2), extra={"epoch": 2})
-    return folder
-
-
-@pytest.fixture
-def copied(two_steps, tmp_path):
-    return pathlib.Path(shutil.copytree(two_steps, tmp_path / "checkpoints"))
 
 
 def _flip(folder, files, rng):
