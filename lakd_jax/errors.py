@@ -23,6 +23,10 @@ class TeacherError(LakdError):
     """The teacher's weights are missing, of another network, or no use."""
 
 
+class ExportError(LakdError):
+    """A run's student cannot be given out: not finished, or a package is missing."""
+
+
 class WorkdirError(LakdError):
     """The run directory cannot be written or belongs to another config."""
 

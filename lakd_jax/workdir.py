@@ -105,10 +105,15 @@ def read_json(path: str | os.PathLike) -> Any:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes a JSON file so that a reader or a crash sees the old or the new whole."""
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Writes a file so that a reader or a crash sees the old or the new whole."""
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

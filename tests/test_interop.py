@@ -1,9 +1,6 @@
-"""Weights in and out: PyTorch state dictionaries and our own files."""
+"""Weights in and out: PyTorch state dictionaries."""
 
 import functools
-import subprocess
-import sys
-import types
 
 import flax
 import golden_weights
@@ -11,51 +8,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
+import resnet_weights
 
 from lakd_jax import errors, interop, models
+from lakd_jax.interop import layout
+from lakd_jax.models import resnet
 
-COUNTER = "num_batches_tracked"
-
-
-@functools.cache
-def torch_weights(name="resnet8", shortcut="projection", classes=7):
-    """A made-up state_dict of any registered ResNet, from the published layout."""
-    widths = (32, 64, 128, 256) if name.endswith("x4") else (16, 16, 32, 64)
-    size = (int(name.removeprefix("resnet").removesuffix("x4")) - 2) // 6
-    shapes = {"conv1.weight": (widths[0], 3, 3, 3)} | norm("bn1", widths[0])
-    for stage in (1, 2, 3):
-        for index in range(size):
-            block = f"layer{stage}.{index}"
-            old, new = widths[stage - (index == 0)], widths[stage]
-            shapes[f"{block}.conv1.weight"] = (new, old, 3, 3)
-            shapes[f"{block}.conv2.weight"] = (new, new, 3, 3)
-            shapes |= norm(f"{block}.bn1", new) | norm(f"{block}.bn2", new)
-            if old != new and shortcut == "projection":
-                shapes[f"{block}.downsample.0.weight"] = (new, old, 1, 1)
-                shapes |= norm(f"{block}.downsample.1", new)
-    shapes |= {"fc.weight": (classes, widths[3]), "fc.bias": (classes,)}
-    return {key: golden_weights.tensor(key, shape) for key, shape in shapes.items()}
-
-
-def norm(prefix, width):
-    parts = ("weight", "bias", "running_mean", "running_var")
-    return {f"{prefix}.{part}": (width,) for part in parts}
-
-
-def assert_same_tree(left, right):
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
+COUNTER = resnet_weights.COUNTER
+RESNETS = [name for name in models.names() if models.family(name) is resnet.ResNet]
+torch_weights = resnet_weights.torch_weights
+assert_same_tree = resnet_weights.assert_same_tree
+GOLDEN = sorted(p.stem for p in (golden_weights.FOLDER / "models").glob("*.json"))
 
 
 # from_torch
 
 
 @pytest.mark.parametrize("shortcut", ["projection", "identity"])
-@pytest.mark.parametrize("name", models.names())
-def test_every_network_takes_its_state_dict(name, shortcut):
+@pytest.mark.parametrize("name", RESNETS)
+def test_every_resnet_takes_its_state_dict(name, shortcut):
     weights = torch_weights(name, shortcut)
     options = interop.options_from_torch(name, weights)
     assert options == {"num_classes": 7, "shortcut": shortcut}
@@ -103,26 +74,6 @@ def test_dtype_of_the_result():
         assert leaf.dtype == jnp.bfloat16
 
 
-class FakeTensor:
-    """What we use of a torch tensor; NumPy refuses its bfloat16 as torch does."""
-
-    def __init__(self, array, dtype="torch.bfloat16"):
-        self.array, self.dtype, self.shape = array, dtype, array.shape
-
-    def detach(self):
-        return self
-
-    cpu = detach
-
-    def float(self):
-        return FakeTensor(self.array, "torch.float32")
-
-    def numpy(self):
-        if self.dtype == "torch.bfloat16":
-            raise TypeError("Got unsupported ScalarType BFloat16")
-        return self.array
-
-
 def wrapped():
     bare = torch_weights()
     counters = {f"bn1.{COUNTER}": np.asarray(5)}
@@ -140,7 +91,6 @@ def wrapped():
         "nested": {"state_dict": {"model": bare}},
         "prefixes": {f"model.module.{key}": value for key, value in bare.items()},
         "shortcut": shortcut,
-        "tensors": {key: FakeTensor(value) for key, value in bare.items()},
     }
 
 
@@ -224,124 +174,96 @@ def test_nothing_to_read():
         interop.from_torch("resnet9", torch_weights())
 
 
-# PyTorch files
+def test_whole_numbers_are_no_weights():
+    whole = torch_weights()["conv1.weight"].astype(np.int8)
+    message = misfit("resnet8", torch_weights() | {"conv1.weight": whole})
+    assert "int8 in 1 tensors: conv1.weight" in message
 
 
-def test_safetensors_file(tmp_path):
-    path = tmp_path / "teacher.safetensors"
-    parallel = {f"module.{key}": value for key, value in torch_weights().items()}
-    counter = {f"module.bn1.{COUNTER}": np.asarray(5)}
-    safetensors.numpy.save_file(parallel | counter, path, metadata={"format": "pt"})
-    loaded = interop.load_torch_file(path)
-    assert loaded.keys() == torch_weights().keys()
-    for key, value in loaded.items():
-        np.testing.assert_array_equal(value, torch_weights()[key])
-    assert not interop.is_variables_file(path)
-    with pytest.raises(errors.TeacherError, match="load_torch_file"):
-        interop.load_variables(path)
+def test_transposed_classifier_is_recognised():
+    turned = torch_weights()["fc.weight"].T
+    message = misfit("resnet8", torch_weights() | {"fc.weight": turned})
+    assert "fc.weight (64, 7) looks transposed" in message
+    linear = {k.replace("fc.", "linear."): v for k, v in torch_weights().items()}
+    message = misfit("resnet8", linear | {"linear.weight": turned})
+    assert "linear.weight (64, 7) looks transposed" in message
+    # A second fault: told as it is, with nothing guessed.
+    short = torch_weights() | {"fc.weight": turned, "bn1.bias": np.zeros(3, "f4")}
+    assert "transposed" not in misfit("resnet8", short)
 
 
-def test_torch_file_is_read_as_weights_only(tmp_path, monkeypatch):
-    path = tmp_path / "teacher.th"
-    path.write_bytes(b"anything")
-
-    def load(given, *, map_location, weights_only):
-        assert (given, map_location, weights_only) == (path, "cpu", True)
-        tensors = {f"module.{k}": FakeTensor(v) for k, v in torch_weights().items()}
-        return {"state_dict": tensors, "best_prec1": 91.2}
-
-    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load))
-    loaded = interop.load_torch_file(str(path))
-    assert loaded.keys() == torch_weights().keys()
-    assert all(type(value) is np.ndarray for value in loaded.values())
-    assert not interop.is_variables_file(path)
+# to_torch
 
 
-def test_torch_file_that_torch_refuses(tmp_path, monkeypatch):
-    path = tmp_path / "teacher.pth"
-    path.write_bytes(b"")
-
-    def refuse(given, **options):
-        raise EOFError
-
-    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=refuse))
-    with pytest.raises(errors.TeacherError, match="teacher.pth.*EOFError"):
-        interop.load_torch_file(path)
-    whole_module = types.SimpleNamespace(load=lambda given, **options: [1])
-    monkeypatch.setitem(sys.modules, "torch", whole_module)
-    with pytest.raises(errors.TeacherError, match="holds a list"):
-        interop.load_torch_file(path)
+@pytest.mark.parametrize("name", GOLDEN)
+def test_there_and_back_is_exact(name):
+    weights = golden_weights.state_dict(name)
+    variables = interop.from_torch(name, weights)
+    back = interop.to_torch(name, variables)
+    assert back.keys() == weights.keys()
+    for key, value in back.items():
+        assert value.dtype == np.float32 and value.flags.c_contiguous
+        np.testing.assert_array_equal(value, weights[key])
+    assert_same_tree(interop.from_torch(name, back), variables)
 
 
-def test_torch_missing(tmp_path, monkeypatch):
-    path = tmp_path / "teacher.pt"
-    path.write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(errors.TeacherError, match="pip install torch"):
-        interop.load_torch_file(path)
+@pytest.mark.parametrize("shortcut", ["projection", "identity"])
+def test_back_with_either_shortcut(shortcut):
+    weights = torch_weights("resnet8", shortcut)
+    back = interop.to_torch("resnet8", interop.from_torch("resnet8", weights))
+    assert back.keys() == weights.keys()
+    for key, value in back.items():
+        np.testing.assert_array_equal(value, weights[key])
 
 
-def test_unreadable_files(tmp_path):
-    with pytest.raises(errors.TeacherError, match="no weights at"):
-        interop.load_torch_file(tmp_path / "absent.pth")
-    with pytest.raises(errors.TeacherError, match="no weights at"):
-        interop.load_variables(tmp_path)
-    other = tmp_path / "teacher.h5"
-    other.write_bytes(b"")
-    with pytest.raises(errors.TeacherError, match="unknown ending '.h5'"):
-        interop.load_torch_file(other)
-    broken = tmp_path / "teacher.safetensors"
-    broken.write_bytes(b"no safetensors at all")
-    for read in (interop.load_torch_file, interop.load_variables):
-        with pytest.raises(errors.TeacherError, match="no readable safetensors"):
-            read(broken)
-
-
-def test_torch_is_never_imported_by_itself():
-    code = "import sys; from lakd_jax import interop; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-# Our own files
-
-
-def test_variables_survive_to_the_bit(tmp_path):
-    noise = np.random.default_rng(0).standard_normal((3, 4))
-    variables = {
-        "params": {
-            "stage1": {"block1": {"kernel": jnp.asarray(noise, jnp.float32)}},
-            "head": {"kernel": noise.astype(np.float32).T, "scalar": np.float32(-0.0)},
-            "half": jnp.asarray(noise, jnp.bfloat16),
-        },
-        "batch_stats": {"odd": np.asarray([np.nan, np.inf, 1e-42], np.float32)},
-        "counts": {"steps": np.asarray(7, np.int32)},
-    }
-    metadata = {"name": "resnet8", "num_classes": 5, "mean": [0.5, 0.4, 0.1]}
-    path = tmp_path / "student.safetensors"
-    interop.save_variables(path, variables, metadata)
-    loaded, information = interop.load_variables(path)
-    assert information == metadata
-    assert interop.is_variables_file(path)
-    assert_same_tree(loaded, jax.tree.map(np.asarray, variables))
-    assert np.signbit(loaded["params"]["head"]["scalar"])
-    assert [file.name for file in tmp_path.iterdir()] == ["student.safetensors"]
-
-
-def test_a_saved_network_gives_the_same_logits(tmp_path):
-    model = models.create("resnet8", num_classes=7)
-    variables = interop.from_torch("resnet8", torch_weights())
-    interop.save_variables(tmp_path / "net.safetensors", variables, {})
-    loaded, _ = interop.load_variables(tmp_path / "net.safetensors")
-    images = jnp.ones((1, 8, 8, 3))
-    apply = jax.jit(functools.partial(model.apply, train=False))
-    np.testing.assert_array_equal(
-        apply(loaded, images).logits, apply(variables, images).logits
+@pytest.mark.parametrize("name", models.names())
+def test_every_network_goes_there_and_back(name):
+    options = {key: values[0] for key, values in models.family(name).OPTIONS.items()}
+    table = layout.table(name, {"num_classes": 1, **options})
+    rng = np.random.default_rng(0)
+    variables = flax.traverse_util.unflatten_dict(
+        {path: rng.standard_normal(shape, np.float32) for path, shape in table.values()}
     )
+    weights = interop.to_torch(name, variables)
+    assert interop.options_from_torch(name, weights) == {"num_classes": 1, **options}
+    assert_same_tree(interop.from_torch(name, weights), variables)
 
 
-def test_a_damaged_variables_file_is_reported(tmp_path):
-    path = tmp_path / "student.safetensors"
-    interop.save_variables(path, {"params": {"a": np.ones(100)}}, {})
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(errors.TeacherError, match="student.safetensors"):
-        interop.load_variables(path)
+def test_back_from_other_types_and_jax_arrays():
+    variables = interop.from_torch("resnet8", torch_weights(), dtype=jnp.bfloat16)
+    back = interop.to_torch("resnet8", jax.tree.map(jnp.asarray, variables))
+    for key, value in back.items():
+        assert value.dtype == np.float32
+        rounded = torch_weights()[key].astype(jnp.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(value, rounded)
+
+
+def no_variables(name, variables):
+    with pytest.raises(ValueError) as caught:
+        interop.to_torch(name, variables)
+    message = str(caught.value)
+    assert len(message.splitlines()) <= 10
+    return message
+
+
+def test_variables_of_another_network_are_refused():
+    deep = interop.from_torch("resnet14", torch_weights("resnet14"))
+    message = no_variables("resnet8", deep)
+    assert "not those of resnet8" in message
+    assert message.count("block2") == 10 and "and 20 more" in message
+    wide = interop.from_torch("resnet8x4", torch_weights("resnet8x4"))
+    message = no_variables("resnet8", wide)
+    assert "/bn1/mean (64,) instead of (16,)" in message
+    assert "did you mean 'resnet8'" in no_variables("resnet9", deep)
+
+
+def test_variables_that_lack_something_are_refused():
+    variables = interop.from_torch("resnet8", torch_weights())
+    whole = flax.traverse_util.flatten_dict(variables)
+    left = {k: v for k, v in whole.items() if k[1:3] != ("stage2", "block1")}
+    message = no_variables("resnet8", flax.traverse_util.unflatten_dict(left))
+    assert "15 missing: " in message and "params/stage2/block1/bn1/scale" in message
+    left = {k: v for k, v in whole.items() if k[1] != "head"}
+    message = no_variables("resnet8", flax.traverse_util.unflatten_dict(left))
+    assert "fc.weight" in message
+    assert "fc.weight" in no_variables("resnet8", {})

@@ -1,12 +1,14 @@
-"""Weights from PyTorch, and our own variables in and out of safetensors."""
+"""Weights from and for PyTorch, and our own variables in and out of safetensors."""
 
 from lakd_jax.interop.files import (
     is_variables_file,
     load_torch_file,
     load_variables,
+    save_torch_file,
     save_variables,
 )
-from lakd_jax.interop.torch_weights import from_torch, options_from_torch
+from lakd_jax.interop.state_dict import other_types
+from lakd_jax.interop.torch_weights import from_torch, options_from_torch, to_torch
 
 __all__ = [
     "from_torch",
@@ -14,5 +16,8 @@ __all__ = [
     "load_torch_file",
     "load_variables",
     "options_from_torch",
+    "other_types",
+    "save_torch_file",
     "save_variables",
+    "to_torch",
 ]

@@ -1,6 +1,7 @@
 """Weight files: PyTorch's, and our own variables as flat safetensors."""
 
 import collections.abc
+import contextlib
 import json
 import os
 import pathlib
@@ -11,11 +12,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from lakd_jax import errors
+from lakd_jax import errors, workdir
 from lakd_jax.interop import state_dict as state_dicts
+from lakd_jax.interop import torch_pickle
 
 _FORMAT = "lakd_jax"  # marks our files, as "pt" marks PyTorch's
-_TORCH_SUFFIXES = (".pt", ".pth", ".th")
 
 
 def load_torch_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -23,28 +24,54 @@ def load_torch_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
     Files ending in .safetensors need nothing more; .pt, .pth and .th are read by
     torch (an optional dependency), with `weights_only=True` so that no code in the
-    file runs.
+    file runs. Values keep their type; bfloat16 is that of `jax.numpy`.
 
     Raises:
-        errors.TeacherError: no such file, another ending, unreadable, no tensors in
-            it, or torch is needed and not installed.
+        errors.TeacherError: no such file, another ending, unreadable, made to run
+            code, no tensors in it, or torch is needed and not installed.
     """
     path = _existing(path)
     if path.suffix == ".safetensors":
         _, tensors = _read_safetensors(path)
         return state_dicts.plain(tensors)
-    if path.suffix not in _TORCH_SUFFIXES:
+    if path.suffix not in torch_pickle.SUFFIXES:
         raise errors.TeacherError(
             f"{path}: unknown ending {path.suffix!r}; expected .safetensors or one of "
-            + ", ".join(_TORCH_SUFFIXES)
+            + ", ".join(torch_pickle.SUFFIXES)
         )
-    content = _torch_load(path)
-    if not isinstance(content, collections.abc.Mapping):
-        raise errors.TeacherError(
-            f"{path} holds a {type(content).__name__}, not a state_dict; save "
-            "model.state_dict() instead"
-        )
-    return state_dicts.plain(content)
+    return state_dicts.plain(torch_pickle.load(path))
+
+
+def save_torch_file(
+    path: str | os.PathLike, state_dict: collections.abc.Mapping[str, np.ndarray]
+) -> None:
+    """Write a state dictionary, as `to_torch` gives it, for users of PyTorch.
+
+    Every batch norm also gets its counter `num_batches_tracked` (0), so that the keys
+    are exactly those of the PyTorch module. The file appears whole or not at all.
+
+    Args:
+        path: ends in .safetensors, or in .pt, .pth or .th, which need torch.
+        state_dict: key to float32 array.
+
+    Raises:
+        errors.ExportError: torch is needed and not installed.
+        ValueError: another ending.
+        OSError: it cannot be written.
+    """
+    path = pathlib.Path(path)
+    tensors = dict(state_dict)
+    for key in state_dict:
+        if key.endswith(".running_mean"):
+            counter = key.removesuffix("running_mean") + "num_batches_tracked"
+            tensors[counter] = np.zeros((), np.int64)
+    if path.suffix in torch_pickle.SUFFIXES:
+        data = torch_pickle.dump(tensors)
+    elif path.suffix == ".safetensors":
+        data = safetensors.numpy.save(tensors, metadata={"format": "pt"})
+    else:
+        raise ValueError(f"{path}: no ending of a PyTorch file")
+    workdir.write_bytes(path, data)
 
 
 def save_variables(
@@ -54,7 +81,7 @@ def save_variables(
 ) -> None:
     """Write a tree of arrays as safetensors with keys like "params/head/dense/bias".
 
-    The file appears whole or not at all: it is written beside its place and renamed.
+    The file appears whole or not at all.
 
     Args:
         path: where to; its folder must exist.
@@ -65,9 +92,7 @@ def save_variables(
     flat = flax.traverse_util.flatten_dict(dict(variables), sep="/")
     arrays = {key: np.asarray(value, order="C") for key, value in flat.items()}
     header = {"format": _FORMAT, "metadata": json.dumps(dict(metadata))}
-    partial = path.with_name(path.name + ".partial")
-    safetensors.numpy.save_file(arrays, partial, metadata=header)
-    os.replace(partial, path)
+    workdir.write_bytes(path, safetensors.numpy.save(arrays, metadata=header))
 
 
 def load_variables(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -94,8 +119,8 @@ def is_variables_file(path: str | os.PathLike) -> bool:
     path = _existing(path)
     if path.suffix != ".safetensors":
         return False
-    header, _ = _read_safetensors(path)
-    return header.get("format") == _FORMAT
+    with _opened(path) as file:
+        return (file.metadata() or {}).get("format") == _FORMAT
 
 
 def _existing(path: str | os.PathLike) -> pathlib.Path:
@@ -108,28 +133,17 @@ def _existing(path: str | os.PathLike) -> pathlib.Path:
 def _read_safetensors(
     path: pathlib.Path,
 ) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    with _opened(path) as file:
+        header = file.metadata() or {}
+        return header, {key: file.get_tensor(key) for key in file.keys()}
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> collections.abc.Iterator[Any]:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            header = file.metadata() or {}
-            return header, {key: file.get_tensor(key) for key in file.keys()}
+            yield file
     except (safetensors.SafetensorError, OSError) as error:
         raise errors.TeacherError(
             f"{path} is no readable safetensors file ({error}); copy it again"
-        ) from error
-
-
-def _torch_load(path: pathlib.Path) -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise errors.TeacherError(
-            f"reading {path} needs torch, which is not installed: pip install torch, "
-            "or convert the file to .safetensors where it is"
-        ) from error
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises anything from EOFError to its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise errors.TeacherError(
-            f"torch cannot read {path} as plain weights: {reason}"
         ) from error

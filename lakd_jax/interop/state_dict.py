@@ -3,6 +3,7 @@
 import collections.abc
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from lakd_jax import errors
@@ -17,10 +18,11 @@ def plain(state_dict: collections.abc.Mapping[str, Any]) -> dict[str, np.ndarray
 
     Looks inside "state_dict", "model" and "net", strips prefixes that all keys share,
     leaves out entries that are not tensors (epoch, accuracy) and the counters
-    `num_batches_tracked`. Values may be NumPy arrays or torch tensors.
+    `num_batches_tracked`. Values may be NumPy arrays or torch tensors, and keep their
+    type.
 
     Raises:
-        errors.TeacherError: there is no tensor in it.
+        errors.TeacherError: there is no tensor in it, or one of a quantised type.
     """
     while inner := [state_dict[key] for key in _WRAPPERS if _wraps(state_dict, key)]:
         state_dict = inner[0]
@@ -33,10 +35,15 @@ def plain(state_dict: collections.abc.Mapping[str, Any]) -> dict[str, np.ndarray
             + ", ".join(repr(key) for key in _WRAPPERS)
         )
     return {
-        key: _to_numpy(value)
+        key: _to_numpy(key, value)
         for key, value in tensors.items()
         if not key.endswith("num_batches_tracked")
     }
+
+
+def other_types(tensors: collections.abc.Mapping[str, np.ndarray]) -> list[str]:
+    """The types in `tensors` that a cast to float32 changes, such as "bfloat16"."""
+    return sorted({value.dtype.name for value in tensors.values()} - {"float32"})
 
 
 def _wraps(state_dict: collections.abc.Mapping[str, Any], key: str) -> bool:
@@ -54,11 +61,17 @@ def _common_prefix(keys: collections.abc.Iterable[str]) -> str:
     return ""
 
 
-def _to_numpy(value: Any) -> np.ndarray:
+def _to_numpy(key: str, value: Any) -> np.ndarray:
     """Torch tensors are known by their methods, so that torch is not imported."""
     if not hasattr(value, "detach"):
         return np.asarray(value)
     value = value.detach().cpu()
-    if str(value.dtype) == "torch.bfloat16":  # NumPy has no such type
-        value = value.float()
-    return value.numpy()
+    if str(value.dtype) == "torch.bfloat16":  # torch has no NumPy type for it
+        return value.float().numpy().astype(jnp.bfloat16)
+    try:
+        return value.numpy()
+    except (TypeError, RuntimeError) as error:
+        raise errors.TeacherError(
+            f"{key} holds {value.dtype}, which NumPy has no type for; save the "
+            "weights as float32"
+        ) from error

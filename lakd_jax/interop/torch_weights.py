@@ -1,29 +1,17 @@
-"""Variables of our networks from the weights of their PyTorch counterparts."""
+"""Our networks' variables from their PyTorch counterparts' weights, and back."""
 
 import collections.abc
-import functools
 import re
 from typing import Any
 
 import flax
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lakd_jax import errors, models
+from lakd_jax.interop import layout
 from lakd_jax.interop import state_dict as state_dicts
 from lakd_jax.models import chain
-
-_LISTED = 10  # keys named in an error message
-_LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-}
-_Path = tuple[str, ...]
-_Shape = tuple[int, ...]
 
 
 def from_torch(
@@ -48,22 +36,61 @@ def from_torch(
 
     Raises:
         errors.TeacherError: keys missing, surplus or of another shape (says which
-            registered network would fit), or values that are not finite.
+            registered network would fit), or values that are no finite floats.
         ValueError: unknown name.
     """
     cls = models.family(name)
-    tensors, spelled = _canonical(cls, state_dicts.plain(state_dict))
-    shapes = {key: value.shape for key, value in tensors.items()}
-    expected = _expected(name, _options(name, shapes))
-    faults = _faults(expected, shapes, spelled)
-    if faults:
-        raise errors.TeacherError(_misfit_message(name, shapes, faults))
-    _check_finite(name, tensors, spelled)
+    original = state_dicts.plain(state_dict)
+    tensors, spelled = _canonical(cls, original)
+    found = {key: value.shape for key, value in tensors.items()}
+    table = layout.table(name, layout.options(name, found))
+    expected = _torch_shapes(table)
+    if found != expected:
+        raise errors.TeacherError(_misfit(name, expected, found, spelled, original))
+    _check_values(name, tensors, spelled)
     leaves = {
-        path: _to_flax(tensors[key]).astype(dtype)
-        for key, (path, _) in expected.items()
+        path: layout.to_flax(tensors[key]).astype(dtype)
+        for key, (path, _) in table.items()
     }
     return flax.traverse_util.unflatten_dict(leaves)
+
+
+def to_torch(
+    name: str, variables: collections.abc.Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The PyTorch state dictionary of network `name`; inverts `from_torch` exactly.
+
+    Args:
+        name: one of `models.names()`.
+        variables: {"params": ..., "batch_stats": ...} of arrays, as `from_torch` or
+            training gives them; they tell the class count and the options.
+
+    Returns:
+        Reference key to float32 array in PyTorch's layout (OIHW, OI), without the
+        counters `num_batches_tracked`, which our networks do not have.
+
+    Raises:
+        ValueError: unknown name, or variables of another network (names up to ten).
+    """
+    leaves: dict[layout.Path, Any] = flax.traverse_util.flatten_dict(dict(variables))
+    keys = layout.keys(name)
+    shapes = {
+        keys[path]: layout.torch_shape(leaf.shape)
+        for path, leaf in leaves.items()
+        if path in keys
+    }
+    try:
+        table = layout.table(name, layout.options(name, shapes))
+    except errors.TeacherError as error:
+        raise ValueError(str(error)) from error
+    expected = {"/".join(path): shape for path, shape in table.values()}
+    found = {"/".join(path): tuple(leaf.shape) for path, leaf in leaves.items()}
+    if lines := layout.faults(expected, found):
+        raise ValueError("\n".join([f"the variables are not those of {name}:", *lines]))
+    return {
+        key: layout.to_torch(np.asarray(leaves[path], np.float32))
+        for key, (path, _) in table.items()
+    }
 
 
 def options_from_torch(
@@ -73,13 +100,12 @@ def options_from_torch(
 
     Raises errors.TeacherError if the classifier's weight is missing or no matrix.
     """
-    cls = models.family(name)
-    tensors, _ = _canonical(cls, state_dicts.plain(state_dict))
-    return _options(name, {key: value.shape for key, value in tensors.items()})
+    tensors, _ = _canonical(models.family(name), state_dicts.plain(state_dict))
+    return layout.options(name, {key: value.shape for key, value in tensors.items()})
 
 
 def _canonical(
-    cls: type[chain.Chain], tensors: dict[str, np.ndarray]
+    cls: type[chain.Chain], tensors: collections.abc.Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Translate keys to the reference's; also gives canonical -> original key.
 
@@ -96,110 +122,65 @@ def _canonical(
     return result, spelled
 
 
-def _options(name: str, shapes: collections.abc.Mapping[str, _Shape]) -> dict[str, Any]:
-    """The options that keys and shapes tell; TeacherError if they do not."""
-    try:
-        return models.family(name).options_from_torch(shapes)
-    except KeyError as error:
-        raise errors.TeacherError(
-            f"the weights do not fit {name}: no usable {error.args[0]!r}, from which "
-            "the number of classes is read; check that the file holds a classifier"
-        ) from error
+def _torch_shapes(
+    table: collections.abc.Mapping[str, tuple[layout.Path, layout.Shape]],
+) -> dict[str, layout.Shape]:
+    return {key: layout.torch_shape(shape) for key, (_, shape) in table.items()}
 
 
-def _expected(
-    name: str, options: collections.abc.Mapping[str, Any]
-) -> dict[str, tuple[_Path, _Shape]]:
-    """PyTorch key -> (path in our tree, PyTorch shape) for every array."""
-    return _traced(name, tuple(sorted(options.items())))
-
-
-@functools.cache  # tracing a deep network takes a good part of a second
-def _traced(
-    name: str, options: tuple[tuple[str, Any], ...]
-) -> dict[str, tuple[_Path, _Shape]]:
-    model = models.create(name, **dict(options))
-    # The spatial size is of no matter to shapes; 32 survives five halvings.
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    init = functools.partial(model.init, train=False)
-    variables: Any = jax.eval_shape(init, jax.random.key(0), images)
-    leaves: dict[_Path, Any] = flax.traverse_util.flatten_dict(variables)
-    return {
-        f"{model.torch_name(path[1:-1])}.{_LEAVES[path[-1]]}": (
-            path,
-            _torch_shape(leaf.shape),
-        )
-        for path, leaf in leaves.items()
-    }
-
-
-def _torch_shape(shape: _Shape) -> _Shape:
-    """HWIO -> OIHW, IO -> OI; vectors stay."""
-    return (*shape[:-3:-1], *shape[:-2])
-
-
-def _to_flax(array: np.ndarray) -> np.ndarray:
-    """OIHW -> HWIO, OI -> IO; vectors stay."""
-    if array.ndim == 4:
-        return array.transpose(2, 3, 1, 0)
-    return array.T
-
-
-def _faults(
-    expected: collections.abc.Mapping[str, tuple[_Path, _Shape]],
-    shapes: collections.abc.Mapping[str, _Shape],
-    spelled: collections.abc.Mapping[str, str],
-) -> dict[str, list[str]]:
-    """The keys that do not fit, by what is wrong with them; empty if all do."""
-    wrong = [
-        f"{spelled[key]} {shapes[key]} instead of {shape}"
-        for key, (_, shape) in expected.items()
-        if key in shapes and shapes[key] != shape
-    ]
-    faults = {
-        "missing": [key for key in expected if key not in shapes],
-        "surplus": [spelled[key] for key in shapes if key not in expected],
-        "of another shape": wrong,
-    }
-    return {kind: keys for kind, keys in faults.items() if keys}
-
-
-def _misfit_message(
+def _misfit(
     name: str,
-    shapes: collections.abc.Mapping[str, _Shape],
-    faults: collections.abc.Mapping[str, list[str]],
+    expected: layout.Shapes,
+    found: layout.Shapes,
+    spelled: collections.abc.Mapping[str, str],
+    original: collections.abc.Mapping[str, np.ndarray],
 ) -> str:
     """Say what does not fit, with up to ten keys, and which network would."""
-    lines = [f"the weights do not fit {name}:"]
-    for kind, keys in faults.items():
-        shown = keys[: _LISTED // len(faults)]
-        more = f" and {len(keys) - len(shown)} more" if len(keys) > len(shown) else ""
-        lines.append(f"  {len(keys)} {kind}: {', '.join(shown)}{more}")
-    fitting = [other for other in models.names() if _fits(other, shapes)]
+    heading = f"the weights do not fit {name}:"
+    turned = {key: value.T for key, value in original.items() if value.ndim == 2}
+    if _fits(name, {**original, **turned}):
+        what = ", ".join(f"{key} {original[key].shape}" for key in turned)
+        return f"{heading}\n  {what} looks transposed: PyTorch keeps (outputs, inputs)"
+    found = {spelled[key]: shape for key, shape in found.items()}
+    expected = {spelled.get(key, key): shape for key, shape in expected.items()}
+    fitting = [other for other in models.names() if _fits(other, original)]
     if fitting:
-        lines.append(f"they fit {' or '.join(fitting)}: ask for that network instead")
+        last = f"they fit {' or '.join(fitting)}: ask for that network instead"
     else:
-        known = ", ".join(models.names())
-        lines.append(f"no registered network fits them; known: {known}")
-    return "\n".join(lines)
+        last = f"no registered network fits them; known: {', '.join(models.names())}"
+    return "\n".join([heading, *layout.faults(expected, found), last])
 
 
-def _fits(name: str, shapes: collections.abc.Mapping[str, _Shape]) -> bool:
+def _fits(name: str, original: collections.abc.Mapping[str, np.ndarray]) -> bool:
+    tensors, _ = _canonical(models.family(name), original)
+    found = {key: value.shape for key, value in tensors.items()}
     try:
-        expected = _expected(name, _options(name, shapes))
+        options = layout.options(name, found)
     except errors.TeacherError:
         return False
-    return {key: shape for key, (_, shape) in expected.items()} == dict(shapes)
+    return _torch_shapes(layout.table(name, options)) == found
 
 
-def _check_finite(
+def _check_values(
     name: str,
     tensors: collections.abc.Mapping[str, np.ndarray],
     spelled: collections.abc.Mapping[str, str],
 ) -> None:
+    """Weights are finite floats; whole numbers would be quantised ones."""
+    odd = {
+        spelled[key]: value.dtype.name
+        for key, value in tensors.items()
+        if not jnp.issubdtype(value.dtype, jnp.floating)
+    }
+    if odd:
+        raise errors.TeacherError(
+            f"the weights for {name} hold {' and '.join(sorted(set(odd.values())))} in "
+            f"{len(odd)} tensors: {', '.join(list(odd)[: layout.LISTED])}; give them "
+            "in floating point"
+        )
     bad = [spelled[k] for k, v in tensors.items() if not np.all(np.isfinite(v))]
     if bad:
         raise errors.TeacherError(
             f"the weights for {name} hold NaN or infinity in {len(bad)} tensors: "
-            f"{', '.join(bad[:_LISTED])}; use another checkpoint"
+            f"{', '.join(bad[: layout.LISTED])}; use another checkpoint"
         )

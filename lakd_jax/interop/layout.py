@@ -1,0 +1,110 @@
+"""Where each array of a PyTorch state dictionary stands in our variables."""
+
+import collections.abc
+import functools
+import itertools
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lakd_jax import errors, models
+
+LISTED = 10  # keys named in an error message
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+Path = tuple[str, ...]
+Shape = tuple[int, ...]
+Shapes = collections.abc.Mapping[str, Shape]
+
+
+def options(name: str, shapes: Shapes) -> dict[str, Any]:
+    """The options of network `name` that PyTorch keys and shapes tell.
+
+    Raises errors.TeacherError if the classifier is missing or no matrix.
+    """
+    try:
+        return models.family(name).options_from_torch(shapes)
+    except KeyError as error:
+        raise errors.TeacherError(
+            f"the weights do not fit {name}: no usable {error.args[0]!r}, from which "
+            "the number of classes is read; check that the file holds a classifier"
+        ) from error
+
+
+def table(
+    name: str, options: collections.abc.Mapping[str, Any]
+) -> dict[str, tuple[Path, Shape]]:
+    """PyTorch key -> (path in our tree, our shape) for every array of a network."""
+    return _traced(name, tuple(sorted(options.items())))
+
+
+def keys(name: str) -> dict[Path, str]:
+    """Path in our tree -> PyTorch key, whatever the options of network `name`."""
+    choices = models.family(name).OPTIONS
+    result: dict[Path, str] = {}
+    for values in itertools.product(*choices.values()):
+        chosen = dict(zip(choices, values, strict=True))
+        traced = table(name, {"num_classes": 1, **chosen})
+        result |= {path: key for key, (path, _) in traced.items()}
+    return result
+
+
+def torch_shape(shape: Shape) -> Shape:
+    """HWIO -> OIHW, IO -> OI; vectors stay."""
+    return (*shape[:-3:-1], *shape[:-2])
+
+
+def to_flax(array: np.ndarray) -> np.ndarray:
+    """OIHW -> HWIO, OI -> IO; vectors stay."""
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+
+
+def to_torch(array: np.ndarray) -> np.ndarray:
+    """HWIO -> OIHW, IO -> OI; vectors stay."""
+    turned = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+    return np.ascontiguousarray(turned)
+
+
+def faults(expected: Shapes, found: Shapes) -> list[str]:
+    """A line for each way in which keys do not fit, with at most ten keys in all."""
+    wrong = [
+        f"{key} {found[key]} instead of {shape}"
+        for key, shape in expected.items()
+        if key in found and found[key] != shape
+    ]
+    kinds = {
+        "missing": [key for key in expected if key not in found],
+        "surplus": [key for key in found if key not in expected],
+        "of another shape": wrong,
+    }
+    kinds = {kind: names for kind, names in kinds.items() if names}
+    lines = []
+    for kind, names in kinds.items():
+        shown = names[: LISTED // len(kinds)]
+        more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+        lines.append(f"  {len(names)} {kind}: {', '.join(shown)}{more}")
+    return lines
+
+
+@functools.cache  # tracing a deep network takes a good part of a second
+def _traced(
+    name: str, options: tuple[tuple[str, Any], ...]
+) -> dict[str, tuple[Path, Shape]]:
+    model = models.create(name, **dict(options))
+    # The spatial size is of no matter to shapes; 32 survives five halvings.
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    init = functools.partial(model.init, train=False)
+    variables: Any = jax.eval_shape(init, jax.random.key(0), images)
+    leaves: dict[Path, Any] = flax.traverse_util.flatten_dict(variables)
+    return {
+        f"{model.torch_name(path[1:-1])}.{_LEAVES[path[-1]]}": (path, leaf.shape)
+        for path, leaf in leaves.items()
+    }
