@@ -4,7 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import flax
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lakd_jax import errors, interop, models
 from lakd_jax.models import chain
@@ -19,7 +22,8 @@ RESULT_FILE = "result.json"
 class Loaded:
     """A network, its variables (None: to be initialised), and where from.
 
-    `mean` and `std` are those of its own training where the source knows them.
+    `mean` and `std` are those of its own training where the source knows them;
+    `remark` says what reading changed in the weights, "" for nothing.
     """
 
     model: chain.Chain
@@ -27,6 +31,7 @@ class Loaded:
     source: str
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    remark: str = ""
 
 
 def load(
@@ -44,9 +49,10 @@ def load(
         another number of classes than the data.
     """
     if not init:
-        model = models.create(
-            name, num_classes=num_classes, shortcut=shortcut, dtype=jnp.dtype(dtype)
-        )
+        options = {"shortcut": shortcut, "dtype": jnp.dtype(dtype)}
+        if "shortcut" not in models.family(name).OPTIONS:
+            del options["shortcut"]  # the network has one kind only
+        model = models.create(name, num_classes=num_classes, **options)
         return Loaded(model, None, "random weights")
     path = Path(init).expanduser()
     if not path.exists():
@@ -98,26 +104,48 @@ def _student_of(field: str, directory: Path) -> Path:
     return directory / STUDENT_FILE
 
 
-def _own(name: str, path: Path, dtype: str) -> Loaded:
-    """A student that `save` wrote."""
+def student(path: Path, dtype: str) -> tuple[Loaded, dict[str, Any]]:
+    """A student that `save` wrote, and the card it wrote with it.
+
+    Args:
+      path: the file.
+      dtype: what the network shall compute in; its variables become float32.
+
+    Raises:
+      errors.TeacherError: no such file, damaged, or not written by `save`.
+    """
     variables, card = interop.load_variables(path)
     missing = {"network", "num_classes", "options", "mean", "std"} - card.keys()
     if missing:
         raise errors.TeacherError(
             f"is no student of a run: its card lacks {', '.join(sorted(missing))}."
         )
+    name = card["network"]
+    try:
+        model = models.create(
+            name,
+            num_classes=card["num_classes"],
+            dtype=jnp.dtype(dtype),
+            **card["options"],
+        )
+        interop.to_torch(name, variables)  # for its check of every key and shape
+    except ValueError as error:
+        raise errors.TeacherError(f"is no student of a run: {error}") from error
+    remark = _remark(flax.traverse_util.flatten_dict(variables, sep="/"))
+    mean, std = tuple(card["mean"]), tuple(card["std"])
+    variables = jax.tree.map(lambda x: x.astype(np.float32), variables)
+    return Loaded(model, variables, str(path), mean, std, remark), card
+
+
+def _own(name: str, path: Path, dtype: str) -> Loaded:
+    """A student that `save` wrote, which must be the network `name`."""
+    loaded, card = student(path, dtype)
     if card["network"] != name:
         raise errors.TeacherError(
             f"holds a {card['network']}, not the {name} that the config names; "
             "make the two agree."
         )
-    model = models.create(
-        name,
-        num_classes=card["num_classes"],
-        dtype=jnp.dtype(dtype),
-        **card["options"],
-    )
-    return Loaded(model, variables, str(path), tuple(card["mean"]), tuple(card["std"]))
+    return loaded
 
 
 def _foreign(name: str, path: Path, dtype: str) -> Loaded:
@@ -125,4 +153,11 @@ def _foreign(name: str, path: Path, dtype: str) -> Loaded:
     state = interop.load_torch_file(path)
     options = interop.options_from_torch(name, state)
     model = models.create(name, dtype=jnp.dtype(dtype), **options)
-    return Loaded(model, interop.from_torch(name, state), str(path))
+    variables = interop.from_torch(name, state)
+    return Loaded(model, variables, str(path), remark=_remark(state))
+
+
+def _remark(tensors: dict[str, Any]) -> str:
+    """What becomes of weights that are not float32."""
+    types = " and ".join(interop.other_types(tensors))
+    return f"{types} weights cast to float32" if types else ""

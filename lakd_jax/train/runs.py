@@ -131,7 +131,7 @@ def load_network(
 ) -> networks.Loaded:
     """The student or the teacher (`part`) that the config describes."""
     block = config[part]
-    return networks.load(
+    loaded = networks.load(
         part,
         block.name,
         block.init,
@@ -139,6 +139,9 @@ def load_network(
         dtype=config.dtype,
         num_classes=len(bench.dataset.classes),
     )
+    if loaded.remark:
+        bench.notify(f"{part}.init: {loaded.source}: {loaded.remark}")
+    return loaded
 
 
 def make_teacher(config: config_lib.ConfigDict, bench: Bench) -> Teacher:
@@ -280,6 +283,8 @@ def _result(
         "student": config.student.name,
         "teacher": config.teacher.name if teacher else None,
         "classes": len(bench.dataset.classes),
+        "class_names": list(bench.dataset.classes),
+        "image_shape": list(bench.dataset.train.images.shape[1:]),
         "data": data.fingerprint(bench.dataset),
         "seed": config.seed,
         "epochs": config.epochs,

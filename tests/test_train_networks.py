@@ -1,0 +1,76 @@
+"""A network with its weights, from wherever the user keeps them."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import resnet_weights
+import safetensors.numpy
+import tiny
+
+from lakd_jax import errors, interop, models
+from lakd_jax.train import networks, runs
+
+OPTIONS = {"shortcut": "projection", "dtype": "float32", "num_classes": 7}
+
+
+def torch_file(folder, dtype):
+    """PyTorch weights of resnet8 of seven classes as safetensors."""
+    path = folder / "teacher.safetensors"
+    weights = resnet_weights.torch_weights()
+    half = {key: value.astype(dtype) for key, value in weights.items()}
+    safetensors.numpy.save_file(half, path, metadata={"format": "pt"})
+    return path
+
+
+def own_file(folder, dtype):
+    """The same kind of network as `networks.save` writes it."""
+    path = folder / networks.STUDENT_FILE
+    model = models.create("resnet8", num_classes=7)
+    half = jax.tree.map(lambda x: x.astype(dtype), tiny.variables(model))
+    network = networks.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
+    networks.save(path, half, network, {"student": "resnet8"})
+    return path
+
+
+@pytest.mark.parametrize("write", [torch_file, own_file])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16, np.float64])
+def test_weights_become_float32_and_that_is_said(tmp_path, write, dtype):
+    path = write(tmp_path, dtype)
+    loaded = networks.load("teacher", "resnet8", str(path), **OPTIONS)
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves(loaded.variables))
+    name = jnp.dtype(dtype).name
+    said = "" if dtype == np.float32 else f"{name} weights cast to float32"
+    assert loaded.remark == said
+
+
+@pytest.mark.parametrize("part", ["student", "teacher"])
+def test_the_remark_is_on_the_console(tmp_path, part):
+    path = torch_file(tmp_path, np.float16)
+    config = tiny.config(tmp_path, **{f"{part}__init": str(path)})
+    lines = []
+    dataset = types.SimpleNamespace(classes=tuple("abcdefg"))
+    bench = types.SimpleNamespace(dataset=dataset, notify=lines.append)
+    for name in ("teacher", "student"):
+        runs.load_network(name, config, bench)
+    assert lines == [f"{part}.init: {path}: float16 weights cast to float32"]
+
+
+def test_an_own_file_of_other_variables(tmp_path):
+    path = own_file(tmp_path, np.float32)
+    variables, card = interop.load_variables(path)
+    del variables["params"]["stage2"]["block1"]["conv1"]
+    interop.save_variables(path, variables, card)
+    with pytest.raises(errors.TeacherError) as caught:
+        networks.load("student", "resnet8", str(path), **OPTIONS)
+    message = str(caught.value)
+    assert message.startswith(f"student.init: {path}\nis no student of a run: ")
+    assert "1 missing: params/stage2/block1/conv1/kernel" in message
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_every_network_can_be_asked_for(name):
+    loaded = networks.load("student", name, "", **OPTIONS)
+    assert loaded.model.num_classes == 7 and loaded.variables is None
