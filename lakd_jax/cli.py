@@ -9,20 +9,28 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import config_flags
 
+from lakd_jax import choices, errors, interrupt
 from lakd_jax import config as config_lib
-from lakd_jax import errors, interrupt
 
 _OVERRIDE = re.compile(r"--?(no)?config\.")
 
 USAGE = """\
 python main.py --config=configs/digits_lakd.py [--workdir=DIR] [--dry_run]
                [--config.FIELD=VALUE ...]
+python main.py --mode=export --workdir=DIR --to=safetensors|torch|stablehlo
+python main.py --mode=networks
 
   --config      a Python file with get_config(arg); FILE.py:ARG hands ARG over
   --workdir     where the run is kept; the same command again goes on from there
                 (default: runs/ and the name of the config file)
   --dry_run     build everything, run one step and one evaluation batch, stop
-  --config.X    changes one field; lakd_jax/config.py lists them with their meaning"""
+  --config.X    changes one field; lakd_jax/config.py lists them with their meaning
+  --mode        train (default); export: write the student of the finished run in
+                --workdir to DIR/export, with a model card; networks: list them
+  --to          safetensors, torch: weights in PyTorch's names and layout;
+                stablehlo: the whole computation, for JAX alone"""
+
+MODES = ("train", "export", "networks")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,6 +65,55 @@ def end_with(work: Callable[[interrupt.Guard], None]) -> NoReturn:
 
 
 def _run(argv: list[str], guard: interrupt.Guard) -> None:
+    overrides, base = _split(argv)
+    values, problem = _attempt(base)
+    problems = _misplaced(values, overrides) if values else [problem]
+    if problems:
+        raise errors.ConfigError(problems)
+    if values.mode == "networks":
+        from lakd_jax.models import describe  # starts JAX, as all below
+
+        for line in describe.table():
+            guard.check()
+            print(line, flush=True)
+    elif values.mode == "export":
+        from lakd_jax import export
+
+        guard.run(export.run, values.workdir, values.to)
+    else:
+        _train(argv, guard)
+
+
+def _misplaced(values: Any, overrides: list[list[str]]) -> list[str]:
+    """Flags that the mode does not take, or takes and did not get."""
+    if fault := choices.fault(values.mode, MODES):
+        return [f"--mode {fault}"]
+    given = {
+        "--config": values.config is not None,
+        "--dry_run": values.dry_run,
+        "--workdir": bool(values.workdir),
+        "--to": bool(values.to),
+        **{override[0].partition("=")[0]: True for override in overrides},
+    }
+    taken = {
+        "train": given.keys() - {"--to"},
+        "export": {"--workdir", "--to"},
+        "networks": set(),
+    }[values.mode]
+    problems = [
+        f"{flag} means nothing with --mode={values.mode}; leave it out"
+        for flag, is_given in given.items()
+        if is_given and flag not in taken
+    ]
+    if values.mode == "export":
+        lacking = [flag for flag in ("--workdir", "--to") if not given[flag]]
+        problems += [
+            f"{flag} is missing, which --mode=export needs" for flag in lacking
+        ]
+    return problems
+
+
+def _train(argv: list[str], guard: interrupt.Guard) -> None:
     config, workdir, dry_run = parse(argv)
     from lakd_jax import train  # starts JAX: only once the flags are right
 
@@ -146,6 +203,8 @@ def _attempt(
     )
     flags.DEFINE_string("workdir", "", "directory of the run", values)
     flags.DEFINE_boolean("dry_run", False, "one step, then stop", values)
+    flags.DEFINE_string("mode", "train", "what to do", values)
+    flags.DEFINE_string("to", "", "what to export to", values)
     try:
         rest = values(["main.py", *argv])[1:]
         getattr(values.config, "keys", None)  # raises if the file was not loaded

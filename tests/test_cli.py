@@ -341,7 +341,7 @@ FILES = [
 ]
 
 
-def test_whole_run(tiny_main, tmp_path, monkeypatch):
+def test_whole_run(main, tiny_main, tmp_path, monkeypatch):
     run, args = tmp_path / "run", (f"--workdir={tmp_path / 'run'}",)
     # A path mistyped at first does not spoil the directory.
     refused(tiny_main(*args, "--config.teacher.init=mistyped"), "does not exist")
@@ -371,6 +371,17 @@ def test_whole_run(tiny_main, tmp_path, monkeypatch):
     err = refused(tiny_main(*args, *other), f"{run}: is of another config, 2 fields")
     assert "optim.lr: 0.05 -> 0.07" in err
     assert "kd.temperature: 4.0 -> 2.0" in err
+
+    # Its student can be given out, with what the run knows of the images.
+    code, out, err = main("--mode=export", f"--workdir={run}", "--to=safetensors")
+    assert code == 0, err
+    given = interop.load_torch_file(run / "export" / "resnet8.safetensors")
+    kept, _ = interop.load_variables(run / networks.STUDENT_FILE)
+    jax.tree.map(
+        np.testing.assert_array_equal, interop.from_torch("resnet8", given), kept
+    )
+    card = (run / "export" / "resnet8.md").read_text()
+    assert '["dark", "left", "right"]' in card and "8 pixels high and 8 wide" in card
 
     # A finished run serves as a teacher and as a start for another.
     more = (

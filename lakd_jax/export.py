@@ -1,0 +1,140 @@
+"""Gives out the plain student of a finished run, in forms that others can load."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+
+from lakd_jax import choices, errors, interop, workdir
+from lakd_jax.report import model_card
+from lakd_jax.train import networks
+from lakd_jax.train import step as step_lib
+
+FOLDER = "export"  # in the run's directory
+ENDINGS = {"safetensors": ".safetensors", "torch": ".pth", "stablehlo": ".stablehlo"}
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def run(
+    directory: str | Path, to: str, *, notify: Callable[[str], None] = print
+) -> Path:
+    """Writes the student of a run and its model card to `directory`/export.
+
+    Args:
+      directory: of a finished run, or of one of its baselines.
+      to: "safetensors" or "torch" (PyTorch's names and layout), or "stablehlo" (the
+        whole computation, see `program`).
+      notify: receives the lines meant for the person watching.
+
+    Returns:
+      The file with the student.
+
+    Raises:
+      errors.ConfigError: unknown `to`.
+      errors.ExportError: no finished run, damaged, or `to` needs a package that is
+        missing.
+      errors.WorkdirError: the files cannot be written.
+    """
+    if fault := choices.fault(to, ENDINGS):
+        raise errors.ConfigError([f"--to {fault}"])
+    directory = Path(directory)
+    settings = _settings(directory)
+    network, card = _student(directory / networks.STUDENT_FILE, settings["dtype"])
+    path = directory / FOLDER / (card["network"] + ENDINGS[to])
+    if to == "stablehlo":
+        data = program(network, _image_shape(directory, card))
+        write = functools.partial(workdir.write_bytes, path, data)
+    else:
+        variables: Any = network.variables
+        weights = interop.to_torch(card["network"], variables)
+        write = functools.partial(interop.save_torch_file, path, weights)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write()
+        _write_card(directory, path, card, settings)
+    except OSError as error:
+        raise errors.WorkdirError(
+            f"{path.parent}: cannot be written: {error.strerror or error}\n"
+            "Free space or change rights there."
+        ) from error
+    notify(f"{path} ({path.stat().st_size:,} bytes), told of in {path.stem}.md")
+    return path
+
+
+def program(network: networks.Loaded, image_shape: tuple[int, ...]) -> bytes:
+    """The network from pixels to logits as one serialised `jax.export` artifact.
+
+    It maps uint8 RGB images (B, H, W, 3), for any B, to float32 logits (B, classes):
+    normalisation and weights are inside. It runs on CPU, CUDA, ROCm and TPU, computes
+    in the network's own dtype, and needs nothing but JAX (and flatbuffers) to load.
+
+    Args:
+      network: with variables, mean and std.
+      image_shape: (H, W, 3).
+    """
+    if network.mean is None or network.std is None:
+        raise ValueError(f"{network.source}: mean and std of its images are not known")
+    pixels = step_lib.Pixels(network.mean, network.std, network.model.dtype)
+    variables: Any = network.variables
+
+    def logits(images: jax.Array) -> jax.Array:
+        outputs: Any = network.model.apply(variables, pixels(images), train=False)
+        return outputs.logits
+
+    (batch,) = jax.export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.uint8)
+    exported = jax.export.export(jax.jit(logits), platforms=_PLATFORMS)(images)
+    return bytes(exported.serialize())
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    """The configuration of a finished run; errors.ExportError where there is none."""
+    if not (directory / workdir.CONFIG).exists():
+        raise errors.ExportError(
+            f"{directory}: is no run (it has no {workdir.CONFIG}); give --workdir the "
+            "directory of a finished run."
+        )
+    if not (directory / networks.RESULT_FILE).exists():
+        raise errors.ExportError(
+            f"{directory}: has not finished (it has no {networks.RESULT_FILE}); finish "
+            "it by giving its own command again, then export."
+        )
+    try:
+        return workdir.read_json(directory / workdir.CONFIG)
+    except ValueError as error:
+        raise errors.ExportError(
+            f"{directory / workdir.CONFIG}: not readable: {error}"
+        ) from error
+
+
+def _student(path: Path, dtype: str) -> tuple[networks.Loaded, dict[str, Any]]:
+    try:
+        return networks.student(path, dtype)
+    except errors.TeacherError as error:
+        raise errors.ExportError(f"{path}\n{error}") from error
+
+
+def _image_shape(directory: Path, card: dict[str, Any]) -> tuple[int, ...]:
+    if "image_shape" in card["result"]:
+        return tuple(card["result"]["image_shape"])
+    raise errors.ExportError(
+        f"{directory}: was trained by a version that did not record the size of the "
+        "images, which --to=stablehlo needs; use --to=safetensors, or train again."
+    )
+
+
+def _write_card(
+    directory: Path, path: Path, card: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    """A model card beside the file, which also tells of earlier exports there."""
+    environment = {}
+    if (directory / workdir.ENVIRONMENT).exists():
+        environment = workdir.read_json(directory / workdir.ENVIRONMENT)
+    files = [path.with_suffix(ending) for ending in ENDINGS.values()]
+    names = [file.name for file in files if file.exists()]
+    text = model_card.render(card, settings, environment, names)
+    workdir.write_bytes(path.with_suffix(".md"), text.encode())

@@ -1,0 +1,160 @@
+"""The page that goes with an exported student: what it is, how to feed and load it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from lakd_jax import config as config_lib
+
+Facts = Mapping[str, Any]
+
+_LOADING = {
+    ".safetensors": """\
+PyTorch's names and layout. In PyTorch, with `model` a {network} of {classes} classes:
+
+```python
+import safetensors.torch
+model.load_state_dict(safetensors.torch.load_file("{file}"))
+```
+
+In JAX:
+
+```python
+from lakd_jax import interop, models
+state = interop.load_torch_file("{file}")
+model = models.create("{network}", **interop.options_from_torch("{network}", state))
+variables = interop.from_torch("{network}", state)
+logits = model.apply(variables, images, train=False).logits
+```
+
+As the teacher of another run:
+
+```
+python main.py --config=FILE.py --config.teacher.name={network} \\
+  --config.teacher.init={file} \\
+  --config.teacher.mean="{mean}" --config.teacher.std="{std}"
+```
+""",
+    ".pth": """\
+A plain dictionary of tensors in PyTorch's names and layout. In PyTorch, with `model`
+a {network} of {classes} classes:
+
+```python
+import torch
+model.load_state_dict(torch.load("{file}", weights_only=True))
+```
+""",
+    ".stablehlo": """\
+The whole computation for CPU, CUDA, ROCm and TPU, normalisation included. It needs
+`pip install jax flatbuffers`, with the JAX named above or one up to six months newer:
+
+```python
+import jax.export
+with open("{file}", "rb") as file:
+    network = jax.export.deserialize(bytearray(file.read()))
+logits = network.call(images)  # uint8 (B, {height}, {width}, 3), 0..255, for any B
+```
+""",
+}
+
+
+def render(
+    card: Facts, settings: Facts, environment: Facts, files: Sequence[str]
+) -> str:
+    """Returns the model card as Markdown.
+
+    Args:
+      card: what `networks.save` keeps with a student.
+      settings: the run's configuration, nested.
+      environment: what the run ran on; empty if that is not known.
+      files: names of the exported files that the card goes with.
+    """
+    result = card["result"]
+    parts = [
+        f"# {card['network']}",
+        "A student that lakd_jax trained: the plain network, no teacher or adapters.",
+        _table(_facts(card, settings, environment)),
+        "## Images",
+        _images(card, settings),
+    ]
+    if "class_names" in result:
+        names = json.dumps(result["class_names"], ensure_ascii=False)
+        parts += ["## Classes", f"In the order of the logits: {names}"]
+    for file in files:
+        parts += [f"## {file}", _loading(card, file)]
+    parts += ["## Settings that differ from the defaults", _table(_changed(settings))]
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def _facts(card: Facts, settings: Facts, environment: Facts) -> dict[str, str]:
+    result = card["result"]
+    options = "".join(f", {k} {v}" for k, v in card["options"].items())
+    facts = {
+        "network": card["network"] + options,
+        "parameters": f"{result['parameters']:,}",
+        "classes": str(card["num_classes"]),
+        "test accuracy": _score(result["test_last"]) + " after the last epoch",
+        "method": result["method"],
+    }
+    if result["teacher"]:
+        score = _score(result["teacher_test"])
+        facts["teacher"] = f"{result['teacher']}, {score}"
+    facts["data"] = f"{settings['data']['source']}, fingerprint {result['data']}"
+    facts["epochs"], facts["seed"] = str(result["epochs"]), str(result["seed"])
+    facts["compute type"] = settings["dtype"]
+    versions = dict(environment.get("versions", {}))
+    versions |= {"commit": environment.get("commit")}
+    known = [f"{name} {version}" for name, version in versions.items() if version]
+    facts["versions"] = ", ".join(known) or "not recorded"
+    return facts
+
+
+def _score(score: Facts) -> str:
+    percent = f"{100 * score['accuracy']:.2f} %"
+    return f"{percent} ({score['right']:,} of {score['examples']:,} images right)"
+
+
+def _images(card: Facts, settings: Facts) -> str:
+    mean, std = (_numbers(card[name]) for name in ("mean", "std"))
+    size = "of a size that was not recorded"
+    if "image_shape" in card["result"]:
+        size = "{} pixels high and {} wide".format(*card["result"]["image_shape"])
+    if settings["data"]["image_size"]:
+        size += ", the shorter side resized (bilinear) and the centre cropped"
+    return (
+        f"RGB, values 0 to 255, {size}. The weights alone expect each channel as\n\n"
+        f"    (value / 255 - mean) / std\n    mean = {mean}\n    std = {std}\n\n"
+        "A `.stablehlo` file does this itself and takes the values."
+    )
+
+
+def _loading(card: Facts, file: str) -> str:
+    height, width, _ = card["result"].get("image_shape", ("H", "W", 3))
+    return _LOADING["." + file.rsplit(".", 1)[1]].format(
+        file=file,
+        network=card["network"],
+        classes=card["num_classes"],
+        mean=_numbers(card["mean"]),
+        std=_numbers(card["std"]),
+        height=height,
+        width=width,
+    )
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return "(" + ", ".join(str(value) for value in values) + ")"
+
+
+def _changed(settings: Facts) -> dict[str, str]:
+    """Fields of the run whose values are not the defaults."""
+    default = config_lib.to_dict(config_lib.default())
+    flat = [config_lib.flat(ml_collections.ConfigDict(x)) for x in (default, settings)]
+    before, now = ({k: json.dumps(v) for k, v in x.items()} for x in flat)
+    return {k: f"`{v}`" for k, v in now.items() if before.get(k) != v}
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join(["| what | value |", "| --- | --- |", *lines])

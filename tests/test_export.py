@@ -1,0 +1,319 @@
+"""A finished run's student, given out and loaded again as a stranger would."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import commands
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny
+import torch_resnet
+
+from lakd_jax import config as config_lib
+from lakd_jax import errors, export, interop, models, workdir
+from lakd_jax.train import networks
+from lakd_jax.train import step as step_lib
+
+# How ml_collections loads a config file is deprecated from Python 3.12 on.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+refused = commands.refused
+MEAN, STD = (0.4, 0.5, 0.6), (0.3, 0.2, 0.25)
+RESULT = {
+    "method": "kd",
+    "student": "resnet8",
+    "teacher": "resnet20",
+    "classes": 3,
+    "class_names": ["dark", "left", "right"],
+    "image_shape": [8, 8, 3],
+    "data": "0123456789abcdef",
+    "seed": 7,
+    "epochs": 4,
+    "test_last": {"right": 40, "examples": 45, "accuracy": 40 / 45, "loss": 0.2},
+    "test_best_on_minival": None,
+    "teacher_test": {"right": 44, "examples": 45, "accuracy": 44 / 45, "loss": 0.1},
+    "parameters": 77587,
+}
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A run's directory as training leaves it, with random weights."""
+    run = tmp_path / "run"
+    run.mkdir()
+    write_run(run, RESULT)
+    return run
+
+
+def write_run(run, result, **fields):
+    config = tiny.config(run, seed=7, method="kd", **fields)
+    model = models.create("resnet8", num_classes=3)
+    network = networks.Loaded(model, None, "", MEAN, STD)
+    weights = variables()
+    networks.save(run / networks.STUDENT_FILE, weights, network, result)
+    workdir.write_json(run / networks.RESULT_FILE, result)
+    workdir.write_json(run / workdir.CONFIG, config_lib.to_dict(config))
+    workdir.write_json(run / workdir.ENVIRONMENT, workdir.environment())
+
+
+def variables():
+    return tiny.variables(models.create("resnet8", num_classes=3))
+
+
+def images(count):
+    return tiny.split(5, 3).images[:count]
+
+
+def logits(count, dtype=jnp.float32):
+    """What the network itself makes of `images(count)`."""
+    model = models.create("resnet8", num_classes=3, dtype=dtype)
+    inputs = step_lib.Pixels(MEAN, STD, jnp.dtype(dtype))(jnp.asarray(images(count)))
+    return np.asarray(model.apply(variables(), inputs, train=False).logits)
+
+
+def test_safetensors(finished, capsys):
+    path = export.run(finished, "safetensors")
+    assert path == finished / "export" / "resnet8.safetensors"
+    said = capsys.readouterr().out
+    assert str(path) in said and "resnet8.md" in said
+    with safetensors.safe_open(path, framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+    state = interop.load_torch_file(path)
+    expected = interop.to_torch("resnet8", variables())
+    assert state.keys() == expected.keys()
+    for key, value in state.items():
+        np.testing.assert_array_equal(value, expected[key])
+    # And back as a teacher of ours.
+    options = {"shortcut": "projection", "dtype": "float32", "num_classes": 3}
+    loaded = networks.load("teacher", "resnet8", str(path), **options)
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables())
+
+
+@pytest.mark.parametrize("to", ["torch", "safetensors"])
+def test_pytorch_takes_it_strictly_and_agrees(finished, to):
+    torch = pytest.importorskip("torch")
+    import safetensors.torch
+
+    path = export.run(finished, to)
+    if to == "torch":
+        state = torch.load(path, weights_only=True)
+    else:
+        state = safetensors.torch.load_file(path)
+    module = torch_resnet.resnet8(torch, classes=3)
+    assert state.keys() == module.state_dict().keys()
+    module.load_state_dict(state, strict=True)
+    unit = images(5).transpose(0, 3, 1, 2) / 255
+    normal = (unit - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
+    with torch.no_grad():
+        theirs = module.eval()(torch.from_numpy(normal.astype(np.float32))).numpy()
+    np.testing.assert_allclose(theirs, logits(5), rtol=1e-4, atol=1e-4)
+
+
+LOAD = """
+import sys
+import numpy as np
+import jax.export
+
+with open(sys.argv[1], "rb") as file:
+    network = jax.export.deserialize(bytearray(file.read()))
+answers = {}
+for count in (1, 5):
+    answers[str(count)] = np.asarray(network.call(np.load(sys.argv[2])[:count]))
+np.savez(sys.argv[3], **answers)
+assert not [name for name in sys.modules if name.startswith(("lakd_jax", "flax"))]
+print(network.platforms)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stablehlo_in_a_process_with_jax_alone(finished, tmp_path, dtype):
+    write_run(finished, RESULT, dtype=dtype)
+    path = export.run(finished, "stablehlo")
+    assert path.name == "resnet8.stablehlo"
+    np.save(tmp_path / "images.npy", images(5))
+    files = [path, tmp_path / "images.npy", tmp_path / "answers.npz"]
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, *map(str, files)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(f"'{platform}'" in done.stdout for platform in ("cpu", "cuda", "tpu"))
+    answers = np.load(files[2])
+    close = 1e-5 if dtype == "float32" else 0.05
+    for count in (1, 5):
+        answer = answers[str(count)]
+        assert answer.dtype == np.float32 and answer.shape == (count, 3)
+        np.testing.assert_allclose(answer, logits(count, dtype), rtol=close, atol=close)
+
+
+def test_stablehlo_takes_only_what_it_was_made_for(finished):
+    path = export.run(finished, "stablehlo")
+    network = jax.export.deserialize(bytearray(path.read_bytes()))
+    for wrong in (images(2).astype(np.float32), images(2)[:, :4]):
+        with pytest.raises(ValueError):
+            network.call(wrong)
+
+
+def test_the_card_tells_what_is_needed(finished):
+    text = export.run(finished, "safetensors").with_suffix(".md").read_text()
+    for words in (
+        "# resnet8",
+        "| parameters | 77,587 |",
+        "88.89 % (40 of 45 images right) after the last epoch",
+        "| teacher | resnet20, 97.78 %",
+        "| method | kd |",
+        "| epochs | 4 |",
+        "| seed | 7 |",
+        f"jax {jax.__version__}",
+        "8 pixels high and 8 wide",
+        "mean = (0.4, 0.5, 0.6)",
+        "std = (0.3, 0.2, 0.25)",
+        '["dark", "left", "right"]',
+        "## resnet8.safetensors",
+        "| optim.warmup_epochs | `1.0` |",
+    ):
+        assert words in text, words
+    for absent in ("resnet8.pth", "resnet8.stablehlo", "optim.lr", "kd.temperature"):
+        assert absent not in text, absent
+    text = export.run(finished, "stablehlo").with_suffix(".md").read_text()
+    assert "## resnet8.safetensors" in text and "## resnet8.stablehlo" in text
+
+
+def test_the_card_of_a_run_that_recorded_less(finished):
+    less = {k: v for k, v in RESULT.items() if k not in ("class_names", "image_shape")}
+    write_run(finished, less | {"teacher": None, "teacher_test": None})
+    (finished / workdir.ENVIRONMENT).unlink()
+    text = export.run(finished, "safetensors").with_suffix(".md").read_text()
+    assert "a size that was not recorded" in text
+    assert "| versions | not recorded |" in text
+    assert "## Classes" not in text and "| teacher |" not in text
+    with pytest.raises(errors.ExportError, match="did not record the size"):
+        export.run(finished, "stablehlo")
+
+
+# ------------------------------------------------------------- what is refused
+
+
+def no_directory(run):
+    return run / "elsewhere", "safetensors", "elsewhere: is no run (it has no config"
+
+
+def no_run(run):
+    (run / workdir.CONFIG).unlink()
+    return run, "safetensors", "is no run (it has no config.json)"
+
+
+def unfinished(run):
+    (run / networks.RESULT_FILE).unlink()
+    return run, "stablehlo", "has not finished (it has no result.json); finish it"
+
+
+def damaged_config(run):
+    (run / workdir.CONFIG).write_text("{")
+    return run, "safetensors", "config.json: not readable"
+
+
+def damaged_student(run):
+    file = run / networks.STUDENT_FILE
+    file.write_bytes(file.read_bytes()[:5000])
+    return run, "safetensors", "no readable safetensors file"
+
+
+def another_network(run):
+    path = run / networks.STUDENT_FILE
+    weights, card = interop.load_variables(path)
+    interop.save_variables(path, weights, card | {"network": "resnet14"})
+    return run, "torch", "is no student of a run: the variables are not those of"
+
+
+def unknown_network(run):
+    path = run / networks.STUDENT_FILE
+    weights, card = interop.load_variables(path)
+    interop.save_variables(path, weights, card | {"network": "resnet9"})
+    return run, "safetensors", "did you mean 'resnet8'"
+
+
+def unknown_form(run):
+    return run, "safetensor", "--to is 'safetensor'; did you mean 'safetensors'?"
+
+
+def file_in_the_way(run):
+    (run / "export").write_text("mine")
+    return run, "safetensors", "export: cannot be written: File exists"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        no_directory,
+        no_run,
+        unfinished,
+        damaged_config,
+        damaged_student,
+        another_network,
+        unknown_network,
+        unknown_form,
+        file_in_the_way,
+    ],
+)
+def test_what_cannot_be_exported(main, finished, fault):
+    directory, to, words = fault(finished)
+    refused(main("--mode=export", f"--workdir={directory}", f"--to={to}"), words)
+    assert not (finished / "export").is_dir()
+
+
+def test_full_disk(main, finished, monkeypatch):
+    def fail(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    result = main("--mode=export", f"--workdir={finished}", "--to=safetensors")
+    refused(result, f"{finished}/export: cannot be written: No space left on device")
+    assert not (finished / "export" / "resnet8.safetensors").exists()
+
+
+def test_torch_missing(main, finished, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    result = main("--mode=export", f"--workdir={finished}", "--to=torch")
+    refused(result, "needs torch", "pip install torch", "safetensors")
+
+
+# ------------------------------------------------------------------- the flags
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--mode=exprot"], ["--mode is 'exprot'; did you mean 'export'?"]),
+        (["--mode=export"], ["--workdir is missing", "--to is missing"]),
+        (["--mode=export", "--to=torch"], ["--workdir is missing"]),
+        (["--mode=export", "--workdir=a"], ["--to is missing"]),
+        (
+            ["--mode=export", "--workdir=a", "--to=torch", commands.DIGITS]
+            + ["--dry_run", "--config.epochs=3"],
+            ["--config means nothing with --mode=export", "--dry_run", "config.epochs"],
+        ),
+        (["--mode=networks", "--to=torch"], ["--to means nothing"]),
+        ([commands.DIGITS, "--to=torch"], ["--to means nothing with --mode=train"]),
+        (["--mode=train"], ["--config is missing"]),
+    ],
+)
+def test_flags_and_modes(main, args, words):
+    refused(main(*args), *words)
+
+
+def test_export_from_the_command_line(main, finished):
+    args = ("--mode=export", f"--workdir={finished}", "--to=safetensors")
+    code, out, err = main(*args)
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{finished}/export/resnet8.safetensors (3")
+    assert out.endswith(" bytes), told of in resnet8.md\n")
+    assert json.loads((finished / "result.json").read_text()) == RESULT
