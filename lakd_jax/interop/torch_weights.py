@@ -143,12 +143,20 @@ def _misfit(
         return f"{heading}\n  {what} looks transposed: PyTorch keeps (outputs, inputs)"
     found = {spelled[key]: shape for key, shape in found.items()}
     expected = {spelled.get(key, key): shape for key, shape in expected.items()}
-    fitting = [other for other in models.names() if _fits(other, original)]
+    likely = [other for other in models.names() if _is_as_deep(other, original)]
+    fitting = [other for other in likely if _fits(other, original)]
     if fitting:
         last = f"they fit {' or '.join(fitting)}: ask for that network instead"
     else:
         last = f"no registered network fits them; known: {', '.join(models.names())}"
     return "\n".join([heading, *layout.faults(expected, found), last])
+
+
+def _is_as_deep(name: str, original: collections.abc.Mapping[str, np.ndarray]) -> bool:
+    """Whether the kernels may be those of `name`; saves tracing networks in vain."""
+    units = len(models.create(name, num_classes=1).unit_names)
+    kernels = sum(value.ndim == 4 for value in original.values())
+    return units <= kernels <= 6 * units
 
 
 def _fits(name: str, original: collections.abc.Mapping[str, np.ndarray]) -> bool:
