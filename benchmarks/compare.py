@@ -71,8 +71,8 @@ def resnet20() -> Plan:
 
 
 def sweep() -> Plan:
-    """CIFAR-10, resnet8 from resnet20, one seed: one thing changed at a time."""
-    common = cifar("resnet20-12fca82f.th")
+    """CIFAR-10, resnet8 from resnet20, 6 epochs, one seed: one change at a time."""
+    common = [*cifar("resnet20-12fca82f.th"), "epochs=6"]
     changes = [
         [],
         ["lakd.feature_weight=0.3", "lakd.attention_weight=0.3"],

@@ -59,16 +59,18 @@ def _network(name: str) -> ConfigDict:
     n.name = name  # see lakd_jax.models.names()
     n.init = ""  # empty: random; a finished run, .safetensors or PyTorch file
     n.shortcut = "projection"  # projection | identity (option A of He et al.)
+    n.image_size = 0  # images are resized to this for it; 0: as the data has them
     return n
 
 
 def _teacher() -> ConfigDict:
     t = _network("resnet56")  # empty init: train it first with method=none
-    t.mean = ()  # its own; empty: as its finished run says, or data.mean
+    t.mean = ()  # its own; empty (size: 0): as its finished run says, or the data's
     t.std = ()
     t.epochs = 0  # when it is trained here; 0: as many as the student
     t.seed = 0  # when it is trained here; students of all seeds share it
     t.cache = "runs/teachers"  # where teachers trained here are kept, by hash
+    t.fold = True  # batch norms into the convolutions: faster, the same to rounding
     t.floor = 0.0  # lowest accuracy accepted, in 0..1; 0: twice chance
     return t
 
@@ -213,5 +215,5 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
         c[name] = config[name]
     c.data = copy.deepcopy(config.data)
     c.optim = copy.deepcopy(config.optim)
-    c.student.update(name=t.name, shortcut=t.shortcut)
+    c.student.update(name=t.name, shortcut=t.shortcut, image_size=t.image_size)
     return resolve(c)

@@ -78,7 +78,9 @@ def program(network: networks.Loaded, image_shape: tuple[int, ...]) -> bytes:
     """
     if network.mean is None or network.std is None:
         raise ValueError(f"{network.source}: mean and std of its images are not known")
-    pixels = step_lib.Pixels(network.mean, network.std, network.model.dtype)
+    pixels = step_lib.Pixels(
+        network.mean, network.std, network.model.dtype, network.size
+    )
     variables: Any = network.variables
 
     def logits(images: jax.Array) -> jax.Array:

@@ -118,9 +118,19 @@ def _att_global_input(c: Config, _: int) -> str:
     return "lakd.att_global needs local.module_input=student: no gradient crosses"
 
 
+@_reads("student.name", "student.shortcut")
+def _student_shortcut(c: Config, _: int) -> str:
+    return _shortcut("student", c.student)
+
+
+@_reads("teacher.name", "teacher.shortcut")
+def _teacher_shortcut(c: Config, _: int) -> str:
+    return _shortcut("teacher", c.teacher)
+
+
 @_reads(*_METHODS, *_CUTS)
 def _cuts(c: Config, _: int) -> str:
-    if not _needs_teacher(c):
+    if not any(distill.METHODS[m].local for m in _methods(c)):
         return ""
     try:
         _partition(c)
@@ -159,6 +169,16 @@ def _module_input(c: Config, devices: int) -> str:
                 "local.module_input=student"
             )
     return ""
+
+
+def _shortcut(field: str, block: Config) -> str:
+    offered = models.family(block.name).OPTIONS.get("shortcut", ("projection",))
+    if block.shortcut in offered:
+        return ""
+    return (
+        f"{field}.shortcut is {block.shortcut!r}, which {block.name} has not: only the "
+        "CIFAR ResNets of three stages have a choice"
+    )
 
 
 def _shared(field: str, size: int, devices: int) -> str:

@@ -34,6 +34,15 @@ def between(low: float, high: float) -> Check:
     return lambda v: "" if low <= v <= high else fault + _number(v)
 
 
+def network(name: str) -> str:
+    """A network that can be made."""
+    try:
+        models.family(name)
+    except ValueError as e:
+        return str(e).removeprefix("network ")
+    return ""
+
+
 def _number(value: float) -> str:
     return f"{value:.12g}"
 
@@ -62,7 +71,6 @@ def channels(check: Check, *, empty: bool) -> Check:
 
 def _ranges() -> dict[str, Check]:
     """Field name -> check of its value, for every field that has a range."""
-    network = one_of(models.names())
     method = one_of(distill.names())
     shortcut = one_of(("projection", "identity"))
     weight = at_least(0)
@@ -84,8 +92,10 @@ def _ranges() -> dict[str, Check]:
         "data.pad": at_least(0),
         "student.name": network,
         "student.shortcut": shortcut,
+        "student.image_size": at_least(0),
         "teacher.name": network,
         "teacher.shortcut": shortcut,
+        "teacher.image_size": at_least(0),
         "teacher.mean": channels(between(0, 1), empty=True),
         "teacher.std": channels(above(0), empty=True),
         "teacher.epochs": at_least(0),

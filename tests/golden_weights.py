@@ -42,10 +42,16 @@ def outputs(name: str) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def images() -> np.ndarray:
-    """The input (2, 32, 32, 3) of the golden networks for small images, NHWC."""
-    nchw = np.random.default_rng(7).standard_normal((2, 3, 32, 32))
+def images(name: str) -> np.ndarray:
+    """The input (B, side, side, 3) of the golden network `name`, NHWC."""
+    batch, side = (1, 224) if classes(name) == 1000 else (2, 32)
+    nchw = np.random.default_rng(7).standard_normal((batch, 3, side, side))
     return nchw.astype(np.float32).transpose(0, 2, 3, 1)
+
+
+def classes(name: str) -> int:
+    """Width of the logits of the golden network `name`."""
+    return json.loads((FOLDER / "models" / f"{name}.json").read_text())["num_classes"]
 
 
 def distance(ours: np.ndarray, golden: np.ndarray) -> float:

@@ -201,6 +201,18 @@ def test_all_faults_at_once():
             {"local__module_input": "teacher", "teacher__name": "resnet32x4"},
             "at 'stage1.block3' the student has 16 channels and the teacher 64",
         ),
+        (
+            {
+                "student__name": "vgg8",
+                "method": "none",
+                "student__shortcut": "identity",
+            },
+            "student.shortcut is 'identity', which vgg8 has not",
+        ),
+        (
+            {"student__name": "vgg8"},
+            "local.granularity: the student has 4 stages and the teacher 3",
+        ),
     ],
 )
 def test_relation_between_fields(fields, says):
@@ -215,6 +227,8 @@ def test_relation_between_fields(fields, says):
         # None of these fields is read by the methods asked for.
         {"method": "kd", "lakd__a": 0.0, "lakd__b": 0.0},
         {"method": "none", "local__cuts": ("stage1",)},
+        {"method": "kd", "student__name": "vgg8"},
+        {"teacher__name": "wrn_22_3"},
         {"optim__warmup_epochs": 2.0, "teacher__epochs": 1, "teacher__init": "x.pt"},
         {"local__module_input": "teacher"},
         {

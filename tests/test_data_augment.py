@@ -46,6 +46,35 @@ def offsets_of(images: np.ndarray, crops: np.ndarray, pad: int) -> list[tuple]:
     return found
 
 
+def test_resize_by_hand():
+    images = np.zeros((1, 2, 2, 3), np.uint8)
+    images[0, :, 1] = 100  # dark on the left, bright on the right
+    large = augment.resize(images, 4)
+    assert large.dtype == jnp.float32
+    # Centres of the new pixels lie at 1/8, 3/8, 5/8, 7/8 of the width.
+    row = [0.0, 25.0, 75.0, 100.0]
+    np.testing.assert_allclose(large[0, :, :, 1], [row] * 4, atol=1e-4)
+    small = augment.resize(random_images(3, size=8), 4)
+    assert small.shape == (3, 4, 4, 3)
+    # Triangles of twice the stride's width: every pixel counts, none is skipped.
+    flat = augment.resize(np.full((1, 8, 8, 3), 7, np.uint8), 4)
+    np.testing.assert_allclose(flat, 7.0, rtol=1e-6)
+
+
+def test_resize_averages_what_it_shrinks():
+    images = random_images(2, size=8)
+    lone = images.copy()
+    lone[:, 3, 3] = 255 - lone[:, 3, 3]
+    changed = augment.resize(lone, 4) != augment.resize(images, 4)
+    assert changed.any()
+
+
+@pytest.mark.parametrize("size", [0, 8])
+def test_resize_leaves_the_right_size_alone(size):
+    images = random_images(2, size=8)
+    assert augment.resize(images, size) is images
+
+
 def test_every_result_is_one_window_of_the_padded_image():
     images = random_images(40, size=5)
     crops = run(KEY, images, jnp.arange(40), 0, pad=2, flip=True)

@@ -59,7 +59,7 @@ def teacher_of(directory):
     pixels = step_lib.Pixels((0.4,) * 3, (0.3,) * 3, jnp.float32)
     score = evaluate.Score(15, 45, 1.0)
     loaded = networks.Loaded(model, variables, str(directory))
-    return runs.Teacher(loaded, pixels, score)
+    return runs.Teacher(loaded, pixels, score, 1)
 
 
 def finished(directory):
@@ -241,6 +241,25 @@ def test_floor_of_the_teacher(tmp_path, classes, floor, right, good):
         return
     with pytest.raises(errors.TeacherError, match=f"{right} of 100 .*{right}.00 %"):
         runs._check_floor(*arguments)
+
+
+def test_teacher_is_folded_and_fed_at_the_size_it_was_trained_at(run):
+    """With the same count of right answers, and told with all its parameters."""
+
+    def made(**fields):
+        fields = {"method": "kd", "teacher__image_size": 12} | fields
+        config = config_lib.resolve(tiny.config(run, **fields))
+        bench = runs.bench(config, interrupt.Guard(), lambda text: None)
+        return runs.make_teacher(config, bench)
+
+    plain = made(teacher__fold=False)
+    assert not plain.network.model.folded
+    folded = made(teacher__image_size=0, teacher__init=plain.network.source)
+    assert folded.network.model.folded
+    assert folded.score.right == plain.score.right
+    assert folded.parameters == plain.parameters
+    # Its run recorded 12; the data has 8x8.
+    assert folded.pixels.size == plain.pixels.size == 12
 
 
 def test_teacher_of_other_images_is_not_taken_from_the_cache(run, monkeypatch):

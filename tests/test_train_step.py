@@ -183,6 +183,32 @@ def test_teacher_is_fed_with_its_own_normalisation(tmp_path):
     np.testing.assert_allclose(logits, direct, atol=1e-5)
 
 
+def test_teacher_and_student_are_fed_at_their_own_sizes(tmp_path):
+    made = make(tmp_path, 1, method="lakd", student__image_size=4)
+    learner, state, teacher, data = made
+    assert learner.student_pixels.size == 4
+    own = dataclasses.replace(learner.teacher_pixels, size=16)
+    learner = dataclasses.replace(learner, teacher_pixels=own)
+
+    def observe(state, teacher, data, row):
+        images, labels = step.batch(learner, state.step, data, row)
+        return step.observe(
+            learner,
+            state.params,
+            state.batch_stats,
+            teacher,
+            images,
+            labels,
+            state.step,
+        )[0]
+
+    signals = jax.eval_shape(observe, state, teacher, data, rows(1)[0])
+    assert signals.student.features[0].shape[1:3] == (4, 4)
+    assert signals.teacher.features[0].shape[1:3] == (16, 16)
+    _, metrics = one_step((learner, state, teacher, data), rows(1)[0])
+    assert np.isfinite(metrics["loss"])
+
+
 def test_batch_statistics_move_once_a_step(tmp_path):
     """Property 17, the fused half: momentum 0.9 applied exactly once."""
     made = make(tmp_path, 1)

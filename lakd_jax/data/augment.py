@@ -50,8 +50,25 @@ def augment(
     return images_u8
 
 
+def resize(images: jax.Array, size: int) -> jax.Array:
+    """Square images of another size: bilinear, averaging where they shrink.
+
+    Args:
+      images: (B, H, W, C) uint8 or float.
+      size: height and width wanted; 0 leaves the images alone.
+
+    Returns:
+      (B, size, size, C) float32 in the units of `images`, or `images`.
+    """
+    batch, height, width, channels = images.shape
+    if not size or (height, width) == (size, size):
+        return images
+    shape = (batch, size, size, channels)
+    return jax.image.resize(images.astype(jnp.float32), shape, "bilinear")
+
+
 def normalise(
-    images_u8: jax.Array,
+    images: jax.Array,
     mean: Sequence[float] | ArrayLike,
     std: Sequence[float] | ArrayLike,
     dtype: jnp.dtype,
@@ -59,13 +76,13 @@ def normalise(
     """Returns (image / 255 - mean) / std, computed in float32.
 
     Args:
-      images_u8: (B, H, W, C) uint8.
+      images: (B, H, W, C) in units of 0 to 255, uint8 or float32.
       mean: (C,) in units of 0 to 1.
       std: (C,) in the same units, positive.
       dtype: of the result.
     """
     mean, std = (jnp.asarray(x, jnp.float32)[None, None, None, :] for x in (mean, std))
-    unit = images_u8.astype(jnp.float32) / 255
+    unit = images.astype(jnp.float32) / 255
     return ((unit - mean) / std).astype(dtype)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from lakd_jax import choices
-from lakd_jax.models import chain, resnet
+from lakd_jax.models import chain, mobilenet, resnet, shufflenet, vgg, wrn
 
-_FAMILIES = (resnet,)
+_FAMILIES = (resnet, wrn, vgg, mobilenet, shufflenet)
 _NETWORKS: dict[str, Any] = {  # partials of Chain classes
     name: build for family in _FAMILIES for name, build in family.NETWORKS.items()
 }
@@ -24,18 +24,27 @@ def names() -> list[str]:
 
 def family(name: str) -> type[chain.Chain]:
     """The class of the network `name`; ValueError as for `create`."""
-    choices.check("network", name, names())
-    return _NETWORKS[name].func
+    return _builder(name).func
+
+
+def _builder(name: str) -> Any:
+    """The partial that makes the network; wide ResNets of any size are known."""
+    builder = _NETWORKS.get(name) or wrn.from_name(name)
+    if builder is None:
+        choices.check("network", name, names())
+    return builder
 
 
 def create(name: str, *, num_classes: int, **options: Any) -> chain.Chain:
     """Make a network; its variables come from `init` or from files.
 
     Args:
-        name: one of `names()`.
+        name: one of `names()`, or "wrn_D_K" of any depth D = 6n + 4 and width K.
         num_classes: width of the logits, at least 1.
-        **options: `dtype` (compute type, float32 unless given) and what the family
-            offers: for ResNets `shortcut`, "projection" (unless given) or "identity".
+        **options: `dtype` (compute type, float32 unless given), `folded` (without
+            batch norms, see `folding`) and what the family offers: for the CIFAR
+            ResNets of three stages `shortcut`, "projection" (unless given) or
+            "identity".
 
     Raises:
         ValueError: unknown name (tells the nearest), option or value.
@@ -48,10 +57,10 @@ def create(name: str, *, num_classes: int, **options: Any) -> chain.Chain:
     options = {"dtype": jnp.float32} | options
     options["dtype"] = _float_dtype(options["dtype"])
     for option, value in options.items():
-        choices.check(f"option of {name}", option, [*allowed, "dtype"])
-        if option != "dtype":
+        choices.check(f"option of {name}", option, [*allowed, "dtype", "folded"])
+        if option in allowed:
             choices.check(f"{option} of {name}", value, list(allowed[option]))
-    return _NETWORKS[name](num_classes=num_classes, **options)
+    return _builder(name)(num_classes=num_classes, **options)
 
 
 def _float_dtype(dtype: Any) -> jnp.dtype:

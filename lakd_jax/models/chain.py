@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lakd_jax import choices
+from lakd_jax.models import layers
 
 JointFn = collections.abc.Callable[[str, jax.Array], jax.Array]
 
@@ -28,13 +29,18 @@ class Outputs:
 
     Attributes:
         logits: (B, classes) float32.
-        features: the stem's activation, then one per stage; each (B, H, W, C).
-        preacts: the same before the last ReLU; entry 0 repeats the stem.
+        stem: the stem's activation; None where the pass started behind it.
+        features: the stem's activation (if the family counts it), then one per
+            stage; each (B, H, W, C).
+        preacts: the same before the next ReLU, but entry 0 repeats the stem. In
+            networks that normalise at the entry of a unit: what the next unit's norm
+            makes of the stage's output.
         blocks: per stage (without the stem) every block's activation.
         pooled: (B, C) float32, the mean over positions that the classifier reads.
     """
 
     logits: jax.Array
+    stem: jax.Array | None
     features: tuple[jax.Array, ...]
     preacts: tuple[jax.Array, ...]
     blocks: tuple[tuple[jax.Array, ...], ...]
@@ -53,16 +59,30 @@ class Chain(nn.Module, kw_only=True):
         num_classes: width of the logits.
         dtype: what convolutions and the classifier compute in; parameters, batch
             statistics and logits are float32 whatever it is.
+        folded: without batch norms, for variables from `folding.fold_batch_norm`.
     """
 
     stage_sizes: tuple[int, ...]
     num_classes: int
     dtype: Any = jnp.float32
+    folded: bool = False
 
     # Options beside num_classes and dtype that `create` accepts, with their values.
     OPTIONS: ClassVar[dict[str, tuple[str, ...]]] = {}
+    # Side of the images that the family's networks are published for.
+    IMAGE_SIZE: ClassVar[int] = 32
+    # Whether `features` and `preacts` begin with the stem.
+    STEM_IN_FEATURES: ClassVar[bool] = True
+    # Units, and the head, begin with a batch norm of their input ("entry_bn").
+    PREACTIVATION: ClassVar[bool] = False
+    KERNEL_INIT: ClassVar[collections.abc.Callable] = layers.he_normal_fan_out
     # (pattern, replacement) pairs that turn other PyTorch spellings into ours.
     TORCH_ALIASES: ClassVar[tuple[tuple[str, str], ...]] = ()
+
+    @property
+    def style(self) -> layers.Style:
+        """What the layers of all units have in common."""
+        return layers.Style(self.dtype, self.folded, type(self).KERNEL_INIT)
 
     @nn.nowrap
     def make_stem(self, name: str) -> nn.Module:
@@ -93,6 +113,18 @@ class Chain(nn.Module, kw_only=True):
         Raises KeyError naming the key that is needed but missing or misshaped.
         """
         raise NotImplementedError
+
+    @classmethod
+    def options_from_variables(cls, variables: Any) -> dict[str, Any]:
+        """Read from our own variables what `options_from_torch` reads from keys.
+
+        Raises ValueError where no classifier is found.
+        """
+        try:
+            kernel = variables["params"]["head"]["dense"]["kernel"]
+        except (KeyError, TypeError):
+            raise ValueError("the variables have no params/head/dense/kernel") from None
+        return {"num_classes": kernel.shape[-1]}
 
     @property
     def unit_names(self) -> tuple[str, ...]:
@@ -136,12 +168,13 @@ class Chain(nn.Module, kw_only=True):
         end = joint if joint is not None else lambda name, h: h
         names = self.unit_names
         done = names.index(resolve_joint(self, after)) + 1 if after else 0
-        features, preacts, blocks = [], [], []
+        stem, features, preacts, blocks = None, [], [], []
         h = x
         if done == 0:
             stem, _ = self.make_stem("stem")(h, train=train)
-            features.append(stem)
-            preacts.append(stem)
+            if self.STEM_IN_FEATURES:
+                features.append(stem)
+                preacts.append(stem)
             h = end("stem", stem)
         before = 1  # units in front of the stage
         for stage, size in enumerate(self.stage_sizes):
@@ -156,13 +189,48 @@ class Chain(nn.Module, kw_only=True):
             preacts.append(preact)
             blocks.append(outs)
         logits, pooled = self.make_head("head")(h, train=train)
+        if self.PREACTIVATION:
+            preacts = self._entry_norms(preacts, blocks, train)
         return Outputs(
             logits=logits.astype(jnp.float32),
+            stem=stem,
             features=tuple(features),
             preacts=tuple(preacts),
             blocks=tuple(blocks),
             pooled=pooled,
         )
+
+    def _entry_norms(
+        self, preacts: list[jax.Array], blocks: list[tuple], train: bool
+    ) -> list[jax.Array]:
+        """Replace stages' outputs by what the next unit's norm makes of them.
+
+        That norm belongs to the next unit: it is taken as it is (no gradient into
+        its parameters, no second update of its statistics), so that a loss here
+        trains the unit below the joint and nothing above.
+        """
+        ran = [stage for stage, outputs in enumerate(blocks, 1) if outputs]
+        stems = len(preacts) - len(ran)
+        result = preacts[:stems]
+        for stage, preact in zip(ran, preacts[stems:], strict=True):
+            path = ("head",)
+            if stage < len(self.stage_sizes):
+                path = (f"stage{stage + 1}", "block1")
+            entry: Any = jax.lax.stop_gradient(_subtree(self.variables, path))
+            layer = layers.norm(self.style, train=train, name=None)
+            value, _ = layer.apply(entry, preact, mutable=["batch_stats"])
+            result.append(value)
+        return result
+
+
+def _subtree(variables: Any, path: tuple[str, ...]) -> dict[str, Any]:
+    """The variables of the entry norm of the unit at `path`."""
+    result = {}
+    for kind, tree in variables.items():
+        for key in (*path, "entry_bn"):
+            tree = tree[key]
+        result[kind] = tree
+    return result
 
 
 class _Stage(nn.Module):
@@ -210,7 +278,7 @@ def feature_at(
     """The activation (B, H, W, C) recorded at a joint of a whole pass.
 
     Args:
-        outputs: of a pass without `after`.
+        outputs: of a whole pass (without `after`).
         model: the network they come from.
         joint: as `resolve_joint` takes it.
         preact: give the value before the last ReLU instead; only the stem and the
@@ -221,15 +289,29 @@ def feature_at(
     """
     name = resolve_joint(model, joint)
     if name == "stem":
-        return outputs.preacts[0] if preact else outputs.features[0]
+        if preact and not model.STEM_IN_FEATURES:
+            raise ValueError(_no_preact("stem"))
+        return outputs.preacts[0] if preact else outputs.stem
     stage_name, block_name = name.split(".")
     stage = int(stage_name.removeprefix("stage"))
     index = int(block_name.removeprefix("block"))
     if not preact:
         return outputs.blocks[stage - 1][index - 1]
     if index != model.stage_sizes[stage - 1]:
-        raise ValueError(
-            f"no pre-activation is recorded at {name!r}: only at the stem and at "
-            f"the ends of stages, such as {stage_name!r}"
-        )
-    return outputs.preacts[stage]
+        raise ValueError(_no_preact(name))
+    return outputs.preacts[stage if model.STEM_IN_FEATURES else stage - 1]
+
+
+def _no_preact(name: str) -> str:
+    return (
+        f"no pre-activation is recorded at {name!r}: only at the ends of stages, such "
+        "as 'stage1', and at most networks' stem"
+    )
+
+
+def classes_of(shapes: collections.abc.Mapping[str, tuple[int, ...]], key: str) -> int:
+    """Rows of the classifier's weight (classes, C); KeyError(key) if no matrix."""
+    shape = shapes.get(key, ())
+    if len(shape) != 2 or shape[0] < 1:
+        raise KeyError(key)
+    return shape[0]

@@ -1,23 +1,52 @@
 """Layers with PyTorch's padding, initialisation and batch-norm constants."""
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+EPSILON = 1e-5  # of every batch norm
+
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # Uniform on +-1/sqrt(fan_in): the variance is a third of the squared bound.
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def conv(features: int, kernel: int, stride: int, *, dtype: Any, name: str) -> nn.Conv:
-    """A square convolution without bias, padded evenly by (kernel - 1) / 2.
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """What all layers of a network have in common.
+
+    Attributes:
+        dtype: what convolutions, classifiers and norms compute in.
+        folded: batch norms are part of the convolutions before them (see
+            `models.folding`); such a network is for inference.
+        kernel_init: of the convolutions; He et al. 2015, "Delving Deep into
+            Rectifiers", with the fan-out, unless the family says otherwise.
+    """
+
+    dtype: Any = jnp.float32
+    folded: bool = False
+    kernel_init: Callable[..., jax.Array] = he_normal_fan_out
+
+
+def conv(
+    features: int,
+    kernel: int,
+    stride: int,
+    style: Style,
+    *,
+    name: str,
+    groups: int = 1,
+    bias: bool = False,
+) -> nn.Conv:
+    """A square convolution, padded evenly by (kernel - 1) / 2.
 
     The padding is explicit because "SAME" pads strided convolutions on the far side
-    only, which is not what PyTorch networks were trained with. Initialised as He et
-    al. 2015, "Delving Deep into Rectifiers", with the fan-out.
+    only, which is not what PyTorch networks were trained with.
     """
     pad = (kernel - 1) // 2
     return nn.Conv(
@@ -25,14 +54,47 @@ def conv(features: int, kernel: int, stride: int, *, dtype: Any, name: str) -> n
         (kernel, kernel),
         strides=(stride, stride),
         padding=((pad, pad), (pad, pad)),
-        use_bias=False,
-        dtype=dtype,
-        kernel_init=he_normal_fan_out,
+        feature_group_count=groups,
+        use_bias=bias,
+        dtype=style.dtype,
+        kernel_init=style.kernel_init,
         name=name,
     )
 
 
-def batch_norm(*, train: bool, dtype: Any, name: str) -> nn.BatchNorm:
+def conv_norm(
+    x: jax.Array,
+    features: int,
+    kernel: int,
+    stride: int,
+    style: Style,
+    *,
+    train: bool,
+    name: str,
+    groups: int = 1,
+    bias: bool = False,
+) -> jax.Array:
+    """The convolution `name` and its batch norm, in a compact method.
+
+    The norm's name has "bn" in place of "conv": "conv1" and "bn1". Folding finds
+    the two by that.
+    """
+    bias = bias or style.folded
+    layer = conv(features, kernel, stride, style, name=name, groups=groups, bias=bias)
+    x = layer(x)
+    if style.folded:
+        return x
+    return norm(style, train=train, name=name.replace("conv", "bn"))(x)
+
+
+def norm(style: Style, *, train: bool, name: str | None) -> nn.Module:
+    """A batch norm that stands alone; folded, it still scales and shifts."""
+    if style.folded:
+        return Affine(style.dtype, name=name)
+    return batch_norm(train=train, dtype=style.dtype, name=name)
+
+
+def batch_norm(*, train: bool, dtype: Any, name: str | None) -> nn.BatchNorm:
     """Batch normalisation over the global batch; statistics in float32.
 
     Epsilon 1e-5 and decay 0.9 are PyTorch's 1e-5 and momentum 0.1. Running variances
@@ -41,36 +103,110 @@ def batch_norm(*, train: bool, dtype: Any, name: str) -> nn.BatchNorm:
     passes: E[x^2] - E[x]^2 loses six digits where a channel's mean is a thousand
     times its deviation, and was no faster on CPU.
     """
+    options: Any = {} if name else {"parent": None}  # unnamed: outside any network
     return nn.BatchNorm(
         use_running_average=not train,
         momentum=0.9,
-        epsilon=1e-5,
+        epsilon=EPSILON,
         dtype=dtype,
         use_fast_variance=False,
         name=name,
+        **options,
     )
 
 
+class Affine(nn.Module):
+    """x * scale + bias per channel: a batch norm with its statistics folded in."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., C) to the same shape, in `dtype`."""
+        shape = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        axes = tuple(range(x.ndim - 1))
+        scale, bias = (
+            jnp.expand_dims(v, axes).astype(self.dtype) for v in (scale, bias)
+        )
+        return x.astype(self.dtype) * scale + bias
+
+
+def max_pool(x: jax.Array, window: int, stride: int, pad: int) -> jax.Array:
+    """Largest value in each square window of (B, H, W, C); padding never wins."""
+    pads = ((pad, pad), (pad, pad))
+    return nn.max_pool(x, (window, window), (stride, stride), pads)
+
+
+def shuffle(x: jax.Array, groups: int) -> jax.Array:
+    """Channel c of group g goes to place c * groups + g (ShuffleNet, section 3.1)."""
+    *front, channels = x.shape
+    x = x.reshape(*front, groups, channels // groups)
+    return x.swapaxes(-1, -2).reshape(*front, channels)
+
+
+class Stem(nn.Module):
+    """Convolution, batch norm, activation.
+
+    Attributes:
+        features, kernel, stride: of the convolution.
+        style: of the network.
+        activation: after the norm.
+    """
+
+    features: int
+    kernel: int
+    stride: int
+    style: Style
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
+        """Map images (B, H, W, 3) to (B, H', W', features), twice the same."""
+        size = (self.features, self.kernel, self.stride)
+        x = conv_norm(x, *size, self.style, train=train, name="conv")
+        x = self.activation(x)
+        return x, x
+
+
 class Head(nn.Module):
-    """Global average pool and linear classifier, initialised as torch's Linear.
+    """Global average pool and linear classifier, with what a family has before them.
 
     Attributes:
         num_classes: width of the logits.
-        dtype: what the classifier computes in.
+        style: of the network.
+        kernel_init: of the classifier; unless given, as torch's Linear.
+        zero_bias: the bias starts at zero, not as torch's Linear.
+        conv_features: channels of a 1x1 convolution, batch norm and `activation`
+            in front; 0 for none.
+        activation: see there.
+        entry_norm: a batch norm and ReLU in front, as pre-activation networks need.
     """
 
     num_classes: int
-    dtype: Any
+    style: Style
+    kernel_init: Callable[..., jax.Array] = uniform_fan_in
+    zero_bias: bool = False
+    conv_features: int = 0
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    entry_norm: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
         """Map (B, H, W, C) to logits (B, classes) and pooled (B, C)."""
+        if self.entry_norm:
+            x = nn.relu(norm(self.style, train=train, name="entry_bn")(x))
+        if self.conv_features:
+            size = (self.conv_features, 1, 1)
+            x = conv_norm(x, *size, self.style, train=train, name="conv")
+            x = self.activation(x)
         pooled = jnp.mean(x, (1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
-        bound = 1 / math.sqrt(pooled.shape[-1])
+        bound = 0.0 if self.zero_bias else 1 / math.sqrt(pooled.shape[-1])
         dense = nn.Dense(
             self.num_classes,
-            dtype=self.dtype,
-            kernel_init=uniform_fan_in,
+            dtype=self.style.dtype,
+            kernel_init=self.kernel_init,
             bias_init=lambda key, shape, dtype: jax.random.uniform(
                 key, shape, dtype, -bound, bound
             ),

@@ -1,5 +1,8 @@
-"""Residual networks for small images (He et al. 2016, "Deep Residual Learning for
-Image Recognition", section 4.2), and the four times wider ones of distillation papers.
+"""Residual networks (He et al. 2016, "Deep Residual Learning for Image Recognition").
+
+Three-stage ones for small images (section 4.2 there) and the four times wider ones of
+distillation papers; four-stage ones for small images, with a 3x3 stem; and those for
+ImageNet (section 4.1), with the stride in the bottleneck's 3x3 convolution.
 """
 
 import collections.abc
@@ -13,20 +16,6 @@ from flax import linen as nn
 from lakd_jax.models import chain, layers
 
 
-class Stem(nn.Module):
-    """3x3 convolution, batch norm, ReLU; returns (activation, pre-activation)."""
-
-    features: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Map images (B, H, W, 3) to two arrays (B, H, W, features)."""
-        x = layers.conv(self.features, 3, 1, dtype=self.dtype, name="conv")(x)
-        x = layers.batch_norm(train=train, dtype=self.dtype, name="bn")(x)
-        return nn.relu(x), x
-
-
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut; returns (activation, pre-activation).
 
@@ -35,30 +24,77 @@ class BasicBlock(nn.Module):
         stride: of the first convolution and the shortcut.
         shortcut: what the shortcut does where shapes change: "projection" (1x1
             convolution and batch norm) or "identity" (see `pad_shortcut`).
-        dtype: compute type.
+        style: of the network.
+        pool_input: a 3x3 max pooling of stride 2 comes first. ImageNet's first block
+            has it, so that the stem's feature is recorded unpooled.
     """
 
     features: int
     stride: int
     shortcut: str
-    dtype: Any
+    style: layers.Style
+    pool_input: bool = False
+
+    EXPANSION: ClassVar[int] = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
         """Map (B, H, W, C) to two arrays (B, H / stride, W / stride, features)."""
-        conv = functools.partial(layers.conv, self.features, dtype=self.dtype)
-        norm = functools.partial(layers.batch_norm, train=train, dtype=self.dtype)
-        h = nn.relu(norm(name="bn1")(conv(3, self.stride, name="conv1")(x)))
-        h = norm(name="bn2")(conv(3, 1, name="conv2")(h))
-        if self.stride == 1 and x.shape[-1] == self.features:
-            residual = x
-        elif self.shortcut == "identity":
-            residual = pad_shortcut(x, self.features, self.stride)
-        else:
-            residual = conv(1, self.stride, name="shortcut_conv")(x)
-            residual = norm(name="shortcut_bn")(residual)
-        preact = h + residual.astype(h.dtype)
-        return nn.relu(preact), preact
+        conv = functools.partial(layers.conv_norm, style=self.style, train=train)
+        x = layers.max_pool(x, 3, 2, 1) if self.pool_input else x
+        h = nn.relu(conv(x, self.features, 3, self.stride, name="conv1"))
+        h = conv(h, self.features, 3, 1, name="conv2")
+        return _add_shortcut(x, h, self.stride, self.shortcut, conv)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions beside a projection; the last four times wider.
+
+    Attributes:
+        features: channels of the first two convolutions.
+        stride: of the second convolution and the shortcut.
+        shortcut: as for `BasicBlock`.
+        style: of the network.
+        pool_input: a 3x3 max pooling of stride 2 comes first. ImageNet's first block
+            has it, so that the stem's feature is recorded unpooled.
+    """
+
+    features: int
+    stride: int
+    shortcut: str
+    style: layers.Style
+    pool_input: bool = False
+
+    EXPANSION: ClassVar[int] = 4
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
+        """Map (B, H, W, C) to two (B, H / stride, W / stride, 4 features)."""
+        conv = functools.partial(layers.conv_norm, style=self.style, train=train)
+        x = layers.max_pool(x, 3, 2, 1) if self.pool_input else x
+        h = nn.relu(conv(x, self.features, 1, 1, name="conv1"))
+        h = nn.relu(conv(h, self.features, 3, self.stride, name="conv2"))
+        h = conv(h, self.EXPANSION * self.features, 1, 1, name="conv3")
+        return _add_shortcut(x, h, self.stride, self.shortcut, conv)
+
+
+def _add_shortcut(
+    x: jax.Array,
+    h: jax.Array,
+    stride: int,
+    shortcut: str,
+    conv: collections.abc.Callable[..., jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """A block's two results from its input x and its convolutions' output h."""
+    features = h.shape[-1]
+    if stride == 1 and x.shape[-1] == features:
+        residual = x
+    elif shortcut == "identity":
+        residual = pad_shortcut(x, features, stride)
+    else:
+        residual = conv(x, features, 1, stride, name="shortcut_conv")
+    preact = h + residual.astype(h.dtype)
+    return nn.relu(preact), preact
 
 
 def pad_shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
@@ -73,54 +109,59 @@ def pad_shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, after)))
 
 
-class ResNet(chain.Chain, kw_only=True):
-    """A chain of basic blocks; every stage after the first halves the image.
+class CifarResNet(chain.Chain, kw_only=True):
+    """A chain of residual blocks; every stage after the first halves the image.
 
     Attributes:
-        widths: channels of the stem, then of every stage.
-        shortcut: see `BasicBlock`.
+        widths: channels of the stem, then `features` of every stage's blocks.
+        block: `BasicBlock` or `Bottleneck`.
     """
 
     widths: tuple[int, ...]
+    block: type[BasicBlock] | type[Bottleneck] = BasicBlock
     shortcut: str = "projection"
 
-    OPTIONS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "shortcut": ("projection", "identity")
-    }
+    POOLED: ClassVar[bool] = False  # the first block's input
+    CLASSIFIER: ClassVar[str] = "linear"  # PyTorch's names
+    SHORTCUT: ClassVar[str] = "shortcut"
     TORCH_ALIASES: ClassVar[tuple[tuple[str, str], ...]] = (
-        (r"^linear\.", "fc."),
-        (r"\.shortcut\.", ".downsample."),
+        (r"^fc\.", "linear."),
+        (r"\.downsample\.", ".shortcut."),
     )
 
     @nn.nowrap
-    def make_stem(self, name: str) -> Stem:
+    def make_stem(self, name: str) -> layers.Stem:
         """See `chain.Chain`."""
-        return Stem(self.widths[0], self.dtype, name=name)
+        return layers.Stem(self.widths[0], 3, 1, self.style, name=name)
 
     @nn.nowrap
-    def make_block(self, stage: int, index: int, name: str) -> BasicBlock:
+    def make_block(self, stage: int, index: int, name: str) -> nn.Module:
         """See `chain.Chain`."""
         stride = 2 if stage > 0 and index == 0 else 1
         width = self.widths[stage + 1]
-        return BasicBlock(width, stride, self.shortcut, self.dtype, name=name)
+        pool = self.POOLED and stage == 0 and index == 0
+        return self.block(width, stride, self.shortcut, self.style, pool, name=name)
 
     @nn.nowrap
     def make_head(self, name: str) -> layers.Head:
         """See `chain.Chain`."""
-        return layers.Head(self.num_classes, self.dtype, name=name)
+        return layers.Head(self.num_classes, self.style, name=name)
 
     @nn.nowrap
     def torch_name(self, path: tuple[str, ...]) -> str:
-        """("stage2", "block1", "shortcut_bn") -> "layer2.0.downsample.1"."""
+        """("stage2", "block1", "shortcut_bn") -> "layer2.0.shortcut.1"."""
         whole = {
             ("stem", "conv"): "conv1",
             ("stem", "bn"): "bn1",
-            ("head", "dense"): "fc",
+            ("head", "dense"): self.CLASSIFIER,
         }
         if path in whole:
             return whole[path]
         stage, block, layer = path
-        shortcut = {"shortcut_conv": "downsample.0", "shortcut_bn": "downsample.1"}
+        shortcut = {
+            "shortcut_conv": f"{self.SHORTCUT}.0",
+            "shortcut_bn": f"{self.SHORTCUT}.1",
+        }
         index = int(block.removeprefix("block")) - 1
         prefix = f"layer{stage.removeprefix('stage')}.{index}"
         return f"{prefix}.{shortcut.get(layer, layer)}"
@@ -129,24 +170,83 @@ class ResNet(chain.Chain, kw_only=True):
     def options_from_torch(
         cls, shapes: collections.abc.Mapping[str, tuple[int, ...]]
     ) -> dict[str, Any]:
+        """See `chain.Chain`."""
+        return {"num_classes": chain.classes_of(shapes, f"{cls.CLASSIFIER}.weight")}
+
+
+class ResNet(CifarResNet, kw_only=True):
+    """The three-stage networks, with either kind of shortcut."""
+
+    OPTIONS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "shortcut": ("projection", "identity")
+    }
+    CLASSIFIER: ClassVar[str] = "fc"
+    SHORTCUT: ClassVar[str] = "downsample"
+    TORCH_ALIASES: ClassVar[tuple[tuple[str, str], ...]] = (
+        (r"^linear\.", "fc."),
+        (r"\.shortcut\.", ".downsample."),
+    )
+
+    @classmethod
+    def options_from_torch(
+        cls, shapes: collections.abc.Mapping[str, tuple[int, ...]]
+    ) -> dict[str, Any]:
         """See `chain.Chain`; no projection anywhere means identity shortcuts."""
-        classifier = shapes.get("fc.weight", ())
-        if len(classifier) != 2 or classifier[0] < 1:
-            raise KeyError("fc.weight")
         projection = any(".downsample." in key for key in shapes)
-        return {
-            "num_classes": classifier[0],
-            "shortcut": "projection" if projection else "identity",
-        }
+        shortcut = "projection" if projection else "identity"
+        return {**super().options_from_torch(shapes), "shortcut": shortcut}
+
+    @classmethod
+    def options_from_variables(cls, variables: Any) -> dict[str, Any]:
+        """See `chain.Chain`; no projection anywhere means identity shortcuts."""
+        options = super().options_from_variables(variables)
+        first = variables["params"].get("stage2", {}).get("block1", {})
+        shortcut = "projection" if "shortcut_conv" in first else "identity"
+        return {**options, "shortcut": shortcut}
 
 
-def _network(depth: int, widths: tuple[int, ...]) -> functools.partial:
+class ImageNetResNet(CifarResNet, kw_only=True):
+    """The four-stage networks for images of 224x224."""
+
+    IMAGE_SIZE: ClassVar[int] = 224
+    POOLED: ClassVar[bool] = True
+    CLASSIFIER: ClassVar[str] = "fc"
+    SHORTCUT: ClassVar[str] = "downsample"
+    TORCH_ALIASES: ClassVar[tuple[tuple[str, str], ...]] = ResNet.TORCH_ALIASES
+
+    @nn.nowrap
+    def make_stem(self, name: str) -> layers.Stem:
+        """See `chain.Chain`."""
+        return layers.Stem(self.widths[0], 7, 2, self.style, name=name)
+
+
+def _three_stages(depth: int, widths: tuple[int, ...]) -> functools.partial:
     """The network with `depth` layers: three stages of (depth - 2) / 6 blocks."""
     sizes = ((depth - 2) // 6,) * 3
     return functools.partial(ResNet, stage_sizes=sizes, widths=widths)
 
 
-NETWORKS = {
-    f"resnet{depth}": _network(depth, (16, 16, 32, 64))
-    for depth in (8, 14, 20, 32, 44, 56, 110)
-} | {f"resnet{depth}x4": _network(depth, (32, 64, 128, 256)) for depth in (8, 32)}
+_FOUR_STAGES = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+    152: (Bottleneck, (3, 8, 36, 3)),
+}
+
+
+def _four_stages(family: type[CifarResNet], depth: int) -> functools.partial:
+    block, sizes = _FOUR_STAGES[depth]
+    widths = (64, 64, 128, 256, 512)
+    return functools.partial(family, stage_sizes=sizes, widths=widths, block=block)
+
+
+NETWORKS = (
+    {
+        f"resnet{depth}": _three_stages(depth, (16, 16, 32, 64))
+        for depth in (8, 14, 20, 32, 44, 56, 110)
+    }
+    | {f"resnet{d}x4": _three_stages(d, (32, 64, 128, 256)) for d in (8, 32)}
+    | {f"cifar_resnet{d}": _four_stages(CifarResNet, d) for d in (18, 34, 50)}
+    | {f"resnet{d}": _four_stages(ImageNetResNet, d) for d in _FOUR_STAGES}
+)

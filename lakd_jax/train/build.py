@@ -21,7 +21,10 @@ PyTree = Any
 def pixels(config: config_lib.ConfigDict) -> step_lib.Pixels:
     """What the student sees of an image."""
     return step_lib.Pixels(
-        tuple(config.data.mean), tuple(config.data.std), jnp.dtype(config.dtype)
+        tuple(config.data.mean),
+        tuple(config.data.std),
+        jnp.dtype(config.dtype),
+        config.student.image_size,
     )
 
 

@@ -38,8 +38,8 @@ def one_step(
         "first batch": f"{score.right} of {score.examples} test images right",
     }
     if teacher:
-        variables: Any = teacher.network.variables
-        lines["teacher"] = _network(config.teacher.name, variables["params"])
+        count = f"{teacher.parameters:,}"
+        lines["teacher"] = f"{config.teacher.name}, {count} parameters"
     return summary.describe(lines)
 
 

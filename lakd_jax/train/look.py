@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from lakd_jax import config as config_lib
+from lakd_jax import distill
 from lakd_jax.distill import lakd
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
@@ -52,12 +53,7 @@ def _attention(
     images = jax.numpy.asarray(test.images[chosen])
     theirs = _forward(teacher.network, teacher.pixels(images))
     ours = _forward(student, build.pixels(config)(images))
-    partition = cuts.modules(
-        student.model,
-        teacher.network.model,
-        config.local.granularity,
-        config.local.cuts,
-    )
+    partition = _partition(config, student.model, teacher.network.model)
     options = lakd.Options(
         **build.method_options(config_lib.changed(config, {"method": "lakd"}))
     )
@@ -83,6 +79,17 @@ def _attention(
     pictures.attention(
         directory / "attention.png", test.images[chosen], captions, modules
     )
+
+
+def _partition(
+    config: config_lib.ConfigDict, student: chain.Chain, teacher: chain.Chain
+) -> cuts.Partition:
+    """The run's own modules; for other methods whole networks if stages differ."""
+    granularity, at = config.local.granularity, config.local.cuts
+    stages_differ = len(student.stage_sizes) != len(teacher.stage_sizes)
+    if stages_differ and not distill.METHODS[config.method].local:
+        granularity, at = "none", ()
+    return cuts.modules(student, teacher, granularity, at)
 
 
 def _one_a_class(labels: np.ndarray) -> np.ndarray:

@@ -22,8 +22,9 @@ RESULT_FILE = "result.json"
 class Loaded:
     """A network, its variables (None: to be initialised), and where from.
 
-    `mean` and `std` are those of its own training where the source knows them;
-    `remark` says what reading changed in the weights, "" for nothing.
+    `mean`, `std` and `size` (side of the images it was fed, 0: any) are those of its
+    own training where the source knows them; `remark` says what reading changed in
+    the weights, "" for nothing.
     """
 
     model: chain.Chain
@@ -31,6 +32,7 @@ class Loaded:
     source: str
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    size: int = 0
     remark: str = ""
 
 
@@ -89,6 +91,7 @@ def save(path: Path, variables: PyTree, network: Loaded, result: dict) -> None:
         "options": {name: getattr(model, name) for name in model.OPTIONS},
         "mean": network.mean,
         "std": network.std,
+        "image_size": network.size,
         "result": result,
     }
     interop.save_variables(path, variables, card)
@@ -115,7 +118,8 @@ def student(path: Path, dtype: str) -> tuple[Loaded, dict[str, Any]]:
       errors.TeacherError: no such file, damaged, or not written by `save`.
     """
     variables, card = interop.load_variables(path)
-    missing = {"network", "num_classes", "options", "mean", "std"} - card.keys()
+    needed = {"network", "num_classes", "options", "mean", "std", "image_size"}
+    missing = needed - card.keys()
     if missing:
         raise errors.TeacherError(
             f"is no student of a run: its card lacks {', '.join(sorted(missing))}."
@@ -134,7 +138,8 @@ def student(path: Path, dtype: str) -> tuple[Loaded, dict[str, Any]]:
     remark = _remark(flax.traverse_util.flatten_dict(variables, sep="/"))
     mean, std = tuple(card["mean"]), tuple(card["std"])
     variables = jax.tree.map(lambda x: x.astype(np.float32), variables)
-    return Loaded(model, variables, str(path), mean, std, remark), card
+    size = card["image_size"]
+    return Loaded(model, variables, str(path), mean, std, size, remark), card
 
 
 def _own(name: str, path: Path, dtype: str) -> Loaded:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lakd_jax import config as config_lib
 from lakd_jax import data, distill, errors, interrupt, workdir
 from lakd_jax.data import order
+from lakd_jax.models import folding
 from lakd_jax.report import table
 from lakd_jax.train import build, evaluate, fit, networks
 from lakd_jax.train import state as state_lib
@@ -41,6 +42,7 @@ class Teacher:
     network: networks.Loaded  # variables replicated over the devices
     pixels: step_lib.Pixels
     score: evaluate.Score
+    parameters: int  # before its batch norms were folded
 
 
 def bench(
@@ -84,8 +86,13 @@ def train_one(
     job, student = assemble(config, directory, bench, teacher)
     trained = job.run()
     result = _result(config, bench, teacher, student, trained)
+    pixels = build.pixels(config)
+    height, width, _ = bench.dataset.train.images.shape[1:]
     seen = dataclasses.replace(
-        student, mean=tuple(config.data.mean), std=tuple(config.data.std)
+        student,
+        mean=pixels.mean,
+        std=pixels.std,
+        size=pixels.size or (height if height == width else 0),
     )
     networks.save(directory / networks.STUDENT_FILE, trained.last, seen, result)
     workdir.write_json(done, result)
@@ -160,16 +167,29 @@ def make_teacher(config: config_lib.ConfigDict, bench: Bench) -> Teacher:
         tuple(config.teacher.mean or loaded.mean or config.data.mean),
         tuple(config.teacher.std or loaded.std or config.data.std),
         build.pixels(config).dtype,
+        config.teacher.image_size or loaded.size,
     )
-    variables = state_lib.replicate(loaded.variables, bench.mesh)
-    loaded = dataclasses.replace(loaded, variables=variables)
-    score = evaluator(config, loaded, pixels, bench)(variables, bench.test)
+    loaded, parameters = _frozen(config, loaded, bench)
+    score = evaluator(config, loaded, pixels, bench)(loaded.variables, bench.test)
     bench.notify(
         f"teacher {config.teacher.name} from {loaded.source}: {score.right} of "
         f"{score.examples} test images right ({100 * score.accuracy:.2f} %)"
     )
     _check_floor(config, bench, loaded, pixels, score)
-    return Teacher(loaded, pixels, score)
+    return Teacher(loaded, pixels, score, parameters)
+
+
+def _frozen(
+    config: config_lib.ConfigDict, loaded: networks.Loaded, bench: Bench
+) -> tuple[networks.Loaded, int]:
+    """A teacher made ready for inference on all devices, and its parameter count."""
+    model: Any = loaded.model
+    variables: Any = loaded.variables
+    parameters = state_lib.parameter_count(variables["params"])
+    if config.teacher.fold:
+        model, variables = folding.fold(model, variables)
+    variables = state_lib.replicate(variables, bench.mesh)
+    return dataclasses.replace(loaded, model=model, variables=variables), parameters
 
 
 def stand_in(config: config_lib.ConfigDict, bench: Bench) -> Teacher | None:
@@ -180,11 +200,11 @@ def stand_in(config: config_lib.ConfigDict, bench: Bench) -> Teacher | None:
     loaded = load_network("teacher", config, bench)
     images = jnp.zeros((1, *bench.dataset.train.images.shape[1:]), jnp.float32)
     variables = loaded.model.init(jax.random.key(0), images, train=False)
-    loaded = dataclasses.replace(
-        loaded, variables=state_lib.replicate(variables, bench.mesh)
-    )
+    loaded = dataclasses.replace(loaded, variables=variables)
+    loaded, parameters = _frozen(config, loaded, bench)
     bench.notify(f"teacher {config.teacher.name}: random weights stand in for training")
-    return Teacher(loaded, build.pixels(config), evaluate.Score(0, 1, float("nan")))
+    pixels = dataclasses.replace(build.pixels(config), size=config.teacher.image_size)
+    return Teacher(loaded, pixels, evaluate.Score(0, 1, float("nan")), parameters)
 
 
 def _cached(config: config_lib.ConfigDict, bench: Bench) -> Path:
@@ -325,13 +345,12 @@ def row(result: dict[str, Any], name: str) -> table.Row:
 
 def teacher_row(config: config_lib.ConfigDict, teacher: Teacher) -> table.Row:
     """The teacher as a line of the final table."""
-    variables: Any = teacher.network.variables
     return table.Row(
         name=f"{config.teacher.name}, teacher",
         test_last=teacher.score.accuracy,
         test_best=None,
         examples=teacher.score.examples,
-        parameters=state_lib.parameter_count(variables["params"]),
+        parameters=teacher.parameters,
         seconds=None,
         images_per_second=None,
     )

@@ -22,14 +22,22 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """How uint8 images become a network's input; mean and std per channel."""
+    """How uint8 images become a network's input.
+
+    Attributes:
+      mean, std: per channel, of pixels in 0..1.
+      dtype: of the result.
+      size: side that the network expects; 0 for that of the images.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     dtype: Any
+    size: int = 0
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """(B,H,W,3) uint8 -> normalised (B,H,W,3) of `dtype`."""
+        """(B, H, W, 3) uint8 -> normalised (B, size, size, 3) of `dtype`."""
+        images = augment.resize(images, self.size)
         return augment.normalise(images, self.mean, self.std, self.dtype)
 
 

@@ -1,0 +1,103 @@
+"""What a network costs and what its features look like, without running it."""
+
+import collections.abc
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lakd_jax import models
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """A network in numbers.
+
+    Attributes:
+        name: in the registry.
+        image_size: side of the images it is counted for.
+        parameters: all that is trained.
+        macs: multiplications in convolutions and the classifier for one image.
+        features: (H, W, C) of each.
+    """
+
+    name: str
+    image_size: int
+    parameters: int
+    macs: int
+    features: tuple[tuple[int, int, int], ...]
+
+    def __str__(self) -> str:
+        shapes = " ".join(f"{h}x{w}x{c}" for h, w, c in self.features)
+        return (
+            f"{self.name:<22}{self.image_size:>5}{self.parameters / 1e6:>9.3f} M"
+            f"{self.macs / 1e6:>10.1f} M  {shapes}"
+        )
+
+
+HEADER = (
+    f"{'network':<22}{'image':>5}{'parameters':>11}{'MACs':>12}  features, stem first"
+)
+
+
+def describe(
+    name: str, *, num_classes: int = 100, image_size: int = 0, **options: Any
+) -> Description:
+    """Counts of the network `name`; `str` of the result is one line of the table.
+
+    Args:
+        name, num_classes, **options: as `models.create` takes them.
+        image_size: 0 for the size that the network is published for.
+
+    Raises:
+        ValueError: as `models.create`.
+    """
+    model = models.create(name, num_classes=num_classes, **options)
+    side = image_size or model.IMAGE_SIZE
+    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    variables: Any = jax.eval_shape(
+        lambda x: model.init(jax.random.key(0), x, train=False), images
+    )
+    run = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False), return_shape=True)
+    program, outputs = run(variables, images)
+    return Description(
+        name=name,
+        image_size=side,
+        parameters=sum(x.size for x in jax.tree.leaves(variables["params"])),
+        macs=_macs(program.jaxpr),
+        features=tuple(x.shape[1:] for x in outputs.features),
+    )
+
+
+def table() -> collections.abc.Iterator[str]:
+    """Lines about all registered networks, of 100 classes (ImageNet's of 1000)."""
+    yield HEADER
+    for name in models.names():
+        imagenet = models.family(name).IMAGE_SIZE > 64
+        yield str(describe(name, num_classes=1000 if imagenet else 100))
+    yield "wrn_D_K for every other depth D = 6n + 4 and width K is known as well"
+
+
+def _macs(jaxpr: Any) -> int:
+    """Multiply-accumulates of the convolutions and matrix products of a program."""
+    total = 0
+    for equation in jaxpr.eqns:
+        out = equation.outvars[0].aval
+        if equation.primitive.name == "conv_general_dilated":
+            numbers = equation.params["dimension_numbers"]
+            kernel = equation.invars[1].aval.shape
+            # Each value of the result takes one row of the kernel, I / groups * H * W.
+            total += out.size * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+        elif equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += out.size * math.prod(left[axis] for axis in contracted)
+        total += sum(_macs(inner.jaxpr) for inner in _inner(equation))
+    return total
+
+
+def _inner(equation: Any) -> list[Any]:
+    """Programs inside an equation, such as those of jitted functions."""
+    return [p for p in equation.params.values() if hasattr(p, "jaxpr")]

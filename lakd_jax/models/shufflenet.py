@@ -1,0 +1,188 @@
+"""ShuffleNets for small images: version 1 (arXiv 1707.01083) and 2 (1807.11164).
+
+As distillation papers have them: a 1x1 stem without stride or pooling, three stages,
+each of which halves the image with its first block.
+"""
+
+import collections.abc
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lakd_jax.models import chain, layers
+
+_GROUPS = 3  # of version 1's 1x1 convolutions
+_STEM = 24  # channels
+
+
+class GroupedBlock(nn.Module):
+    """Version 1: grouped 1x1, shuffle, depthwise 3x3, grouped 1x1.
+
+    Without stride the input is added; with stride 2 it is averaged (3x3) and joined to
+    the channels. Returns (activation, pre-activation).
+
+    Attributes:
+        features: channels of the result.
+        stride: 1 or 2.
+        style: of the network.
+    """
+
+    features: int
+    stride: int
+    style: layers.Style
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
+        """Map (B, H, W, C) to two arrays (B, H / stride, W / stride, features)."""
+        conv = functools.partial(layers.conv_norm, style=self.style, train=train)
+        added = self.features - (x.shape[-1] if self.stride == 2 else 0)
+        groups = 1 if x.shape[-1] == _STEM else _GROUPS
+        middle = added // 4
+        h = nn.relu(conv(x, middle, 1, 1, groups=groups, name="conv1"))
+        h = layers.shuffle(h, groups)
+        h = nn.relu(conv(h, middle, 3, self.stride, groups=middle, name="conv2"))
+        h = conv(h, added, 1, 1, groups=_GROUPS, name="conv3")
+        x = x.astype(h.dtype)
+        if self.stride == 2:
+            # Padding counts as zeros in the mean, as in PyTorch.
+            pooled = nn.avg_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            preact = jnp.concatenate([h, pooled], -1)
+        else:
+            preact = h + x
+        return nn.relu(preact), preact
+
+
+class SplitBlock(nn.Module):
+    """Version 2: half of the channels pass, the others go through three convolutions.
+
+    The pre-activation joins the halves as they are, the activation is shuffled.
+
+    Attributes:
+        style: of the network.
+    """
+
+    style: layers.Style
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
+        """Map (B, H, W, C) to two arrays of the same shape."""
+        conv = functools.partial(layers.conv_norm, style=self.style, train=train)
+        passed, h = jnp.split(x, 2, axis=-1)
+        width = h.shape[-1]
+        h = nn.relu(conv(h, width, 1, 1, name="conv1"))
+        h = conv(h, width, 3, 1, groups=width, name="conv2")
+        h = conv(h, width, 1, 1, name="conv3")
+        passed = passed.astype(h.dtype)
+        joined = jnp.concatenate([passed, nn.relu(h)], -1)
+        return layers.shuffle(joined, 2), jnp.concatenate([passed, h], -1)
+
+
+class DownBlock(nn.Module):
+    """Version 2's first block of a stage: two branches of stride 2, joined.
+
+    Attributes:
+        features: channels of the result.
+        style: of the network.
+    """
+
+    features: int
+    style: layers.Style
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
+        """Map (B, H, W, C) to two arrays (B, H / 2, W / 2, features)."""
+        conv = functools.partial(layers.conv_norm, style=self.style, train=train)
+        width, half = x.shape[-1], self.features // 2
+        left = conv(x, width, 3, 2, groups=width, name="conv1")
+        left = conv(left, half, 1, 1, name="conv2")
+        right = nn.relu(conv(x, half, 1, 1, name="conv3"))
+        right = conv(right, half, 3, 2, groups=half, name="conv4")
+        right = conv(right, half, 1, 1, name="conv5")
+        preact = jnp.concatenate([left, right], -1)
+        return layers.shuffle(nn.relu(preact), 2), preact
+
+
+class ShuffleNet(chain.Chain, kw_only=True):
+    """What both versions share.
+
+    Attributes:
+        widths: channels of the stages.
+    """
+
+    widths: tuple[int, ...]
+
+    KERNEL_INIT: ClassVar[collections.abc.Callable] = layers.uniform_fan_in
+    TORCH_ALIASES: ClassVar[tuple[tuple[str, str], ...]] = ((r"^fc\.", "linear."),)
+
+    @nn.nowrap
+    def make_stem(self, name: str) -> layers.Stem:
+        """See `chain.Chain`."""
+        return layers.Stem(_STEM, 1, 1, self.style, name=name)
+
+    @nn.nowrap
+    def torch_name(self, path: tuple[str, ...]) -> str:
+        """("stage2", "block1", "bn3") -> "layer2.0.bn3"."""
+        whole = {
+            ("stem", "conv"): "conv1",
+            ("stem", "bn"): "bn1",
+            ("head", "conv"): "conv2",
+            ("head", "bn"): "bn2",
+            ("head", "dense"): "linear",
+        }
+        if path in whole:
+            return whole[path]
+        stage, block, layer = path
+        index = int(block.removeprefix("block")) - 1
+        return f"layer{stage.removeprefix('stage')}.{index}.{layer}"
+
+    @classmethod
+    def options_from_torch(
+        cls, shapes: collections.abc.Mapping[str, tuple[int, ...]]
+    ) -> dict[str, Any]:
+        """See `chain.Chain`."""
+        return {"num_classes": chain.classes_of(shapes, "linear.weight")}
+
+
+class ShuffleNetV1(ShuffleNet, kw_only=True):
+    """Three groups a 1x1 convolution."""
+
+    @nn.nowrap
+    def make_block(self, stage: int, index: int, name: str) -> GroupedBlock:
+        """See `chain.Chain`."""
+        stride = 1 if index else 2
+        return GroupedBlock(self.widths[stage], stride, self.style, name=name)
+
+    @nn.nowrap
+    def make_head(self, name: str) -> layers.Head:
+        """See `chain.Chain`."""
+        return layers.Head(self.num_classes, self.style, name=name)
+
+
+class ShuffleNetV2(ShuffleNet, kw_only=True):
+    """Width factor 1, with a last convolution of 1024 channels."""
+
+    @nn.nowrap
+    def make_block(self, stage: int, index: int, name: str) -> nn.Module:
+        """See `chain.Chain`."""
+        if index:
+            return SplitBlock(self.style, name=name)
+        return DownBlock(self.widths[stage], self.style, name=name)
+
+    @nn.nowrap
+    def make_head(self, name: str) -> layers.Head:
+        """See `chain.Chain`."""
+        head = functools.partial(layers.Head, conv_features=1024)
+        return head(self.num_classes, self.style, name=name)
+
+
+NETWORKS = {
+    "shuffle_v1": functools.partial(
+        ShuffleNetV1, stage_sizes=(4, 8, 4), widths=(240, 480, 960)
+    ),
+    "shuffle_v2": functools.partial(
+        ShuffleNetV2, stage_sizes=(4, 8, 4), widths=(116, 232, 464)
+    ),
+}

@@ -1,0 +1,135 @@
+"""All networks against the public PyTorch implementations: values and gradients.
+
+The limits are those at which the reference repeats itself: input gradients in training
+mode jump with single ReLUs, and in the deepest networks its own float32 is the limit.
+"""
+
+import functools
+
+import flax
+import golden_weights
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lakd_jax import interop, models
+from lakd_jax.models import chain, folding
+
+SMALL = ["resnet8x4", "wrn_16_2", "vgg8"]
+# Compiling these, or their gradients, takes from several seconds to a minute each.
+LARGE = [
+    *("resnet20", "resnet32x4", "resnet56", "wrn_40_2", "vgg13", "mobilenet_v2"),
+    *("shuffle_v1", "shuffle_v2", "cifar_resnet50", "resnet110"),
+    *("mobilenet_v1", "resnet18", "resnet34", "resnet50"),
+]
+HEAVY = ["resnet110", "cifar_resnet50", "resnet34", "resnet50"]
+# In float64 PyTorch's own gradient is as far from its float32 one (the golden numbers)
+# as ours, and 1e-7 from ours.
+NOISY = ["resnet110", "cifar_resnet50", "resnet50"]
+NOISY += ["mobilenet_v1", "mobilenet_v2", "shuffle_v2"]
+RESTARTED = ["wrn_16_2", "vgg8", "mobilenet_v2", "shuffle_v1", "mobilenet_v1"]
+
+
+def marked(names, long):
+    return [pytest.param(n, marks=pytest.mark.long) if n in long else n for n in names]
+
+
+@functools.cache
+def network(name, dtype=jnp.float32):
+    weights = golden_weights.state_dict(name)
+    options = interop.options_from_torch(name, weights)
+    assert options["num_classes"] == golden_weights.classes(name)
+    model = models.create(name, dtype=dtype, **options)
+    return model, interop.from_torch(name, weights)
+
+
+def record_distances(out, golden):
+    """Worst distance of everything that the reference recorded, and how many."""
+    pairs = [(out.logits, golden["logits"]), (out.pooled, golden["pooled_feat"])]
+    for kind, maps in (("feats", out.features), ("preact_feats", out.preacts)):
+        shapes = [
+            key for key in golden if key.startswith(f"{kind}_") and "shape" in key
+        ]
+        assert len(shapes) in (len(maps), 0)
+        for index in range(len(shapes)):
+            prefix, value = f"{kind}_{index}", maps[index]
+            batch, channels, height, width = golden[f"{prefix}_shape"]
+            assert value.shape == (batch, height, width, channels)
+            pairs.append((value.mean((1, 2)), golden[f"{prefix}_channel_mean"]))
+            pairs.append((value.mean(3), golden[f"{prefix}_spatial_mean"]))
+    return [golden_weights.distance(*pair) for pair in pairs]
+
+
+@pytest.mark.parametrize("name", marked([*SMALL, *LARGE], HEAVY))
+def test_evaluation(name):
+    model, variables = network(name)
+    golden = golden_weights.outputs(name)
+    apply = jax.jit(functools.partial(model.apply, train=False))
+    out = apply(variables, golden_weights.images(name))
+    distances = record_distances(out, golden)
+    assert len(distances) > 10
+    assert max(distances) < 1e-5
+    sizes = [leaf.size for leaf in jax.tree.leaves(variables["params"])]
+    assert sum(sizes) == golden["param_count"]
+    if "preact_feats_0_shape" not in golden:  # MobileNetV2: bottlenecks have no ReLU
+        for feature, preact in zip(out.features, out.preacts, strict=True):
+            np.testing.assert_array_equal(feature, preact)
+    check_folded(name, variables, out)
+    if name in RESTARTED:
+        check_restart(model, variables, out)
+
+
+def check_restart(model, variables, whole):
+    """What follows the middle of the network can be run from there."""
+    joint = "stage2.block1"
+    middle = chain.feature_at(whole, model, joint)
+    apply = jax.jit(functools.partial(model.apply, train=False, after=joint))
+    rest = apply(variables, middle)
+    assert golden_weights.distance(rest.logits, whole.logits) < 1e-5
+    assert rest.stem is None
+    for ours, wanted in zip(rest.preacts[::-1], whole.preacts[::-1], strict=False):
+        assert golden_weights.distance(ours, wanted) < 1e-5
+
+
+def check_folded(name, variables, plain):
+    """The folded network gives the same, and has no statistics any more."""
+    model, folded = folding.fold_batch_norm(name, variables)
+    assert set(folded) == {"params"}
+    out = jax.jit(functools.partial(model.apply, train=False))(
+        folded, golden_weights.images(name)
+    )
+    for ours, wanted in zip(jax.tree.leaves(out), jax.tree.leaves(plain), strict=True):
+        assert golden_weights.distance(ours, wanted) < 1e-5
+    norms = [p for p in flax.traverse_util.flatten_dict(folded["params"]) if "bn" in p]
+    assert not norms or name.startswith("wrn")
+
+
+def train_logits_and_input_gradient(name, dtype):
+    model, variables = network(name, dtype)
+
+    def loss(images):
+        out, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        return jnp.mean(out.logits**2), out.logits
+
+    images = jnp.asarray(golden_weights.images(name), dtype)
+    gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(images)
+    return logits, gradient.transpose(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("name", marked([*SMALL, *LARGE], LARGE[1:]))
+def test_training_mode(name):
+    logits, gradient = train_logits_and_input_gradient(name, jnp.float32)
+    golden = golden_weights.outputs(name)
+    assert golden_weights.distance(logits, golden["train_logits"]) < 1e-4
+    assert golden_weights.distance(gradient, golden["train_input_grad"]) < 5e-2
+
+
+@pytest.mark.parametrize("name", marked([*SMALL, *LARGE], [*SMALL[1:], *LARGE]))
+def test_input_gradient_in_double_precision(name):
+    with jax.enable_x64(True):
+        _, gradient = train_logits_and_input_gradient(name, jnp.float64)
+    golden = golden_weights.outputs(name)["train_input_grad"]
+    assert gradient.dtype == np.float64
+    limit = 5e-2 if name in NOISY else 1e-3
+    assert golden_weights.distance(gradient, golden) < limit
