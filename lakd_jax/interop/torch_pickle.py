@@ -13,7 +13,6 @@ import numpy as np
 from lakd_jax import errors
 
 SUFFIXES = (".pt", ".pth", ".th")
-_REASON = 200  # characters of torch's message that are shown
 
 
 def load(path: pathlib.Path) -> collections.abc.Mapping[str, Any]:
@@ -67,10 +66,12 @@ def _refusal(path: pathlib.Path, error: Exception) -> str:
             "Only plain weights are read. Where the network is at home, save nothing "
             "else:\ntorch.save(model.state_dict(), FILE)"
         )
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:_REASON]
+    # The first sentence: later ones tell users of torch to let the file run code.
+    text = re.sub(r"^\[.*?\] \. ", "", str(error))
+    reason = re.split(r"\.\s", text.partition("\n")[0])[0] or type(error).__name__
     return (
-        f"{path} is no readable PyTorch file ({reason or type(error).__name__}); it is "
-        "damaged or of another kind: copy it again, or save model.state_dict()"
+        f"{path} is no readable PyTorch file ({reason}); it is damaged or of another "
+        "kind: copy it again, or save model.state_dict()"
     )
 
 

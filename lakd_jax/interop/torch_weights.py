@@ -140,7 +140,10 @@ def _misfit(
     turned = {key: value.T for key, value in original.items() if value.ndim == 2}
     if _fits(name, {**original, **turned}):
         what = ", ".join(f"{key} {original[key].shape}" for key in turned)
-        return f"{heading}\n  {what} looks transposed: PyTorch keeps (outputs, inputs)"
+        return (
+            f"{heading}\n  {what} looks transposed: PyTorch keeps (outputs, inputs); "
+            "save its transpose"
+        )
     found = {spelled[key]: shape for key, shape in found.items()}
     expected = {spelled.get(key, key): shape for key, shape in expected.items()}
     likely = [other for other in models.names() if _is_as_deep(other, original)]
