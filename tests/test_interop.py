@@ -1,6 +1,7 @@
 """Weights in and out: PyTorch state dictionaries."""
 
 import functools
+import json
 
 import flax
 import golden_weights
@@ -18,6 +19,7 @@ COUNTER = resnet_weights.COUNTER
 RESNETS = [name for name in models.names() if models.family(name) is resnet.ResNet]
 torch_weights = resnet_weights.torch_weights
 assert_same_tree = resnet_weights.assert_same_tree
+TIMM = sorted(p.stem for p in (golden_weights.FOLDER / "timm").glob("*.json"))
 GOLDEN = sorted(p.stem for p in (golden_weights.FOLDER / "models").glob("*.json"))
 
 
@@ -190,6 +192,27 @@ def test_transposed_classifier_is_recognised():
     # A second fault: told as it is, with nothing guessed.
     short = torch_weights() | {"fc.weight": turned, "bn1.bias": np.zeros(3, "f4")}
     assert "transposed" not in misfit("resnet8", short)
+
+
+# timm's names
+
+
+@pytest.mark.parametrize("arch", TIMM)
+def test_every_tensor_of_timm_finds_its_place(arch):
+    spec = json.loads((golden_weights.FOLDER / "timm" / f"{arch}.json").read_text())
+    weights = {
+        key: golden_weights.tensor(key, tuple(shape))
+        for key, shape in spec["state_dict"]
+    }
+    back = interop.to_torch(
+        spec["network"], interop.from_torch(spec["network"], weights)
+    )
+    # Both packages make their layers in the same order.
+    names = zip(spec.get("torchvision", weights), weights, strict=True)
+    pairs = {theirs: own for theirs, own in names if not own.endswith(COUNTER)}
+    assert back.keys() == pairs.keys()
+    for theirs, own in pairs.items():
+        np.testing.assert_array_equal(back[theirs], weights[own])
 
 
 # to_torch
