@@ -54,7 +54,8 @@ def finished(tmp_path):
 def write_run(run, result, **fields):
     config = tiny.config(run, seed=7, method="kd", **fields)
     model = models.create("resnet8", num_classes=3)
-    network = networks.Loaded(model, None, "", MEAN, STD)
+    size = config.student.image_size or result.get("image_shape", [0])[0]
+    network = networks.Loaded(model, None, "", MEAN, STD, size)
     weights = variables()
     networks.save(run / networks.STUDENT_FILE, weights, network, result)
     workdir.write_json(run / networks.RESULT_FILE, result)
@@ -70,10 +71,11 @@ def images(count):
     return tiny.split(5, 3).images[:count]
 
 
-def logits(count, dtype=jnp.float32):
+def logits(count, dtype=jnp.float32, size=0):
     """What the network itself makes of `images(count)`."""
     model = models.create("resnet8", num_classes=3, dtype=dtype)
-    inputs = step_lib.Pixels(MEAN, STD, jnp.dtype(dtype))(jnp.asarray(images(count)))
+    pixels = step_lib.Pixels(MEAN, STD, jnp.dtype(dtype), size)
+    inputs = pixels(jnp.asarray(images(count)))
     return np.asarray(model.apply(variables(), inputs, train=False).logits)
 
 
@@ -131,9 +133,11 @@ print(network.platforms)
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_stablehlo_in_a_process_with_jax_alone(finished, tmp_path, dtype):
-    write_run(finished, RESULT, dtype=dtype)
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("float32", 0), ("bfloat16", 0), ("float32", 12)]
+)
+def test_stablehlo_in_a_process_with_jax_alone(finished, tmp_path, dtype, size):
+    write_run(finished, RESULT, dtype=dtype, student__image_size=size)
     path = export.run(finished, "stablehlo")
     assert path.name == "resnet8.stablehlo"
     np.save(tmp_path / "images.npy", images(5))
@@ -151,7 +155,10 @@ def test_stablehlo_in_a_process_with_jax_alone(finished, tmp_path, dtype):
     for count in (1, 5):
         answer = answers[str(count)]
         assert answer.dtype == np.float32 and answer.shape == (count, 3)
-        np.testing.assert_allclose(answer, logits(count, dtype), rtol=close, atol=close)
+        expected = logits(count, dtype, size)
+        np.testing.assert_allclose(answer, expected, rtol=close, atol=close)
+    text = path.with_suffix(".md").read_text()
+    assert ("resize to 12x12" in text) == (size == 12)
 
 
 def test_stablehlo_takes_only_what_it_was_made_for(finished):

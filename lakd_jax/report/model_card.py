@@ -123,9 +123,12 @@ def _images(card: Facts, settings: Facts) -> str:
         size = "{} pixels high and {} wide".format(*card["result"]["image_shape"])
     if settings["data"]["image_size"]:
         size += ", the shorter side resized (bilinear) and the centre cropped"
+    first = ""
+    if side := settings["student"].get("image_size"):
+        first = f" after a bilinear resize to {side}x{side}"
     return (
-        f"RGB, values 0 to 255, {size}. The weights alone expect each channel as\n\n"
-        f"    (value / 255 - mean) / std\n    mean = {mean}\n    std = {std}\n\n"
+        f"RGB, values 0 to 255, {size}. The weights alone expect each channel{first} "
+        f"as\n\n    (value / 255 - mean) / std\n    mean = {mean}\n    std = {std}\n\n"
         "A `.stablehlo` file does this itself and takes the values."
     )
 

@@ -118,8 +118,7 @@ def student(path: Path, dtype: str) -> tuple[Loaded, dict[str, Any]]:
       errors.TeacherError: no such file, damaged, or not written by `save`.
     """
     variables, card = interop.load_variables(path)
-    needed = {"network", "num_classes", "options", "mean", "std", "image_size"}
-    missing = needed - card.keys()
+    missing = {"network", "num_classes", "options", "mean", "std"} - card.keys()
     if missing:
         raise errors.TeacherError(
             f"is no student of a run: its card lacks {', '.join(sorted(missing))}."
@@ -138,7 +137,7 @@ def student(path: Path, dtype: str) -> tuple[Loaded, dict[str, Any]]:
     remark = _remark(flax.traverse_util.flatten_dict(variables, sep="/"))
     mean, std = tuple(card["mean"]), tuple(card["std"])
     variables = jax.tree.map(lambda x: x.astype(np.float32), variables)
-    size = card["image_size"]
+    size = card.get("image_size", 0)  # runs before it was recorded resized nothing
     return Loaded(model, variables, str(path), mean, std, size, remark), card
 
 
