@@ -192,6 +192,12 @@ def test_the_card_tells_what_is_needed(finished):
         assert absent not in text, absent
     text = export.run(finished, "stablehlo").with_suffix(".md").read_text()
     assert "## resnet8.safetensors" in text and "## resnet8.stablehlo" in text
+    assert "teacher.image_size" not in text
+    write_run(finished, RESULT, student__image_size=12)
+    text = export.run(finished, "safetensors").with_suffix(".md").read_text()
+    assert (
+        '--config.teacher.std="(0.3, 0.2, 0.25)" --config.teacher.image_size=12' in text
+    )
 
 
 def test_the_card_of_a_run_that_recorded_less(finished):

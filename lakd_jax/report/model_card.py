@@ -34,7 +34,7 @@ As the teacher of another run:
 ```
 python main.py --config=FILE.py --config.teacher.name={network} \\
   --config.teacher.init={file} \\
-  --config.teacher.mean="{mean}" --config.teacher.std="{std}"
+  --config.teacher.mean="{mean}" --config.teacher.std="{std}"{resize}
 ```
 """,
     ".pth": """\
@@ -83,7 +83,7 @@ def render(
         names = json.dumps(result["class_names"], ensure_ascii=False)
         parts += ["## Classes", f"In the order of the logits: {names}"]
     for file in files:
-        parts += [f"## {file}", _loading(card, file)]
+        parts += [f"## {file}", _loading(card, settings, file)]
     parts += ["## Settings that differ from the defaults", _table(_changed(settings))]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
@@ -133,14 +133,16 @@ def _images(card: Facts, settings: Facts) -> str:
     )
 
 
-def _loading(card: Facts, file: str) -> str:
+def _loading(card: Facts, settings: Facts, file: str) -> str:
     height, width, _ = card["result"].get("image_shape", ("H", "W", 3))
+    side = settings["student"].get("image_size")
     return _LOADING["." + file.rsplit(".", 1)[1]].format(
         file=file,
         network=card["network"],
         classes=card["num_classes"],
         mean=_numbers(card["mean"]),
         std=_numbers(card["std"]),
+        resize=f" --config.teacher.image_size={side}" if side else "",
         height=height,
         width=width,
     )
