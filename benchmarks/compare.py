@@ -95,7 +95,15 @@ def sweep() -> Plan:
     return Plan("configs/cifar10_lakd.py", arms, range(1))
 
 
-PLANS = {"digits": digits, "resnet8": resnet8, "resnet20": resnet20, "sweep": sweep}
+def rates() -> Plan:
+    """The arms of `resnet8` at a third of its learning rate, one seed."""
+    plan = resnet8()
+    names = ("alone", "KD", "LAKD ce+kd cut", "LAKD ce+kd uncut")
+    arms = {n: (plan.arms[n][0], [*plan.arms[n][1], "optim.lr=0.03"]) for n in names}
+    return Plan(plan.config, arms, range(1))
+
+
+PLANS = {plan.__name__: plan for plan in (digits, resnet8, resnet20, sweep, rates)}
 
 
 def cifar(file: str) -> list[str]:
