@@ -33,6 +33,13 @@ def test_describe_scales_with_the_image_and_prints_one_line():
     assert "8x8x64" in str(large)
 
 
+def test_networks_are_listed_on_the_command_line(main, monkeypatch):
+    monkeypatch.setattr(models, "names", lambda: ["vgg8"])
+    code, out, _ = main("--mode=networks")
+    assert code == 0
+    assert "3.965 M      96.2 M  32x32x64 16x16x128" in out
+
+
 def test_the_table_has_a_line_for_every_network(monkeypatch):
     monkeypatch.setattr(models, "names", lambda: ["resnet8", "vgg8"])
     lines = list(describe.table())
