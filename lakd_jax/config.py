@@ -70,7 +70,7 @@ def _teacher() -> ConfigDict:
     t.epochs = 0  # when it is trained here; 0: as many as the student
     t.seed = 0  # when it is trained here; students of all seeds share it
     t.cache = "runs/teachers"  # where teachers trained here are kept, by hash
-    t.fold = True  # batch norms into the convolutions: faster, the same to rounding
+    t.fold = True  # batch norms into the convolutions: the same to rounding
     t.floor = 0.0  # lowest accuracy accepted, in 0..1; 0: twice chance
     return t
 
