@@ -428,6 +428,7 @@ def test_registry_names():
         *(f"vgg{depth}" for depth in (8, 11, 13, 16, 19)),
         *("mobilenet_v2", "mobilenet_v1", "mobilenet_v2_imagenet"),
         *("shuffle_v1", "shuffle_v2"),
+        "hme",
     ]
     assert models.create("resnet110", num_classes=10).stage_sizes == (18, 18, 18)
 

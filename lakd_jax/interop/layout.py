@@ -2,7 +2,6 @@
 
 import collections.abc
 import functools
-import itertools
 from typing import Any
 
 import flax
@@ -17,6 +16,7 @@ _LEAVES = {
     "kernel": "weight",
     "scale": "weight",
     "bias": "bias",
+    "logits": "logits",  # of a gate, `models.hme`
     "mean": "running_mean",
     "var": "running_var",
 }
@@ -48,10 +48,8 @@ def table(
 
 def keys(name: str) -> dict[Path, str]:
     """Path in our tree -> PyTorch key, whatever the options of network `name`."""
-    choices = models.family(name).OPTIONS
     result: dict[Path, str] = {}
-    for values in itertools.product(*choices.values()):
-        chosen = dict(zip(choices, values, strict=True))
+    for chosen in models.family(name).tree_options():
         traced = table(name, {"num_classes": 1, **chosen})
         result |= {path: key for key, (path, _) in traced.items()}
     return result

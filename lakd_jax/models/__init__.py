@@ -9,9 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from lakd_jax import choices
-from lakd_jax.models import chain, mobilenet, resnet, shufflenet, vgg, wrn
+from lakd_jax.models import chain, hme, mobilenet, resnet, shufflenet, vgg, wrn
 
-_FAMILIES = (resnet, wrn, vgg, mobilenet, shufflenet)
+_FAMILIES = (resnet, wrn, vgg, mobilenet, shufflenet, hme)
 _NETWORKS: dict[str, Any] = {  # partials of Chain classes
     name: build for family in _FAMILIES for name, build in family.NETWORKS.items()
 }

@@ -10,6 +10,7 @@ head are made; names, recording, cutting and restarting are all done here.
 """
 
 import collections.abc
+import itertools
 from typing import Any, ClassVar
 
 import flax.struct
@@ -103,6 +104,12 @@ class Chain(nn.Module, kw_only=True):
     def torch_name(self, path: tuple[str, ...]) -> str:
         """The published PyTorch name of a layer, given its path in our tree."""
         raise NotImplementedError
+
+    @classmethod
+    def tree_options(cls) -> list[dict[str, str]]:
+        """Options (see `OPTIONS`) whose networks together have every array there is."""
+        values = itertools.product(*cls.OPTIONS.values())
+        return [dict(zip(cls.OPTIONS, chosen, strict=True)) for chosen in values]
 
     @classmethod
     def options_from_torch(

@@ -1,0 +1,358 @@
+"""HME networks: golden values and the properties of gates, levels and heads."""
+
+import functools
+import operator
+
+import flax
+import golden_weights
+import hme_weights
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lakd_jax import interop, models
+from lakd_jax.models import chain, folding, hme
+
+EPOCHS = (1, 10, 100, 300)
+
+
+def noise(*shape, seed=0):
+    values = np.random.default_rng(seed).standard_normal(shape)
+    return jnp.asarray(values, jnp.float32)
+
+
+def evaluate(model, variables, x):
+    return jax.jit(functools.partial(model.apply, train=False))(variables, x)
+
+
+def count(model):
+    leaves = jax.tree.leaves(hme_weights.shapes(model)["params"])
+    return sum(leaf.size for leaf in leaves)
+
+
+@functools.cache
+def soft_logits(output):
+    """Of all golden epochs in one program, for the golden network."""
+    variables, images, recorded = hme_weights.golden(output)
+    model = models.create("hme", num_classes=10, output=output)
+    apply = jax.jit(
+        lambda t: hme.soften(model, t).apply(variables, images, train=False).logits
+    )
+    return {e: apply(jnp.float32(10 / e)) for e in EPOCHS}, recorded
+
+
+@pytest.mark.parametrize("output", ["ce", "nce"])
+def test_golden_soft(output):
+    ours, recorded = soft_logits(output)
+    for epoch, logits in ours.items():
+        wanted = recorded[f"logits_soft_epoch{epoch}"]
+        assert golden_weights.distance(logits, wanted) < 1e-4
+
+
+@pytest.mark.parametrize("output", ["ce", "nce"])
+def test_golden_hard_and_gates(output):
+    variables, images, recorded = hme_weights.golden(output)
+    model = models.create("hme", num_classes=10, output=output)
+    out = evaluate(model, variables, images)
+    assert golden_weights.distance(out.logits, recorded["logits_hard"]) < 1e-4
+    for i, logits in enumerate(hme.gates(variables["params"])):
+        for epoch in (1, 100):
+            ours = hme.attention(logits, 10 / epoch)
+            wanted = recorded[f"gate{i}_soft_epoch{epoch}"]
+            assert golden_weights.distance(ours, wanted) < 1e-4
+        hard = hme.attention(logits, None)
+        np.testing.assert_array_equal(hard, recorded[f"gate{i}_hard"])
+
+
+@pytest.mark.parametrize(
+    ("output", "classes", "parameters"),
+    [
+        ("ce", 10, 2_993_922),
+        ("nce", 10, 2_995_212),
+        ("ce", 100, 22_567_212),
+        ("nce", 100, 22_580_112),
+    ],
+)
+def test_property_1_counts(output, classes, parameters):
+    model = models.create("hme", num_classes=classes, output=output)
+    assert count(model) == parameters
+    params = hme_weights.shapes(model)["params"]
+    levels = [jax.tree.leaves(params[f"stage{s}"]) for s in (1, 2, 3)]
+    sizes = [sum(leaf.size for leaf in leaves) for leaves in levels]
+    assert sizes == [77_952, 296_448 + 8, 444_672 + 32]  # with the gates above them
+
+
+@pytest.mark.parametrize("output", ["ce", "nce", "odds"])
+def test_property_1_shapes(output):
+    model = models.create("hme", num_classes=7, output=output)
+    out = jax.eval_shape(
+        lambda x: model.init_with_output(jax.random.key(0), x, train=False)[0],
+        jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32),
+    )
+    assert out.logits.shape == (2, 7)
+    # Experts side by side in the channels: 2 of 64, 4 of 64, 8 of 32.
+    shapes = [(2, 16, 16, 128), (2, 8, 8, 256), (2, 4, 4, 256)]
+    assert [f.shape for f in out.features] == shapes
+    assert out.stem.shape == (2, 32, 32, 3)
+    assert out.pooled.shape == (2, 256)
+
+
+def test_property_2_rows():
+    logits = noise(6, 4)
+    for t in (0.01, 1.0, 30.0):
+        soft = hme.attention(logits, t)
+        np.testing.assert_allclose(soft.sum(-1), 1, rtol=1e-6)
+    assert np.all(hme.attention(logits, 1.0) > 0)
+    hard = hme.attention(logits, None)
+    np.testing.assert_array_equal(hard.argmax(-1), logits.argmax(-1))
+    np.testing.assert_array_equal(np.sort(hard, -1)[:, ::-1], np.eye(4)[[0] * 6])
+    ties = jnp.asarray([[1.0, 1.0, 0.0]])
+    np.testing.assert_array_equal(hme.attention(ties, None), [[1, 0, 0]])
+
+
+def test_property_3_temperature():
+    logits = noise(5, 8, seed=1)
+    for t in (0.1, 1.0, 10.0):
+        released = jax.nn.softmax(jnp.log(jax.nn.softmax(logits / 0.5)) / t)
+        np.testing.assert_allclose(
+            hme.attention(logits, t), released, rtol=1e-4, atol=1e-30
+        )
+    np.testing.assert_allclose(hme.attention(logits, 1e6), 1 / 8, rtol=1e-4)
+    lead = jnp.zeros((1, 8)).at[0, 3].set(0.1)
+    assert hme.attention(lead, 10 / 300).max() > 0.98
+
+
+def test_property_4_shift_and_permutation():
+    logits, maps = noise(6, 4), noise(2, 3, 3, 4, 5, seed=1)
+    for t in (None, 0.7):
+        weights = hme.attention(logits, t)
+        moved = hme.attention(logits + noise(6, 1, seed=2), t)
+        np.testing.assert_allclose(moved, weights, rtol=1e-5)
+        order = np.array([2, 0, 3, 1])
+        permuted = hme.mix(hme.attention(logits[:, order], t), maps[..., order, :])
+        np.testing.assert_allclose(permuted, hme.mix(weights, maps), atol=1e-6)
+
+
+def test_mixture_by_hand():
+    maps = jnp.asarray([[1.0, 2.0], [10.0, 20.0]]).reshape(1, 1, 1, 2, 2)
+    mixed = hme.mix(jnp.asarray([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]), maps)
+    np.testing.assert_allclose(mixed[0, 0, 0], [[1, 2], [5.5, 11], [10, 20]])
+
+
+def test_property_5_gates_see_no_image():
+    gate = hme._Gate(4, 2, 0.5)
+    variables = {"params": {"logits": noise(4, 2)}}
+    assert gate.apply(variables).shape == (4, 2)  # called with nothing
+    model = hme_weights.small()
+    variables, x = hme_weights.drawn(model), noise(4, 8, 8, 3)
+    one_by_one = [evaluate(model, variables, x[i : i + 1]).logits for i in range(4)]
+    together = evaluate(model, variables, x).logits
+    np.testing.assert_allclose(np.concatenate(one_by_one), together, atol=1e-5)
+
+
+@functools.cache
+def gradients(soft):
+    """Of a loss with respect to the parameters, in evaluation mode."""
+    model = hme_weights.small()
+    variables = hme_weights.drawn(model)
+    model = hme.soften(model, 1.0) if soft else model
+
+    @jax.jit
+    def gradient(params):
+        return jax.grad(
+            lambda p: jnp.sum(
+                model.apply(
+                    {**variables, "params": p}, noise(3, 8, 8, 3), train=False
+                ).logits
+                ** 2
+            )
+        )(params)
+
+    return gradient(variables["params"]), variables["params"]
+
+
+def size_of(tree):
+    return sum(float(jnp.sum(jnp.abs(leaf))) for leaf in jax.tree.leaves(tree))
+
+
+def test_property_6_soft_gates_learn():
+    grads, _ = gradients(True)
+    assert all(size_of(g) > 0 for g in hme.gates(grads))
+    for level in ("stage1", "stage2", "stage3"):
+        experts = grads[level]["block1"]
+        assert all(size_of(experts[e]) > 0 for e in experts if e != "gate")
+
+
+def test_property_6_hard_gates_and_dead_experts_do_not():
+    grads, params = gradients(False)
+    assert all(size_of(g) == 0 for g in hme.gates(grads))
+    alive = np.arange(3)
+    for level, logits in zip(
+        ("stage3", "stage2", "stage1"), hme.gates(params)[::-1], strict=True
+    ):
+        alive = np.unique(np.argmax(logits, -1)[alive])
+        experts = grads[level]["block1"]
+        names = [f"expert{i + 1}" for i in range(logits.shape[1])]
+        learnt = [i for i, name in enumerate(names) if size_of(experts[name]) > 0]
+        np.testing.assert_array_equal(learnt, alive)
+
+
+def test_property_7_pooling():
+    half = [[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 1, 0, 0], [0, 0.5, 0.5, 0]]
+    half += [[0, 0, 1, 0], [0, 0, 0.5, 0.5], [0, 0, 0, 1]]
+    np.testing.assert_array_equal(hme.bins(4, 7), half)
+    for size in range(1, 12):
+        matrix, x = hme.bins(size, 7), np.random.default_rng(size).random(size)
+        wanted = [
+            x[int(np.floor(i * size / 7)) : int(np.ceil((i + 1) * size / 7))].mean()
+            for i in range(7)
+        ]
+        np.testing.assert_allclose(matrix @ x, wanted, rtol=1e-5)
+        np.testing.assert_allclose(matrix.sum(1), 1, rtol=1e-6)  # constants stay
+        np.testing.assert_array_equal(
+            matrix[[0, -1]][:, [0, -1]] > 0, size == 1 or np.eye(2)
+        )
+    np.testing.assert_array_equal(hme.bins(8, 1), np.full((1, 8), 1 / 8))
+
+
+def test_property_7_pool_then_mix_is_mix_then_pool():
+    maps, weights = noise(2, 4, 4, 8, 3), hme.attention(noise(5, 8, seed=1), 1.0)
+    pool = functools.partial(jnp.einsum, "ih,bhwpc,jw->bijpc", hme.bins(4, 7))
+    one = hme.mix(weights, pool(maps, hme.bins(4, 7)))
+    other = pool(hme.mix(weights, maps), hme.bins(4, 7))
+    np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_property_8_scores():
+    units = noise(4, 3, 2)
+    np.testing.assert_array_equal(hme.score(units, "nce"), np.max(units, -1))
+    odds = np.log(jax.nn.softmax(units)[..., 1] / jax.nn.softmax(units)[..., 0])
+    np.testing.assert_allclose(hme.score(units, "odds"), odds, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(hme.score(units[..., :1], "ce"), units[..., 0])
+    larger = jax.grad(lambda u: jnp.sum(hme.score(u, "nce")))(units)
+    np.testing.assert_array_equal(larger[..., 0] == 1, units[..., 0] > units[..., 1])
+
+
+def test_property_8_a_head_moves_its_own_column_only():
+    model = hme_weights.small("ce")
+    variables, x = hme_weights.drawn(model), noise(2, 8, 8, 3)
+    flat = flax.traverse_util.flatten_dict(variables)
+    for path, leaf in flat.items():
+        if path[:2] == ("params", "head") and path[2] != "gate":
+            flat[path] = leaf.at[1].add(0.1)  # of the second class
+    moved = flax.traverse_util.unflatten_dict(flat)
+    change = evaluate(model, moved, x).logits - evaluate(model, variables, x).logits
+    np.testing.assert_array_equal(np.any(np.abs(change) > 0, 0), [False, True, False])
+
+
+def test_property_9_a_single_parent_is_the_identity():
+    maps = noise(2, 3, 3, 1, 4)
+    for t in (None, 0.3):
+        weights = hme.attention(noise(5, 1), t)
+        np.testing.assert_array_equal(weights, np.ones((5, 1)))
+        for child in range(5):
+            mixed = hme.mix(weights, maps)[..., child, :]
+            np.testing.assert_array_equal(mixed, maps[..., 0, :])
+
+
+# The chain's contract
+
+
+@pytest.mark.parametrize("layout", ["ltb", "split"])
+def test_restart_behind_every_joint(layout):
+    model = hme_weights.small(layout=layout, base="wrn_10_1")
+    variables, x = hme_weights.drawn(model), noise(2, 8, 8, 3)
+    whole = evaluate(model, variables, x)
+    for joint in model.unit_names:
+        middle = chain.feature_at(whole, model, joint)
+        apply = jax.jit(functools.partial(model.apply, train=False, after=joint))
+        rest = apply(variables, middle)
+        np.testing.assert_allclose(rest.logits, whole.logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["ltb", "split"])
+def test_folded_network_gives_the_same(layout):
+    model = hme_weights.small(layout=layout, base="wrn_10_1")
+    variables, x = hme_weights.drawn(model), noise(2, 8, 8, 3)
+    variables = jax.tree.map(operator.pos, variables)
+    folded, few = folding.fold(model, variables)
+    assert set(few) == {"params"}
+    ours = evaluate(folded, few, x)
+    np.testing.assert_allclose(
+        ours.logits, evaluate(model, variables, x).logits, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("layout", ["ltb", "split"])
+def test_weights_go_out_and_come_back(layout):
+    model = hme_weights.small("nce", layout=layout, base="wrn_10_1")
+    variables = jax.device_get(hme_weights.drawn(model))
+    weights = interop.to_torch("hme", variables)
+    told = interop.options_from_torch("hme", weights)
+    made = models.create("hme", **told)
+    assert made == (model if layout == "split" else models.create("hme", num_classes=3))
+    jax.tree.map(
+        np.testing.assert_array_equal, interop.from_torch("hme", weights), variables
+    )
+    assert models.family("hme").options_from_variables(variables) == told
+
+
+def test_dropout_only_in_training_and_by_its_key():
+    model = hme_weights.small()
+    variables, x = hme_weights.drawn(model), noise(2, 8, 8, 3)
+
+    @jax.jit
+    def logits(key):
+        out, _ = model.apply(
+            variables, x, train=True, rngs={"dropout": key}, mutable=["batch_stats"]
+        )
+        return out.logits
+
+    keys = jax.random.split(jax.random.key(0))
+    one, again, other = (logits(k) for k in (keys[0], keys[0], keys[1]))
+    np.testing.assert_array_equal(one, again)
+    assert np.any(one != other)
+    with pytest.raises(flax.errors.InvalidRngError):
+        model.apply(variables, x, train=True, mutable=["batch_stats"])
+
+
+def test_initial_values():
+    model = models.create("hme", num_classes=3, output="ce")
+    init = jax.jit(functools.partial(model.init, train=False))
+    params = init(jax.random.key(0), noise(1, 8, 8, 3))["params"]
+    for logits in hme.gates(params):
+        assert 0 <= logits.min() < logits.max() < 1
+    assert abs(float(params["head"]["fc1"]["kernel"].std()) - 0.01) < 5e-4
+    kernel = params["stage2"]["block1"]["expert1"]["conv1"]["kernel"]
+    assert abs(float(kernel.std()) / np.sqrt(2 / (9 * 64)) - 1) < 0.05
+    biases = flax.traverse_util.flatten_dict(params)
+    assert all(np.all(v == 0) for p, v in biases.items() if p[-1] == "bias")
+    one, two = (params["head"]["fc1"]["kernel"][i] for i in (0, 1))
+    assert np.any(one != two)
+
+
+def test_split_layout_halves_and_counts():
+    model = models.create(
+        "hme", num_classes=10, layout="split", base="wrn_40_1", output="nce"
+    )
+    out = jax.eval_shape(
+        lambda x: model.init_with_output(jax.random.key(0), x, train=False)[0],
+        jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32),
+    )
+    # Four experts of a quarter of WRN-40-1's 16, 32, 64 channels.
+    shapes = [(2, 32, 32, 16), (2, 16, 16, 32), (2, 8, 8, 64)]
+    assert [f.shape for f in out.features] == shapes
+    assert out.stem.shape == (2, 32, 32, 16)
+    assert [g.shape for g in hme.gates(hme_weights.shapes(model)["params"])] == [
+        (4, 4),
+        (4, 4),
+        (10, 4),
+    ]
+
+
+def test_gates_of_another_network():
+    with pytest.raises(KeyError):
+        hme.gates({"stage2": {"block1": {}}, "stage3": {"block1": {}}, "head": {}})
+    plain = models.create("resnet8", num_classes=3)
+    assert hme.soften(plain, 0.5) is plain
