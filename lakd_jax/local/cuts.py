@@ -163,8 +163,10 @@ def joint_function(
     partition: Partition,
     scale: float,
     replace: Mapping[str, jax.Array] | None = None,
-) -> Callable[[str, jax.Array], jax.Array]:
+) -> Callable[[str, jax.Array], jax.Array] | None:
     """The `joint` argument of a student's `apply` that isolates its modules.
+
+    None where there is but one, which is then not cut at all.
 
     Args:
       partition: of the student; there is no cut at its last joint.
@@ -177,6 +179,8 @@ def joint_function(
         teacher has another shape than the student's.
     """
     inner = partition.student_joints[:-1]
+    if not inner:
+        return None
 
     def joint(name: str, h: jax.Array) -> jax.Array:
         if name not in inner:

@@ -38,6 +38,11 @@ class Outputs:
             makes of the stage's output.
         blocks: per stage (without the stem) every block's activation.
         pooled: (B, C) float32, the mean over positions that the classifier reads.
+        taps: every `Chain.tap_every`-th block's activation behind its ReLU (of all
+            stages, the stem left out), what AFD compares. In networks that normalise
+            at the entry of a unit: ReLU of what the next unit's norm makes of the
+            block, at the block's own size. Linear bottlenecks (MobileNet 2) are
+            tapped as they are, signed: no ReLU ever follows them.
     """
 
     logits: jax.Array
@@ -46,6 +51,7 @@ class Outputs:
     preacts: tuple[jax.Array, ...]
     blocks: tuple[tuple[jax.Array, ...], ...]
     pooled: jax.Array
+    taps: tuple[jax.Array, ...] = ()
 
 
 class Chain(nn.Module, kw_only=True):
@@ -60,6 +66,7 @@ class Chain(nn.Module, kw_only=True):
         num_classes: width of the logits.
         dtype: what convolutions and the classifier compute in; parameters, batch
             statistics and logits are float32 whatever it is.
+        tap_every: which blocks of a stage are tapped, counted from its first.
         folded: without batch norms, for variables from `folding.fold_batch_norm`.
     """
 
@@ -67,6 +74,7 @@ class Chain(nn.Module, kw_only=True):
     num_classes: int
     dtype: Any = jnp.float32
     folded: bool = False
+    tap_every: int = 1
 
     # Options beside num_classes and dtype that `create` accepts, with their values.
     OPTIONS: ClassVar[dict[str, tuple[str, ...]]] = {}
@@ -167,7 +175,7 @@ class Chain(nn.Module, kw_only=True):
 
         Returns:
             The outputs. With `after`, skipped stages are missing at the front of
-            `features` and `preacts`, and skipped blocks in `blocks`.
+            `features` and `preacts`, and skipped blocks in `blocks` and `taps`.
 
         Raises:
             ValueError: `after` names no joint.
@@ -196,8 +204,12 @@ class Chain(nn.Module, kw_only=True):
             preacts.append(preact)
             blocks.append(outs)
         logits, pooled = self.make_head("head")(h, train=train)
+        positive = tuple(blocks)
         if self.PREACTIVATION:
-            preacts = self._entry_norms(preacts, blocks, train)
+            normed = self._entry_norms(blocks, train, isolated=joint is not None)
+            ends = [stage[-1] for stage in normed if stage]
+            preacts = preacts[: len(preacts) - len(ends)] + ends
+            positive = jax.tree.map(nn.relu, normed)
         return Outputs(
             logits=logits.astype(jnp.float32),
             stem=stem,
@@ -205,29 +217,45 @@ class Chain(nn.Module, kw_only=True):
             preacts=tuple(preacts),
             blocks=tuple(blocks),
             pooled=pooled,
+            taps=self._taps(positive),
         )
 
-    def _entry_norms(
-        self, preacts: list[jax.Array], blocks: list[tuple], train: bool
-    ) -> list[jax.Array]:
-        """Replace stages' outputs by what the next unit's norm makes of them.
+    def _taps(self, blocks: tuple[tuple[jax.Array, ...], ...]) -> tuple[jax.Array, ...]:
+        """Every `tap_every`-th of each stage's blocks, of which the first may lack."""
+        taps = []
+        for size, stage in zip(self.stage_sizes, blocks, strict=True):
+            numbers = range(size - len(stage) + 1, size + 1)
+            numbered = zip(numbers, stage, strict=True)
+            taps += [h for number, h in numbered if number % self.tap_every == 0]
+        return tuple(taps)
 
-        That norm belongs to the next unit: it is taken as it is (no gradient into
-        its parameters, no second update of its statistics), so that a loss here
-        trains the unit below the joint and nothing above.
+    def _entry_norms(
+        self, blocks: list[tuple[jax.Array, ...]], train: bool, isolated: bool
+    ) -> tuple[tuple[jax.Array, ...], ...]:
+        """What the next unit's norm makes of every block's output, by stage.
+
+        That norm's statistics are not moved a second time. It belongs to the next
+        unit: where units are `isolated` from each other it is taken as it is (no
+        gradient into its parameters), so that a loss here trains the unit below the
+        joint and nothing above.
         """
-        ran = [stage for stage, outputs in enumerate(blocks, 1) if outputs]
-        stems = len(preacts) - len(ran)
-        result = preacts[:stems]
-        for stage, preact in zip(ran, preacts[stems:], strict=True):
-            path = ("head",)
-            if stage < len(self.stage_sizes):
-                path = (f"stage{stage + 1}", "block1")
-            entry: Any = jax.lax.stop_gradient(_subtree(self.variables, path))
-            layer = layers.norm(self.style, train=train, name=None)
-            value, _ = layer.apply(entry, preact, mutable=["batch_stats"])
-            result.append(value)
-        return result
+        layer = layers.norm(self.style, train=train, name=None)
+        follower = dict(
+            zip(self.unit_names, (*self.unit_names[1:], "head"), strict=True)
+        )
+
+        def normed(stage: int, index: int, h: jax.Array) -> jax.Array:
+            unit = follower[f"stage{stage}.block{index}"]
+            entry: Any = _subtree(self.variables, tuple(unit.split(".")))
+            entry = jax.lax.stop_gradient(entry) if isolated else entry
+            return layer.apply(entry, h, mutable=["batch_stats"])[0]
+
+        result = []
+        for stage, outputs in enumerate(blocks, 1):
+            first = self.stage_sizes[stage - 1] - len(outputs) + 1
+            numbered = enumerate(outputs, first)
+            result.append(tuple(normed(stage, index, h) for index, h in numbered))
+        return tuple(result)
 
 
 def _subtree(variables: Any, path: tuple[str, ...]) -> dict[str, Any]:

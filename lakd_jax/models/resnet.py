@@ -223,7 +223,9 @@ class ImageNetResNet(CifarResNet, kw_only=True):
 def _three_stages(depth: int, widths: tuple[int, ...]) -> functools.partial:
     """The network with `depth` layers: three stages of (depth - 2) / 6 blocks."""
     sizes = ((depth - 2) // 6,) * 3
-    return functools.partial(ResNet, stage_sizes=sizes, widths=widths)
+    # AFD's rule: of the deepest network's blocks, every second one is tapped.
+    every = 2 if depth == 110 else 1
+    return functools.partial(ResNet, stage_sizes=sizes, widths=widths, tap_every=every)
 
 
 _FOUR_STAGES = {
