@@ -18,7 +18,7 @@ ConfigDict = ml_collections.ConfigDict
 def default() -> ConfigDict:
     """Every field with its default; the CIFAR protocol of the field, LAKD on."""
     c = ConfigDict()
-    c.method = "lakd"  # none (plain training) | kd | lakd
+    c.method = "lakd"  # none (plain training) | kd | lakd | afd | rtk
     c.seed = 0  # initialisation, order and augmentation follow from it
     c.epochs = 240
     c.batch_size = 64  # global, over all devices
@@ -35,6 +35,8 @@ def default() -> ConfigDict:
     c.optim = _optim()
     c.kd = _kd()
     c.lakd = _lakd()
+    c.afd = _afd()
+    c.rtk = _rtk()
     c.local = _local()
     c.checkpoint = _checkpoint()
     return c
@@ -121,6 +123,28 @@ def _lakd() -> ConfigDict:
     k.reduction = "mean"  # Q11: mean | per_sample_sum
     k.preact = False  # Q12: compare before the last ReLU (stage ends only)
     k.adapter = "always"  # always | shape: 1x1 convolution only where widths differ
+    return k
+
+
+def _afd() -> ConfigDict:
+    k = ConfigDict()  # the temperature is kd.temperature
+    k.qk_dim = 128  # width of queries and keys
+    k.ce_weight = 1.0  # of the cross-entropy with the labels
+    k.kd_weight = 0.9  # of the softened divergence to the teacher
+    k.beta = 200.0  # of the attention-weighted feature distance
+    return k
+
+
+def _rtk() -> ConfigDict:
+    k = ConfigDict()  # our reading, docs/rtk.md; the temperature is kd.temperature
+    k.qk_dim = 128  # width of queries and keys
+    k.ce_weight = 1.0  # of the cross-entropy with the labels
+    k.kd_weight = 0.9  # of the softened divergence to the teacher
+    k.beta = 4.0  # of the attention-weighted feature distance; with mean, 200
+    k.selection = "stage"  # of teacher taps: stage | topr | threshold | pooled | none
+    k.top_r = 3  # how many selection=topr keeps
+    k.scope = "sample"  # select for each image (sample) or once for all (batch)
+    k.distance_reduce = "sum"  # over the positions of a map: sum | mean
     return k
 
 

@@ -79,6 +79,28 @@ def _lakd_weights(c: Config, _: int) -> str:
     return f"lakd.{', lakd.'.join(weights)} are all 0: nothing is learnt"
 
 
+@_reads(*_METHODS, "afd.ce_weight", "afd.kd_weight", "afd.beta")
+def _afd_weights(c: Config, _: int) -> str:
+    return _all_zero("afd", c)
+
+
+@_reads(*_METHODS, "rtk.ce_weight", "rtk.kd_weight", "rtk.beta")
+def _rtk_weights(c: Config, _: int) -> str:
+    return _all_zero("rtk", c)
+
+
+@_reads(*_METHODS, "batch_size")
+def _least_batch(c: Config, _: int) -> str:
+    for name in _methods(c):
+        least = distill.METHODS[name].least_batch
+        if c.batch_size < least:
+            return (
+                f"batch_size is {c.batch_size}, but method {name} normalises by the "
+                f"batch, which needs at least {least}"
+            )
+    return ""
+
+
 @_reads("lakd.a", "lakd.b", only_lakd=True)
 def _mask(c: Config, _: int) -> str:
     if c.lakd.a or c.lakd.b:
@@ -194,6 +216,13 @@ def _longer(warmup: float, field: str, epochs: int) -> str:
     if warmup <= epochs:
         return ""
     return f"optim.warmup_epochs is {warmup:g}, more than {field} ({epochs})"
+
+
+def _all_zero(name: str, c: Config) -> str:
+    fields = ("ce_weight", "kd_weight", "beta")
+    if name not in _methods(c) or any(c[name][f] for f in fields):
+        return ""
+    return f"{name}.{f', {name}.'.join(fields)} are all 0: nothing is learnt"
 
 
 def _methods(c: Config) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lakd_jax import choices, distill, errors, models, relations
 from lakd_jax import config as config_lib
-from lakd_jax.distill import lakd
+from lakd_jax.distill import lakd, rtk
 from lakd_jax.local import cuts
 
 Check = Callable[[Any], str]  # the fault, or "" if there is none
@@ -74,7 +74,9 @@ def _ranges() -> dict[str, Check]:
     method = one_of(distill.names())
     shortcut = one_of(("projection", "identity"))
     weight = at_least(0)
-    return {f"lakd.{name}": one_of(v) for name, v in lakd.CHOICES.items()} | {
+    blocks = {"lakd": lakd.CHOICES, "rtk": rtk.CHOICES}
+    words = {f"{b}.{f}": one_of(v) for b, c in blocks.items() for f, v in c.items()}
+    return words | {
         "method": method,
         "baselines": each(method),
         "epochs": at_least(1),
@@ -123,6 +125,15 @@ def _ranges() -> dict[str, Check]:
         "lakd.stride": at_least(1),
         "lakd.a": weight,
         "lakd.b": weight,
+        "afd.qk_dim": at_least(1),
+        "afd.ce_weight": weight,
+        "afd.kd_weight": weight,
+        "afd.beta": weight,
+        "rtk.qk_dim": at_least(1),
+        "rtk.ce_weight": weight,
+        "rtk.kd_weight": weight,
+        "rtk.beta": weight,
+        "rtk.top_r": at_least(1),
         "local.granularity": one_of(cuts.GRANULARITIES),
         "local.cut_scale": between(0, 1),
         "local.module_input": one_of(("student", "teacher")),

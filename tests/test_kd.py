@@ -15,7 +15,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden" / "losses_kd.npz"
 
 
 def outputs(logits):
-    return chain.Outputs(logits, (), (), (), jnp.zeros((len(logits), 1)))
+    return chain.Outputs(logits, None, (), (), (), jnp.zeros((len(logits), 1)))
 
 
 def signals(student, teacher, labels):
@@ -119,7 +119,13 @@ def test_registry_knows_what_methods_need():
         name: (distill.METHODS[name].local, distill.METHODS[name].needs_teacher)
         for name in distill.names()
     }
-    assert facts == {"none": (False, False), "kd": (False, True), "lakd": (True, True)}
+    assert facts == {
+        "none": (False, False),
+        "kd": (False, True),
+        "lakd": (True, True),
+        "afd": (False, True),
+        "rtk": (False, True),
+    }
 
 
 def test_registry_names_the_nearest():

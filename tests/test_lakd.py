@@ -38,7 +38,7 @@ def random_signals(options, size=4, student_channels=4, **changes):
 
     def outputs(key):
         logits = jax.random.normal(key, (3, 5))
-        return chain.Outputs(logits, (), (), (), jnp.zeros((3, 1)))
+        return chain.Outputs(logits, None, (), (), (), jnp.zeros((3, 1)))
 
     shape = (3, size, size, student_channels)
     joints = tuple(jax.random.normal(k, shape) for k in keys[:2])

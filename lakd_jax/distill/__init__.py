@@ -9,13 +9,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from lakd_jax import choices
-from lakd_jax.distill import kd, lakd, method
+from lakd_jax.distill import afd, kd, lakd, method, rtk
 
 METHODS: dict[str, type[method.Method]] = {
     "none": kd.Plain,
     "kd": kd.KD,
     "lakd": lakd.LAKD,
+    "afd": afd.AFD,
+    "rtk": rtk.RTK,
 }
+
+# The methods whose options are an object of their own.
+_OPTIONS: dict[str, Any] = {"lakd": lakd.Options, "rtk": rtk.Options}
 
 
 def names() -> list[str]:
@@ -29,7 +34,7 @@ def option_names(name: str) -> list[str]:
     Raises ValueError for an unknown method, with the nearest name.
     """
     choices.check("method", name, names())
-    owner = lakd.Options if name == "lakd" else METHODS[name]
+    owner = _OPTIONS.get(name, METHODS[name])
     own = [f.name for f in dataclasses.fields(owner)]
     return [n for n in own if n not in ("parent", "name")]
 
@@ -44,11 +49,12 @@ def create(name: str, options: Mapping[str, Any]) -> method.Method:
 
     Raises:
       ValueError: unknown method or option, or a value that is not allowed.
-      TypeError: an option of KD is missing.
+      TypeError: an option of a method other than LAKD is missing.
     """
     for option in options:
         choices.check(f"an option of method {name}", option, option_names(name))
-    if name == "lakd":
-        return lakd.LAKD(lakd.Options(**options))
     choices.check("method", name, names())
-    return METHODS[name](**options)
+    make: Any = METHODS[name]
+    if name in _OPTIONS:
+        return make(_OPTIONS[name](**options))
+    return make(**options)

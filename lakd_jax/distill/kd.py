@@ -53,6 +53,22 @@ def kd_loss(
     return temperature**2 * jnp.mean(divergence + lift)
 
 
+def head_terms(
+    signals: method.Signals, ce_weight: float, kd_weight: float, temperature: float
+) -> tuple[dict[str, jax.Array], dict[str, float]]:
+    """Terms and weights of ce_weight * CE(labels) + kd_weight * KD on the logits.
+
+    Returns:
+      `head_ce` and `head_kd`, scalars float32, and the two weights by these names.
+    """
+    logits = signals.student.logits
+    terms = {
+        "head_ce": cross_entropy(logits, signals.labels),
+        "head_kd": kd_loss(logits, signals.teacher.logits, temperature),
+    }
+    return terms, {"head_ce": ce_weight, "head_kd": kd_weight}
+
+
 class Plain(method.Method):
     """No teacher: cross-entropy with the labels in the one and last module."""
 
@@ -81,10 +97,7 @@ class KD(method.Method):
         self, signals: method.Signals, *, train: bool
     ) -> tuple[method.ModuleLoss, ...]:
         """One `ModuleLoss` with the terms `head_ce` and `head_kd`."""
-        logits = signals.student.logits
-        terms = {
-            "head_ce": cross_entropy(logits, signals.labels),
-            "head_kd": kd_loss(logits, signals.teacher.logits, self.temperature),
-        }
-        weights = {"head_ce": self.ce_weight, "head_kd": self.kd_weight}
+        terms, weights = head_terms(
+            signals, self.ce_weight, self.kd_weight, self.temperature
+        )
         return (method.ModuleLoss(terms=terms, weights=weights, diagnostics={}),)

@@ -56,12 +56,15 @@ class Method(nn.Module):
     """What all methods share; a subclass says how it sees `Signals`.
 
     Class facts (instance properties where they depend on options): `local`, whether
-    the student is cut for it; `needs_teacher`; `needs_uncut` and `needs_suffix`,
-    whether it reads `Signals.student_uncut` and `Signals.teacher_suffix`.
+    the student is cut for it; `needs_teacher`; `least_batch`, examples a batch must
+    have (2 where the method normalises vectors by the batch); `needs_uncut` and
+    `needs_suffix`, whether it reads `Signals.student_uncut` and
+    `Signals.teacher_suffix`.
     """
 
     local: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = True
+    least_batch: ClassVar[int] = 1
 
     @property
     def needs_uncut(self) -> bool:

@@ -49,12 +49,13 @@ def adaptive_pool(
     """Pools to `height` x `width` cells that cover the map, any sizes.
 
     Cell i of n over N pixels is floor(i N / n) .. ceil((i + 1) N / n) - 1, as in
-    PyTorch's AdaptiveAvgPool2d; neighbours overlap where n does not divide N.
+    PyTorch's AdaptiveAvgPool2d; neighbours overlap where n does not divide N. With
+    more cells than pixels, pixels are repeated.
 
     Args:
       x: (B, H, W, C).
-      height: rows of the result, at most H.
-      width: columns of the result, at most W.
+      height: rows of the result.
+      width: columns of the result.
       reduce: `jnp.mean` or `jnp.max`.
 
     Returns:
@@ -63,6 +64,8 @@ def adaptive_pool(
     if x.shape[1] % height == 0 and x.shape[2] % width == 0:
         pattern = "b (h rows) (w columns) c -> b h w c"
         return einops.reduce(x, pattern, reduce, h=height, w=width)
+    if height % x.shape[1] == 0 and width % x.shape[2] == 0:
+        return resize_nearest(x, height, width)  # every cell is one pixel
     for axis, cells in ((1, height), (2, width)):
         size = x.shape[axis]
         edges = [(i * size // cells, -((i + 1) * -size // cells)) for i in range(cells)]

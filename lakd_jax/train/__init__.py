@@ -13,7 +13,13 @@ from lakd_jax import distill, interrupt, validate, workdir
 from lakd_jax.report import table
 from lakd_jax.train import costs, look, networks, runs
 
-TITLES = {"none": "alone", "kd": "KD", "lakd": "LAKD"}
+TITLES = {
+    "none": "alone",
+    "kd": "KD",
+    "lakd": "LAKD",
+    "afd": "AFD",
+    "rtk": "RTK (our reading)",
+}
 
 
 def run(

@@ -111,6 +111,8 @@ def method_options(config: config_lib.ConfigDict) -> dict[str, Any]:
     kd = config.kd.to_dict()
     if config.method == "kd":
         return kd
+    if config.method in ("afd", "rtk"):
+        return {**config[config.method], "temperature": config.kd.temperature}
     own = {n: v for n, v in config.lakd.items() if n != "preact"}  # the step's
     starts = tuple(config.local.module_start_epochs)
     return {**own, **kd, "module_start_epochs": starts}
