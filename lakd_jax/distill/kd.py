@@ -27,6 +27,29 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.mean(losses)
 
 
+def smoothed_cross_entropy(
+    logits: jax.Array, labels: jax.Array, smoothing: float
+) -> jax.Array:
+    """Cross-entropy with (1 - smoothing) of the label and the rest shared by all.
+
+    Szegedy et al., "Rethinking the Inception Architecture" (arXiv 1512.00567), section
+    7; the label has its share of the rest, too. 0 is `cross_entropy`.
+
+    Args:
+      logits: (B, classes), any floating type.
+      labels: (B,) integers.
+      smoothing: in [0, 1).
+
+    Returns:
+      Scalar float32, never negative.
+    """
+    hard = cross_entropy(logits, labels)
+    if not smoothing:
+        return hard
+    spread = -jnp.mean(jax.nn.log_softmax(logits.astype(jnp.float32)))
+    return (1 - smoothing) * hard + smoothing * spread
+
+
 def kd_loss(
     student_logits: jax.Array, teacher_logits: jax.Array, temperature: float
 ) -> jax.Array:
@@ -70,7 +93,13 @@ def head_terms(
 
 
 class Plain(method.Method):
-    """No teacher: cross-entropy with the labels in the one and last module."""
+    """No teacher: cross-entropy with the labels in the one and last module.
+
+    Attributes:
+      label_smoothing: see `smoothed_cross_entropy`.
+    """
+
+    label_smoothing: float = 0.0
 
     needs_teacher: ClassVar[bool] = False
 
@@ -79,18 +108,25 @@ class Plain(method.Method):
         self, signals: method.Signals, *, train: bool
     ) -> tuple[method.ModuleLoss, ...]:
         """One `ModuleLoss` with the term `head_ce`."""
-        terms = {"head_ce": cross_entropy(signals.student.logits, signals.labels)}
+        logits, smoothing = signals.student.logits, self.label_smoothing
+        terms = {"head_ce": smoothed_cross_entropy(logits, signals.labels, smoothing)}
         return (
             method.ModuleLoss(terms=terms, weights={"head_ce": 1.0}, diagnostics={}),
         )
 
 
 class KD(method.Method):
-    """ce_weight * CE(labels) + kd_weight * T^2 KL(teacher || student)."""
+    """ce_weight * CE(labels) + kd_weight * T^2 KL(teacher || student).
+
+    Attributes:
+      ce_weight, kd_weight, temperature: as above.
+      label_smoothing: of the labels' part, see `smoothed_cross_entropy`.
+    """
 
     ce_weight: float
     kd_weight: float
     temperature: float
+    label_smoothing: float = 0.0
 
     @nn.compact
     def __call__(
@@ -100,4 +136,8 @@ class KD(method.Method):
         terms, weights = head_terms(
             signals, self.ce_weight, self.kd_weight, self.temperature
         )
+        if self.label_smoothing:
+            logits, labels = signals.student.logits, signals.labels
+            smoothed = smoothed_cross_entropy(logits, labels, self.label_smoothing)
+            terms["head_ce"] = smoothed
         return (method.ModuleLoss(terms=terms, weights=weights, diagnostics={}),)

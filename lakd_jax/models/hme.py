@@ -365,7 +365,7 @@ class HME(chain.Chain, kw_only=True):
     def options_from_torch(
         cls, shapes: collections.abc.Mapping[str, tuple[int, ...]]
     ) -> dict[str, Any]:
-        """See `chain.Chain`; by arrays alone "odds" is "nce", and "ltb" has any base."""
+        """See `chain.Chain`; by its arrays "odds" is "nce", and "ltb" has any base."""
         units, _, classes = _cube(shapes, "head.fc3.weight")
         options = {"num_classes": classes, "output": "ce" if units == 1 else "nce"}
         if "stem.conv.weight" not in shapes:
