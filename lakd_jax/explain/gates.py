@@ -1,0 +1,242 @@
+"""What the gates of an HME say: how torn its tasks are, and the tree they make.
+
+Source: KDExplainer (arXiv 2105.04181) reads a lower entropy of the gates under
+distillation as fewer conflicts between the tasks. It has not published its formula, so
+the measures here are our reading. They are taken at a fixed temperature: with that of
+training, 10 / epoch, entropy falls by itself, even where nothing is learnt.
+
+Gates are the matrices of `models.hme.gates`: one (children, parents) for each boundary
+between levels, from the image to the classes. NumPy only; the same gates give the same
+answer to the last letter.
+"""
+
+import collections.abc
+import dataclasses
+import itertools
+
+import numpy as np
+
+TEMPERATURES = (0.5, 1.0)  # to compare runs at; the first is that of the released code
+
+Gates = collections.abc.Sequence[np.ndarray]
+
+# The superclass of each label: vehicles and animals; the twenty of CIFAR-100.
+SUPERCLASSES: dict[str, tuple[int, ...]] = {
+    "cifar10": (0, 0, 1, 1, 1, 1, 1, 1, 0, 0),
+    "cifar100": (
+        *(4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11),
+        *(6, 11, 5, 10, 7, 6, 13, 15, 3, 15, 0, 11, 1, 10, 12, 14, 16, 9, 11, 5),
+        *(5, 19, 8, 8, 15, 13, 14, 17, 18, 10, 16, 4, 17, 4, 2, 0, 17, 4, 18, 17),
+        *(10, 3, 2, 12, 12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16, 12, 9, 13, 15, 13),
+        *(16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Conflict:
+    """How undecided gates are at one temperature.
+
+    Attributes:
+        temperature: tau.
+        levels: for each gate the mean over children of the entropy of its row over
+            log(parents): 1 for uniform rows, 0 for one-hot ones and single parents.
+        mean: of `levels`.
+        parents: for each gate the effective number of parents of every child, the
+            exponential of the entropy.
+    """
+
+    temperature: float
+    levels: tuple[float, ...]
+    mean: float
+    parents: tuple[np.ndarray, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Pairs of classes that have the same ancestor in one level.
+
+    Attributes:
+        same: share of the pairs within a superclass, in 0..1.
+        chance: share of all pairs, which is what superclasses drawn at random get.
+    """
+
+    same: float
+    chance: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """The tree that hard gates leave; indices count from 0, level by level.
+
+    Attributes:
+        parents: for each gate the parent of every child; the last gate's children are
+            the classes.
+        experts: how many each level has.
+    """
+
+    parents: tuple[tuple[int, ...], ...]
+    experts: tuple[int, ...]
+
+    @property
+    def paths(self) -> tuple[tuple[int, ...], ...]:
+        """Of every class, the experts between the image and its head, in that order."""
+        return tuple(self._path(label) for label in range(len(self.parents[-1])))
+
+    def _path(self, label: int) -> tuple[int, ...]:
+        node, path = label, []
+        for parents in reversed(self.parents):
+            node = parents[node]
+            path.append(node)
+        return tuple(reversed(path))
+
+    @property
+    def alive(self) -> tuple[tuple[int, ...], ...]:
+        """In each level the experts that serve a class."""
+        levels = zip(*self.paths, strict=True)
+        return tuple(tuple(sorted(set(level))) for level in levels)
+
+    @property
+    def dead(self) -> tuple[tuple[int, ...], ...]:
+        """In each level the experts that serve none."""
+        pairs = zip(self.experts, self.alive, strict=True)
+        return tuple(
+            tuple(i for i in range(count) if i not in alive) for count, alive in pairs
+        )
+
+    @property
+    def distinct_paths(self) -> int:
+        """Ways from the image that some class goes."""
+        return len(set(self.paths))
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The classes sorted by path, so that relatives stand together."""
+        paths = self.paths
+        return tuple(sorted(range(len(paths)), key=lambda label: (paths[label], label)))
+
+
+def attention(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """softmax(M / tau) over parents: (children, parents) float64, rows sum to 1."""
+    scaled = np.asarray(logits, np.float64) / temperature
+    weights = np.exp(scaled - scaled.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def conflict(gates: Gates, temperature: float) -> Conflict:
+    """The measure of conflict at one temperature; our reading, see above.
+
+    Args:
+        gates: (children, parents) each.
+        temperature: tau > 0, the same for all runs that are compared.
+
+    Raises:
+        ValueError: gates that do not follow on each other, or tau not above 0.
+    """
+    _check(gates)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, not {temperature}")
+    levels, parents = [], []
+    for logits in gates:
+        entropy = _entropy(attention(logits, temperature))
+        most = np.log(logits.shape[1])
+        levels.append(float(entropy.mean() / most) if most else 0.0)
+        parents.append(np.exp(entropy))
+    mean = float(np.mean(levels))
+    return Conflict(temperature, tuple(levels), mean, tuple(parents))
+
+
+def _entropy(weights: np.ndarray) -> np.ndarray:
+    """-sum p log p over the last axis, with 0 log 0 = 0."""
+    logs = np.log(weights, out=np.zeros_like(weights), where=weights > 0)
+    return np.maximum(-np.sum(weights * logs, axis=-1), 0.0)
+
+
+def tree(gates: Gates) -> Tree:
+    """The tree of the largest entry in each row, the first of equal ones.
+
+    Raises ValueError for gates that do not follow on each other.
+    """
+    _check(gates)
+    parents = tuple(tuple(int(i) for i in np.argmax(g, axis=-1)) for g in gates)
+    return Tree(parents, tuple(g.shape[1] for g in gates))
+
+
+def shares(tree: Tree, groups: collections.abc.Sequence[int]) -> tuple[Share, ...]:
+    """Do classes of one superclass stay together? One answer a level of experts.
+
+    Args:
+        tree: of the network.
+        groups: the superclass of every class, such as `SUPERCLASSES["cifar10"]`.
+
+    Raises:
+        ValueError: not one entry a class, or no two classes in one superclass.
+    """
+    if len(groups) != len(tree.paths):
+        raise ValueError(f"{len(groups)} groups given for {len(tree.paths)} classes")
+    pairs = list(itertools.combinations(range(len(groups)), 2))
+    related = [(a, b) for a, b in pairs if groups[a] == groups[b]]
+    if not related:
+        raise ValueError("no two classes are of the same group")
+    result = []
+    for level in range(len(tree.experts)):
+        node = [path[level] for path in tree.paths]
+        together = [
+            sum(node[a] == node[b] for a, b in chosen) / len(chosen)
+            for chosen in (related, pairs)
+        ]
+        result.append(Share(*together))
+    return tuple(result)
+
+
+def dot(gates: Gates, names: collections.abc.Sequence[str], temperature: float) -> str:
+    """The tree as text for Graphviz, from the image down to the classes.
+
+    Experts that serve no class are left out. An edge is labelled, and drawn as thick,
+    as its attention at `temperature`. Expert 3.2 is the second of the third level.
+
+    Args:
+        gates: (children, parents) each.
+        names: of the classes.
+        temperature: tau > 0.
+
+    Raises:
+        ValueError: gates that do not follow on each other, or not one name a class.
+    """
+    made = tree(gates)
+    if len(names) != len(made.paths):
+        raise ValueError(f"{len(names)} names given for {len(made.paths)} classes")
+    weights = [attention(logits, temperature) for logits in gates]
+    lines = ["digraph tree {", "  node [shape=box];", '  image [label="image"];']
+    for level, experts in enumerate(made.alive, 1):
+        for i in experts:
+            lines.append(f'  e{level}_{i + 1} [label="{level}.{i + 1}"];')
+    for label in made.order:
+        lines.append(f'  c{label} [label="{_escape(names[label])}", shape=ellipse];')
+    lines += [f"  image -> e1_{i + 1};" for i in made.alive[0]]
+    for gate, children in enumerate((*made.alive[1:], made.order)):
+        last = gate == len(gates) - 1
+        for child in children:
+            parent = made.parents[gate][child]
+            name = f"c{child}" if last else f"e{gate + 2}_{child + 1}"
+            weight = float(weights[gate][child, parent])
+            lines.append(
+                f"  e{gate + 1}_{parent + 1} -> {name} "
+                f'[label="{weight:.2f}", penwidth={1 + 4 * weight:.2f}];'
+            )
+    return "\n".join([*lines, "}", ""])
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def _check(gates: Gates) -> None:
+    if not gates:
+        raise ValueError("no gates given")
+    for number, (one, other) in enumerate(itertools.pairwise(gates), 1):
+        if one.shape[0] != other.shape[1]:
+            raise ValueError(
+                f"gate {number} has {one.shape[0]} children, gate {number + 1} "
+                f"{other.shape[1]} parents: they must be the same experts"
+            )
