@@ -18,6 +18,7 @@ USAGE = """\
 python main.py --config=configs/digits_lakd.py [--workdir=DIR] [--dry_run]
                [--config.FIELD=VALUE ...]
 python main.py --mode=export --workdir=DIR --to=safetensors|torch|stablehlo
+python main.py --mode=explain --workdir=DIR
 python main.py --mode=networks
 
   --config      a Python file with get_config(arg); FILE.py:ARG hands ARG over
@@ -26,11 +27,12 @@ python main.py --mode=networks
   --dry_run     build everything, run one step and one evaluation batch, stop
   --config.X    changes one field; lakd_jax/config.py lists them with their meaning
   --mode        train (default); export: write the student of the finished run in
-                --workdir to DIR/export, with a model card; networks: list them
+                --workdir to DIR/export, with a model card; explain: write
+                DIR/report.html about it; networks: list them
   --to          safetensors, torch: weights in PyTorch's names and layout;
                 stablehlo: the whole computation, for JAX alone"""
 
-MODES = ("train", "export", "networks")
+MODES = ("train", "export", "explain", "networks")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -80,6 +82,10 @@ def _run(argv: list[str], guard: interrupt.Guard) -> None:
         from lakd_jax import export
 
         guard.run(export.run, values.workdir, values.to)
+    elif values.mode == "explain":
+        from lakd_jax import explain
+
+        explain.run(values.workdir, guard=guard)
     else:
         _train(argv, guard)
 
@@ -98,6 +104,7 @@ def _misplaced(values: Any, overrides: list[list[str]]) -> list[str]:
     taken = {
         "train": given.keys() - {"--to"},
         "export": {"--workdir", "--to"},
+        "explain": {"--workdir"},
         "networks": set(),
     }[values.mode]
     problems = [
@@ -105,10 +112,11 @@ def _misplaced(values: Any, overrides: list[list[str]]) -> list[str]:
         for flag, is_given in given.items()
         if is_given and flag not in taken
     ]
-    if values.mode == "export":
-        lacking = [flag for flag in ("--workdir", "--to") if not given[flag]]
+    if values.mode in ("export", "explain"):
         problems += [
-            f"{flag} is missing, which --mode=export needs" for flag in lacking
+            f"{flag} is missing, which --mode={values.mode} needs"
+            for flag in sorted(taken, reverse=True)
+            if not given[flag]
         ]
     return problems
 

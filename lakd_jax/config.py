@@ -203,6 +203,25 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
+def from_dict(values: dict[str, Any]) -> ConfigDict:
+    """What `to_dict` gave, for example as a run's config.json; the inverse.
+
+    Fields that did not exist then have their defaults.
+
+    Raises:
+      ValueError: naming fields that do not exist now.
+    """
+    config = default()
+    fields, given = flat(config), flat(ConfigDict(values))
+    unknown = ", ".join(sorted(given.keys() - fields.keys()))
+    if unknown:
+        raise ValueError(f"fields that this version does not know: {unknown}")
+    return changed(
+        config,
+        {f: tuple(v) if type(fields[f]) is tuple else v for f, v in given.items()},
+    )
+
+
 def digest(config: ConfigDict) -> str:
     """Twelve hex digits that change with any field."""
     text = json.dumps(to_dict(config), sort_keys=True)

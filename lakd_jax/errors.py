@@ -24,7 +24,7 @@ class TeacherError(LakdError):
 
 
 class ExportError(LakdError):
-    """A run's student cannot be given out: not finished, or a package is missing."""
+    """A run cannot be given out or explained: not finished, or a package is missing."""
 
 
 class WorkdirError(LakdError):

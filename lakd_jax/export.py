@@ -42,7 +42,7 @@ def run(
     if fault := choices.fault(to, ENDINGS):
         raise errors.ConfigError([f"--to {fault}"])
     directory = Path(directory)
-    settings = _settings(directory)
+    settings = networks.settings(directory)
     network, card = _student(directory / networks.STUDENT_FILE, settings["dtype"])
     path = directory / FOLDER / (card["network"] + ENDINGS[to])
     if to == "stablehlo":
@@ -91,26 +91,6 @@ def program(network: networks.Loaded, image_shape: tuple[int, ...]) -> bytes:
     images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.uint8)
     exported = jax.export.export(jax.jit(logits), platforms=_PLATFORMS)(images)
     return bytes(exported.serialize())
-
-
-def _settings(directory: Path) -> dict[str, Any]:
-    """The configuration of a finished run; errors.ExportError where there is none."""
-    if not (directory / workdir.CONFIG).exists():
-        raise errors.ExportError(
-            f"{directory}: is no run (it has no {workdir.CONFIG}); give --workdir the "
-            "directory of a finished run."
-        )
-    if not (directory / networks.RESULT_FILE).exists():
-        raise errors.ExportError(
-            f"{directory}: has not finished (it has no {networks.RESULT_FILE}); finish "
-            "it by giving its own command again, then export."
-        )
-    try:
-        return workdir.read_json(directory / workdir.CONFIG)
-    except ValueError as error:
-        raise errors.ExportError(
-            f"{directory / workdir.CONFIG}: not readable: {error}"
-        ) from error
 
 
 def _student(path: Path, dtype: str) -> tuple[networks.Loaded, dict[str, Any]]:

@@ -79,6 +79,36 @@ def curves(
     figure.savefig(path, dpi=canvas.DPI)
 
 
+def lines(
+    path: canvas.Path,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    label: str,
+) -> None:
+    """Draws one panel of lines over epochs, each named at its end.
+
+    Args:
+      path: image file to write (1350 x 600 pixels); its suffix is the format.
+      series: (epoch, value) points by name; values that are not finite are left out.
+      label: of the vertical axis.
+    """
+    figure = canvas.new_figure(_SIZE[0], 600)
+    axes = figure.add_subplot()
+    runs = {
+        name: [{"kind": "eval", "epoch": e, "value": v} for e, v in points]
+        for name, points in series.items()
+    }
+    ends = _plot(axes, _collect(runs, "value", 1.0), "{name}  {value:.3f}")
+    if ends and all(end.value > 0 for end in ends):
+        axes.set_yscale("log")
+    _dress(axes, label, bool(ends))
+    axes.set_xlabel("epoch", color=canvas.INK)
+    right = _label_margin(figure, [end.label for end in ends]) / _SIZE[0]
+    figure.subplots_adjust(left=0.085, right=1 - right, top=0.96, bottom=0.13)
+    _label_ends(axes, ends)
+    figure.savefig(path, dpi=canvas.DPI)
+
+
 def _collect(
     runs: Mapping[str, Sequence[Mapping[str, Any]]], name: str, scale: float
 ) -> list[_Curve]:

@@ -1,6 +1,6 @@
-"""The pictures of a run: `curves` (over epochs) and `attention` (maps)."""
+"""The pictures of a run: `curves`, `lines` (over epochs) and `attention` (maps)."""
 
 from lakd_jax.report.attention import Caption, Layout, ModuleMaps, attention
-from lakd_jax.report.curves import curves
+from lakd_jax.report.curves import curves, lines
 
-__all__ = ["Caption", "Layout", "ModuleMaps", "attention", "curves"]
+__all__ = ["Caption", "Layout", "ModuleMaps", "attention", "curves", "lines"]

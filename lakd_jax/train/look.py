@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from lakd_jax import config as config_lib
-from lakd_jax import distill
+from lakd_jax import data, distill
 from lakd_jax.distill import lakd
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
@@ -37,51 +37,60 @@ def draw(
         teacher_accuracy=teacher.score.accuracy if teacher else None,
     )
     if teacher:
-        _attention(config, directory, bench, teacher)
+        finished = config_lib.changed(config, {"student.init": str(directory)})
+        student = runs.load_network("student", finished, bench)
+        chosen = _one_a_class(bench.dataset.test.labels)
+        attention(
+            directory / "attention.png", config, bench.dataset, student, teacher, chosen
+        )
 
 
-def _attention(
+def attention(
+    path: Path,
     config: config_lib.ConfigDict,
-    directory: Path,
-    bench: runs.Bench,
+    dataset: data.Dataset,
+    student: networks.Loaded,
     teacher: runs.Teacher,
+    chosen: np.ndarray,
 ) -> None:
-    finished = config_lib.changed(config, {"student.init": str(directory)})
-    student = runs.load_network("student", finished, bench)
-    test = bench.dataset.test
-    chosen = _one_a_class(test.labels)
+    """Draws where both networks look in some test images, module by module.
+
+    Args:
+      path: of the picture.
+      config: of the student's run.
+      chosen: positions in the test split.
+    """
+    test = dataset.test
     images = jax.numpy.asarray(test.images[chosen])
     theirs = _forward(teacher.network, teacher.pixels(images))
     ours = _forward(student, build.pixels(config)(images))
-    partition = _partition(config, student.model, teacher.network.model)
+    parts = partition(config, student.model, teacher.network.model)
     options = lakd.Options(
         **build.method_options(config_lib.changed(config, {"method": "lakd"}))
     )
-    at_teacher = _joints(theirs, teacher.network.model, partition.teacher_joints)
-    at_student = _joints(ours, student.model, partition.student_joints)
+    at_teacher = _joints(theirs, teacher.network.model, parts.teacher_joints)
+    at_student = _joints(ours, student.model, parts.student_joints)
     masks = [options.mask(z)[..., 0] for z in at_teacher]
     modules = [
         pictures.ModuleMaps(name, *map(np.asarray, columns))
         for name, *columns in zip(
-            partition.names,
+            parts.names,
             maps.attention_maps(at_teacher),
             masks,
             maps.attention_maps(at_student),
             strict=True,
         )
     ]
-    names = bench.dataset.classes
+    names = dataset.classes
     said = [
         [names[c] for c in labels]
         for labels in (test.labels[chosen], _argmax(theirs), _argmax(ours))
     ]
     captions = [pictures.Caption(*texts) for texts in zip(*said, strict=True)]
-    pictures.attention(
-        directory / "attention.png", test.images[chosen], captions, modules
-    )
+    pictures.attention(path, test.images[chosen], captions, modules)
 
 
-def _partition(
+def partition(
     config: config_lib.ConfigDict, student: chain.Chain, teacher: chain.Chain
 ) -> cuts.Partition:
     """The run's own modules; for other methods whole networks if stages differ."""

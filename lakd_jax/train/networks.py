@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lakd_jax import errors, interop, models
+from lakd_jax import errors, interop, models, workdir
 from lakd_jax.models import chain
 
 PyTree = Any
@@ -95,6 +95,26 @@ def save(path: Path, variables: PyTree, network: Loaded, result: dict) -> None:
         "result": result,
     }
     interop.save_variables(path, variables, card)
+
+
+def settings(directory: Path) -> dict[str, Any]:
+    """The configuration of a finished run, as JSON; ExportError if it is none."""
+    if not (directory / workdir.CONFIG).exists():
+        raise errors.ExportError(
+            f"{directory}: is no run (it has no {workdir.CONFIG}); give --workdir the "
+            "directory of a finished run."
+        )
+    if not (directory / RESULT_FILE).exists():
+        raise errors.ExportError(
+            f"{directory}: has not finished (it has no {RESULT_FILE}); finish "
+            "it by giving its own command again, then again."
+        )
+    try:
+        return workdir.read_json(directory / workdir.CONFIG)
+    except ValueError as error:
+        raise errors.ExportError(
+            f"{directory / workdir.CONFIG}: not readable: {error}"
+        ) from error
 
 
 def _student_of(field: str, directory: Path) -> Path:

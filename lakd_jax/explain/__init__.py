@@ -1,0 +1,159 @@
+"""Explains a finished run in one page: `run(directory)` writes report.html there."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from lakd_jax import interrupt, workdir
+from lakd_jax.explain import measure, page, subject
+from lakd_jax.report import pictures
+from lakd_jax.train import look
+
+REPORT = "report.html"
+_SHOWN = 5  # test images that the student gets right, and as many it gets wrong
+
+
+def run(
+    directory: str | Path,
+    *,
+    guard: interrupt.Guard,
+    notify: Callable[[str], None] = print,
+) -> Path:
+    """Looks into a finished run's networks and writes what it finds.
+
+    Args:
+        directory: of the run, or of one of its baselines.
+        guard: signals to stop at.
+        notify: receives the lines meant for the person watching.
+
+    Returns:
+        The page, one file that needs no network to be read.
+
+    Raises:
+        errors.ExportError: no finished run.
+        errors.LakdError: its images or its teacher cannot be had any more.
+    """
+    s = subject.load(Path(directory), guard, notify)
+    with tempfile.TemporaryDirectory() as scratch:
+        sections = [("The run", _summary(s))]
+        for heading, make in (
+            ("Where the networks look", _attention),
+            ("What each module has learnt", _modules),
+            ("Feature error in training", _feature_errors),
+            ("Knowledge conflict", _conflict),
+        ):
+            guard.check()
+            parts = make(s, Path(scratch), notify)
+            sections += [(heading, parts)] if parts else []
+    path = s.directory / REPORT
+    title = f"{s.config.student.name}, {s.config.method}: what it learnt"
+    workdir.write_bytes(path, page.render(title, sections).encode())
+    notify(f"{path} ({path.stat().st_size:,} bytes)")
+    return path
+
+
+def _summary(s: subject.Subject) -> list[str]:
+    last, result = s.result["test_last"], s.result
+    rows = [
+        ["data", f"{s.bench.dataset.name}, {result['classes']} classes"],
+        ["student", f"{result['student']}, {result['parameters']:,} parameters"],
+        ["method", result["method"]],
+        ["epochs, seed", f"{result['epochs']}, {result['seed']}"],
+        ["right on the test split", f"{last['right']} of {last['examples']}"],
+        ["accuracy, last epoch", _percent(last["accuracy"])],
+    ]
+    if s.teacher:
+        score = s.teacher.score
+        name = f"{result['teacher']}, {_percent(score.accuracy)}"
+        rows.insert(2, ["teacher", name])
+    parts = [page.table(["", ""], rows)]
+    curves = s.directory / "curves.png"
+    if curves.exists():
+        parts.append(page.picture(curves, "Accuracy and loss over epochs."))
+    return parts
+
+
+def _attention(
+    s: subject.Subject, scratch: Path, notify: Callable[[str], None]
+) -> list[str]:
+    if s.teacher is None:
+        return []
+    notify("attention maps")
+    path = scratch / "attention.png"
+    chosen = measure.right_and_wrong(s, _SHOWN)
+    look.attention(path, s.config, s.bench.dataset, s.student, s.teacher, chosen)
+    words = (
+        "For test images that the student gets right (first) and wrong (after them): "
+        "where teacher and student respond at the end of each module, as the sum of "
+        "absolute values over channels, and the teacher's mask (NDAM), which says "
+        "where LAKD weighs the comparison most. Each map has its own scale: compare "
+        "places, not strengths."
+    )
+    described = "Attention maps of teacher and student and masks, module by module."
+    return [page.text(words), page.picture(path, described)]
+
+
+def _modules(s: subject.Subject, _: Path, notify: Callable[[str], None]) -> list[str]:
+    moments = measure.over_training(s, notify)
+    header = ["after epoch", "module", "ends at", "CKA", "probe", "teacher's probe"]
+    rows = [
+        [
+            f"{moment.epoch:g}",
+            m.name,
+            m.joint,
+            "-" if m.cka is None else f"{m.cka:.3f}",
+            _percent(m.probe),
+            "-" if m.teacher_probe is None else _percent(m.teacher_probe),
+        ]
+        for moment in moments
+        for m in moment.modules
+    ]
+    words = (
+        "CKA: linear centred kernel alignment of student and teacher features on "
+        f"{measure.IMAGES} test images, 1 where they agree up to rotation and scale. "
+        "Probe: accuracy of a linear classifier on the module's features, averaged "
+        f"over positions, trained on {measure.PROBE_TRAIN:,} training images and "
+        f"tested on {measure.PROBE_TEST:,} test images (fewer where there are fewer)."
+    )
+    past = (
+        "Earlier epochs are those whose checkpoints are still there; "
+        "checkpoint.keep says how many are kept."
+    )
+    return [page.table(header, rows), page.text(words), page.text(past, note=True)]
+
+
+def _feature_errors(
+    s: subject.Subject, scratch: Path, _: Callable[[str], None]
+) -> list[str]:
+    found = measure.feature_errors(s)
+    if not found:
+        return []
+    path = scratch / "errors.png"
+    pictures.lines(path, found, label="relative feature error")
+    words = (
+        "The squared distance of a module's adapted features from the teacher's, as a "
+        "share of the teacher's own squared size, on the training batches: 1 is what "
+        "guessing zero would give."
+    )
+    return [
+        page.picture(path, "Relative feature error of each module over epochs.")
+    ] + [page.text(words)]
+
+
+def _conflict(s: subject.Subject, _: Path, notify: Callable[[str], None]) -> list[str]:
+    notify("knowledge conflict")
+    found = measure.conflicts(s)
+    parts = list(next(iter(found.values())))
+    rows = [[p, *(f"{values[p]:+.4f}" for values in found.values())] for p in parts]
+    words = (
+        "Mean cosine between the gradients of different classes' losses with respect "
+        f"to the same weights, over up to {measure.CONFLICT_CLASSES} classes with "
+        f"{measure.CONFLICT_IMAGES} training images each, at the end of training. "
+        "Below 0, learning one class undoes another. Our reading of KDExplainer's "
+        "knowledge conflict; compare methods within a row."
+    )
+    return [page.table(["part", *found], rows), page.text(words)]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"

@@ -1,0 +1,193 @@
+"""The numbers of a report, module by module and over training."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lakd_jax.explain import conflict, similarity, subject
+from lakd_jax.models import chain
+from lakd_jax.report import metrics
+from lakd_jax.train import look, networks
+
+PyTree = Any
+
+IMAGES = 500  # test images for CKA
+PROBE_TRAIN, PROBE_TEST = 1500, 1000
+CONFLICT_CLASSES, CONFLICT_IMAGES = 10, 20  # compared; of each class
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """One module at one moment; all in 0..1, None where there is no teacher."""
+
+    name: str
+    joint: str
+    cka: float | None
+    probe: float
+    teacher_probe: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """The student after `step` steps, module by module."""
+
+    step: int
+    epoch: float
+    modules: list[Module]
+
+
+def over_training(s: subject.Subject, notify: Callable[[str], None]) -> list[Moment]:
+    """The checkpoints that are left and, if none of them is the end, the end."""
+    past, total = list(subject.past(s)), s.steps_per_epoch * s.config.epochs
+    if not past or past[-1][0] < total:
+        past.append((total, s.student.variables))
+    teacher = _Side.of_teacher(s)
+    moments = []
+    for step, variables in past:
+        notify(f"features after step {step:,}")
+        student = _Side.of_student(s, variables)
+        modules = _modules(s, student, teacher)
+        moments.append(Moment(step, step / s.steps_per_epoch, modules))
+    return moments
+
+
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    """Features of a network at the end of each module, for CKA and the probes."""
+
+    names: tuple[str, ...]
+    joints: tuple[str, ...]
+    test: list[np.ndarray]
+    probes: list[float]
+
+    @classmethod
+    def of_student(cls, s: subject.Subject, variables: PyTree) -> "_Side":
+        joints = _partition(s).student_joints
+        return cls._of(s, s.student.model, variables, s.pixels, joints)
+
+    @classmethod
+    def of_teacher(cls, s: subject.Subject) -> "_Side | None":
+        if s.teacher is None:
+            return None
+        joints = _partition(s).teacher_joints
+        network = s.teacher.network
+        return cls._of(s, network.model, network.variables, s.teacher.pixels, joints)
+
+    @classmethod
+    def _of(
+        cls,
+        s: subject.Subject,
+        model: chain.Chain,
+        variables: PyTree,
+        pixels: Any,
+        joints: tuple[str, ...],
+    ) -> "_Side":
+        (train, train_labels), (test, test_labels) = _probe_images(s)
+        pooled = []
+        for images in (train, test):
+            _, features = subject.observe(model, variables, pixels, images, joints)
+            pooled.append([f.astype(np.float32).mean((1, 2)) for f in features])
+        probes = [
+            similarity.probe_accuracy(a, train_labels, b, test_labels)
+            for a, b in zip(*pooled, strict=True)
+        ]
+        test_features = [f[:IMAGES].astype(np.float32) for f in features]
+        return cls(_partition(s).names, joints, test_features, probes)
+
+
+def _modules(s: subject.Subject, student: _Side, teacher: _Side | None) -> list[Module]:
+    out = []
+    for k, (name, joint) in enumerate(zip(student.names, student.joints, strict=True)):
+        cka, theirs = None, None
+        if teacher:
+            cka = similarity.linear_cka(student.test[k], teacher.test[k])
+            theirs = teacher.probes[k]
+        out.append(Module(name, joint, cka, student.probes[k], theirs))
+    return out
+
+
+def _partition(s: subject.Subject) -> Any:
+    teacher = s.teacher.network.model if s.teacher else s.student.model
+    return look.partition(s.config, s.student.model, teacher)
+
+
+def _probe_images(s: subject.Subject) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(images, labels) to train the probes and to test them, the same every time."""
+    splits = (s.bench.dataset.train, PROBE_TRAIN), (s.bench.dataset.test, PROBE_TEST)
+    out = []
+    for split, count in splits:
+        chosen = np.random.default_rng(0).permutation(len(split))[:count]
+        out.append((split.images[chosen], split.labels[chosen]))
+    return out
+
+
+def right_and_wrong(s: subject.Subject, count: int) -> np.ndarray:
+    """Positions of up to `count` test images each that the student gets right, wrong.
+
+    The first of either kind in the test split's order, at most one of a class until
+    there are no other classes.
+    """
+    test = s.bench.dataset.test
+    order = np.random.default_rng(0).permutation(len(test))[:2000]
+    logits, _ = subject.observe(
+        s.student.model, s.student.variables, s.pixels, test.images[order], ()
+    )
+    right = logits.argmax(-1) == test.labels[order]
+    chosen = [
+        _spread(order[right == kind], test.labels, count) for kind in (True, False)
+    ]
+    return np.concatenate(chosen)
+
+
+def _spread(places: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+    """Up to `count` of `places`, of as many classes as possible."""
+    seen: dict[int, int] = {}
+    rank = []
+    for place in places:
+        label = int(labels[place])
+        seen[label] = seen.get(label, 0) + 1
+        rank.append(seen[label])
+    return places[np.argsort(rank, kind="stable")[:count]]
+
+
+def feature_errors(s: subject.Subject) -> dict[str, list[tuple[float, float]]]:
+    """Module -> (epoch, relative feature error) as they were logged in training.
+
+    Empty for methods that do not compare features.
+    """
+    out: dict[str, list[tuple[float, float]]] = {}
+    for record in metrics.read(s.directory):
+        for name, value in record.items():
+            if record["kind"] == "train" and name.endswith("/feature_error"):
+                point = (record["step"] / s.steps_per_epoch, value)
+                out.setdefault(name.split("/")[0], []).append(point)
+    return out
+
+
+def conflicts(s: subject.Subject) -> dict[str, dict[str, float]]:
+    """Run's method -> part of the network -> mean cosine between class gradients.
+
+    Of the run itself and of its baselines, on the same training images.
+    """
+    split = s.bench.dataset.train
+    generator = np.random.default_rng(0)
+    classes = np.unique(split.labels)
+    classes = np.sort(generator.permutation(classes)[:CONFLICT_CLASSES])
+    chosen = np.concatenate(
+        [np.flatnonzero(split.labels == c)[:CONFLICT_IMAGES] for c in classes]
+    )
+    images = np.asarray(s.pixels(jnp.asarray(split.images[chosen])))
+    students = {s.config.method: s.student}
+    for method in s.config.baselines:
+        path = s.directory / method / networks.STUDENT_FILE
+        if path.exists():
+            students[method], _ = networks.student(path, s.config.dtype)
+    return {
+        method: conflict.mean_cosines(
+            student.model, student.variables, images, split.labels[chosen], classes
+        )
+        for method, student in students.items()
+    }

@@ -1,0 +1,116 @@
+"""A finished run brought back: its student, its teacher, its images, its past."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+
+from lakd_jax import checkpoint, distill, errors, interrupt, workdir
+from lakd_jax import config as config_lib
+from lakd_jax.data import order
+from lakd_jax.models import chain
+from lakd_jax.train import build, networks, runs
+from lakd_jax.train import step as step_lib
+
+PyTree = Any
+BATCH = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What a report is about.
+
+    Attributes:
+        directory: of the run.
+        config: of the run, resolved.
+        bench: its data and devices.
+        student: the network and its variables at the end.
+        pixels: how the student is fed.
+        teacher: None where the method has none.
+        result: what `result.json` holds.
+    """
+
+    directory: Path
+    config: config_lib.ConfigDict
+    bench: runs.Bench
+    student: networks.Loaded
+    pixels: step_lib.Pixels
+    teacher: runs.Teacher | None
+    result: dict[str, Any]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates in an epoch of its training."""
+        c = self.config
+        examples = len(self.bench.dataset.train)
+        return order.steps_per_epoch(examples, c.batch_size, c.data.drop_last)
+
+
+def load(
+    directory: Path, guard: interrupt.Guard, notify: Callable[[str], None]
+) -> Subject:
+    """Everything of the finished run in `directory`.
+
+    Raises:
+        errors.ExportError: there is none, or it was made by another version.
+        errors.LakdError: its images or its teacher are not there any more.
+    """
+    settings = networks.settings(directory)
+    try:
+        config = config_lib.from_dict(settings)
+    except ValueError as error:
+        raise errors.ExportError(f"{directory / workdir.CONFIG}: {error}") from error
+    bench = runs.bench(config, guard, notify)
+    finished = config_lib.changed(config, {"student.init": str(directory)})
+    student = runs.load_network("student", finished, bench)
+    teacher = None
+    if distill.METHODS[config.method].needs_teacher:
+        teacher = runs.make_teacher(config, bench)
+    result = workdir.read_json(directory / networks.RESULT_FILE)
+    pixels = build.pixels(config)
+    return Subject(directory, config, bench, student, pixels, teacher, result)
+
+
+def past(subject: Subject) -> Iterator[tuple[int, PyTree]]:
+    """(step, the student's variables) of every checkpoint that is still there."""
+    folder = subject.directory / "checkpoints"
+    for step in checkpoint.list_steps(folder):
+        _, arrays, _ = checkpoint.read_arrays(folder, step)
+        leaves = {}
+        for name, array in arrays.items():  # "train/params/student/stem/conv/kernel"
+            tree, kind, part, *path = name.split("/") + [""] * 3
+            if tree == "train" and part == "student" and kind != "opt_state":
+                leaves[kind, *filter(None, path)] = array
+        yield step, flax.traverse_util.unflatten_dict(leaves)
+
+
+def observe(
+    model: chain.Chain,
+    variables: PyTree,
+    pixels: step_lib.Pixels,
+    images: np.ndarray,
+    joints: tuple[str, ...],
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Logits (n, classes) and the activations at `joints` (n, H, W, C), in batches.
+
+    Args:
+        images: (n, H, W, 3) uint8; the last batch is filled up, so that one program
+            serves all.
+    """
+
+    @jax.jit
+    def run(variables: PyTree, images: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        outputs: Any = model.apply(variables, pixels(images), train=False)
+        return outputs.logits, [chain.feature_at(outputs, model, j) for j in joints]
+
+    parts = []
+    for start in range(0, len(images), BATCH):
+        batch = images[start : start + BATCH]
+        filled = np.concatenate([batch, np.repeat(batch[:1], BATCH - len(batch), 0)])
+        parts.append(jax.device_get(run(variables, filled)))
+    count = len(images)
+    return jax.tree.map(lambda *xs: np.concatenate(xs)[:count], *parts)

@@ -1,0 +1,252 @@
+"""Explaining a run: measures by hand, the page, the whole command, a real browser."""
+
+import re
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import Mesh
+
+from lakd_jax import config as config_lib
+from lakd_jax import explain, interrupt, models
+from lakd_jax.explain import conflict, measure, page, similarity
+from lakd_jax.train import runs
+from lakd_jax.train import state as state_lib
+
+# How ml_collections loads a config file is deprecated from Python 3.12 on.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+RNG = np.random.default_rng(0)
+
+# ------------------------------------------------------------------ similarity
+
+
+def test_cka_by_hand():
+    """<K, L> / |K| |L| of centred Gram matrices, here of rank one each."""
+    x = np.array([[1.0], [-1.0], [0.0]])
+    y = np.array([[1.0], [1.0], [-2.0]])
+    # x.y = 0: nothing in common. With z = x + y: (x.z)^2 / (x.x z.z) = 4 / (2 * 8).
+    assert similarity.linear_cka(x, y) == pytest.approx(0.0, abs=1e-12)
+    assert similarity.linear_cka(x, x + y) == pytest.approx((2**2) / (2 * 8))
+
+
+def test_cka_does_not_see_rotation_scale_or_shift():
+    x = RNG.standard_normal((40, 5))
+    turn, _ = np.linalg.qr(RNG.standard_normal((5, 5)))
+    assert similarity.linear_cka(x, 3.0 * x @ turn + 7.0) == pytest.approx(1.0)
+    assert similarity.linear_cka(x, RNG.standard_normal((40, 5))) < 0.4
+    maps = x.reshape(40, 1, 5, 1)
+    assert similarity.linear_cka(maps, x) == pytest.approx(1.0)
+
+
+def test_cka_of_constant_features_is_zero_and_of_other_images_an_error():
+    assert similarity.linear_cka(np.ones((4, 2)), RNG.standard_normal((4, 2))) == 0.0
+    with pytest.raises(ValueError, match="same two or more images, got 4, 3"):
+        similarity.linear_cka(np.ones((4, 2)), np.ones((3, 2)))
+
+
+def test_probe_finds_what_is_linear_and_nothing_else():
+    x = RNG.standard_normal((300, 4))
+    plain, hidden = (x[:, 0] > 0), (x[:, 0] * x[:, 1] > 0)
+    train, test = slice(0, 200), slice(200, 300)
+
+    def accuracy(labels):
+        y = labels.astype(int)
+        return similarity.probe_accuracy(x[train], y[train], x[test], y[test])
+
+    assert accuracy(plain) > 0.95
+    assert accuracy(hidden) < 0.7
+
+
+# ------------------------------------------------------------------ conflict
+
+
+def test_conflict_is_the_mean_cosine_of_class_gradients():
+    model = models.create("resnet8", num_classes=3)
+    variables = tiny.variables(model)
+    labels = np.array([0, 0, 1, 1, 2, 2])
+    images = RNG.standard_normal((6, 8, 8, 3)).astype(np.float32)
+    found = conflict.mean_cosines(model, variables, images, labels, np.arange(3))
+    assert set(found) == {"stem", "stage1", "stage2", "stage3"}
+
+    def loss(params, chosen):
+        own = slice(*chosen)
+        out = model.apply({**variables, "params": params}, images[own], train=False)
+        shares = jax.nn.log_softmax(out.logits)
+        return -jnp.mean(shares[jnp.arange(2), labels[own]])
+
+    flat = []
+    for c in range(3):
+        gradient = jax.jit(jax.grad(loss), static_argnums=1)(
+            variables["params"], (2 * c, 2 * c + 2)
+        )["stage2"]
+        g = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
+        flat.append(g / np.linalg.norm(g))
+    pairs = [flat[0] @ flat[1], flat[0] @ flat[2], flat[1] @ flat[2]]
+    assert found["stage2"] == pytest.approx(np.mean(pairs), abs=1e-4)
+
+
+def test_conflict_of_equal_opposite_and_silent_gradients():
+    g = np.array([3.0, 4.0])
+    assert conflict._mean_cosine([g, 2 * g, g]) == pytest.approx(1.0)
+    assert conflict._mean_cosine([g, -g]) == pytest.approx(-1.0)
+    assert conflict._mean_cosine([g, 0 * g]) == pytest.approx(0.0)
+
+
+def test_conflict_needs_images_of_each_class():
+    with pytest.raises(ValueError, match="each with images"):
+        conflict.mean_cosines(None, None, None, np.array([0, 0]), np.arange(2))
+
+
+# ------------------------------------------------------------------ the page
+
+
+def test_page_escapes_and_embeds(tmp_path):
+    file = tmp_path / "dot.png"
+    file.write_bytes(b"\x89PNG")
+    parts = [
+        page.text("a < b & c", note=True),
+        page.code("<tree>"),
+        page.table(["class", "<n>"], [["cat & dog", "1"]]),
+        page.picture(file, 'the "dot"'),
+    ]
+    out = page.render("<title>", [("heading & more", parts)])
+    assert "a &lt; b &amp; c" in out
+    assert "<td>cat &amp; dog</td><td>1</td>" in out
+    assert "&lt;title&gt;" in out
+    assert 'src="data:image/png;base64,iVBORw==" alt="the &quot;dot&quot;"' in out
+    self_contained(out)
+
+
+def self_contained(text):
+    """Nothing on the page is fetched from anywhere."""
+    links = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'> ]+)", text)
+    assert links
+    assert all(link.startswith("data:") for link in links)
+    assert not re.search(r"https?://|url\(|@import|<script", text)
+
+
+# ------------------------------------------------------------------ a whole run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished LAKD run on the tiny data, and its `runs.bench` patches."""
+    directory = tmp_path_factory.mktemp("explained")
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(runs.data, "load", lambda *a, **k: tiny.dataset())
+        one = Mesh(np.array(jax.devices()[:1]), ("data",))
+        m.setattr(state_lib, "data_mesh", lambda: one)
+        from lakd_jax import train
+
+        fields = {"epochs": 1, "baselines": ("none",), "checkpoint__every_steps": 5}
+        config = tiny.config(directory, **fields)
+        run = directory / "run"
+        train.run(config, run, guard=interrupt.Guard(), notify=lambda text: None)
+        explain.run(run, guard=interrupt.Guard(), notify=lambda text: None)
+        yield run
+
+
+def test_the_report_of_a_run(finished):
+    text = (finished / "report.html").read_text()
+    self_contained(text)
+    headings = re.findall("<h2>(.*?)</h2>", text)
+    assert headings == [
+        "The run",
+        "Where the networks look",
+        "What each module has learnt",
+        "Feature error in training",
+        "Knowledge conflict",
+    ]
+    assert text.count("data:image/png") == 3
+    # Two checkpoints of three modules; plain and LAKD side by side.
+    assert len(re.findall("<td>module[123]</td>", text)) == 6
+    assert "<th>lakd</th><th>none</th>" in text
+
+
+def test_a_baseline_without_teacher_has_a_report_too(finished):
+    path = explain.run(
+        finished / "none", guard=interrupt.Guard(), notify=lambda text: None
+    )
+    text = path.read_text()
+    self_contained(text)
+    assert "Where the networks look" not in text
+    assert "<td>-</td>" in text
+
+
+def test_right_and_wrong_images_are_what_they_are_called(finished):
+    from lakd_jax.explain import subject
+
+    s = subject.load(finished, interrupt.Guard(), lambda text: None)
+    chosen = measure.right_and_wrong(s, 4)
+    test = s.bench.dataset.test
+    args = (s.student.model, s.student.variables, s.pixels)
+    logits, _ = subject.observe(*args, test.images, ())
+    right = logits.argmax(-1) == test.labels
+    count = min(4, right.sum())
+    assert right[chosen[:count]].all()
+    assert not right[chosen[count:]].any()
+    assert len(chosen) == count + min(4, (~right).sum())
+    direct = s.student.model.apply(
+        s.student.variables, s.pixels(jnp.asarray(test.images[:3])), train=False
+    )
+    np.testing.assert_allclose(logits[:3], direct.logits, atol=1e-4)
+
+
+def test_explain_on_the_command_line(main, tmp_path):
+    code, _, err = main("--mode=explain")
+    assert code == 2
+    assert "--workdir is missing, which --mode=explain needs" in err
+    code, _, err = main("--mode=explain", f"--workdir={tmp_path}")
+    assert code == 2
+    assert "is no run" in err
+
+
+def test_config_comes_back_from_its_json(tmp_path):
+    config = tiny.config(tmp_path, lakd__power="1", local__cuts=("stage1",))
+    back = config_lib.from_dict(config_lib.to_dict(config))
+    assert back == config
+    assert config_lib.digest(back) == config_lib.digest(config)
+    older = config_lib.to_dict(config)
+    del older["teacher"]["fold"]
+    assert config_lib.from_dict(older).teacher.fold is True
+    with pytest.raises(ValueError, match="does not know: lakd.gone"):
+        config_lib.from_dict({"lakd": {"gone": 1}})
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.mark.long
+def test_the_report_renders_in_a_browser(finished, tmp_path):
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    done = subprocess.run(
+        [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path}",
+            "--enable-logging=stderr",
+            "--window-size=1300,1000",
+            f"--screenshot={tmp_path / 'page.png'}",
+            "--dump-dom",
+            (finished / "report.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "CONSOLE" not in done.stderr
+    assert "Knowledge conflict" in done.stdout
+    from PIL import Image
+
+    pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB"))
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50  # a picture is there
