@@ -42,9 +42,9 @@ def create(name: str, *, num_classes: int, **options: Any) -> chain.Chain:
         name: one of `names()`, or "wrn_D_K" of any depth D = 6n + 4 and width K.
         num_classes: width of the logits, at least 1.
         **options: `dtype` (compute type, float32 unless given), `folded` (without
-            batch norms, see `folding`) and what the family offers: for the CIFAR
-            ResNets of three stages `shortcut`, "projection" (unless given) or
-            "identity".
+            batch norms, see `folding`), `vam` (`vam.Options`, None unless given) and
+            what the family offers: for the CIFAR ResNets of three stages `shortcut`,
+            "projection" (unless given) or "identity".
 
     Raises:
         ValueError: unknown name (tells the nearest), option or value.
@@ -57,7 +57,7 @@ def create(name: str, *, num_classes: int, **options: Any) -> chain.Chain:
     options = {"dtype": jnp.float32} | options
     options["dtype"] = _float_dtype(options["dtype"])
     for option, value in options.items():
-        choices.check(f"option of {name}", option, [*allowed, "dtype", "folded"])
+        choices.check(f"option of {name}", option, [*allowed, "dtype", "folded", "vam"])
         if option in allowed:
             choices.check(f"{option} of {name}", value, list(allowed[option]))
     return _builder(name)(num_classes=num_classes, **options)

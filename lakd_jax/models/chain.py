@@ -20,6 +20,7 @@ from flax import linen as nn
 
 from lakd_jax import choices
 from lakd_jax.models import layers
+from lakd_jax.models import vam as vam_lib
 
 JointFn = collections.abc.Callable[[str, jax.Array], jax.Array]
 
@@ -68,12 +69,15 @@ class Chain(nn.Module, kw_only=True):
             statistics and logits are float32 whatever it is.
         tap_every: which blocks of a stage are tapped, counted from its first.
         folded: without batch norms, for variables from `folding.fold_batch_norm`.
+        vam: attention in the blocks' convolutions (depthwise ones and shortcuts
+            apart) and in the head's, see `models.vam`; None for none.
     """
 
     stage_sizes: tuple[int, ...]
     num_classes: int
     dtype: Any = jnp.float32
     folded: bool = False
+    vam: vam_lib.Options | None = None
     tap_every: int = 1
 
     # Options beside num_classes and dtype that `create` accepts, with their values.
@@ -91,7 +95,8 @@ class Chain(nn.Module, kw_only=True):
     @property
     def style(self) -> layers.Style:
         """What the layers of all units have in common."""
-        return layers.Style(self.dtype, self.folded, type(self).KERNEL_INIT)
+        init = type(self).KERNEL_INIT
+        return layers.Style(self.dtype, self.folded, init, self.vam)
 
     @nn.nowrap
     def make_stem(self, name: str) -> nn.Module:
@@ -262,6 +267,8 @@ def _subtree(variables: Any, path: tuple[str, ...]) -> dict[str, Any]:
     """The variables of the entry norm of the unit at `path`."""
     result = {}
     for kind, tree in variables.items():
+        if kind == "intermediates":  # what units left for the caller
+            continue
         for key in (*path, "entry_bn"):
             tree = tree[key]
         result[kind] = tree

@@ -1,8 +1,9 @@
-"""Batch norms folded into the convolutions before them, for inference.
+"""Batch norms and virtual attention folded into convolutions, for inference.
 
 At inference a batch norm is y = s x + t per channel, s = scale / sqrt(var + eps) and
 t = bias - s mean. Behind a convolution, s goes into its kernel and t becomes its bias;
-elsewhere (pre-activation networks) s and t stay as `layers.Affine`.
+elsewhere (pre-activation networks) s and t stay as `layers.Affine`. Static gates of
+`models.vam` scale kernels, whatever stands behind them.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lakd_jax import models
-from lakd_jax.models import chain, layers
+from lakd_jax.models import chain, layers, vam
 
 PyTree = Any
 _Path = tuple[str, ...]
@@ -39,17 +40,58 @@ def fold_batch_norm(
 
 
 def fold(model: chain.Chain, variables: PyTree) -> tuple[chain.Chain, PyTree]:
-    """As `fold_batch_norm`, of a network that was made already."""
+    """As `fold_batch_norm`, of a network that was made already.
+
+    Static gates are folded as well; dynamic ones stay, and the network with them.
+    """
+    if model.vam is not None and model.vam.foldable:
+        model, variables = fold_gates(model, variables)
     params: dict[_Path, Any] = flax.traverse_util.flatten_dict(variables["params"])
     stats: dict[_Path, Any] = flax.traverse_util.flatten_dict(variables["batch_stats"])
     for norm in {path[:-1] for path in stats}:
         params |= _folded(norm, params, stats)
     folded = model.clone(folded=True)
     wanted = _shapes(folded)
+    if lost := [path for path in params if vam.is_gate(path) and path not in wanted]:
+        raise ValueError(
+            f"the variables have gates, such as {'/'.join(lost[0])}, which the "
+            f"{type(model).__name__} has not: make it with the same `vam`"
+        )
     kept = {path: params[path] for path in wanted if path in params}
     if {path: x.shape for path, x in kept.items()} != wanted:
         raise ValueError(f"the variables are not those of {type(model).__name__}")
     return folded, {"params": flax.traverse_util.unflatten_dict(kept)}
+
+
+def fold_gates(model: chain.Chain, variables: PyTree) -> tuple[chain.Chain, PyTree]:
+    """The plain network that computes what one with static gates does.
+
+    Args:
+        model: with or without `vam`; without, nothing is changed.
+        variables: of that network, {"params": ...} and what else it has.
+
+    Returns:
+        The network without `vam`, and its variables: those given, with W' for every
+        kernel W that has a gate.
+
+    Raises:
+        ValueError: the gates are dynamic: their attention differs between images.
+    """
+    if model.vam is None:
+        return model, variables
+    if not model.vam.foldable:
+        raise ValueError(
+            "dynamic gates depend on the image and cannot be folded into the kernels; "
+            "train with static ones to get a plain network"
+        )
+    flat: dict[_Path, Any] = flax.traverse_util.flatten_dict(variables["params"])
+    kept = {path: x for path, x in flat.items() if not vam.is_gate(path)}
+    for path, gate in flat.items():
+        if vam.is_gate(path):
+            kernel = (*path[:-1], "kernel")
+            kept[kernel] = model.vam.kernel(flat[kernel], gate)
+    params = flax.traverse_util.unflatten_dict(kept)
+    return model.clone(vam=None), {**variables, "params": params}
 
 
 def _folded(

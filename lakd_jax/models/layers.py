@@ -1,6 +1,7 @@
 """Layers with PyTorch's padding, initialisation and batch-norm constants."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from lakd_jax.models import vam as vam_lib
 
 EPSILON = 1e-5  # of every batch norm
 
@@ -26,11 +29,13 @@ class Style:
             `models.folding`); such a network is for inference.
         kernel_init: of the convolutions; He et al. 2015, "Delving Deep into
             Rectifiers", with the fan-out, unless the family says otherwise.
+        vam: attention in the convolutions that are `gated`; None for none.
     """
 
     dtype: Any = jnp.float32
     folded: bool = False
     kernel_init: Callable[..., jax.Array] = he_normal_fan_out
+    vam: vam_lib.Options | None = None
 
 
 def conv(
@@ -42,12 +47,26 @@ def conv(
     name: str,
     groups: int = 1,
     bias: bool = False,
-) -> nn.Conv:
+    gated: bool = False,
+) -> nn.Module:
     """A square convolution, padded evenly by (kernel - 1) / 2.
 
     The padding is explicit because "SAME" pads strided convolutions on the far side
-    only, which is not what PyTorch networks were trained with.
+    only, which is not what PyTorch networks were trained with. One that is `gated`
+    attends to blocks of its channels in a network whose style has `vam`.
     """
+    if gated and style.vam is not None:
+        return vam_lib.Conv(
+            features,
+            kernel,
+            stride,
+            groups,
+            bias,
+            style.dtype,
+            style.kernel_init,
+            style.vam,
+            name=name,
+        )
     pad = (kernel - 1) // 2
     return nn.Conv(
         features,
@@ -73,15 +92,15 @@ def conv_norm(
     name: str,
     groups: int = 1,
     bias: bool = False,
+    gated: bool = False,
 ) -> jax.Array:
-    """The convolution `name` and its batch norm, in a compact method.
+    """The convolution `name` (see `conv`) and its batch norm, in a compact method.
 
     The norm's name has "bn" in place of "conv": "conv1" and "bn1". Folding finds
     the two by that.
     """
-    bias = bias or style.folded
-    layer = conv(features, kernel, stride, style, name=name, groups=groups, bias=bias)
-    x = layer(x)
+    options: Any = {"groups": groups, "bias": bias or style.folded, "gated": gated}
+    x = conv(features, kernel, stride, style, name=name, **options)(x)
     if style.folded:
         return x
     return norm(style, train=train, name=name.replace("conv", "bn"))(x)
@@ -178,8 +197,8 @@ class Head(nn.Module):
         style: of the network.
         kernel_init: of the classifier; unless given, as torch's Linear.
         zero_bias: the bias starts at zero, not as torch's Linear.
-        conv_features: channels of a 1x1 convolution, batch norm and `activation`
-            in front; 0 for none.
+        conv_features: channels of a (gated) 1x1 convolution, batch norm and
+            `activation` in front; 0 for none.
         activation: see there.
         entry_norm: a batch norm and ReLU in front, as pre-activation networks need.
     """
@@ -199,8 +218,8 @@ class Head(nn.Module):
             x = nn.relu(norm(self.style, train=train, name="entry_bn")(x))
         if self.conv_features:
             size = (self.conv_features, 1, 1)
-            x = conv_norm(x, *size, self.style, train=train, name="conv")
-            x = self.activation(x)
+            layer = functools.partial(conv_norm, train=train, name="conv", gated=True)
+            x = self.activation(layer(x, *size, self.style))
         pooled = jnp.mean(x, (1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
         bound = 0.0 if self.zero_bias else 1 / math.sqrt(pooled.shape[-1])
         dense = nn.Dense(

@@ -37,7 +37,7 @@ class SeparableBlock(nn.Module):
         conv = functools.partial(layers.conv_norm, style=self.style, train=train)
         width = x.shape[-1]
         h = nn.relu(conv(x, width, 3, self.stride, groups=width, name="conv1"))
-        preact = conv(h, self.features, 1, 1, name="conv2")
+        preact = conv(h, self.features, 1, 1, name="conv2", gated=True)
         return nn.relu(preact), preact
 
 
@@ -64,9 +64,10 @@ class InvertedResidual(nn.Module):
         conv = functools.partial(layers.conv_norm, style=self.style, train=train)
         h, width = x, x.shape[-1] * max(self.expansion, 1)
         if self.expansion:
-            h = self.activation(conv(h, width, 1, 1, name="conv1"))
+            h = self.activation(conv(h, width, 1, 1, name="conv1", gated=True))
         h = conv(h, width, 3, self.stride, groups=width, name="conv2")
-        h = conv(self.activation(h), self.features, 1, 1, name="conv3")
+        h = self.activation(h)
+        h = conv(h, self.features, 1, 1, name="conv3", gated=True)
         if self.stride == 1 and x.shape[-1] == self.features:
             h = h + x.astype(h.dtype)
         return h, h

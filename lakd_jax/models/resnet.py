@@ -42,8 +42,8 @@ class BasicBlock(nn.Module):
         """Map (B, H, W, C) to two arrays (B, H / stride, W / stride, features)."""
         conv = functools.partial(layers.conv_norm, style=self.style, train=train)
         x = layers.max_pool(x, 3, 2, 1) if self.pool_input else x
-        h = nn.relu(conv(x, self.features, 3, self.stride, name="conv1"))
-        h = conv(h, self.features, 3, 1, name="conv2")
+        h = nn.relu(conv(x, self.features, 3, self.stride, name="conv1", gated=True))
+        h = conv(h, self.features, 3, 1, name="conv2", gated=True)
         return _add_shortcut(x, h, self.stride, self.shortcut, conv)
 
 
@@ -72,9 +72,9 @@ class Bottleneck(nn.Module):
         """Map (B, H, W, C) to two (B, H / stride, W / stride, 4 features)."""
         conv = functools.partial(layers.conv_norm, style=self.style, train=train)
         x = layers.max_pool(x, 3, 2, 1) if self.pool_input else x
-        h = nn.relu(conv(x, self.features, 1, 1, name="conv1"))
-        h = nn.relu(conv(h, self.features, 3, self.stride, name="conv2"))
-        h = conv(h, self.EXPANSION * self.features, 1, 1, name="conv3")
+        h = nn.relu(conv(x, self.features, 1, 1, name="conv1", gated=True))
+        h = nn.relu(conv(h, self.features, 3, self.stride, name="conv2", gated=True))
+        h = conv(h, self.EXPANSION * self.features, 1, 1, name="conv3", gated=True)
         return _add_shortcut(x, h, self.stride, self.shortcut, conv)
 
 

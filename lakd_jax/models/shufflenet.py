@@ -38,13 +38,14 @@ class GroupedBlock(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
         """Map (B, H, W, C) to two arrays (B, H / stride, W / stride, features)."""
         conv = functools.partial(layers.conv_norm, style=self.style, train=train)
+        pointwise = functools.partial(conv, kernel=1, stride=1, gated=True)
         added = self.features - (x.shape[-1] if self.stride == 2 else 0)
         groups = 1 if x.shape[-1] == _STEM else _GROUPS
         middle = added // 4
-        h = nn.relu(conv(x, middle, 1, 1, groups=groups, name="conv1"))
+        h = nn.relu(pointwise(x, middle, groups=groups, name="conv1"))
         h = layers.shuffle(h, groups)
         h = nn.relu(conv(h, middle, 3, self.stride, groups=middle, name="conv2"))
-        h = conv(h, added, 1, 1, groups=_GROUPS, name="conv3")
+        h = pointwise(h, added, groups=_GROUPS, name="conv3")
         x = x.astype(h.dtype)
         if self.stride == 2:
             # Padding counts as zeros in the mean, as in PyTorch.
@@ -70,11 +71,12 @@ class SplitBlock(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
         """Map (B, H, W, C) to two arrays of the same shape."""
         conv = functools.partial(layers.conv_norm, style=self.style, train=train)
+        pointwise = functools.partial(conv, kernel=1, stride=1, gated=True)
         passed, h = jnp.split(x, 2, axis=-1)
         width = h.shape[-1]
-        h = nn.relu(conv(h, width, 1, 1, name="conv1"))
+        h = nn.relu(pointwise(h, width, name="conv1"))
         h = conv(h, width, 3, 1, groups=width, name="conv2")
-        h = conv(h, width, 1, 1, name="conv3")
+        h = pointwise(h, width, name="conv3")
         passed = passed.astype(h.dtype)
         joined = jnp.concatenate([passed, nn.relu(h)], -1)
         return layers.shuffle(joined, 2), jnp.concatenate([passed, h], -1)
@@ -95,12 +97,13 @@ class DownBlock(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
         """Map (B, H, W, C) to two arrays (B, H / 2, W / 2, features)."""
         conv = functools.partial(layers.conv_norm, style=self.style, train=train)
+        pointwise = functools.partial(conv, kernel=1, stride=1, gated=True)
         width, half = x.shape[-1], self.features // 2
         left = conv(x, width, 3, 2, groups=width, name="conv1")
-        left = conv(left, half, 1, 1, name="conv2")
-        right = nn.relu(conv(x, half, 1, 1, name="conv3"))
+        left = pointwise(left, half, name="conv2")
+        right = nn.relu(pointwise(x, half, name="conv3"))
         right = conv(right, half, 3, 2, groups=half, name="conv4")
-        right = conv(right, half, 1, 1, name="conv5")
+        right = pointwise(right, half, name="conv5")
         preact = jnp.concatenate([left, right], -1)
         return layers.shuffle(nn.relu(preact), 2), preact
 

@@ -58,7 +58,7 @@ class Block(nn.Module):
         if self.pool == "always" or (self.pool == "large" and x.shape[1] >= 8):
             x = layers.max_pool(x, 2, 2, 0)
         layer = functools.partial(layers.conv_norm, x, self.features, 3, 1, self.style)
-        preact = layer(train=train, name="conv", bias=True)
+        preact = layer(train=train, name="conv", bias=True, gated=True)
         return nn.relu(preact), preact
 
 

@@ -55,8 +55,8 @@ class Block(nn.Module):
             shortcut = layers.conv(width, 1, self.stride, style, name="shortcut")
             residual = shortcut(h)
         conv = functools.partial(layers.conv_norm, style=style, train=train)
-        h = nn.relu(conv(h, width, 3, self.stride, name="conv1"))
-        h = layers.conv(width, 3, 1, style, name="conv2")(h)
+        h = nn.relu(conv(h, width, 3, self.stride, name="conv1", gated=True))
+        h = layers.conv(width, 3, 1, style, name="conv2", gated=True)(h)
         h = h + residual.astype(h.dtype)
         return h, h
 

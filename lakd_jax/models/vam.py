@@ -1,0 +1,228 @@
+"""Virtual attention in a convolution, for students under distillation.
+
+Source: Xue et al., "KDExplainer: A Task-oriented Attention Model for Explaining
+Knowledge Distillation" (IJCAI 2021, arXiv 2105.04181), which calls it the virtual
+attention module (VAM). The authors did not publish its code, so this is our reading:
+the channels of a convolution are grouped into virtual blocks, and each block of outputs
+attends to the blocks of inputs,
+
+    A  = softmax(V / tau) over the input blocks        one V (rows, M_in) a convolution
+    W' = s W A[block of the output, block of the input],   s = M_in, so that a uniform
+                                                           A leaves W as it is
+    H  = mean over rows of -sum A log A / log M_in     in 0..1, to be made small
+
+With g groups every group has output blocks of its own, so V has rows = g M_out. The
+static gate does not depend on the image and is folded into the kernel once training is
+over. The dynamic one, V(x) = V + mean(x) U, is made for comparison: it differs from
+image to image and cannot be folded.
+"""
+
+import collections.abc
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lakd_jax import choices
+
+GATES = ("static", "dynamic")
+ENTROPY = "vam_entropy"  # what a layer leaves among the intermediates
+_PARAMETERS = ("vam_gate", "vam_slope")  # V and U above; HME has other gates
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What all gated convolutions of a network have in common.
+
+    Attributes:
+        gate: one of `GATES`.
+        blocks: M_in and M_out, 2 or more; where channels do not divide by it, the
+            largest divisor below it.
+        temperature: tau, above 0.
+        rescale: s is M_in; else 1, and uniform attention divides the kernel by M_in.
+        init_std: deviation of V at the start, 0 for V = 0.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    gate: str
+    blocks: int
+    temperature: float
+    rescale: bool
+    init_std: float
+
+    def __post_init__(self):
+        choices.check("vam gate", self.gate, GATES)
+        if self.blocks < 2:
+            raise ValueError(f"vam blocks must be at least 2, not {self.blocks}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"vam temperature must be above 0, not {self.temperature}")
+        if not 0 <= self.init_std < math.inf:
+            raise ValueError(f"vam init_std must be at least 0, not {self.init_std}")
+
+    @property
+    def foldable(self) -> bool:
+        """Whether the gates can become part of the kernels."""
+        return self.gate == "static"
+
+    def kernel(self, kernel: jax.Array, gate: jax.Array) -> jax.Array:
+        """W' of a static gate; see `scaled_kernel`."""
+        return scaled_kernel(kernel, attention(gate, self.temperature), self.rescale)
+
+
+def is_gate(path: collections.abc.Sequence[str]) -> bool:
+    """Whether the parameter at `path` belongs to the attention, not to the network."""
+    return path[-1] in _PARAMETERS
+
+
+def blocks_of(channels: int, most: int) -> int:
+    """The largest divisor of `channels` that is at most `most`."""
+    return max(m for m in range(1, most + 1) if channels % m == 0)
+
+
+def log_attention(gate: jax.Array, temperature: float) -> jax.Array:
+    """log A, float32: (..., rows, M_in) to the same shape."""
+    return jax.nn.log_softmax(gate.astype(jnp.float32) / temperature, axis=-1)
+
+
+def attention(gate: jax.Array, temperature: float) -> jax.Array:
+    """A, float32: (..., rows, M_in) to the same shape; rows sum to 1."""
+    return jnp.exp(log_attention(gate, temperature))
+
+
+def entropy(log_a: jax.Array) -> jax.Array:
+    """H of log A (..., rows, M_in): scalar float32, 1 for uniform rows, 0 for one-hot.
+
+    Leading axes (the images, for a dynamic gate) are averaged over. M_in must be 2 or
+    more: a row of one entry has no entropy to speak of.
+    """
+    rows = -jnp.sum(jnp.exp(log_a) * log_a, axis=-1)
+    return jnp.mean(rows) / math.log(log_a.shape[-1])
+
+
+def scaled_kernel(kernel: jax.Array, a: jax.Array, rescale: bool) -> jax.Array:
+    """W' = W s A.
+
+    Args:
+        kernel: (kh, kw, C_in / groups, C_out).
+        a: A (rows, M_in), rows = groups * M_out. Blocks are runs of neighbouring
+            channels, in order.
+        rescale: s is M_in, else 1.
+
+    Returns:
+        The kernel's shape, in float32.
+    """
+    rows, columns = a.shape
+    inputs, outputs = kernel.shape[2:]
+    scale = columns * a if rescale else a
+    factor = jnp.repeat(scale.T, inputs // columns, axis=0)
+    factor = jnp.repeat(factor, outputs // rows, axis=1)
+    return kernel * factor[None, None]
+
+
+def scaled_copies(x: jax.Array, a: jax.Array, groups: int, rescale: bool) -> jax.Array:
+    """Inputs of a convolution with `rows` groups that computes what W' does.
+
+    Every group of channels is repeated for each of its output blocks, scaled by that
+    block's attention; the kernel stays W.
+
+    Args:
+        x: (B, H, W, C_in).
+        a: A (B, rows, M_in), or (1, rows, M_in) for all images alike.
+        groups: of the convolution without attention.
+        rescale: s is M_in, else 1.
+
+    Returns:
+        (B, H, W, rows * C_in / groups) in x's type.
+    """
+    *front, channels = x.shape
+    batch, rows, columns = a.shape
+    scale = (columns * a if rescale else a).astype(x.dtype)
+    scale = scale.reshape(batch, 1, 1, groups, rows // groups, columns, 1)
+    x = x.reshape(*front, groups, 1, columns, channels // groups // columns)
+    return (x * scale).reshape(*front, rows * channels // groups)
+
+
+class Conv(nn.Module):
+    """A square convolution, padded evenly, with attention over virtual blocks.
+
+    Its kernel and bias are those of `nn.Conv`, drawn alike, so without the gates the
+    variables are the plain network's. Where the channels have no common divisor with
+    the blocks (M_in or M_out would be 1), it is a plain convolution without a gate.
+    Leaves H among the "intermediates" as `ENTROPY`.
+
+    Attributes:
+        features, size, stride, groups: of the convolution.
+        bias: whether it has one.
+        dtype: what it computes in; attention is float32.
+        kernel_init: of the kernel.
+        options: of the attention.
+    """
+
+    features: int
+    size: int
+    stride: int
+    groups: int
+    bias: bool
+    dtype: Any
+    kernel_init: collections.abc.Callable[..., jax.Array]
+    options: Options
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (B, H, W, C) to (B, H / stride, W / stride, features)."""
+        inputs = x.shape[-1] // self.groups
+        shape = (self.size, self.size, inputs, self.features)
+        # Before the gates, as random numbers are drawn in the order of these lines.
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        columns = blocks_of(inputs, self.options.blocks)
+        blocks = blocks_of(self.features // self.groups, self.options.blocks)
+        groups = self.groups
+        if min(columns, blocks) > 1:
+            x, kernel, groups = self._attend(x, kernel, groups * blocks, columns)
+        y = self._convolve(x, kernel, groups)
+        if not self.bias:
+            return y
+        zeros = nn.initializers.zeros
+        bias = self.param("bias", zeros, (self.features,), jnp.float32)
+        return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+
+    def _attend(
+        self, x: jax.Array, kernel: jax.Array, rows: int, columns: int
+    ) -> tuple[jax.Array, jax.Array, int]:
+        """Input, kernel and groups of the convolution that does both at once."""
+        options, shape = self.options, (rows, columns)
+        normal = nn.initializers.normal(options.init_std)
+        gate = self.param("vam_gate", normal, shape, jnp.float32)
+        if options.gate == "static":
+            self._record(gate)
+            return x, options.kernel(kernel, gate), self.groups
+        slope = self.param(
+            "vam_slope", nn.initializers.zeros, (x.shape[-1], *shape), jnp.float32
+        )
+        pooled = jnp.mean(x, (1, 2), dtype=jnp.float32)
+        gates = gate[None] + jnp.tensordot(pooled, slope, 1)
+        self._record(gates)
+        a = attention(gates, options.temperature)
+        x = x.astype(self.dtype)
+        return scaled_copies(x, a, self.groups, options.rescale), kernel, rows
+
+    def _record(self, gate: jax.Array) -> None:
+        value = entropy(log_attention(gate, self.options.temperature))
+        # The value itself, not a tuple of all calls' values.
+        self.sow("intermediates", ENTROPY, value, reduce_fn=lambda _, new: new)
+
+    def _convolve(self, x: jax.Array, kernel: jax.Array, groups: int) -> jax.Array:
+        pad = (self.size - 1) // 2
+        return jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (self.stride, self.stride),
+            ((pad, pad), (pad, pad)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )

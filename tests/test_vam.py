@@ -1,0 +1,321 @@
+"""Virtual attention: properties 15 to 20 of the KDExplainer specification, and folding.
+
+The plain convolution is `nn.Conv`, the one of all networks without attention.
+"""
+
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import linen as nn
+
+from lakd_jax import models
+from lakd_jax.models import folding, layers, vam
+
+STATIC = vam.Options("static", 4, 1.0, True, 0.0)
+DYNAMIC = vam.Options("dynamic", 4, 1.0, True, 0.0)
+KEY = jax.random.key(0)
+
+# (inputs, outputs, size, stride, groups, bias)
+KERNELS = {
+    "3x3": (8, 12, 3, 1, 1, False),
+    "strided": (8, 16, 3, 2, 1, True),
+    "grouped": (24, 36, 1, 1, 3, False),
+    "1x1": (8, 4, 1, 1, 1, False),
+    "uneven": (24, 54, 1, 1, 1, False),  # 54 channels make three blocks
+}
+# A small network of every family that trains on small images in seconds.
+FAMILIES = ["resnet8", "wrn_16_1", "vgg8", "mobilenet_v2", "shuffle_v1", "shuffle_v2"]
+
+
+def noise(*shape, seed=0):
+    values = np.random.default_rng(seed).standard_normal(shape)
+    return jnp.asarray(values, jnp.float32)
+
+
+def pair(kind, options=STATIC):
+    """A plain convolution and its gated twin, and the input of both."""
+    inputs, outputs, size, stride, groups, bias = KERNELS[kind]
+    make = functools.partial(layers.conv, outputs, size, stride, name="conv")
+    make = functools.partial(make, groups=groups, bias=bias, gated=True)
+    plain, gated = (make(layers.Style(vam=v)) for v in (None, options))
+    assert type(plain) is nn.Conv and type(gated) is vam.Conv
+    return plain, gated, noise(2, 6, 6, inputs)
+
+
+def with_gates(variables, scale=1.0):
+    """The same variables with random numbers in all gates."""
+    flat = flax.traverse_util.flatten_dict(dict(variables))
+    gates = [path for path in flat if vam.is_gate(path)]
+    assert gates
+    for seed, path in enumerate(gates):
+        flat[path] = scale * noise(*flat[path].shape, seed=seed)
+    return flax.traverse_util.unflatten_dict(flat)
+
+
+def split(variables):
+    """(parameters of the plain network, gates), both flat."""
+    flat = flax.traverse_util.flatten_dict(dict(variables["params"]))
+    gates = {path: x for path, x in flat.items() if vam.is_gate(path)}
+    return {path: x for path, x in flat.items() if path not in gates}, gates
+
+
+@functools.cache
+def network(name, options=STATIC):
+    """(network, variables) with random gates."""
+    model = models.create(name, num_classes=5, vam=options)
+    return model, with_gates(tiny.variables(model))
+
+
+def logits(model, variables, size=8):
+    apply = jax.jit(functools.partial(model.apply, train=False))
+    return apply(variables, noise(4, size, size, 3)).logits
+
+
+# One convolution
+
+
+@pytest.mark.parametrize("options", [STATIC, DYNAMIC], ids=vam.GATES)
+@pytest.mark.parametrize("kind", KERNELS)
+def test_15_uniform_attention_is_the_plain_convolution(kind, options):
+    plain, gated, x = pair(kind, options)
+    ours, theirs = gated.init(KEY, x), plain.init(KEY, x)
+    own, gates = split(ours)
+    assert gates and all(not np.any(g) for g in gates.values())
+    np.testing.assert_array_equal(own["kernel",], theirs["params"]["kernel"])
+    np.testing.assert_allclose(gated.apply(ours, x), plain.apply(theirs, x), atol=1e-5)
+
+
+def test_without_rescale_uniform_attention_divides_by_the_blocks():
+    options = vam.Options("static", 4, 1.0, False, 0.0)
+    plain, gated, x = pair("3x3", options)
+    variables = gated.init(KEY, x)
+    wanted = plain.apply(plain.init(KEY, x), x) / 4
+    np.testing.assert_allclose(gated.apply(variables, x), wanted, atol=1e-6)
+
+
+def test_init_std_is_the_gates_deviation_and_leaves_the_kernel_alone():
+    options = vam.Options("static", 8, 1.0, True, 0.5)
+    layer = functools.partial(layers.conv, 64, 3, 1, name="c", gated=True)
+    x = noise(1, 4, 4, 64)
+    still, moved = (
+        split(layer(layers.Style(vam=v)).init(KEY, x)) for v in (STATIC, options)
+    )
+    np.testing.assert_array_equal(still[0]["kernel",], moved[0]["kernel",])
+    assert 0.35 < np.std(moved[1]["vam_gate",]) < 0.65
+
+
+def test_16_rows_sum_to_one_and_entropy_is_between_zero_and_one():
+    for seed, scale in enumerate((0.1, 1.0, 10.0)):
+        gate = scale * noise(12, 4, seed=seed)
+        np.testing.assert_allclose(vam.attention(gate, 0.5).sum(-1), 1.0, rtol=1e-5)
+        assert 0 <= vam.entropy(vam.log_attention(gate, 0.5)) < 1
+
+    def entropy(gate):
+        return vam.entropy(vam.log_attention(gate, 1.0))
+
+    zero = jnp.zeros((12, 3))
+    np.testing.assert_allclose(entropy(zero), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(entropy)(zero), 0.0, atol=1e-7)
+    # A maximum: any step from there lowers it.
+    assert entropy(0.1 * noise(12, 3)) < 1
+    one_hot = jnp.eye(4)[jnp.array([2, 0, 1])] * 1e4
+    assert entropy(one_hot) == 0
+    assert np.all(np.isfinite(jax.grad(entropy)(one_hot)))
+
+
+def test_entropy_by_hand():
+    """Rows (1/2, 1/4, 1/4) and uniform; tau halves the logits."""
+    gate = jnp.log(jnp.array([[0.5, 0.25, 0.25], [1.0, 1.0, 1.0]]))
+    wanted = (1.5 * np.log(2) / np.log(3) + 1) / 2
+    for tau in (1.0, 2.0):
+        value = vam.entropy(vam.log_attention(tau * gate, tau))
+        np.testing.assert_allclose(value, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [STATIC, DYNAMIC], ids=vam.GATES)
+@pytest.mark.parametrize("kind", ["3x3", "grouped"])
+def test_17_a_one_hot_row_sees_one_block_of_inputs(kind, options):
+    inputs, outputs, _, _, groups, _ = KERNELS[kind]
+    _, gated, x = pair(kind, options)
+    variables = gated.init(KEY, x)
+    rows, columns = variables["params"]["vam_gate"].shape
+    chosen = np.random.default_rng(4).integers(0, columns, rows)
+    variables["params"]["vam_gate"] = 1e4 * jnp.eye(columns)[chosen]
+    before = gated.apply(variables, x)
+    wide, high = inputs // groups // columns, outputs // rows
+    for row in range(rows):
+        group = row // (rows // groups)
+        first = (group * columns + chosen[row]) * wide
+        others = np.ones((1, 1, 1, inputs), np.float32)
+        others[..., first : first + wide] = 0
+        outside = gated.apply(variables, x + others * noise(*x.shape, seed=9))
+        inside = gated.apply(variables, x + (1 - others) * noise(*x.shape, seed=9))
+        own = slice(row * high, (row + 1) * high)
+        np.testing.assert_allclose(outside[..., own], before[..., own], atol=1e-5)
+        assert np.abs(inside - before)[..., own].max() > 0.1
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_18_scaled_kernel_is_a_grouped_convolution_over_scaled_copies(kind):
+    _, static, x = pair(kind)
+    _, dynamic, _ = pair(kind, DYNAMIC)
+    variables = with_gates(static.init(KEY, x))
+    with_slope = dynamic.init(KEY, x)["params"] | variables["params"]
+    np.testing.assert_allclose(
+        dynamic.apply({"params": with_slope}, x),
+        static.apply(variables, x),
+        atol=1e-5,
+    )
+
+
+def test_18_by_hand():
+    """Two blocks each way, 1x1: y_j = 2 sum_i A_ji W_ij x_i."""
+    kernel = jnp.array([[1.0, 2.0], [3.0, 4.0]])[None, None]
+    a = jnp.array([[0.25, 0.75], [1.0, 0.0]])
+    scaled = vam.scaled_kernel(kernel, a, True)[0, 0]
+    np.testing.assert_allclose(scaled, [[0.5, 4.0], [4.5, 0.0]])
+    copies = vam.scaled_copies(jnp.array([[[[10.0, 100.0]]]]), a[None], 1, True)
+    np.testing.assert_allclose(copies[0, 0, 0], [5.0, 150.0, 20.0, 0.0])
+
+
+def test_dynamic_gates_follow_the_image():
+    _, gated, x = pair("3x3", DYNAMIC)
+    variables = with_gates(gated.init(KEY, x))
+    _, left = gated.apply(variables, x, mutable=["intermediates"])
+    _, right = gated.apply(variables, 2 * x, mutable=["intermediates"])
+    assert left["intermediates"] != right["intermediates"]
+    # Every image has its own: the first's result does not depend on the second.
+    other = x.at[1].multiply(3.0)
+    before, after = gated.apply(variables, x), gated.apply(variables, other)
+    np.testing.assert_allclose(before[0], after[0], atol=1e-5)
+
+
+def test_channels_without_a_divisor_stay_plain():
+    x = noise(1, 4, 4, 7)  # seven channels make one block
+    layer = layers.conv(8, 3, 1, layers.Style(vam=STATIC), name="c", gated=True)
+    variables, sown = (
+        layer.init(KEY, x),
+        layer.apply(layer.init(KEY, x), x, mutable=["intermediates"])[1],
+    )
+    assert list(variables["params"]) == ["kernel"] and not sown
+    assert [vam.blocks_of(c, 4) for c in (7, 54, 18, 58, 4, 8)] == [1, 3, 3, 2, 4, 4]
+
+
+def test_gated_convolutions_compute_in_their_dtype():
+    style = layers.Style(jnp.bfloat16, vam=STATIC)
+    x = noise(2, 4, 4, 8)
+    layer = layers.conv(8, 3, 1, style, name="c", gated=True, bias=True)
+    y, sown = (
+        layer.init_with_output(KEY, x)[0],
+        layer.apply(layer.init(KEY, x), x, mutable=["intermediates"])[1],
+    )
+    assert y.dtype == jnp.bfloat16
+    assert sown["intermediates"][vam.ENTROPY].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("gate", "statik"), ("blocks", 1), ("temperature", 0.0), ("init_std", -1.0)),
+        *(("temperature", float("nan")), ("init_std", float("inf"))),
+    ],
+)
+def test_options_out_of_range(field, value):
+    fields = {"gate": "static", "blocks": 4, "temperature": 1.0, "rescale": True}
+    fields |= {"init_std": 0.0, field: value}
+    with pytest.raises(ValueError, match=f"vam {field}"):
+        vam.Options(**fields)
+
+
+# Networks
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_where_the_gates_are(name):
+    """Section 7.3: never at stems, shortcuts, depthwise convolutions, classifiers."""
+    model, variables = network(name)
+    _, gates = split(variables)
+    kernels, _ = split(variables)
+    gated = {path[:-1] for path in gates}
+    plain = {p[:-1] for p in kernels if p[-1] == "kernel"} - gated
+    for path in plain:
+        depthwise = kernels[*path, "kernel"].shape[2:3] == (1,)
+        other = path[0] == "stem" or path[-1] == "dense" or "shortcut" in path[-1]
+        assert other or depthwise, path
+    assert not any(path[0] == "stem" for path in gated)
+    assert ("head", "conv") in gated or name in ("resnet8", "wrn_16_1", *FAMILIES[2::2])
+
+
+def test_first_unit_of_shuffle_v1_has_three_blocks_where_four_do_not_divide():
+    _, gates = split(network("shuffle_v1")[1])
+    first = {p[2]: g.shape for p, g in gates.items() if p[:2] == ("stage1", "block1")}
+    # 24 -> 54 in one group, then 3 x (18 -> 72).
+    assert first == {"conv1": (3, 4), "conv3": (12, 3)}
+    assert gates["stage3", "block2", "conv3", "vam_gate"].shape == (12, 4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_19_folded_is_the_plain_network_with_the_same_logits(name):
+    model, variables = network(name)
+    plain_model, plain = folding.fold_gates(model, variables)
+    assert plain_model == models.create(name, num_classes=5)
+    shapes = jax.tree.map(jnp.shape, plain)
+    assert shapes == jax.tree.map(jnp.shape, tiny.variables(plain_model))
+    wanted = logits(model, variables)
+    np.testing.assert_allclose(logits(plain_model, plain), wanted, atol=1e-5)
+    # The gates were of importance, and are all that was added.
+    without, gates = split(variables)
+    bare = {**variables, "params": flax.traverse_util.unflatten_dict(without)}
+    assert np.abs(logits(plain_model, bare) - wanted).max() > 1e-2
+    sizes = [
+        sum(x.size for x in jax.tree.leaves(v["params"])) for v in (variables, plain)
+    ]
+    assert sizes[0] - sizes[1] == sum(gate.size for gate in gates.values())
+
+
+@pytest.mark.parametrize("options", [STATIC, DYNAMIC], ids=vam.GATES)
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8"])
+def test_batch_norms_fold_into_gated_networks(name, options):
+    model, variables = network(name, options)
+    folded_model, folded = folding.fold(model, variables)
+    assert folded_model.vam == (None if options.foldable else options)
+    assert "batch_stats" not in folded
+    wanted = logits(model, variables)
+    limit = 1e-5 * np.abs(wanted).max()
+    np.testing.assert_allclose(logits(folded_model, folded), wanted, atol=limit)
+
+
+def test_gates_are_never_dropped_silently():
+    model, variables = network("resnet8", DYNAMIC)
+    with pytest.raises(ValueError, match="dynamic gates depend on the image"):
+        folding.fold_gates(model, variables)
+    with pytest.raises(
+        ValueError, match="have gates, such as stage1/block1/conv1/vam_gat"
+    ):
+        folding.fold_batch_norm("resnet8", variables)
+
+
+def test_equal_options_make_equal_networks():
+    again = vam.Options("static", 4, 1.0, True, 0.0)
+    one, two = (models.create("vgg8", num_classes=5, vam=v) for v in (STATIC, again))
+    assert one == two and hash(one) == hash(two)
+    assert one != models.create("vgg8", num_classes=5)
+
+
+def test_training_mode_gives_every_layers_entropy():
+    model, variables = network("wrn_16_1")
+    apply = functools.partial(model.apply, train=True)
+    _, new = jax.jit(
+        functools.partial(apply, mutable=["batch_stats", "intermediates"])
+    )(variables, noise(4, 8, 8, 3))
+    _, gates = split(variables)
+    sown = flax.traverse_util.flatten_dict(new["intermediates"])
+    assert {p[:-1] for p in sown} == {p[:-1] for p in gates}
+    for path, gate in gates.items():
+        wanted = vam.entropy(vam.log_attention(gate, 1.0))
+        np.testing.assert_allclose(sown[*path[:-1], vam.ENTROPY], wanted, rtol=1e-5)
