@@ -1,7 +1,10 @@
 """Made-up taps and signals for the tests of the methods that compare taps."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lakd_jax.distill import method
 from lakd_jax.models import chain
@@ -45,6 +48,21 @@ def signals(student, teacher):
         student_joints=(jnp.zeros((len(labels), 1, 1, 1)),),
         teacher_joints=(),
     )
+
+
+def variables(module, *args, seed=0):
+    """Training-mode variables drawn by NumPy: XLA compiles random numbers slowly."""
+    init = functools.partial(module.init, train=True)
+    shapes = jax.eval_shape(init, jax.random.key(0), *args)
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        if len(leaf.shape) < 2:
+            return jnp.full(leaf.shape, float(path[-1].key in ("scale", "var")))
+        noise = rng.standard_normal(leaf.shape) / np.sqrt(leaf.shape[0])
+        return jnp.asarray(noise, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def largest(tree):

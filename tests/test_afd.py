@@ -40,9 +40,8 @@ def attend(variables, teacher, student, dim=8):
 
 def similarity(teacher, student, dim=8, seed=0):
     """Variables of the attention network for these taps."""
-    start = functools.partial(attention_lib.Similarity(dim).init, train=True)
     ours, theirs = map(attention_lib.descriptors, (student, teacher))
-    return jax.jit(start)(jax.random.key(seed), theirs, ours)
+    return tap_toys.variables(attention_lib.Similarity(dim), theirs, ours, seed=seed)
 
 
 def loss(variables, teacher, student, dim=8):

@@ -10,7 +10,8 @@ import tiny
 from jax.sharding import Mesh
 
 from lakd_jax import config as config_lib
-from lakd_jax.train import build, fit, networks, step
+from lakd_jax import errors
+from lakd_jax.train import build, fit, networks, runs, step
 from lakd_jax.train import state as state_lib
 
 
@@ -173,6 +174,7 @@ def test_teacher_is_fed_with_its_own_normalisation(tmp_path):
             images,
             labels,
             state.step,
+            data.noise,
         )
         return images, signals.teacher.logits
 
@@ -200,6 +202,7 @@ def test_teacher_and_student_are_fed_at_their_own_sizes(tmp_path):
             images,
             labels,
             state.step,
+            data.noise,
         )[0]
 
     signals = jax.eval_shape(observe, state, teacher, data, rows(1)[0])
@@ -242,3 +245,59 @@ def test_student_variables_are_the_plain_network(tmp_path):
     student = fit.student_variables(state)
     assert jax.tree.structure(student) == jax.tree.structure(dict(plain))
     assert state.params["method"]  # there was something to leave behind
+
+
+@pytest.mark.parametrize("method", ["afd", "rtk"])
+def test_without_beta_tap_methods_are_kd_with_their_weights(method, tmp_path):
+    """Property 21 of RTK, and 19: the student's logits come from the student alone."""
+    indices = rows(4)
+    kd = {"kd__ce_weight": 1.0, "kd__kd_weight": 0.9}
+    plain, _ = run_singly(make(tmp_path, 1, method="kd", **kd), indices)
+    ours, _ = run_singly(
+        make(tmp_path, 1, method=method, **{f"{method}__beta": 0.0}), indices
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        ours.params["student"],
+        plain.params["student"],
+    )
+    shapes, wanted = (
+        jax.tree.map(jnp.shape, fit.student_variables(s)) for s in (ours, plain)
+    )
+    assert shapes == wanted and ours.params["method"]
+
+
+@pytest.mark.parametrize("method", ["afd", "rtk"])
+def test_tap_methods_train_in_bfloat16(method, tmp_path):
+    state, losses = run_singly(
+        make(tmp_path, 2, method=method, dtype="bfloat16"), rows(2)
+    )
+    assert np.isfinite(losses).all()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+    exact, full = run_singly(make(tmp_path, 1, method=method), rows(2))
+    np.testing.assert_allclose(losses[0], full[0], rtol=0.05)
+    moved = jax.tree.map(
+        lambda a, b: float(jnp.max(jnp.abs(a - b))),
+        exact.params["method"],
+        make(tmp_path, 1, method=method)[1].params["method"],
+    )
+    assert max(jax.tree.leaves(moved)) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("examples", "drop_last", "refused"),
+    [(33, False, True), (33, True, False), (34, False, False)],
+)
+def test_a_last_batch_of_one_is_refused_where_it_is_normalised(
+    examples, drop_last, refused, tmp_path
+):
+    c = tiny.config(tmp_path, method="rtk", data__drop_last=drop_last)
+    if not refused:
+        runs._check_last_batch(c, examples)
+        return
+    with pytest.raises(
+        errors.ConfigError, match="leaves 1 of 33 .* set data.drop_last"
+    ):
+        runs._check_last_batch(c, examples)
+    c.method = "kd"
+    runs._check_last_batch(c, examples)

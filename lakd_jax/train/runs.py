@@ -109,6 +109,7 @@ def assemble(
     if not distill.METHODS[config.method].needs_teacher:
         teacher = None
     student = load_network("student", config, bench)
+    _check_last_batch(config, len(bench.dataset.train))
     plan = _plan(config, directory, len(bench.dataset.train))
     learner, first_state = build.learner(
         config,
@@ -263,6 +264,24 @@ def evaluator(
         bench.mesh,
         check=bench.guard.check,
         compile_with=bench.guard.run,
+    )
+
+
+def _check_last_batch(config: config_lib.ConfigDict, examples: int) -> None:
+    """Raises ConfigError where an epoch's short last batch is too short to normalise.
+
+    A whole batch is checked with the other fields, before there are any data.
+    """
+    least = distill.METHODS[config.method].least_batch
+    left = examples % config.batch_size
+    if left == 0 or left >= least or config.data.drop_last:
+        return
+    raise errors.ConfigError(
+        [
+            f"batch_size is {config.batch_size}, which leaves {left} of {examples} "
+            f"training images for the last batch of an epoch; method {config.method} "
+            f"needs at least {least}: set data.drop_last, or another batch_size"
+        ]
     )
 
 
