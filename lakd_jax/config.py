@@ -31,6 +31,7 @@ def default() -> ConfigDict:
 
     c.data = _data()
     c.student = _network("resnet20")
+    c.student.vam = _vam()
     c.teacher = _teacher()
     c.optim = _optim()
     c.kd = _kd()
@@ -63,6 +64,18 @@ def _network(name: str) -> ConfigDict:
     n.shortcut = "projection"  # projection | identity (option A of He et al.)
     n.image_size = 0  # images are resized to this for it; 0: as the data has them
     return n
+
+
+def _vam() -> ConfigDict:
+    v = ConfigDict()  # attention over blocks of channels, our reading of KDExplainer's
+    v.enabled = False
+    v.gate = "static"  # static (folded away at the end) | dynamic (by the image)
+    v.blocks = 4  # of inputs and of outputs; fewer where channels do not divide
+    v.temperature = 1.0  # of the attention
+    v.rescale = True  # times the number of blocks: uniform attention changes nothing
+    v.init_std = 0.0  # of the gates; 0: training starts from the plain network
+    v.gamma = 0.01  # weight of the mean entropy of the attention
+    return v
 
 
 def _teacher() -> ConfigDict:

@@ -44,6 +44,12 @@ def run(
     directory = Path(directory)
     settings = networks.settings(directory)
     network, card = _student(directory / networks.STUDENT_FILE, settings["dtype"])
+    if network.model.vam is not None and to != "stablehlo":
+        raise errors.ExportError(
+            f"{directory}: its gates depend on the image (student.vam.gate=dynamic), "
+            "so no plain network computes the same; use --to=stablehlo, or train with "
+            "static gates."
+        )
     path = directory / FOLDER / (card["network"] + ENDINGS[to])
     if to == "stablehlo":
         data = program(network, _image_shape(directory, card))

@@ -145,6 +145,16 @@ def _student_shortcut(c: Config, _: int) -> str:
     return _shortcut("student", c.student)
 
 
+@_reads("student.name", "student.vam.enabled")
+def _gates(c: Config, _: int) -> str:
+    if not c.student.vam.enabled or models.family(c.student.name).GATED:
+        return ""
+    return (
+        f"student.vam.enabled is True, but {c.student.name} has no convolutions for "
+        "it: choose another student, or set it to False"
+    )
+
+
 @_reads("teacher.name", "teacher.shortcut")
 def _teacher_shortcut(c: Config, _: int) -> str:
     return _shortcut("teacher", c.teacher)

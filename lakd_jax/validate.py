@@ -9,6 +9,7 @@ from lakd_jax import choices, distill, errors, models, relations
 from lakd_jax import config as config_lib
 from lakd_jax.distill import lakd, rtk
 from lakd_jax.local import cuts
+from lakd_jax.models import vam
 
 Check = Callable[[Any], str]  # the fault, or "" if there is none
 
@@ -95,6 +96,11 @@ def _ranges() -> dict[str, Check]:
         "student.name": network,
         "student.shortcut": shortcut,
         "student.image_size": at_least(0),
+        "student.vam.gate": one_of(vam.GATES),
+        "student.vam.blocks": at_least(2),
+        "student.vam.temperature": above(0),
+        "student.vam.init_std": at_least(0),
+        "student.vam.gamma": weight,
         "teacher.name": network,
         "teacher.shortcut": shortcut,
         "teacher.image_size": at_least(0),

@@ -42,7 +42,8 @@ def create(name: str, *, num_classes: int, **options: Any) -> chain.Chain:
         name: one of `names()`, or "wrn_D_K" of any depth D = 6n + 4 and width K.
         num_classes: width of the logits, at least 1.
         **options: `dtype` (compute type, float32 unless given), `folded` (without
-            batch norms, see `folding`), `vam` (`vam.Options`, None unless given) and
+            batch norms, see `folding`), `vam` (`vam.Options`, None unless given; not
+            for HMEs, whose gates are others) and
             what the family offers: for the CIFAR ResNets of three stages `shortcut`,
             "projection" (unless given) or "identity".
 
@@ -54,10 +55,11 @@ def create(name: str, *, num_classes: int, **options: Any) -> chain.Chain:
         raise ValueError(f"num_classes must be an integer, not {num_classes!r}")
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+    common = ("dtype", "folded", "vam") if family(name).GATED else ("dtype", "folded")
     options = {"dtype": jnp.float32} | options
     options["dtype"] = _float_dtype(options["dtype"])
     for option, value in options.items():
-        choices.check(f"option of {name}", option, [*allowed, "dtype", "folded", "vam"])
+        choices.check(f"option of {name}", option, [*allowed, *common])
         if option in allowed:
             choices.check(f"{option} of {name}", value, list(allowed[option]))
     return _builder(name)(num_classes=num_classes, **options)

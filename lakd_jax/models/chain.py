@@ -88,6 +88,8 @@ class Chain(nn.Module, kw_only=True):
     STEM_IN_FEATURES: ClassVar[bool] = True
     # Units, and the head, begin with a batch norm of their input ("entry_bn").
     PREACTIVATION: ClassVar[bool] = False
+    # Whether some convolutions take `vam`.
+    GATED: ClassVar[bool] = True
     KERNEL_INIT: ClassVar[collections.abc.Callable] = layers.he_normal_fan_out
     # (pattern, replacement) pairs that turn other PyTorch spellings into ours.
     TORCH_ALIASES: ClassVar[tuple[tuple[str, str], ...]] = ()

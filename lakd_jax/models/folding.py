@@ -85,13 +85,19 @@ def fold_gates(model: chain.Chain, variables: PyTree) -> tuple[chain.Chain, PyTr
             "train with static ones to get a plain network"
         )
     flat: dict[_Path, Any] = flax.traverse_util.flatten_dict(variables["params"])
-    kept = {path: x for path, x in flat.items() if not vam.is_gate(path)}
-    for path, gate in flat.items():
+    for path, gate in list(flat.items()):
         if vam.is_gate(path):
             kernel = (*path[:-1], "kernel")
-            kept[kernel] = model.vam.kernel(flat[kernel], gate)
-    params = flax.traverse_util.unflatten_dict(kept)
-    return model.clone(vam=None), {**variables, "params": params}
+            flat[kernel] = model.vam.kernel(flat[kernel], gate)
+    params = flax.traverse_util.unflatten_dict(flat)
+    return model.clone(vam=None), without_gates({**variables, "params": params})
+
+
+def without_gates(variables: PyTree) -> PyTree:
+    """The same variables without VAM's gates; those left are a plain network's."""
+    flat: dict[_Path, Any] = flax.traverse_util.flatten_dict(variables)
+    kept = {path: x for path, x in flat.items() if not vam.is_gate(path)}
+    return flax.traverse_util.unflatten_dict(kept)
 
 
 def _folded(

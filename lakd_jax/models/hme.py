@@ -314,6 +314,7 @@ class HME(chain.Chain, kw_only=True):
         "output": ("nce", "ce", "odds"),
     }
     STEM_IN_FEATURES: ClassVar[bool] = False
+    GATED: ClassVar[bool] = False  # by `vam`
 
     @nn.nowrap
     def make_stem(self, name: str) -> nn.Module:

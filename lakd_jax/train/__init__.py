@@ -103,7 +103,8 @@ def _baseline(
 
 
 def _title(config: config_lib.ConfigDict, method: str) -> str:
-    return f"{config.student.name}, {TITLES[method]}"
+    attention = " with VAM" if config.student.vam.enabled else ""
+    return f"{config.student.name}{attention}, {TITLES[method]}"
 
 
 def dry_run(

@@ -11,7 +11,8 @@ import optax
 from lakd_jax import config as config_lib
 from lakd_jax import distill
 from lakd_jax.local import cuts
-from lakd_jax.train import networks, optim
+from lakd_jax.models import vam
+from lakd_jax.train import gates, networks, optim
 from lakd_jax.train import state as state_lib
 from lakd_jax.train import step as step_lib
 
@@ -61,6 +62,8 @@ def learner(
         cut_scale=config.local.cut_scale if is_local else 1.0,
         module_input=config.local.module_input if is_local else "student",
         uncut=method.needs_uncut,
+        vam_gamma=config.student.vam.gamma,
+        starts=tuple(config.local.module_start_epochs) if is_local else (),
         preact=is_local and config.lakd.preact,
         student_pixels=pixels(config),
         teacher_pixels=teacher_pixels,
@@ -86,6 +89,15 @@ def learner(
     )
     done = dataclasses.replace(draft, optimizer=optimizer, labels=labels)
     return done, lambda: _first_state(done, init, student.variables)
+
+
+def vam_options(config: config_lib.ConfigDict) -> vam.Options | None:
+    """The student's virtual attention; None for none."""
+    block = config.student.vam
+    if not block.enabled:
+        return None
+    own = (field.name for field in dataclasses.fields(vam.Options))
+    return vam.Options(**{name: block[name] for name in own})
 
 
 def learning_rate(
@@ -170,7 +182,8 @@ def _first_state(
     options: Any = {"xla_backend_optimization_level": 0} if _on_cpu() else None
     params, stats = jax.jit(init).lower().compile(compiler_options=options)()
     if student_variables is not None:
-        params["student"] = student_variables["params"]
+        given = student_variables["params"]
+        params["student"] = gates.completed(given, params["student"])
         stats["student"] = student_variables["batch_stats"]
     state = state_lib.TrainState(
         step=jnp.int32(0),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lakd_jax import errors, interop, models, workdir
-from lakd_jax.models import chain
+from lakd_jax.models import chain, folding, vam
 
 PyTree = Any
 
@@ -81,7 +81,7 @@ def save(path: Path, variables: PyTree, network: Loaded, result: dict) -> None:
     """Writes a student so that `load` finds all it needs in the one file.
 
     Args:
-      variables: of the plain student; `network` names it and its normalisation.
+      variables: of the student; `network` names it and its normalisation.
       result: what is known of its quality, kept as it is.
     """
     model = network.model
@@ -89,6 +89,7 @@ def save(path: Path, variables: PyTree, network: Loaded, result: dict) -> None:
         "network": result["student"],
         "num_classes": model.num_classes,
         "options": {name: getattr(model, name) for name in model.OPTIONS},
+        "vam": dataclasses.asdict(model.vam) if model.vam else None,
         "mean": network.mean,
         "std": network.std,
         "image_size": network.size,
@@ -151,7 +152,10 @@ def student(path: Path, dtype: str) -> tuple[Loaded, dict[str, Any]]:
             dtype=jnp.dtype(dtype),
             **card["options"],
         )
-        interop.to_torch(name, variables)  # for its check of every key and shape
+        # For its check of every key and shape; gates are none of PyTorch's.
+        interop.to_torch(name, folding.without_gates(variables))
+        if card.get("vam"):  # dynamic gates, which stay
+            model = model.clone(vam=vam.Options(**card["vam"]))
     except ValueError as error:
         raise errors.TeacherError(f"is no student of a run: {error}") from error
     remark = _remark(flax.traverse_util.flatten_dict(variables, sep="/"))

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lakd_jax.models import vam
+
 PyTree = Any
 
 
@@ -52,15 +54,36 @@ def sgd(
 ) -> optax.GradientTransformation:
     """Clip per module, add weight decay, momentum, then the learning rate.
 
+    VAM's gates are not decayed: that would pull them to uniform attention, against
+    their entropy's term.
+
     The order is PyTorch's SGD: the decay enters the momentum buffer. `labels`
     (the module index of every parameter) says which gradients share a norm: a
     norm over all modules would couple them across the cuts.
     """
+    mask = _decay_mask(labels)
+    # Without a mask where nothing is left out, so that the state stays what it was.
+    mask = None if all(jax.tree.leaves(mask)) else mask
     return optax.chain(
         clip_by_module_norm(clip_norm, labels) if clip_norm else optax.identity(),
-        optax.add_decayed_weights(weight_decay),
+        optax.add_decayed_weights(weight_decay, mask),
         optax.trace(momentum, nesterov),
         optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _decay_mask(tree: PyTree) -> PyTree:
+    """Whether weight decay applies to each leaf of a tree of parameters or labels."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not vam.is_gate([key.key for key in path]), tree
+    )
+
+
+def decayed(params: PyTree) -> PyTree:
+    """`params` with zeros where weight decay does not apply."""
+    # A product, so that NaN and infinity are still seen by those who look for them.
+    return jax.tree.map(
+        lambda p, kept: p if kept else 0.0 * p, params, _decay_mask(params)
     )
 
 

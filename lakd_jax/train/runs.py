@@ -14,7 +14,7 @@ from lakd_jax import data, distill, errors, interrupt, workdir
 from lakd_jax.data import order
 from lakd_jax.models import folding
 from lakd_jax.report import table
-from lakd_jax.train import build, evaluate, fit, networks
+from lakd_jax.train import build, evaluate, fit, gates, networks
 from lakd_jax.train import state as state_lib
 from lakd_jax.train import step as step_lib
 
@@ -84,7 +84,7 @@ def train_one(
     if done.exists():
         return workdir.read_json(done)
     job, student = assemble(config, directory, bench, teacher)
-    trained = job.run()
+    student, trained = _deployed(student, job.run())
     result = _result(config, bench, teacher, student, trained)
     pixels = build.pixels(config)
     height, width, _ = bench.dataset.train.images.shape[1:]
@@ -99,6 +99,22 @@ def train_one(
     return result
 
 
+def _deployed(
+    student: networks.Loaded, trained: fit.Trained
+) -> tuple[networks.Loaded, fit.Trained]:
+    """The student without what only training needs; static gates are folded.
+
+    Dynamic ones belong to the network and stay.
+    """
+    model = student.model
+    if model.vam is None or not model.vam.foldable:
+        return student, trained
+    plain, last = folding.fold_gates(model, trained.last)
+    best = folding.fold_gates(model, trained.best)[1] if trained.best else None
+    student = dataclasses.replace(student, model=plain)
+    return student, dataclasses.replace(trained, last=last, best=best)
+
+
 def assemble(
     config: config_lib.ConfigDict,
     directory: Path,
@@ -109,6 +125,7 @@ def assemble(
     if not distill.METHODS[config.method].needs_teacher:
         teacher = None
     student = load_network("student", config, bench)
+    student = gates.gated(student, build.vam_options(config))
     _check_last_batch(config, len(bench.dataset.train))
     plan = _plan(config, directory, len(bench.dataset.train))
     learner, first_state = build.learner(

@@ -13,11 +13,13 @@ from lakd_jax.data import augment
 from lakd_jax.distill import method as method_lib
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
-from lakd_jax.train import optim
+from lakd_jax.train import gates, optim
 from lakd_jax.train import state as state_lib
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
+# Collections that the student's pass leaves; the second holds entropies of gates.
+_LEFT = ["batch_stats", "intermediates"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Learner:
       module_input: "student", or "teacher": each module is fed the teacher's
         activation at the joint below it.
       uncut: also hand the method joints whose gradients cross the cuts.
+      vam_gamma: weight of the entropy of the student's gates, if it has any.
+      starts: the epoch from which each module's gates count; () for all at once.
       preact: joints before the last ReLU.
     """
 
@@ -63,6 +67,8 @@ class Learner:
     cut_scale: float
     module_input: str
     uncut: bool
+    vam_gamma: float
+    starts: tuple[float, ...]
     preact: bool
     student_pixels: Pixels
     teacher_pixels: Pixels
@@ -172,7 +178,7 @@ def loss(
     module's parameters is that of its own loss, since the cuts let nothing (or
     `cut_scale` of it) through.
     """
-    signals, stats = observe(
+    signals, new = observe(
         learner, params, batch_stats, teacher_variables, images, labels, step
     )
     losses, method_state = learner.method.apply(
@@ -181,11 +187,20 @@ def loss(
         train=True,
         mutable=["batch_stats"],
     )
+    losses = gates.with_entropy(
+        losses,
+        new.get("intermediates", {}),
+        gamma=learner.vam_gamma,
+        owner=lambda path: cuts.module_of(path, learner.partition, learner.student),
+        epoch=signals.epoch,
+        starts=learner.starts,
+    )
     total = method_lib.total(losses)
     correct = jnp.argmax(signals.student.logits, -1) == labels
     metrics = {"loss": total, "accuracy": jnp.mean(correct, dtype=jnp.float32)}
     metrics |= method_lib.flatten_metrics(losses)
-    new_stats = {"student": stats, "method": method_state.get("batch_stats", {})}
+    own = method_state.get("batch_stats", {})
+    new_stats = {"student": new["batch_stats"], "method": own}
     return total, (new_stats, metrics)
 
 
@@ -198,7 +213,7 @@ def observe(
     labels: jax.Array,
     step: jax.Array,
 ) -> tuple[method_lib.Signals, PyTree]:
-    """What the method sees of both networks, and the student's new statistics."""
+    """What the method sees of both networks, and what the student's pass leaves."""
     teacher, teacher_joints, extra = None, (), {}
     if learner.teacher is not None:
         pixels = learner.teacher_pixels(images)
@@ -219,7 +234,7 @@ def observe(
     def run(scale: float) -> tuple[chain.Outputs, PyTree]:
         joint = cuts.joint_function(learner.partition, scale, replace)
         return learner.student.apply(
-            variables, inputs, train=True, joint=joint, mutable=["batch_stats"]
+            variables, inputs, train=True, joint=joint, mutable=_LEFT
         )
 
     student, new = run(learner.cut_scale)
@@ -241,7 +256,7 @@ def observe(
         student_uncut=uncut,
         **extra,
     )
-    return signals, new["batch_stats"]
+    return signals, new
 
 
 def _suffix(
@@ -281,6 +296,6 @@ def _norms(learner: Learner, grads: PyTree, params: PyTree) -> Metrics:
     out = {}
     for k, norm in optim.module_norms(grads, learner.labels).items():
         out[f"module{k + 1}/grad_norm"] = norm
-    for k, norm in optim.module_norms(params, learner.labels).items():
+    for k, norm in optim.module_norms(optim.decayed(params), learner.labels).items():
         out[f"module{k + 1}/decay_norm"] = learner.weight_decay * norm
     return out

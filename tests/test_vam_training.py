@@ -1,0 +1,322 @@
+"""Training, saving and giving out students with virtual attention."""
+
+import dataclasses
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from jax.sharding import Mesh
+
+from lakd_jax import config as config_lib
+from lakd_jax import errors, export, models, train, validate
+from lakd_jax.distill import method as method_lib
+from lakd_jax.local import cuts
+from lakd_jax.models import folding, vam
+from lakd_jax.train import build, fit, gates, networks, optim, runs, step
+from lakd_jax.train import state as state_lib
+
+MESH = Mesh(np.array(jax.devices()[:1]), ("data",))
+VAM = {"student__vam__enabled": True}
+ROWS = np.random.default_rng(3).integers(0, 160, (5, 16)).astype(np.int32)
+
+
+def made(tmp_path, **fields):
+    """(learner, first state, teacher variables, data) with the student of a config."""
+    config = config_lib.resolve(tiny.config(tmp_path, **fields))
+    plain = networks.load(
+        "student", "resnet8", "", shortcut="projection", dtype="float32", num_classes=3
+    )
+    teacher = dataclasses.replace(plain, variables=tiny.variables(plain.model))
+    learner, first = build.learner(
+        config,
+        gates.gated(plain, build.vam_options(config)),
+        teacher if config.method != "none" else None,
+        teacher_pixels=build.pixels(config),
+        image_shape=(8, 8, 3),
+        steps_per_epoch=10,
+        mesh=MESH,
+    )
+    data = state_lib.resident(tiny.split(160, 0), config.seed, MESH)
+    return learner, first(), teacher.variables, data
+
+
+def run_steps(made, indices=ROWS):
+    """The state after these steps, and each step's metrics."""
+    learner, state, teacher, data = made
+    teacher = teacher if learner.teacher else None
+    one = jax.jit(functools.partial(step.train_step, learner))
+    metrics = []
+    for row in indices:
+        state, values = one(state, teacher, data, row)
+        metrics.append(jax.device_get(values))
+    return state, metrics
+
+
+def flat(tree):
+    return flax.traverse_util.flatten_dict(dict(tree))
+
+
+def gates_of(params):
+    return {path: x for path, x in flat(params).items() if vam.is_gate(path)}
+
+
+def only_gates(tree):
+    """The same tree with zeros elsewhere."""
+    return jax.tree.map(jnp.subtract, tree, optim.decayed(tree))
+
+
+def freeze(optimizer):
+    """The same, but gates get updates of zero."""
+
+    def update(updates, state, params=None):
+        del params
+        return jax.tree.map(jnp.subtract, updates, only_gates(updates)), state
+
+    return optax.chain(
+        optimizer, optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    )
+
+
+def entropy_of(layers):
+    """The mean H of some layers' static gates at temperature 1."""
+    values = [vam.entropy(vam.log_attention(gate, 1.0)) for gate in layers]
+    return np.mean(values)
+
+
+# The step
+
+
+@pytest.mark.parametrize("method", ["none", "kd", "lakd"])
+def test_20_frozen_gates_without_entropy_train_as_the_plain_network(method, tmp_path):
+    plain = made(tmp_path, method=method)
+    learner, _, teacher, data = made(
+        tmp_path, method=method, student__vam__gamma=0.0, **VAM
+    )
+    learner = dataclasses.replace(learner, optimizer=freeze(learner.optimizer))
+    first = made(tmp_path, method=method, **VAM)[1]
+    first = first.replace(opt_state=learner.optimizer.init(first.params))
+    state, metrics = run_steps((learner, first, teacher, data))
+    wanted, plain_metrics = run_steps(plain)
+    for ours, theirs in zip(metrics, plain_metrics, strict=True):
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
+    own = folding.without_gates(state.params["student"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        own,
+        wanted.params["student"],
+    )
+    assert not any(np.any(g) for g in gates_of(state.params).values())
+
+
+@pytest.mark.parametrize("gate", vam.GATES)
+@pytest.mark.parametrize("method", ["none", "lakd"])
+def test_gates_learn_and_the_entropy_is_part_of_the_loss(method, gate, tmp_path):
+    """At V = 0 attention is uniform: H is 1 and its gradient 0."""
+    fields = {"student__vam__gate": gate, "student__vam__gamma": 0.5, **VAM}
+    _, without = run_steps(made(tmp_path, method=method), ROWS[:1])
+    state, metrics = run_steps(made(tmp_path, method=method, **fields))
+    first = metrics[0]
+    np.testing.assert_allclose(first["loss"], without[0]["loss"] + 0.5, rtol=1e-5)
+    assert all(np.any(g) for g in gates_of(state.params).values())
+    name = "module3/vam_entropy" if method == "lakd" else "module1/vam_entropy"
+    assert metrics[-1][name] < first[name] == pytest.approx(1.0, rel=1e-5)
+
+
+def test_each_module_has_the_entropy_of_its_own_layers(tmp_path):
+    fields = {"student__vam__gamma": 0.3, "student__vam__init_std": 1.0, **VAM}
+    learner, state, *rest = made(tmp_path, method="lakd", **fields)
+    (values,) = run_steps((learner, state, *rest), ROWS[:1])[1]
+    student = gates_of(state.params["student"])
+    for k in (1, 2, 3):
+        own = [gate for path, gate in student.items() if path[0] == f"stage{k}"]
+        assert len(own) == 2
+        wanted = entropy_of(own)
+        np.testing.assert_allclose(values[f"module{k}/vam_entropy"], wanted, rtol=1e-5)
+    head = 0.1 * values["module3/head_ce"] + 0.9 * values["module3/head_kd"]
+    maps = [values[f"module{k}/{t}"] for k in (1, 2, 3) for t in LAKD_TERMS]
+    total = head + sum(maps) + 0.3 * entropy_of(list(student.values()))
+    np.testing.assert_allclose(values["loss"], total, rtol=1e-5)
+
+
+LAKD_TERMS = ("feature", "attention")
+
+
+def test_shares_and_starts_of_the_entropy_by_hand():
+    """Module 2 has two of three layers: weights are gamma / 3 and 2 gamma / 3."""
+    loss = method_lib.ModuleLoss({"head_ce": jnp.float32(2)}, {"head_ce": 1.0}, {})
+    values = {"a": 0.2, "b": 0.4, "c": 0.8}
+    sown = {name: {vam.ENTROPY: jnp.float32(v)} for name, v in values.items()}
+    sown["other"] = {"something_else": jnp.float32(7)}
+
+    def added(starts=()):
+        return gates.with_entropy(
+            (loss, loss),
+            sown,
+            gamma=0.3,
+            owner=lambda path: int(path[1] != "a"),
+            epoch=jnp.float32(1.5),
+            starts=starts,
+        )
+
+    first, second = added()
+    assert first.terms["vam_entropy"] == jnp.float32(0.2)
+    np.testing.assert_allclose(second.terms["vam_entropy"], 0.6, rtol=1e-6)
+    np.testing.assert_allclose(first.total(), 2 + 0.1 * 0.2, rtol=1e-6)
+    np.testing.assert_allclose(second.total(), 2 + 0.2 * 0.6, rtol=1e-6)
+    later = added(starts=(0.0, 2.0))
+    np.testing.assert_allclose(later[0].total(), 2 + 0.1 * 0.2, rtol=1e-6)
+    np.testing.assert_allclose(later[1].total(), 2.0)
+
+
+def test_gates_are_not_decayed():
+    params = {"conv": {"kernel": jnp.ones(3), "vam_gate": jnp.full(2, 5.0)}}
+    labels = jax.tree.map(lambda _: 0, params)
+    optimizer = optim.sgd(
+        optax.constant_schedule(1.0),
+        momentum=0.9,
+        nesterov=False,
+        weight_decay=0.1,
+        clip_norm=1.0,
+        labels=labels,
+    )
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["conv"]["kernel"], -0.1, rtol=1e-6)
+    np.testing.assert_array_equal(updates["conv"]["vam_gate"], 0.0)
+    kept = optim.decayed(params)
+    np.testing.assert_array_equal(kept["conv"]["vam_gate"], 0.0)
+    assert kept["conv"]["kernel"] is params["conv"]["kernel"]
+    params["conv"]["vam_gate"] = jnp.full(2, jnp.inf)
+    assert np.isnan(optim.decayed(params)["conv"]["vam_gate"]).all()
+
+
+def test_gates_belong_to_the_modules_of_their_convolutions(tmp_path):
+    learner, state, *_ = made(tmp_path, method="lakd", **VAM)
+    labels = cuts.label_tree(state.params, learner.partition, learner.student)
+    owners = {path[1]: k for path, k in flat(labels).items() if vam.is_gate(path)}
+    assert owners == {"stage1": 0, "stage2": 1, "stage3": 2}
+
+
+# Runs
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where runs on the tiny data go, on one device."""
+    monkeypatch.setattr(runs.data, "load", lambda *a, **k: tiny.dataset())
+    monkeypatch.setattr(state_lib, "data_mesh", lambda: MESH)
+    return tmp_path
+
+
+def train_in(folder, name, **fields):
+    """(config, result, lines) of a run of one epoch with `fields`."""
+    lines = []
+    fields = {"method": "none", "epochs": 1, "optim__warmup_epochs": 0.0} | fields
+    config = tiny.config(folder, **fields)
+    result = train.run(config, folder / name, guard=guard(), notify=lines.append)
+    return config, result, lines
+
+
+def guard():
+    return tiny.StopAfter(10**6)
+
+
+def loaded(path, part="teacher"):
+    return networks.load(
+        part,
+        "resnet8",
+        str(path),
+        shortcut="projection",
+        dtype="float32",
+        num_classes=3,
+    )
+
+
+def last_variables(folder, config, result_of):
+    """The student's variables in the last checkpoint of a run."""
+    bench = runs.bench(config, guard(), print)
+    job, student = runs.assemble(config, folder / result_of, bench, None)
+    return student.model, job.run().last
+
+
+def test_a_finished_run_leaves_the_plain_network(folder):
+    fields = {"student__vam__init_std": 0.5, **VAM}
+    config, result, lines = train_in(folder, "run", **fields)
+    network = loaded(folder / "run")
+    assert network.model == models.create("resnet8", num_classes=3)
+    plain = networks.load(
+        "student", "resnet8", "", shortcut="projection", dtype="float32", num_classes=3
+    )
+    shapes = jax.tree.map(jnp.shape, tiny.variables(plain.model))
+    assert jax.tree.map(jnp.shape, network.variables) == shapes
+    assert result["parameters"] == state_lib.parameter_count(
+        network.variables["params"]
+    )
+    assert any("resnet8 with VAM, alone" in line for line in lines)
+    # The same logits as the network that was trained, to 1e-5.
+    model, variables = last_variables(folder, config_lib.resolve(config), "run")
+    assert gates_of(variables["params"])
+    x = build.pixels(config)(jnp.asarray(tiny.split(45, 2).images))
+    ours, theirs = (
+        jax.jit(functools.partial(m.apply, train=False))(v, x).logits
+        for m, v in ((network.model, network.variables), (model, variables))
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    for to in export.ENDINGS:
+        export.run(folder / "run", to, notify=print)
+    # It may be trained on, with fresh gates or without.
+    for name, more in (("on", VAM), ("off", {})):
+        train_in(folder, name, student__init=str(folder / "run"), **more)
+
+
+def test_dynamic_gates_stay_in_the_student(folder):
+    fields = {"student__vam__gate": "dynamic", **VAM}
+    config, result, _ = train_in(folder, "run", **fields)
+    network = loaded(folder / "run")
+    options = vam.Options("dynamic", 4, 1.0, True, 0.0)
+    assert network.model == models.create("resnet8", num_classes=3, vam=options)
+    assert gates_of(network.variables["params"])
+    score = runs.evaluator(
+        config, network, build.pixels(config), runs.bench(config, guard(), print)
+    )
+    data = state_lib.resident(tiny.split(45, 2), 0, MESH)
+    assert score(network.variables, data).right == result["test_last"]["right"]
+    for to in ("safetensors", "torch"):
+        with pytest.raises(errors.ExportError, match="use --to=stablehlo"):
+            export.run(folder / "run", to, notify=print)
+    export.run(folder / "run", "stablehlo", notify=print)
+    train_in(folder, "same", student__init=str(folder / "run"), **fields)
+    for name, other in {"off": {}, "static": VAM}.items():
+        with pytest.raises(errors.TeacherError, match="gate=dynamic, blocks=4, temp"):
+            train_in(folder, name, student__init=str(folder / "run"), **other)
+    # As a frozen teacher it is what it was, its batch norms folded.
+    teacher = {"teacher__init": str(folder / "run"), "method": "kd"}
+    train_in(folder, "taught", **teacher)
+
+
+def test_only_gated_families_take_it(tmp_path):
+    config = tiny.config(tmp_path, student__name="hme", method="none", **VAM)
+    faults = validate.problems(config, 1)
+    assert any("hme has no convolutions for it" in fault for fault in faults)
+    options = vam.Options("static", 4, 1.0, True, 0.0)
+    with pytest.raises(ValueError, match="option of hme is 'vam'"):
+        models.create("hme", num_classes=3, vam=options)
+
+
+def test_the_student_alone_has_the_block():
+    config = config_lib.default()
+    assert "vam" in config.student and "vam" not in config.teacher
+    fields = {f.name for f in dataclasses.fields(vam.Options)}
+    assert set(config.student.vam) == fields | {"enabled", "gamma"}
+    assert build.vam_options(config) is None
+
+
+def test_variables_in_evaluation_hold_no_intermediates(tmp_path):
+    state, _ = run_steps(made(tmp_path, method="none", **VAM), ROWS[:1])
+    assert set(fit.student_variables(state)) == {"params", "batch_stats"}
+    assert set(state.batch_stats) == {"student", "method"}
