@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,16 @@ from jax.sharding import Mesh
 
 from lakd_jax import config as config_lib
 from lakd_jax import explain, interrupt, models
-from lakd_jax.explain import conflict, measure, page, similarity
+from lakd_jax.explain import (
+    conflict,
+    experts,
+    measure,
+    page,
+    similarity,
+    subject,
+    taps,
+)
+from lakd_jax.report import grids
 from lakd_jax.train import runs
 from lakd_jax.train import state as state_lib
 
@@ -71,7 +81,7 @@ def test_conflict_is_the_mean_cosine_of_class_gradients():
     labels = np.array([0, 0, 1, 1, 2, 2])
     images = RNG.standard_normal((6, 8, 8, 3)).astype(np.float32)
     found = conflict.mean_cosines(model, variables, images, labels, np.arange(3))
-    assert set(found) == {"stem", "stage1", "stage2", "stage3"}
+    assert list(found) == ["stem", "stage1", "stage2", "stage3"]
 
     def loss(params, chosen):
         own = slice(*chosen)
@@ -130,6 +140,96 @@ def self_contained(text):
     assert not re.search(r"https?://|url\(|@import|<script", text)
 
 
+# ------------------------------------------------------------------ matrices, trees
+
+
+def picture(path):
+    from PIL import Image
+
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def test_matrices_and_trees_are_drawn(tmp_path):
+    matrix = np.array([[0.0, 1.0, 0.0], [0.5, 0.5, 0.0]])
+    grids.matrices(
+        tmp_path / "m.png",
+        [("first", matrix), ("second $", matrix / 2)],
+        rows=["a", "b"],
+        columns=["x", "y", "z_{$"],
+        row_title="row",
+        column_title="column",
+    )
+    yellow = np.all(picture(tmp_path / "m.png") == (253, 231, 36), axis=-1)
+    assert yellow.sum() > 100  # the largest value, in the first panel only
+    levels = [
+        [("1.1", None, 0.5), ("1.2", None, 0.5)],
+        [("cat", 0, 1.0), ("dog", 0, 0.2), ("a very long name of a class", 1, 0.9)],
+    ]
+    grids.tree(tmp_path / "t.png", levels)
+    assert picture(tmp_path / "t.png").std() > 5
+
+
+def test_section_on_experts(tmp_path):
+    """Two classes of each expert of the last level; level 1 decided for its first."""
+    rows = {"stage2": (4, 2), "stage3": (8, 4)}
+    params = {}
+    for stage, (children, parents) in rows.items():
+        logits = np.zeros((children, parents))
+        logits[:, 0] = 9.0
+        params[stage] = {"block1": {"gate": {"logits": logits}}}
+    last = np.full((10, 8), 0.0)
+    last[np.arange(10), np.arange(10) // 2] = 9.0
+    params["head"] = {"gate": {"logits": last}}
+    names = tuple(f"class{i}" for i in range(10))
+    text = "".join(experts.section(params, names, "cifar10", tmp_path))
+    # Of levels 1 and 2 one expert each is alive, of level 3 five.
+    assert "7 of 14 experts serve no class; the 10 classes take 5 different" in text
+    assert "<td>level 1</td><td>100.0 %</td><td>100.0 %</td>" in text
+    # Of 21 related pairs (6 of vehicles, 15 of animals) 0-1, 8-9, 2-3, 4-5, 6-7 meet.
+    assert (
+        f"<td>level 3</td><td>{100 * 5 / 21:.1f} %</td><td>{100 * 5 / 45:.1f}" in text
+    )
+    assert "digraph tree" in text
+    assert "cifar" not in "".join(experts.section(params, names, "digits", tmp_path))
+
+
+def test_entropy_of_taps_is_of_the_axis_that_sums_to_one(tmp_path):
+    one_hot = np.zeros((4, 3, 5))
+    one_hot[..., 0] = 1.0  # every student tap attends to the first teacher tap
+
+    def subject_of(method):
+        return types.SimpleNamespace(config=tiny.config(tmp_path, method=method))
+
+    assert taps._entropy(subject_of("rtk"), one_hot) == 0.0
+    even = np.full((4, 3, 5), 1 / 3)  # over students
+    assert taps._entropy(subject_of("afd"), even) == pytest.approx(1.0)
+    rows = "".join(taps._chosen(one_hot))
+    assert "<td>teacher 1</td><td>100.0 %</td>" in rows
+    assert "<td>teacher 2</td><td>0.0 %</td>" in rows
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["afd", "rtk"])
+def test_attention_between_taps_is_read_from_checkpoints(method, finished, tmp_path):
+    from lakd_jax import train
+
+    fields = {"epochs": 1, "checkpoint__every_steps": 5, "method": method}
+    teacher = next((finished.parent / "teachers").iterdir())
+    config = tiny.config(tmp_path, teacher__init=str(teacher), **fields)
+    quiet = {"guard": interrupt.Guard(), "notify": lambda text: None}
+    train.run(config, tmp_path / "run", **quiet)
+    found = taps.over_training(subject.load(tmp_path / "run", *quiet.values()))
+    assert [epoch for epoch, _ in found] == [0.5, 1.0]
+    axis = {"afd": 1, "rtk": 2}[method]
+    for _, attention in found:
+        assert attention.shape == (45, 3, 3)
+        np.testing.assert_allclose(attention.sum(axis), 1.0, rtol=1e-5)
+    assert not np.allclose(found[0][1], found[1][1])
+    text = explain.run(tmp_path / "run", **quiet).read_text()
+    assert "Which taps attend to which" in text
+    assert ("representative" in text) == (method == "rtk")
+
+
 # ------------------------------------------------------------------ a whole run
 
 
@@ -179,8 +279,6 @@ def test_a_baseline_without_teacher_has_a_report_too(finished):
 
 
 def test_right_and_wrong_images_are_what_they_are_called(finished):
-    from lakd_jax.explain import subject
-
     s = subject.load(finished, interrupt.Guard(), lambda text: None)
     chosen = measure.right_and_wrong(s, 4)
     test = s.bench.dataset.test
@@ -246,7 +344,5 @@ def test_the_report_renders_in_a_browser(finished, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "CONSOLE" not in done.stderr
     assert "Knowledge conflict" in done.stdout
-    from PIL import Image
-
-    pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB"))
+    pixels = picture(tmp_path / "page.png")
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50  # a picture is there

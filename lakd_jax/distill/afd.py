@@ -82,6 +82,7 @@ class AFD(method.Method):
             train=train,
         )
         attention = jax.nn.softmax(logits)
+        self.sow("intermediates", "attention", attention)  # for explain
         distances = attention_lib.distances(ours, theirs, "mean")
         terms, weights = kd.head_terms(
             signals, self.ce_weight, self.kd_weight, self.temperature

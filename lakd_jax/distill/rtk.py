@@ -225,6 +225,7 @@ class RTK(method.Method):
         theirs = attention_lib.taps_of(signals.teacher, "teacher")
         attend = Attend(options, name="module1")
         attention, distances, groups = attend(ours, theirs, train=train)
+        self.sow("intermediates", "attention", attention)  # for explain
         terms, weights = kd.head_terms(
             signals, options.ce_weight, options.kd_weight, options.temperature
         )

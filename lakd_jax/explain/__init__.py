@@ -3,9 +3,11 @@
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lakd_jax import interrupt, workdir
-from lakd_jax.explain import measure, page, subject
+from lakd_jax.explain import experts, measure, page, subject, taps
+from lakd_jax.models import hme
 from lakd_jax.report import pictures
 from lakd_jax.train import look
 
@@ -40,6 +42,8 @@ def run(
             ("Where the networks look", _attention),
             ("What each module has learnt", _modules),
             ("Feature error in training", _feature_errors),
+            ("Which taps attend to which", _taps),
+            ("Experts and tasks", _experts),
             ("Knowledge conflict", _conflict),
         ):
             guard.check()
@@ -138,6 +142,23 @@ def _feature_errors(
     return [
         page.picture(path, "Relative feature error of each module over epochs.")
     ] + [page.text(words)]
+
+
+def _taps(
+    s: subject.Subject, scratch: Path, notify: Callable[[str], None]
+) -> list[str]:
+    if s.config.method not in taps.METHODS:
+        return []
+    notify("attention between taps")
+    return taps.section(s, scratch)
+
+
+def _experts(s: subject.Subject, scratch: Path, _: Callable[[str], None]) -> list[str]:
+    if not isinstance(s.student.model, hme.HME):
+        return []
+    variables: Any = s.student.variables
+    dataset = s.bench.dataset
+    return experts.section(variables["params"], dataset.classes, dataset.name, scratch)
 
 
 def _conflict(s: subject.Subject, _: Path, notify: Callable[[str], None]) -> list[str]:

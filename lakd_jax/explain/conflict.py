@@ -59,10 +59,12 @@ def mean_cosines(
     per_class = [
         gradient(variables["params"], jnp.asarray(labels == c)) for c in classes
     ]
+    # The head is left out: its rows belong to single classes.
+    parts = dict.fromkeys(name.split(".")[0] for name in model.unit_names)
     return {
         part: _mean_cosine([_flat(tree[part]) for tree in per_class])
-        for part in variables["params"]
-        if part != "head"  # its rows belong to single classes
+        for part in parts
+        if part in variables["params"]
     }
 
 

@@ -18,6 +18,7 @@ from lakd_jax.train import step as step_lib
 
 PyTree = Any
 BATCH = 128
+_COLLECTIONS = ("params", "batch_stats")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +81,21 @@ def past(subject: Subject) -> Iterator[tuple[int, PyTree]]:
     folder = subject.directory / "checkpoints"
     for step in checkpoint.list_steps(folder):
         _, arrays, _ = checkpoint.read_arrays(folder, step)
-        leaves = {}
-        for name, array in arrays.items():  # "train/params/student/stem/conv/kernel"
-            tree, kind, part, *path = name.split("/") + [""] * 3
-            if tree == "train" and part == "student" and kind != "opt_state":
-                leaves[kind, *filter(None, path)] = array
-        yield step, flax.traverse_util.unflatten_dict(leaves)
+        yield step, part(arrays, "student")
+
+
+def part(arrays: dict[str, np.ndarray], name: str) -> PyTree:
+    """The variables of the student or of the method ("student", "method").
+
+    Args:
+        arrays: of a checkpoint, as "train/params/student/stem/conv/kernel".
+    """
+    leaves = {}
+    for key, array in arrays.items():
+        tree, *path = key.split("/")
+        if tree == "train" and path[1:2] == [name] and path[0] in _COLLECTIONS:
+            leaves[path[0], *path[2:]] = array
+    return flax.traverse_util.unflatten_dict(leaves)
 
 
 def observe(

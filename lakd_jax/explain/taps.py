@@ -1,0 +1,102 @@
+"""Which teacher taps a student's taps attend to, under AFD and RTK."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lakd_jax import checkpoint, distill
+from lakd_jax.distill import method as method_lib
+from lakd_jax.explain import page, subject
+from lakd_jax.report import grids
+from lakd_jax.train import build
+
+METHODS = ("afd", "rtk")
+IMAGES = 256  # test images
+
+
+def section(s: subject.Subject, scratch: Path) -> list[str]:
+    """The parts of the report's section on the taps' attention.
+
+    Empty where no checkpoint is left: the attention is no part of the student.
+    """
+    found = over_training(s)
+    if not found:
+        return []
+    panels = [(f"after epoch {epoch:g}", a.mean(0)) for epoch, a in found]
+    _, ours, theirs = found[0][1].shape
+    path = scratch / "taps.png"
+    grids.matrices(
+        path,
+        panels,
+        rows=[str(i) for i in range(1, ours + 1)],
+        columns=[str(i) for i in range(1, theirs + 1)],
+        row_title="student tap",
+        column_title="teacher tap",
+    )
+    over = "student taps" if s.config.method == "afd" else "teacher taps"
+    words = (
+        f"Mean attention over {IMAGES} test images (fewer where there are fewer), "
+        f"for every checkpoint that is left. Under {s.config.method.upper()} weights "
+        f"sum to 1 over {over}. Entropy is that of these weights over its largest "
+        "value: 1 where all taps count alike."
+    )
+    rows = [[f"{epoch:g}", f"{_entropy(s, a):.4f}"] for epoch, a in found]
+    described = "Matrices of attention between student taps and teacher taps."
+    parts = [page.picture(path, described), page.table(["epoch", "entropy"], rows)]
+    parts.append(page.text(words))
+    return parts + (_chosen(found[-1][1]) if s.config.method == "rtk" else [])
+
+
+def _chosen(attention: np.ndarray) -> list[str]:
+    """How often each teacher tap is a representative, at the last checkpoint."""
+    shares = (attention > 0).mean((0, 1))
+    rows = [[f"teacher {i}", f"{100 * x:.1f} %"] for i, x in enumerate(shares, 1)]
+    words = (
+        "How often each teacher tap passes the filter, over images and student taps. "
+        "RTK is our reading of a method whose details are not public."
+    )
+    return [page.table(["tap", "representative"], rows), page.text(words)]
+
+
+def _entropy(s: subject.Subject, attention: np.ndarray) -> float:
+    axis = 1 if s.config.method == "afd" else 2
+    logs = np.log(attention, out=np.zeros_like(attention), where=attention > 0)
+    largest = np.log(attention.shape[axis])
+    value = -(attention * logs).sum(axis).mean()
+    return float(value / largest) if largest else 0.0
+
+
+def over_training(s: subject.Subject) -> list[tuple[float, np.ndarray]]:
+    """(epoch, attention (n, student taps, teacher taps)) of every checkpoint."""
+    method = distill.create(s.config.method, build.method_options(s.config))
+    test = s.bench.dataset.test
+    images, labels = (jnp.asarray(x[:IMAGES]) for x in (test.images, test.labels))
+    assert s.teacher is not None
+    teacher, pixels = s.teacher.network, s.teacher.pixels
+
+    @jax.jit
+    def attend(student: Any, own: Any, frozen: Any) -> jax.Array:
+        signals = method_lib.Signals(
+            student=s.student.model.apply(student, s.pixels(images), train=False),
+            teacher=teacher.model.apply(frozen, pixels(images), train=False),
+            labels=labels,
+            epoch=jnp.float32(0),
+            student_joints=(),
+            teacher_joints=(),
+        )
+        _, left = method.apply(own, signals, train=False, mutable=["intermediates"])
+        (found,) = jax.tree.leaves(left["intermediates"])
+        return found
+
+    out, folder = [], s.directory / "checkpoints"
+    for step in checkpoint.list_steps(folder):
+        _, arrays, _ = checkpoint.read_arrays(folder, step)
+        parts = [subject.part(arrays, name) for name in ("student", "method")]
+        found = np.asarray(attend(*parts, teacher.variables))
+        if s.config.method == "afd":  # (n, teacher, student)
+            found = found.swapaxes(1, 2)
+        out.append((step / s.steps_per_epoch, found))
+    return out
