@@ -309,6 +309,32 @@ def test_11_tap_shapes(name):
     assert [t.shape for t in taps] == [(2, s, s, c) for s, c in TAPS[name]]
 
 
+EVERY_FAMILY = ["cifar_resnet50", "resnet18", "vgg8", "mobilenet_v1", "mobilenet_v2"]
+EVERY_FAMILY += ["mobilenet_v2_imagenet", "shuffle_v1", "wrn_10_1", "hme"]
+
+
+@pytest.mark.parametrize("name", EVERY_FAMILY)
+def test_afd_takes_every_family(name):
+    student = models.create(name, num_classes=4)
+    teacher = models.create("resnet8", num_classes=4)
+    module = distill.create("afd", OPTIONS)
+
+    def run(images):
+        ours, theirs = (
+            m.init_with_output(KEY, images, train=False)[0] for m in (student, teacher)
+        )
+        made = tap_toys.signals(ours.taps, theirs.taps)
+        return ours, module.init_with_output(KEY, made, train=True)
+
+    images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+    ours, ((found,), variables) = jax.eval_shape(run, images)
+    assert len(ours.taps) == sum(student.stage_sizes)
+    assert {t.ndim for t in ours.taps} == {4}
+    assert found.terms["afd"].shape == ()
+    positions = variables["params"]["module1"]["key_positions"]
+    assert positions.shape == (len(ours.taps), 8)
+
+
 @pytest.mark.parametrize("name", ["resnet8", "wrn_10_1"])
 def test_11_a_tap_is_non_negative(name):
     model = models.create(name, num_classes=4)

@@ -8,6 +8,7 @@ attention and distances are put together; see `afd` and `rtk`. Everything is flo
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -242,17 +243,16 @@ def attention_diagnostics(attention: jax.Array, groups: Groups) -> dict[str, jax
     return {"attention_entropy": entropy, **stages}
 
 
-def taps_of(outputs: object, part: str) -> tuple[jax.Array, ...]:
+def taps_of(outputs: Any, part: str) -> tuple[jax.Array, ...]:
     """The taps of `chain.Outputs`; ValueError where the network has none.
 
     Args:
       outputs: of a whole pass.
       part: "student" or "teacher", for the message.
     """
-    taps = getattr(outputs, "taps", ())
-    if not taps:
+    if not outputs.taps:
         raise ValueError(
             f"{part}: this network records no taps, which AFD and RTK compare; use one "
             "whose Outputs.taps are filled (every family of lakd_jax.models does)"
         )
-    return taps
+    return outputs.taps
