@@ -52,7 +52,8 @@ def with_entropy(
         weight = gamma * len(values) / total
         if starts:
             weight = weight * jnp.float32(epoch >= starts[k])
-        result[k] = losses[k].replace(
+        result[k] = dataclasses.replace(
+            losses[k],
             terms={**losses[k].terms, TERM: jnp.mean(jnp.stack(values))},
             weights={**losses[k].weights, TERM: weight},
         )
