@@ -24,6 +24,7 @@ def default() -> ConfigDict:
     c.batch_size = 64  # global, over all devices
     c.eval_batch_size = 512
     c.dtype = "float32"  # compute type: float32 | bfloat16; losses stay float32
+    c.label_smoothing = 0.0  # of the labels' part of the loss; methods none and kd
     c.baselines = ()  # methods trained first, in WORKDIR/METHOD, for the table
     c.log_every = 50  # steps between two lines of metrics
     c.eval_every = 1  # epochs between two evaluations on minival
@@ -38,6 +39,7 @@ def default() -> ConfigDict:
     c.lakd = _lakd()
     c.afd = _afd()
     c.rtk = _rtk()
+    c.hme = _hme()
     c.local = _local()
     c.checkpoint = _checkpoint()
     return c
@@ -161,6 +163,23 @@ def _rtk() -> ConfigDict:
     return k
 
 
+def _hme() -> ConfigDict:
+    # Of student.name=hme. optim's momentum, weight_decay and clip_norm hold for it,
+    # too; optim.lr and its schedule are then those of a teacher that is trained first.
+    k = ConfigDict()
+    k.layout = "ltb"  # ltb (as released) | split (of a wide ResNet; our reading)
+    k.base = "wrn_40_1"  # layout=split: the network that is split into experts
+    k.output = "nce"  # of a class's head: nce (the larger of two units) | ce (one)
+    k.loss = "kway"  # kway | binary (a yes-or-no task a class; our reading)
+    k.positive_weight = 1.0  # loss=binary: of the one class that is right
+    k.stage1_epochs = 0  # weights and gates; 0: as many as stage 2, which has `epochs`
+    k.stage1_lr = 0.05  # Adam
+    k.gate_lr = 0.01  # stage 1: of the gates
+    k.temperature = 10.0  # stage 1: of the gates, divided by the epoch from 1
+    k.stage2_lr = 0.05  # SGD, halved at every tenth of the epochs
+    return k
+
+
 def _local() -> ConfigDict:
     m = ConfigDict()
     m.granularity = "stage"  # Q14: stage | block | none (one module) | list
@@ -198,8 +217,9 @@ LITERAL = {"adapter": "shape", "normalise": "none", "head_loss": "ce"}
 def resolve(config: ConfigDict) -> ConfigDict:
     """A copy with presets and "same as" fields written out.
 
-    `lakd.preset="literal"` pins the fields in `LITERAL`; `teacher.epochs=0`
-    becomes the student's epochs; `baselines` loses `method` and repetitions.
+    `lakd.preset="literal"` pins the fields in `LITERAL`; `teacher.epochs=0` and
+    `hme.stage1_epochs=0` become the student's epochs; `baselines` loses `method` and
+    repetitions.
     """
     c = copy.deepcopy(config)
     with c.unlocked():
@@ -208,6 +228,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
         if c.lakd.preset == "literal":
             c.lakd.update(LITERAL)
         c.teacher.epochs = c.teacher.epochs or c.epochs
+        c.hme.stage1_epochs = c.hme.stage1_epochs or c.epochs
     return c
 
 

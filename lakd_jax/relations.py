@@ -140,6 +140,47 @@ def _att_global_input(c: Config, _: int) -> str:
     return "lakd.att_global needs local.module_input=student: no gradient crosses"
 
 
+@_reads(*_METHODS, "label_smoothing")
+def _smoothing(c: Config, _: int) -> str:
+    others = [m for m in _methods(c) if m not in ("none", "kd")]
+    if not c.label_smoothing or not others:
+        return ""
+    return (
+        f"label_smoothing is {c.label_smoothing:g}, but method {others[0]} takes hard "
+        "labels: set it to 0, or method (and baselines) to none or kd"
+    )
+
+
+@_reads(*_METHODS, "student.name", "hme.loss", "hme.output", "label_smoothing")
+def _binary(c: Config, _: int) -> str:
+    if c.student.name != "hme" or c.hme.loss != "binary":
+        return ""
+    if c.hme.output != "nce":
+        return "hme.loss=binary needs heads of two units: set hme.output to nce"
+    if others := [m for m in _methods(c) if m not in ("none", "kd")]:
+        return f"hme.loss=binary is for methods none and kd, not {others[0]}"
+    if c.label_smoothing:
+        return "hme.loss=binary has no label_smoothing: set it to 0"
+    return ""
+
+
+@_reads("student.name", "student.init")
+def _hme_init(c: Config, _: int) -> str:
+    if c.student.name != "hme" or not c.student.init:
+        return ""
+    return "student.init must be empty for student.name=hme: stage 1 starts from random"
+
+
+@_reads(*_METHODS, "teacher.name", "teacher.init")
+def _hme_teacher(c: Config, _: int) -> str:
+    if c.teacher.name != "hme" or c.teacher.init or not _needs_teacher(c):
+        return ""
+    return (
+        "teacher.name=hme needs teacher.init, a finished run: teachers that are "
+        "trained first have one stage only"
+    )
+
+
 @_reads("student.name", "student.shortcut")
 def _student_shortcut(c: Config, _: int) -> str:
     return _shortcut("student", c.student)

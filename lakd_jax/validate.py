@@ -9,7 +9,7 @@ from lakd_jax import choices, distill, errors, models, relations
 from lakd_jax import config as config_lib
 from lakd_jax.distill import lakd, rtk
 from lakd_jax.local import cuts
-from lakd_jax.models import vam
+from lakd_jax.models import hme, vam
 
 Check = Callable[[Any], str]  # the fault, or "" if there is none
 
@@ -27,6 +27,12 @@ def above(low: float) -> Check:
     """Finite numbers above `low`."""
     fault = f"must be above {low:g}, is "
     return lambda v: "" if low < v < math.inf else fault + _number(v)
+
+
+def below(high: float) -> Check:
+    """Numbers from 0 to below `high`."""
+    fault = f"must be from 0 to below {high:g}, is "
+    return lambda v: "" if 0 <= v < high else fault + _number(v)
 
 
 def between(low: float, high: float) -> Check:
@@ -140,6 +146,17 @@ def _ranges() -> dict[str, Check]:
         "rtk.kd_weight": weight,
         "rtk.beta": weight,
         "rtk.top_r": at_least(1),
+        "label_smoothing": below(1),
+        "hme.layout": one_of(hme.HME.OPTIONS["layout"]),
+        "hme.base": one_of(hme.HME.OPTIONS["base"]),
+        "hme.output": one_of(("nce", "ce")),
+        "hme.loss": one_of(("kway", "binary")),
+        "hme.positive_weight": above(0),
+        "hme.stage1_epochs": at_least(0),
+        "hme.stage1_lr": above(0),
+        "hme.gate_lr": above(0),
+        "hme.temperature": above(0),
+        "hme.stage2_lr": above(0),
         "local.granularity": one_of(cuts.GRANULARITIES),
         "local.cut_scale": between(0, 1),
         "local.module_input": one_of(("student", "teacher")),

@@ -11,7 +11,7 @@ import jax
 from lakd_jax import config as config_lib
 from lakd_jax import distill, interrupt, validate, workdir
 from lakd_jax.report import table
-from lakd_jax.train import costs, look, networks, runs
+from lakd_jax.train import costs, hme_runs, look, networks, runs
 
 TITLES = {
     "none": "alone",
@@ -63,7 +63,7 @@ def run(
             notify(_title(config, method))
             results[method] = _baseline(config, method, directory, bench, teacher)
         notify(_title(config, config.method))
-        result = runs.train_one(config, directory, bench, teacher)
+        result = hme_runs.train(config, directory, bench, teacher)
         results[config.method] = result
         folders = {TITLES[m]: directory / m for m in config.baselines}
         folders[TITLES[config.method]] = directory
@@ -84,7 +84,7 @@ def _claimed(directory: Path, settings: dict[str, Any]) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            begun = ("checkpoints", networks.RESULT_FILE)
+            begun = ("checkpoints", networks.RESULT_FILE, hme_runs.STAGE1)
             if not any((directory / name).exists() for name in begun):
                 (directory / workdir.CONFIG).unlink(missing_ok=True)
             raise
@@ -99,7 +99,7 @@ def _baseline(
 ) -> dict[str, Any]:
     own = config_lib.changed(config, {"method": method, "baselines": ()})
     with workdir.prepare(directory / method, config_lib.to_dict(own)):
-        return runs.train_one(own, directory / method, bench, teacher)
+        return hme_runs.train(own, directory / method, bench, teacher)
 
 
 def _title(config: config_lib.ConfigDict, method: str) -> str:
@@ -126,7 +126,7 @@ def dry_run(
     if distill.METHODS[config.method].needs_teacher:
         teacher = runs.stand_in(config, bench) or runs.make_teacher(config, bench)
     with tempfile.TemporaryDirectory() as scratch:
-        job, student = runs.assemble(config, Path(scratch), bench, teacher)
+        job, student = hme_runs.assemble(config, Path(scratch), bench, teacher)
         notify(costs.one_step(config, bench, job, student, teacher))
 
 

@@ -1,6 +1,7 @@
 """From a config to the pieces of a run: the one place where fields are read."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,11 @@ import optax
 
 from lakd_jax import config as config_lib
 from lakd_jax import distill
+from lakd_jax.distill import binary
+from lakd_jax.distill import method as method_lib
 from lakd_jax.local import cuts
 from lakd_jax.models import vam
-from lakd_jax.train import gates, networks, optim
+from lakd_jax.train import gates, hme_stages, networks, optim
 from lakd_jax.train import state as state_lib
 from lakd_jax.train import step as step_lib
 
@@ -38,14 +41,16 @@ def learner(
     image_shape: tuple[int, ...],
     steps_per_epoch: int,
     mesh: jax.sharding.Mesh,
+    stage: hme_stages.Stage | None = None,
 ) -> tuple[step_lib.Learner, Callable[[], state_lib.TrainState]]:
     """The step's fixed parts, and a function that makes the first state.
 
     Args:
       config: resolved.
       image_shape: (H, W, 3) of the training images.
+      stage: of an HME's training; None for other students.
     """
-    method = distill.create(config.method, method_options(config))
+    method = _method(config)
     is_local = distill.METHODS[config.method].local
     partition = cuts.modules(
         student.model,
@@ -53,7 +58,8 @@ def learner(
         config.local.granularity if is_local else "none",
         config.local.cuts if is_local else (),
     )
-    rate = learning_rate(config, steps_per_epoch)
+    own = functools.partial(learning_rate, config)
+    rate = (stage.learning_rate if stage else own)(steps_per_epoch)
     draft = step_lib.Learner(
         student=student.model,
         teacher=teacher.model if teacher else None,
@@ -75,11 +81,24 @@ def learner(
         weight_decay=config.optim.weight_decay,
         labels=None,
         mesh=mesh,
+        anneal=stage.anneal if stage else None,
     )
-    init = _initialiser(draft, teacher, config.seed, image_shape)
+    init = _initialiser(draft, teacher, _seed_key(config, stage), image_shape)
     params, _ = jax.eval_shape(init)
     labels = cuts.label_tree(params, partition, student.model)
-    optimizer = optim.sgd(
+    if stage:
+        optimizer = stage.optimizer(params, labels, steps_per_epoch)
+    else:
+        optimizer = _optimizer(config, rate, labels)
+    done = dataclasses.replace(draft, optimizer=optimizer, labels=labels)
+    return done, lambda: _first_state(done, init, student.variables, stage)
+
+
+def _optimizer(
+    config: config_lib.ConfigDict, rate: optax.Schedule, labels: PyTree
+) -> optax.GradientTransformation:
+    """What `config.optim` describes."""
+    return optim.sgd(
         rate,
         momentum=config.optim.momentum,
         nesterov=config.optim.nesterov,
@@ -87,8 +106,25 @@ def learner(
         clip_norm=config.optim.clip_norm,
         labels=labels,
     )
-    done = dataclasses.replace(draft, optimizer=optimizer, labels=labels)
-    return done, lambda: _first_state(done, init, student.variables)
+
+
+def _method(config: config_lib.ConfigDict) -> method_lib.Method:
+    """The method, in its form for the student's outputs."""
+    if config.student.name != "hme" or config.hme.loss != "binary":
+        return distill.create(config.method, method_options(config))
+    weight = config.hme.positive_weight
+    if config.method == "none":
+        return binary.BinaryPlain(weight)
+    return binary.BinaryKD(**config.kd, positive_weight=weight)
+
+
+def network_options(config: config_lib.ConfigDict) -> dict[str, Any]:
+    """What `models.create` takes for the student beside what all networks have."""
+    if config.student.name != "hme":
+        return {}
+    h = config.hme
+    output = "odds" if h.loss == "binary" else h.output
+    return {"layout": h.layout, "base": h.base, "output": output}
 
 
 def vam_options(config: config_lib.ConfigDict) -> vam.Options | None:
@@ -118,11 +154,12 @@ def learning_rate(
 
 def method_options(config: config_lib.ConfigDict) -> dict[str, Any]:
     """The fields that `distill.create` takes for this method."""
+    smoothing = {"label_smoothing": config.label_smoothing}
     if config.method == "none":
-        return {}
+        return smoothing
     kd = config.kd.to_dict()
     if config.method == "kd":
-        return kd
+        return kd | smoothing
     if config.method in ("afd", "rtk"):
         return {**config[config.method], "temperature": config.kd.temperature}
     own = {n: v for n, v in config.lakd.items() if n != "preact"}  # the step's
@@ -130,14 +167,21 @@ def method_options(config: config_lib.ConfigDict) -> dict[str, Any]:
     return {**own, **kd, "module_start_epochs": starts}
 
 
+def _seed_key(
+    config: config_lib.ConfigDict, stage: hme_stages.Stage | None
+) -> jax.Array:
+    """The key of the initial weights."""
+    purpose = stage.purpose if stage else state_lib.INITIALISE
+    return jax.random.fold_in(jax.random.key(config.seed), purpose)
+
+
 def _initialiser(
     learner: step_lib.Learner,
     teacher: networks.Loaded | None,
-    seed: int,
+    key: jax.Array,
     image_shape: tuple[int, ...],
 ) -> Callable[[], tuple[PyTree, PyTree]]:
     """A function that makes ({part: params}, {part: batch statistics})."""
-    key = jax.random.fold_in(jax.random.key(seed), state_lib.INITIALISE)
     images = jnp.zeros((2, *image_shape), jnp.uint8)
     labels = jnp.zeros((2,), jnp.int32)
 
@@ -156,6 +200,7 @@ def _initialiser(
             images,
             labels,
             jnp.int32(0),
+            key,
         )
         own = learner.method.init(keys["method"], signals, train=True)
         params["method"] = own.get("params", {})
@@ -176,6 +221,7 @@ def _first_state(
     learner: step_lib.Learner,
     init: Callable[[], tuple[PyTree, PyTree]],
     student_variables: PyTree | None,
+    stage: hme_stages.Stage | None,
 ) -> state_lib.TrainState:
     # Runs once, and its random numbers take XLA's CPU compiler five times longer to
     # optimise than to run as they are.
@@ -185,6 +231,10 @@ def _first_state(
         given = student_variables["params"]
         params["student"] = gates.completed(given, params["student"])
         stats["student"] = student_variables["batch_stats"]
+    if stage:
+        drawn = {"params": params["student"], "batch_stats": stats["student"]}
+        begin = stage.first_variables(drawn)
+        params["student"], stats["student"] = begin["params"], begin["batch_stats"]
     state = state_lib.TrainState(
         step=jnp.int32(0),
         params=params,

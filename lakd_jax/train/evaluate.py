@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lakd_jax.models import chain
+from lakd_jax.models import chain, hme
 from lakd_jax.train import state as state_lib
 from lakd_jax.train import step as step_lib
 
@@ -53,21 +53,29 @@ class Evaluator:
         self._check, self._compile_with = check, compile_with
         self._programs: dict[tuple[int, ...], Any] = {}
 
-    def __call__(self, variables: PyTree, data: state_lib.Resident) -> Score:
-        """The score of `variables` on all of `data`."""
+    def __call__(
+        self,
+        variables: PyTree,
+        data: state_lib.Resident,
+        temperature: jax.Array | None = None,
+    ) -> Score:
+        """The score of `variables` on all of `data`.
+
+        `temperature` is that of the network's soft gates, see `models.hme.soften`.
+        """
         examples = data.labels.shape[0]
         totals = []
         for start in range(0, examples, self._batch_size):
             rows = np.arange(start, start + self._batch_size)
             mask = rows < examples
-            arguments = (variables, data, np.where(mask, rows, 0), mask)
+            arguments = (variables, data, np.where(mask, rows, 0), mask, temperature)
             totals.append(self._program(arguments)(*arguments))
             self._check()
         right, loss = np.sum(jax.device_get(totals), axis=0)
         return Score(int(right), examples, float(loss) / examples)
 
     def _program(self, arguments: tuple) -> Any:
-        shape = arguments[1].images.shape
+        shape = (*arguments[1].images.shape, arguments[-1] is None)
         if shape not in self._programs:
             lowered = jax.jit(self._batch).lower(*arguments)
             self._programs[shape] = self._compile_with(lowered.compile)
@@ -79,11 +87,15 @@ class Evaluator:
         data: state_lib.Resident,
         rows: jax.Array,
         mask: jax.Array,
+        temperature: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         sharding = state_lib.over_batch(self._mesh)
         images = jax.lax.with_sharding_constraint(data.images[rows], sharding)
         labels = data.labels[rows]
-        outputs: Any = self._model.apply(variables, self._pixels(images), train=False)
+        model = self._model
+        if temperature is not None:
+            model = hme.soften(model, temperature)
+        outputs: Any = model.apply(variables, self._pixels(images), train=False)
         logits = outputs.logits
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         right = (jnp.argmax(logits, -1) == labels) & mask

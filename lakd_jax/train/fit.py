@@ -152,6 +152,10 @@ class Fit:
         state, metrics = program(state, self._teacher, self._train, rows)
         return state, {n: float(v[0]) for n, v in metrics.items()}, program
 
+    def temperature(self, step: int) -> jax.Array | None:
+        """Of the student's soft gates in its last step, if `step` are made."""
+        return self._learner.temperature(step - 1)
+
     # ------------------------------------------------------------ the loop
 
     def _loop(self, step: int) -> None:
@@ -284,7 +288,7 @@ class Fit:
 
     def _evaluate(self, step: int, minival: state_lib.Resident) -> None:
         variables = student_variables(self._state)
-        score = self._evaluator(variables, minival)
+        score = self._evaluator(variables, minival, self.temperature(step))
         epoch = step / self.plan.steps_per_epoch
         values = {"epoch": epoch, "accuracy": score.accuracy, "loss": score.loss}
         self._writer.write(step, "eval", values)

@@ -1,6 +1,7 @@
 """Brings a network with its weights from wherever the user keeps them."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,14 @@ class Loaded:
 
 
 def load(
-    field: str, name: str, init: str, *, shortcut: str, dtype: str, num_classes: int
+    field: str,
+    name: str,
+    init: str,
+    *,
+    shortcut: str,
+    dtype: str,
+    num_classes: int,
+    options: Mapping[str, str] | None = None,
 ) -> Loaded:
     """The network `name` with the weights that `init` points at.
 
@@ -45,16 +53,17 @@ def load(
       field: "student" or "teacher", for error messages.
       init: empty (random), a finished run's directory, a `.safetensors` file or a
         PyTorch file. Class count and shortcut type are then read from it.
+      options: others of the network, if it is made of random weights.
 
     Raises:
       errors.TeacherError: nothing is there, it is another network's, or it has
         another number of classes than the data.
     """
     if not init:
-        options = {"shortcut": shortcut, "dtype": jnp.dtype(dtype)}
-        if "shortcut" not in models.family(name).OPTIONS:
-            del options["shortcut"]  # the network has one kind only
-        model = models.create(name, num_classes=num_classes, **options)
+        own: dict[str, Any] = {"dtype": jnp.dtype(dtype), **(options or {})}
+        if "shortcut" in models.family(name).OPTIONS:  # else it has one kind only
+            own["shortcut"] = shortcut
+        model = models.create(name, num_classes=num_classes, **own)
         return Loaded(model, None, "random weights")
     path = Path(init).expanduser()
     if not path.exists():

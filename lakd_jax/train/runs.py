@@ -14,7 +14,7 @@ from lakd_jax import data, distill, errors, interrupt, workdir
 from lakd_jax.data import order
 from lakd_jax.models import folding
 from lakd_jax.report import table
-from lakd_jax.train import build, evaluate, fit, gates, networks
+from lakd_jax.train import build, evaluate, fit, gates, hme_stages, networks
 from lakd_jax.train import state as state_lib
 from lakd_jax.train import step as step_lib
 
@@ -73,19 +73,27 @@ def train_one(
     directory: Path,
     bench: Bench,
     teacher: Teacher | None,
+    stage: hme_stages.Stage | None = None,
 ) -> dict[str, Any]:
     """Trains `config`'s student in `directory`, or goes on, or returns its result.
 
     `directory` has been prepared for this config (`workdir.prepare`). Leaves
     `metrics.jsonl`, `checkpoints/`, `student.safetensors` (the plain student, as
-    of the last epoch) and `result.json` there.
+    of the last epoch) and `result.json` there. In stage 1 of an HME (see `hme_runs`)
+    the student is that of the best epoch on minival, if there is a minival.
     """
     done = directory / networks.RESULT_FILE
     if done.exists():
         return workdir.read_json(done)
-    job, student = assemble(config, directory, bench, teacher)
+    job, student = assemble(config, directory, bench, teacher, stage)
     student, trained = _deployed(student, job.run())
-    result = _result(config, bench, teacher, student, trained)
+    result = _result(config, bench, teacher, student, trained, job)
+    kept = trained.last
+    if stage:
+        best = stage.number == 1 and trained.best is not None
+        kept = trained.best if best else kept
+        result["kept_step"] = result["best_step"] if best else job.plan.total_steps
+        result |= stage.told
     pixels = build.pixels(config)
     height, width, _ = bench.dataset.train.images.shape[1:]
     seen = dataclasses.replace(
@@ -94,7 +102,7 @@ def train_one(
         std=pixels.std,
         size=pixels.size or (height if height == width else 0),
     )
-    networks.save(directory / networks.STUDENT_FILE, trained.last, seen, result)
+    networks.save(directory / networks.STUDENT_FILE, kept, seen, result)
     workdir.write_json(done, result)
     return result
 
@@ -120,6 +128,7 @@ def assemble(
     directory: Path,
     bench: Bench,
     teacher: Teacher | None,
+    stage: hme_stages.Stage | None = None,
 ) -> tuple[fit.Fit, networks.Loaded]:
     """The training loop of a config, ready to run, and its student."""
     if not distill.METHODS[config.method].needs_teacher:
@@ -136,6 +145,7 @@ def assemble(
         image_shape=bench.dataset.train.images.shape[1:],
         steps_per_epoch=plan.steps_per_epoch,
         mesh=bench.mesh,
+        stage=stage,
     )
     minival = bench.dataset.minival
     job = fit.Fit(
@@ -163,6 +173,7 @@ def load_network(
         shortcut=block.shortcut,
         dtype=config.dtype,
         num_classes=len(bench.dataset.classes),
+        options=build.network_options(config) if part == "student" else {},
     )
     if loaded.remark:
         bench.notify(f"{part}.init: {loaded.source}: {loaded.remark}")
@@ -328,12 +339,16 @@ def _result(
     teacher: Teacher | None,
     student: networks.Loaded,
     trained: fit.Trained,
+    job: fit.Fit,
 ) -> dict[str, Any]:
     """What result.json holds; the test split is looked at here and only here."""
     score = evaluator(config, student, build.pixels(config), bench)
     ledger = trained.ledger
-    last = score(trained.last, bench.test)
-    best = score(trained.best, bench.test) if trained.best else None
+    end, top = job.plan.total_steps, ledger.best_step
+    last = score(trained.last, bench.test, job.temperature(end))
+    best = None
+    if trained.best:
+        best = score(trained.best, bench.test, job.temperature(top))
     return {
         "method": config.method,
         "student": config.student.name,
@@ -374,7 +389,7 @@ def row(result: dict[str, Any], name: str) -> table.Row:
         test_best=best["accuracy"] if best else None,
         examples=result["test_last"]["examples"],
         parameters=result["parameters"],
-        seconds=result["seconds"],
+        seconds=result["seconds"] + result.get("stage1", {"seconds": 0})["seconds"],
         images_per_second=result["images_per_second"],
     )
 

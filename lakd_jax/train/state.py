@@ -34,24 +34,27 @@ class TrainState:
 class Resident:
     """A split kept on the devices: images (N,H,W,3) uint8, labels, ids (N,).
 
-    `key` is the augmentation's; it travels with the data, so that runs of several
-    seeds share one compiled program.
+    `key` is the augmentation's, `noise` that of what networks draw themselves
+    (dropout); they travel with the data, so that runs of several seeds share one
+    compiled program.
     """
 
     images: jax.Array
     labels: jax.Array
     ids: jax.Array
     key: jax.Array
+    noise: jax.Array
 
 
 # What random numbers are for; folded into the run's seed.
-INITIALISE, AUGMENT = 0, 1
+INITIALISE, AUGMENT, NOISE, INITIALISE_AGAIN = range(4)
 
 
 def resident(split: data.Split, seed: int, mesh: Mesh) -> Resident:
-    """A split whole on every device, with the augmentation key of `seed`."""
-    key = jax.random.fold_in(jax.random.key(seed), AUGMENT)
-    host: Any = (split.images, split.labels, split.ids, key)
+    """A split whole on every device, with the keys of `seed`."""
+    root = jax.random.key(seed)
+    keys = (jax.random.fold_in(root, purpose) for purpose in (AUGMENT, NOISE))
+    host: Any = (split.images, split.labels, split.ids, *keys)
     return replicate(Resident(*host), mesh)
 
 

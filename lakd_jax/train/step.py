@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from lakd_jax.data import augment
 from lakd_jax.distill import method as method_lib
 from lakd_jax.local import cuts
-from lakd_jax.models import chain
+from lakd_jax.models import chain, hme
 from lakd_jax.train import gates, optim
 from lakd_jax.train import state as state_lib
 
@@ -58,6 +58,8 @@ class Learner:
       vam_gamma: weight of the entropy of the student's gates, if it has any.
       starts: the epoch from which each module's gates count; () for all at once.
       preact: joints before the last ReLU.
+      anneal: temperature of the student's soft gates times the epoch, see
+        `temperature`; None where it has none, or where they are hard.
     """
 
     student: chain.Chain
@@ -80,6 +82,14 @@ class Learner:
     weight_decay: float
     labels: PyTree  # module index of every parameter
     mesh: Mesh
+    anneal: float | None = None
+
+    def temperature(self, step: Any) -> jax.Array | None:
+        """Of the student's gates in the step with this number, from 0; None: hard."""
+        if self.anneal is None:
+            return None
+        epoch = jnp.asarray(step // self.steps_per_epoch + 1, jnp.float32)
+        return self.anneal / epoch
 
 
 def run_steps(
@@ -126,6 +136,7 @@ def train_step(
         images,
         labels,
         state.step,
+        jax.random.fold_in(data.noise, state.step),
     )
     updates, opt_state = learner.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -171,6 +182,7 @@ def loss(
     images: jax.Array,
     labels: jax.Array,
     step: jax.Array,
+    noise: jax.Array,
 ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
     """The summed loss of all modules; (new batch statistics, metrics) beside it.
 
@@ -179,7 +191,7 @@ def loss(
     `cut_scale` of it) through.
     """
     signals, new = observe(
-        learner, params, batch_stats, teacher_variables, images, labels, step
+        learner, params, batch_stats, teacher_variables, images, labels, step, noise
     )
     losses, method_state = learner.method.apply(
         _variables(params, batch_stats, "method"),
@@ -212,8 +224,12 @@ def observe(
     images: jax.Array,
     labels: jax.Array,
     step: jax.Array,
+    noise: jax.Array,
 ) -> tuple[method_lib.Signals, PyTree]:
-    """What the method sees of both networks, and what the student's pass leaves."""
+    """What the method sees of both networks, and what the student's pass leaves.
+
+    `noise` is the key of the student's dropout in this step, if it has any.
+    """
     teacher, teacher_joints, extra = None, (), {}
     if learner.teacher is not None:
         pixels = learner.teacher_pixels(images)
@@ -230,12 +246,11 @@ def observe(
         )
     variables = _variables(params, batch_stats, "student")
     inputs = learner.student_pixels(images)
+    apply = functools.partial(_student(learner, step).apply, rngs={"dropout": noise})
 
     def run(scale: float) -> tuple[chain.Outputs, PyTree]:
         joint = cuts.joint_function(learner.partition, scale, replace)
-        return learner.student.apply(
-            variables, inputs, train=True, joint=joint, mutable=_LEFT
-        )
+        return apply(variables, inputs, train=True, joint=joint, mutable=_LEFT)
 
     student, new = run(learner.cut_scale)
     uncut = ()
@@ -257,6 +272,14 @@ def observe(
         **extra,
     )
     return signals, new
+
+
+def _student(learner: Learner, step: jax.Array) -> chain.Chain:
+    """The student as it is in this step: its gates may be soft."""
+    temperature = learner.temperature(step)
+    if temperature is None:
+        return learner.student
+    return hme.soften(learner.student, temperature)
 
 
 def _suffix(

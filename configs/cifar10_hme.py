@@ -1,0 +1,34 @@
+"""HME on CIFAR-10: ResNet50 -> a tree of experts, as released with KDExplainer.
+
+    python main.py --config=configs/cifar10_hme.py
+    python main.py --config=configs/cifar10_hme.py:cifar_resnet50,hme,none
+    python main.py --config=configs/cifar10_hme.py --config.hme.layout=split \\
+        --config.hme.loss=binary
+
+One command trains the teacher (unless --config.teacher.init names one), then weights
+and gates together (stage 1), then the tree that the gates chose (stage 2), 300 epochs
+each of batch 128. For fewer, lower hme.temperature alike, or the gates stay soft:
+
+    python main.py --config=configs/cifar10_hme.py --config.data.source=digits \\
+        --config.epochs=6 --config.hme.temperature=0.2 --config.teacher.name=resnet20
+
+Controls of the paper: method none, and none with --config.label_smoothing=0.1.
+"""
+
+from lakd_jax import config as config_lib
+
+
+def get_config(arg: str = "") -> config_lib.ConfigDict:
+    """`arg` is TEACHER,STUDENT,METHOD; what is left out stays as above."""
+    c = config_lib.default()
+    c.method = "kd"
+    c.seed = 1029
+    c.epochs = 300  # of each stage
+    c.batch_size = 128
+    c.data.source = "cifar10"
+    c.data.mean = (0.4914, 0.4822, 0.4465)
+    c.data.std = (0.2023, 0.1994, 0.2010)
+    c.student.name = "hme"
+    c.teacher.name = "cifar_resnet50"
+    c.teacher.epochs = 240
+    return config_lib.with_pair(c, arg)

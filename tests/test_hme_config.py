@@ -1,0 +1,81 @@
+"""Fields of HME: faults that are found before anything runs."""
+
+import importlib.util
+import pathlib
+
+import pytest
+import tiny
+
+from lakd_jax import config as config_lib
+from lakd_jax import validate
+from lakd_jax.train import build
+
+CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "cifar10_hme.py"
+HME = {"student__name": "hme", "method": "kd"}
+
+
+def faults(tmp_path, **fields):
+    return validate.problems(tiny.config(tmp_path, **{**HME, **fields}), 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hme__layout": "tree"}, "hme.layout is 'tree'"),
+        ({"hme__output": "odds"}, "hme.output is 'odds'"),
+        ({"hme__temperature": 0.0}, "hme.temperature must be above 0"),
+        ({"label_smoothing": 1.0}, "label_smoothing must be from 0 to below 1, is 1"),
+        ({"hme__loss": "binary", "hme__output": "ce"}, "set hme.output to nce"),
+        ({"hme__loss": "binary", "method": "lakd"}, "none and kd, not lakd"),
+        ({"hme__loss": "binary", "label_smoothing": 0.1}, "no label_smoothing"),
+        ({"label_smoothing": 0.1, "method": "lakd"}, "method lakd takes hard labels"),
+        ({"student__init": "runs/x"}, "student.init must be empty"),
+        ({"teacher__name": "hme"}, "teacher.name=hme needs teacher.init"),
+    ],
+)
+def test_fault(fields, message, tmp_path):
+    (found,) = faults(tmp_path, **fields)
+    assert message in found
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"hme__loss": "binary", "method": "none"},
+        {"method": "none", "label_smoothing": 0.1},
+        {"method": "lakd"},
+        {"teacher__name": "hme", "teacher__init": "runs/x"},
+        {"teacher__name": "hme", "method": "none"},
+    ],
+)
+def test_no_fault(fields, tmp_path):
+    assert faults(tmp_path, **fields) == []
+
+
+def test_the_released_recipe():
+    spec = importlib.util.spec_from_file_location("cifar10_hme", CONFIG)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert validate.problems(module.get_config(), 1) == []
+    config = config_lib.resolve(module.get_config("resnet56,,none"))
+    assert (config.teacher.name, config.method) == ("resnet56", "none")
+    assert (config.epochs, config.hme.stage1_epochs, config.batch_size) == (
+        300,
+        300,
+        128,
+    )
+
+
+def test_what_the_networks_and_methods_are_given(tmp_path):
+    plain = tiny.config(tmp_path, **HME, hme__output="ce", hme__layout="split")
+    assert build.network_options(plain) == {
+        "layout": "split",
+        "base": "wrn_40_1",
+        "output": "ce",
+    }
+    binary = tiny.config(tmp_path, **HME, hme__loss="binary")
+    assert build.network_options(binary)["output"] == "odds"
+    assert build.network_options(tiny.config(tmp_path)) == {}
+    smooth = tiny.config(tmp_path, method="kd", label_smoothing=0.1)
+    assert build.method_options(smooth)["label_smoothing"] == 0.1

@@ -1,0 +1,151 @@
+"""Both stages of an HME in one run, stopped anywhere."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import Mesh
+
+from lakd_jax import config as config_lib
+from lakd_jax import interop, interrupt, workdir
+from lakd_jax.models import hme
+from lakd_jax.report import metrics
+from lakd_jax.train import hme_runs, networks, runs
+from lakd_jax.train import state as state_lib
+
+TIMINGS = ("seconds", "step_seconds", "images_per_second")
+STEPS, EPOCHS = 5, 2  # an epoch, and of each stage
+CHECKS = EPOCHS * (STEPS + 3)  # a stage: its steps and batches of minival
+
+
+@pytest.fixture(scope="module")
+def bench():
+    one = Mesh(np.array(jax.devices()[:1]), ("data",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.data, "load", lambda *a, **k: tiny.dataset(train=80))
+        patch.setattr(state_lib, "data_mesh", lambda: one)
+        yield lambda config, guard: runs.bench(config, guard, lambda text: None)
+
+
+def config(tmp_path, **fields):
+    fields = {"method": "none", "epochs": EPOCHS, "student__name": "hme"} | fields
+    return config_lib.resolve(tiny.config(tmp_path, **fields))
+
+
+def train(settings, directory, bench, guard):
+    own = dataclasses.replace(bench(settings, interrupt.Guard()), guard=guard)
+    teacher = None
+    if settings.method != "none":
+        teacher = runs.make_teacher(settings, bench(settings, interrupt.Guard()))
+    with workdir.prepare(directory, config_lib.to_dict(settings)):
+        return hme_runs.train(settings, directory, own, teacher)
+
+
+def finished(directory):
+    """(variables, result without timings, metrics) of both stages."""
+    out = []
+    for folder in (directory / "stage1", directory):
+        variables, _ = interop.load_variables(folder / networks.STUDENT_FILE)
+        result = json.loads((folder / networks.RESULT_FILE).read_text())
+        for block in (result, result.get("stage1", {})):
+            for timing in TIMINGS:
+                block.pop(timing, None)
+        out.append((variables, result, metrics.read(folder)))
+    return out
+
+
+def assert_equal_runs(one, other):
+    for mine, theirs in zip(finished(one), finished(other), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, mine[0], theirs[0])
+        assert mine[1:] == theirs[1:]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, bench):
+    folder = tmp_path_factory.mktemp("whole")
+    train(config(folder), folder / "run", bench, interrupt.Guard())
+    return folder / "run"
+
+
+def test_both_stages_stopped_and_gone_on(whole, tmp_path, bench):
+    """Once inside each stage, and during the first evaluation of stage 1."""
+    # Beside the steps and minival, a stage's end takes 3 checks a split that is kept.
+    ends = 2 * 3
+    settings, parts = config(whole.parent), tmp_path / "parts"
+    for checks in (3, STEPS + 1, CHECKS - STEPS + ends):
+        with pytest.raises(interrupt.Interrupted):
+            train(settings, parts, bench, tiny.StopAfter(checks))
+    steps = [checkpoints(parts / "stage1")[-1], checkpoints(parts)[-1]]
+    assert steps[0] == EPOCHS * STEPS and 0 < steps[1] < EPOCHS * STEPS
+    train(settings, parts, bench, interrupt.Guard())
+    assert_equal_runs(whole, parts)
+
+
+def checkpoints(directory):
+    names = (p.name for p in (directory / "checkpoints").iterdir())
+    return sorted(int(n) for n in names if n.isdecimal())
+
+
+def test_what_is_left(whole):
+    (first, one, _), (second, two, _) = finished(whole)
+    assert two["stage1"].items() <= one.items()
+    assert two["stage1"]["kept_step"] == one["best_step"] > 0
+    assert two["test_last"]["examples"] == one["test_last"]["examples"] == 45
+    assert (one["epochs"], two["epochs"]) == (EPOCHS, EPOCHS)
+    assert "stage1" not in one
+    for mine, wanted in zip(
+        hme.gates(second["params"]), hme.gates(first["params"]), strict=True
+    ):
+        np.testing.assert_array_equal(mine, wanted)  # property 11
+    kernel = ("stage2", "block1", "expert1", "conv1", "kernel")
+    mine, wanted = second["params"], first["params"]
+    for key in kernel:
+        mine, wanted = mine[key], wanted[key]
+    assert np.any(mine != wanted)
+
+
+def test_the_student_is_the_hard_tree(whole):
+    loaded, card = networks.student(whole / networks.STUDENT_FILE, "float32")
+    assert loaded.model.temperature is None
+    assert card["options"] == {"layout": "ltb", "base": "wrn_40_1", "output": "nce"}
+    again = networks.load(
+        "student",
+        "hme",
+        str(whole),
+        shortcut="projection",
+        dtype="float32",
+        num_classes=3,
+    )
+    assert again.model == loaded.model
+
+
+def test_a_finished_run_is_told_again(whole, bench):
+    again = train(config(whole.parent), whole, bench, tiny.StopAfter(0))
+    assert again["stage1"]["epochs"] == EPOCHS
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "kd", "hme__loss": "binary"},
+        {"hme__layout": "split", "hme__base": "wrn_10_1", "data__minival": 0.0},
+    ],
+    ids=["binary", "split"],
+)
+def test_other_losses_and_layouts(fields, tmp_path, bench, monkeypatch):
+    if fields.get("data__minival") == 0:
+        bare = dataclasses.replace(tiny.dataset(train=80), minival=tiny.split(0, 1))
+        monkeypatch.setattr(runs.data, "load", lambda *a, **k: bare)
+    settings = config(tmp_path, epochs=1, **fields)
+    result = train(settings, tmp_path / "run", bench, interrupt.Guard())
+    assert np.isfinite(result["test_last"]["loss"])
+    if fields.get("data__minival") == 0:
+        assert result["stage1"]["kept_step"] == STEPS
+        assert result["test_best_on_minival"] is None
+    lines = metrics.read(tmp_path / "run" / "stage1")
+    terms = {"module1/head_ce", "module1/head_kd"} & lines[0].keys()
+    assert len(terms) == (2 if settings.method == "kd" else 1)

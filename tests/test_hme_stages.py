@@ -1,0 +1,146 @@
+"""The two trainings of an HME: rates, groups, and what stage 2 starts from."""
+
+import flax
+import hme_weights
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from lakd_jax import config as config_lib
+from lakd_jax.models import hme
+from lakd_jax.train import hme_stages
+from lakd_jax.train import state as state_lib
+
+
+def stage(number, tmp_path, epochs=300, **fields):
+    config = tiny.config(tmp_path, student__name="hme", epochs=epochs, **fields)
+    config = config_lib.resolve(config)
+    if number == 1:
+        return hme_stages.first(config)
+    variables = hme_weights.drawn(hme_weights.small("nce"))
+    return hme_stages.second(config, variables, {"epochs": 1})
+
+
+@pytest.mark.parametrize(
+    ("epoch", "rate", "gates"),
+    [
+        (1, 0.0125, 0.0),
+        (2, 0.025, 0.0),
+        (3, 0.05, 0.01),
+        (4, 0.05, 0.01),
+        (5, 0.049353, 0.01 * (1 - 4 / 309)),
+        (6, 0.049353, 0.01 * (1 - 4 / 309)),
+        (101, 0.033819, 0.01 * (1 - 100 / 309)),
+        (201, 0.017638, 0.01 * (1 - 200 / 309)),
+        (299, 0.00178, 0.01 * (1 - 298 / 309)),
+        (300, 0.00178, 0.01 * (1 - 298 / 309)),
+    ],
+)
+def test_property_10_stage_1(epoch, rate, gates, tmp_path):
+    made = stage(1, tmp_path)
+    for step in (7 * (epoch - 1), 7 * epoch - 1):  # the first and last of the epoch
+        assert float(made.learning_rate(7)(step)) == pytest.approx(rate, abs=6e-7)
+        assert float(made._gate_rate(7)(step)) == pytest.approx(gates, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "rate"),
+    [
+        *((1, 0.05), (2, 0.05), (3, 0.05), (5, 0.05), (29, 0.05)),
+        *((30, 0.025), (59, 0.025), (60, 0.0125), (101, 0.05 / 8)),
+        *((299, 0.05 / 2**9), (300, 0.05 / 2**10)),
+    ],
+)
+def test_property_10_stage_2(epoch, rate, tmp_path):
+    ours = stage(2, tmp_path).learning_rate(7)
+    for step in (7 * (epoch - 1), 7 * epoch - 1):
+        assert float(ours(step)) == pytest.approx(rate, rel=1e-6)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 7, 30])
+def test_other_numbers_of_epochs_keep_the_shape(epochs):
+    all_epochs = range(1, epochs + 1)
+    one = [float(hme_stages.warm_line(e, epochs)) for e in all_epochs]
+    assert one[:4] == [0.25, 0.5, 1.0, 1.0][:epochs]
+    assert min(one) > 0 and one[2:] == sorted(one[2:], reverse=True)
+    two = [float(hme_stages.halving(e, epochs)) for e in all_epochs]
+    assert two == sorted(two, reverse=True) and two[-1] == 2**-10
+
+
+def toy():
+    """One gate and one other parameter, with gradients."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    params = {"head": {"gate": {"logits": draw(3, 2)}, "fc1": {"kernel": draw(4)}}}
+    grads = [jax.tree.map(lambda x: draw(*x.shape), params) for _ in range(4)]
+    return params, grads
+
+
+def updated(optimizer, params, grads):
+    state = optimizer.init(params)
+    for gradient in grads:
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def test_stage_1_is_torchs_adam_in_two_groups(tmp_path):
+    """Two epochs of gates at rate 0, whose moments gather all the same."""
+    torch = pytest.importorskip("torch")
+    params, grads = toy()
+    made = stage(1, tmp_path, optim__weight_decay=0.3)
+    ours = updated(made.optimizer(params, None, 1), params, grads)
+    leaves = [params["head"]["fc1"]["kernel"], params["head"]["gate"]["logits"]]
+    theirs = [torch.nn.Parameter(torch.tensor(np.asarray(x))) for x in leaves]
+    adam = torch.optim.Adam([{"params": [p]} for p in theirs], weight_decay=0.3)
+    rates = [(0.0125, 0), (0.025, 0), (0.05, 0.01), (0.05, 0.01)]
+    for gradient, (rate, gate_rate) in zip(grads, rates, strict=True):
+        adam.param_groups[0]["lr"], adam.param_groups[1]["lr"] = rate, gate_rate
+        head = gradient["head"]
+        theirs[0].grad = torch.tensor(np.asarray(head["fc1"]["kernel"]))
+        theirs[1].grad = torch.tensor(np.asarray(head["gate"]["logits"]))
+        adam.step()
+    got = [ours["head"]["fc1"]["kernel"], ours["head"]["gate"]["logits"]]
+    for mine, wanted in zip(got, theirs, strict=True):
+        np.testing.assert_allclose(mine, wanted.detach().numpy(), rtol=2e-5)
+    still = updated(made.optimizer(params, None, 1), params, grads[:2])
+    np.testing.assert_array_equal(still["head"]["gate"]["logits"], leaves[1])
+
+
+def test_property_11_gates_stay_in_stage_2(tmp_path):
+    params, grads = toy()
+    made = stage(2, tmp_path)
+    after = updated(made.optimizer(params, None, 1), params, grads)
+    old, new = params["head"], after["head"]
+    np.testing.assert_array_equal(new["gate"]["logits"], old["gate"]["logits"])
+    assert np.all(new["fc1"]["kernel"] != old["fc1"]["kernel"])
+
+
+def test_property_11_stage_2_starts_from_gates_and_statistics(tmp_path):
+    made = stage(2, tmp_path)
+    kept = made.start
+    stats = jax.tree.map(lambda x: x + 0.5, kept["batch_stats"])
+    kept["batch_stats"] = stats
+    drawn = jax.tree.map(lambda x: x + 1.0, kept)
+    begin = made.first_variables(drawn)
+    for mine, wanted in zip(
+        hme.gates(begin["params"]), hme.gates(kept["params"]), strict=True
+    ):
+        np.testing.assert_array_equal(mine, wanted)
+    jax.tree.map(np.testing.assert_array_equal, begin["batch_stats"], stats)
+    flat = flax.traverse_util.flatten_dict(begin["params"])
+    new = flax.traverse_util.flatten_dict(drawn["params"])
+    assert all(flat[p] is new[p] for p in flat if not hme.is_gate(p))
+    assert stage(1, tmp_path).first_variables(drawn) is drawn
+    assert made.purpose != stage(1, tmp_path).purpose == state_lib.INITIALISE
+
+
+def test_stages_have_their_own_epochs_and_gates(tmp_path):
+    one = stage(1, tmp_path, epochs=4, hme__stage1_epochs=9)
+    two = stage(2, tmp_path, epochs=4, hme__stage1_epochs=9)
+    assert (one.config.epochs, two.config.epochs) == (9, 4)
+    assert (one.anneal, two.anneal) == (10.0, None)
+    assert stage(1, tmp_path, epochs=4).config.epochs == 4
