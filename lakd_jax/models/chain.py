@@ -335,6 +335,7 @@ def feature_at(
     if name == "stem":
         if preact and not model.STEM_IN_FEATURES:
             raise ValueError(_no_preact("stem"))
+        assert outputs.stem is not None  # of a whole pass
         return outputs.preacts[0] if preact else outputs.stem
     stage_name, block_name = name.split(".")
     stage = int(stage_name.removeprefix("stage"))
