@@ -33,7 +33,8 @@ def train(
     if not has_stages(config) or done.exists():
         return runs.train_one(config, directory, bench, teacher)
     folder = directory / STAGE1
-    bench.notify(f"stage 1 of 2, weights and gates, in {folder}")
+    if not (folder / networks.RESULT_FILE).exists():
+        bench.notify(f"stage 1 of 2, weights and gates, in {folder}")
     stage = hme_stages.first(config)
     with workdir.prepare(folder, config_lib.to_dict(config)):
         result = runs.train_one(stage.config, folder, bench, teacher, stage)
