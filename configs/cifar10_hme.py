@@ -7,10 +7,13 @@
 
 One command trains the teacher (unless --config.teacher.init names one), then weights
 and gates together (stage 1), then the tree that the gates chose (stage 2), 300 epochs
-each of batch 128. For fewer, lower hme.temperature alike, or the gates stay soft:
+each of batch 128. In shorter runs the gates need a lower hme.temperature to harden, and
+Adam a lower rate than the released 0.05:
 
-    python main.py --config=configs/cifar10_hme.py --config.data.source=digits \\
-        --config.epochs=6 --config.hme.temperature=0.2 --config.teacher.name=resnet20
+    python main.py --config=configs/cifar10_hme.py:,,none \\
+        --config.data.source=digits --config.data.image_size=16 \\
+        --config.data.flip=False --config.data.pad=1 --config.batch_size=32 \\
+        --config.epochs=6 --config.hme.temperature=0.2 --config.hme.stage1_lr=0.001
 
 Controls of the paper: method none, and none with --config.label_smoothing=0.1.
 """
