@@ -160,17 +160,30 @@ def test_17_a_one_hot_row_sees_one_block_of_inputs(kind, options):
         assert np.abs(inside - before)[..., own].max() > 0.1
 
 
+def scaled_copies(x, a, groups):
+    """Every group of channels once for each of its output blocks, scaled by 4 A."""
+    (*front, channels), (rows, columns) = x.shape, a.shape
+    scale = columns * a.reshape(1, 1, 1, groups, rows // groups, columns, 1)
+    x = x.reshape(*front, groups, 1, columns, channels // groups // columns)
+    return (x * scale).reshape(*front, rows * channels // groups)
+
+
 @pytest.mark.parametrize("kind", KERNELS)
 def test_18_scaled_kernel_is_a_grouped_convolution_over_scaled_copies(kind):
+    _, outputs, size, stride, groups, bias = KERNELS[kind]
     _, static, x = pair(kind)
     _, dynamic, _ = pair(kind, DYNAMIC)
     variables = with_gates(static.init(KEY, x))
-    with_slope = dynamic.init(KEY, x)["params"] | variables["params"]
-    np.testing.assert_allclose(
-        dynamic.apply({"params": with_slope}, x),
-        static.apply(variables, x),
-        atol=1e-5,
-    )
+    params = variables["params"]
+    a = vam.attention(params["vam_gate"], 1.0)
+    make = functools.partial(layers.conv, outputs, size, stride, layers.Style())
+    grouped = make(name="conv", groups=len(a), bias=bias)
+    own = {name: x for name, x in params.items() if name != "vam_gate"}
+    wanted = grouped.apply({"params": own}, scaled_copies(x, a, groups))
+    np.testing.assert_allclose(static.apply(variables, x), wanted, atol=1e-5)
+    # The dynamic form, with a slope of zero, has the same attention for all images.
+    both = {**dynamic.init(KEY, x)["params"], **params}
+    np.testing.assert_allclose(dynamic.apply({"params": both}, x), wanted, atol=1e-5)
 
 
 def test_18_by_hand():
@@ -179,8 +192,10 @@ def test_18_by_hand():
     a = jnp.array([[0.25, 0.75], [1.0, 0.0]])
     scaled = vam.scaled_kernel(kernel, a, True)[0, 0]
     np.testing.assert_allclose(scaled, [[0.5, 4.0], [4.5, 0.0]])
-    copies = vam.scaled_copies(jnp.array([[[[10.0, 100.0]]]]), a[None], 1, True)
-    np.testing.assert_allclose(copies[0, 0, 0], [5.0, 150.0, 20.0, 0.0])
+    x = jnp.array([[[[10.0, 100.0]]]])
+    first = vam.scaled_inputs(x, a[None, :1], True)
+    np.testing.assert_allclose(first[0, 0, 0], [5.0, 150.0])
+    np.testing.assert_allclose(vam.scaled_inputs(x, a[None, 1:], False), [[[[10, 0]]]])
 
 
 def test_dynamic_gates_follow_the_image():

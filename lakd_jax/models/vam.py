@@ -124,27 +124,21 @@ def scaled_kernel(kernel: jax.Array, a: jax.Array, rescale: bool) -> jax.Array:
     return kernel * factor[None, None]
 
 
-def scaled_copies(x: jax.Array, a: jax.Array, groups: int, rescale: bool) -> jax.Array:
-    """Inputs of a convolution with `rows` groups that computes what W' does.
-
-    Every group of channels is repeated for each of its output blocks, scaled by that
-    block's attention; the kernel stays W.
+def scaled_inputs(x: jax.Array, a: jax.Array, rescale: bool) -> jax.Array:
+    """What one output block of each group sees of a convolution's inputs.
 
     Args:
         x: (B, H, W, C_in).
-        a: A (B, rows, M_in), or (1, rows, M_in) for all images alike.
-        groups: of the convolution without attention.
+        a: (B, groups, M_in), the block's rows of A.
         rescale: s is M_in, else 1.
 
     Returns:
-        (B, H, W, rows * C_in / groups) in x's type.
+        x s A, x's shape and type.
     """
-    *front, channels = x.shape
-    batch, rows, columns = a.shape
+    batch, groups, columns = a.shape
     scale = (columns * a if rescale else a).astype(x.dtype)
-    scale = scale.reshape(batch, 1, 1, groups, rows // groups, columns, 1)
-    x = x.reshape(*front, groups, 1, columns, channels // groups // columns)
-    return (x * scale).reshape(*front, rows * channels // groups)
+    scale = jnp.repeat(scale.reshape(batch, -1), x.shape[-1] // groups // columns, 1)
+    return x * scale[:, None, None, :]
 
 
 class Conv(nn.Module):
@@ -181,42 +175,57 @@ class Conv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         columns = blocks_of(inputs, self.options.blocks)
         blocks = blocks_of(self.features // self.groups, self.options.blocks)
-        groups = self.groups
-        if min(columns, blocks) > 1:
-            x, kernel, groups = self._attend(x, kernel, groups * blocks, columns)
-        y = self._convolve(x, kernel, groups)
+        if min(columns, blocks) == 1:
+            y = self._convolve(x, kernel)
+        elif self.options.gate == "static":
+            gate = self._gate(blocks, columns)
+            self._record(gate)
+            y = self._convolve(x, self.options.kernel(kernel, gate))
+        else:
+            y = self._dynamic(x, kernel, blocks, columns)
         if not self.bias:
             return y
         zeros = nn.initializers.zeros
         bias = self.param("bias", zeros, (self.features,), jnp.float32)
         return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
 
-    def _attend(
-        self, x: jax.Array, kernel: jax.Array, rows: int, columns: int
-    ) -> tuple[jax.Array, jax.Array, int]:
-        """Input, kernel and groups of the convolution that does both at once."""
-        options, shape = self.options, (rows, columns)
-        normal = nn.initializers.normal(options.init_std)
-        gate = self.param("vam_gate", normal, shape, jnp.float32)
-        if options.gate == "static":
-            self._record(gate)
-            return x, options.kernel(kernel, gate), self.groups
-        slope = self.param(
-            "vam_slope", nn.initializers.zeros, (x.shape[-1], *shape), jnp.float32
-        )
+    def _gate(self, blocks: int, columns: int) -> jax.Array:
+        normal = nn.initializers.normal(self.options.init_std)
+        shape = (self.groups * blocks, columns)
+        return self.param("vam_gate", normal, shape, jnp.float32)
+
+    def _dynamic(
+        self, x: jax.Array, kernel: jax.Array, blocks: int, columns: int
+    ) -> jax.Array:
+        """Every image with attention of its own: one convolution an output block.
+
+        One over copies of the input, with more groups, computes the same, but
+        XLA takes sixty times longer for its gradient on CPU.
+        """
+        gate, zeros = self._gate(blocks, columns), nn.initializers.zeros
+        shape = (x.shape[-1], *gate.shape)
+        slope = self.param("vam_slope", zeros, shape, jnp.float32)
         pooled = jnp.mean(x, (1, 2), dtype=jnp.float32)
         gates = gate[None] + jnp.tensordot(pooled, slope, 1)
         self._record(gates)
-        a = attention(gates, options.temperature)
+        a = attention(gates, self.options.temperature)
+        a = a.reshape(-1, self.groups, blocks, columns)
         x = x.astype(self.dtype)
-        return scaled_copies(x, a, self.groups, options.rescale), kernel, rows
+        split = kernel.reshape(*kernel.shape[:3], self.groups, blocks, -1)
+        maps = []
+        for j in range(blocks):
+            seen = scaled_inputs(x, a[:, :, j], self.options.rescale)
+            own = split[:, :, :, :, j].reshape(*kernel.shape[:3], -1)
+            y = self._convolve(seen, own)
+            maps.append(y.reshape(*y.shape[:3], self.groups, -1))
+        return jnp.stack(maps, -2).reshape(*maps[0].shape[:3], self.features)
 
     def _record(self, gate: jax.Array) -> None:
         value = entropy(log_attention(gate, self.options.temperature))
         # The value itself, not a tuple of all calls' values.
         self.sow("intermediates", ENTROPY, value, reduce_fn=lambda _, new: new)
 
-    def _convolve(self, x: jax.Array, kernel: jax.Array, groups: int) -> jax.Array:
+    def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         pad = (self.size - 1) // 2
         return jax.lax.conv_general_dilated(
             x.astype(self.dtype),
@@ -224,5 +233,5 @@ class Conv(nn.Module):
             (self.stride, self.stride),
             ((pad, pad), (pad, pad)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=groups,
+            feature_group_count=self.groups,
         )
