@@ -71,7 +71,7 @@ def _network(name: str) -> ConfigDict:
 def _vam() -> ConfigDict:
     v = ConfigDict()  # attention over blocks of channels, our reading of KDExplainer's
     v.enabled = False
-    v.gate = "static"  # static (folded away at the end) | dynamic (by the image)
+    v.gate = "static"  # static (folded away at the end) | dynamic (by image, stays)
     v.blocks = 4  # of inputs and of outputs; fewer where channels do not divide
     v.temperature = 1.0  # of the attention
     v.rescale = True  # times the number of blocks: uniform attention changes nothing

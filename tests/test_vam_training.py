@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from lakd_jax import config as config_lib
 from lakd_jax import errors, export, models, train, validate
 from lakd_jax.distill import method as method_lib
+from lakd_jax.explain import subject
 from lakd_jax.local import cuts
 from lakd_jax.models import folding, vam
 from lakd_jax.train import build, fit, gates, networks, optim, runs, step
@@ -269,6 +270,13 @@ def test_a_finished_run_leaves_the_plain_network(folder):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     for to in export.ENDINGS:
         export.run(folder / "run", to, notify=print)
+    # The report looks at checkpoints as at the plain network, too.
+    past = list(subject.past(subject.load(folder / "run", guard(), print)))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        past[-1][1],
+        network.variables,
+    )
     # It may be trained on, with fresh gates or without.
     for name, more in (("on", VAM), ("off", {})):
         train_in(folder, name, student__init=str(folder / "run"), **more)

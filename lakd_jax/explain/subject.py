@@ -13,7 +13,7 @@ from lakd_jax import checkpoint, distill, errors, interrupt, workdir
 from lakd_jax import config as config_lib
 from lakd_jax.data import order
 from lakd_jax.models import chain
-from lakd_jax.train import build, networks, runs
+from lakd_jax.train import build, gates, networks, runs
 from lakd_jax.train import step as step_lib
 
 PyTree = Any
@@ -77,11 +77,15 @@ def load(
 
 
 def past(subject: Subject) -> Iterator[tuple[int, PyTree]]:
-    """(step, the student's variables) of every checkpoint that is still there."""
+    """(step, the student's variables) of every checkpoint that is still there.
+
+    They are those of `subject.student.model`: checkpoints have gates that it has not.
+    """
     folder = subject.directory / "checkpoints"
+    model = subject.student.model.clone(vam=build.vam_options(subject.config))
     for step in checkpoint.list_steps(folder):
         _, arrays, _ = checkpoint.read_arrays(folder, step)
-        yield step, part(arrays, "student")
+        yield step, gates.deployed(model, part(arrays, "student"))[1]
 
 
 def part(arrays: dict[str, np.ndarray], name: str) -> PyTree:

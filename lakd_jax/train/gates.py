@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lakd_jax import errors
 from lakd_jax.distill import method as method_lib
-from lakd_jax.models import vam
+from lakd_jax.models import chain, folding, vam
 from lakd_jax.train import networks
 
 PyTree = Any
@@ -77,6 +77,16 @@ def gated(loaded: networks.Loaded, options: vam.Options | None) -> networks.Load
 
 def _fields(options: vam.Options) -> str:
     return ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(options).items())
+
+
+def deployed(model: chain.Chain, variables: PyTree) -> tuple[chain.Chain, PyTree]:
+    """A trained student without what only training needs: static gates are folded.
+
+    Dynamic ones belong to the network and stay.
+    """
+    if model.vam is None or not model.vam.foldable:
+        return model, variables
+    return folding.fold_gates(model, variables)
 
 
 def completed(given: PyTree, initial: PyTree) -> PyTree:

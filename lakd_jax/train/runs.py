@@ -110,16 +110,10 @@ def train_one(
 def _deployed(
     student: networks.Loaded, trained: fit.Trained
 ) -> tuple[networks.Loaded, fit.Trained]:
-    """The student without what only training needs; static gates are folded.
-
-    Dynamic ones belong to the network and stay.
-    """
-    model = student.model
-    if model.vam is None or not model.vam.foldable:
-        return student, trained
-    plain, last = folding.fold_gates(model, trained.last)
-    best = folding.fold_gates(model, trained.best)[1] if trained.best else None
-    student = dataclasses.replace(student, model=plain)
+    """Both as `gates.deployed` has them: what is tested is what is given out."""
+    model, last = gates.deployed(student.model, trained.last)
+    best = trained.best and gates.deployed(student.model, trained.best)[1]
+    student = dataclasses.replace(student, model=model)
     return student, dataclasses.replace(trained, last=last, best=best)
 
 
