@@ -120,7 +120,7 @@ def test_page_escapes_and_embeds(tmp_path):
     file.write_bytes(b"\x89PNG")
     parts = [
         page.text("a < b & c", note=True),
-        page.code("<tree>"),
+        page.code("a tree", "<tree>"),
         page.table(["class", "<n>"], [["cat & dog", "1"]]),
         page.picture(file, 'the "dot"'),
     ]
@@ -128,6 +128,7 @@ def test_page_escapes_and_embeds(tmp_path):
     assert "a &lt; b &amp; c" in out
     assert "<td>cat &amp; dog</td><td>1</td>" in out
     assert "&lt;title&gt;" in out
+    assert "<summary>a tree</summary><pre>&lt;tree&gt;</pre>" in out
     assert 'src="data:image/png;base64,iVBORw==" alt="the &quot;dot&quot;"' in out
     self_contained(out)
 

@@ -247,7 +247,7 @@ def test_student_variables_are_the_plain_network(tmp_path):
     assert state.params["method"]  # there was something to leave behind
 
 
-@pytest.mark.parametrize("method", ["afd", "rtk"])
+@pytest.mark.parametrize("method", ["afd", pytest.param("rtk", marks=pytest.mark.long)])
 def test_without_beta_tap_methods_are_kd_with_their_weights(method, tmp_path):
     """Property 21 of RTK, and 19: the student's logits come from the student alone."""
     indices = rows(4)
@@ -267,7 +267,7 @@ def test_without_beta_tap_methods_are_kd_with_their_weights(method, tmp_path):
     assert shapes == wanted and ours.params["method"]
 
 
-@pytest.mark.parametrize("method", ["afd", "rtk"])
+@pytest.mark.parametrize("method", ["afd", pytest.param("rtk", marks=pytest.mark.long)])
 def test_tap_methods_train_in_bfloat16(method, tmp_path):
     state, losses = run_singly(
         make(tmp_path, 2, method=method, dtype="bfloat16"), rows(2)

@@ -21,6 +21,8 @@ from lakd_jax.models import folding, vam
 from lakd_jax.train import build, fit, gates, networks, optim, runs, step
 from lakd_jax.train import state as state_lib
 
+LONG = pytest.mark.long
+
 MESH = Mesh(np.array(jax.devices()[:1]), ("data",))
 VAM = {"student__vam__enabled": True}
 ROWS = np.random.default_rng(3).integers(0, 160, (5, 16)).astype(np.int32)
@@ -92,7 +94,9 @@ def entropy_of(layers):
 # The step
 
 
-@pytest.mark.parametrize("method", ["none", "kd", "lakd"])
+@pytest.mark.parametrize(
+    "method", ["kd", *(pytest.param(m, marks=LONG) for m in ("none", "lakd"))]
+)
 def test_20_frozen_gates_without_entropy_train_as_the_plain_network(method, tmp_path):
     plain = made(tmp_path, method=method)
     learner, _, teacher, data = made(
@@ -114,8 +118,16 @@ def test_20_frozen_gates_without_entropy_train_as_the_plain_network(method, tmp_
     assert not any(np.any(g) for g in gates_of(state.params).values())
 
 
-@pytest.mark.parametrize("gate", vam.GATES)
-@pytest.mark.parametrize("method", ["none", "lakd"])
+@pytest.mark.parametrize(
+    ("method", "gate"),
+    [
+        ("lakd", "static"),
+        *(
+            pytest.param(*case, marks=LONG)
+            for case in (("none", "static"), ("none", "dynamic"), ("lakd", "dynamic"))
+        ),
+    ],
+)
 def test_gates_learn_and_the_entropy_is_part_of_the_loss(method, gate, tmp_path):
     """At V = 0 attention is uniform: H is 1 and its gradient 0."""
     fields = {"student__vam__gate": gate, "student__vam__gamma": 0.5, **VAM}
@@ -282,6 +294,7 @@ def test_a_finished_run_leaves_the_plain_network(folder):
         train_in(folder, name, student__init=str(folder / "run"), **more)
 
 
+@pytest.mark.long
 def test_dynamic_gates_stay_in_the_student(folder):
     fields = {"student__vam__gate": "dynamic", **VAM}
     config, result, _ = train_in(folder, "run", **fields)

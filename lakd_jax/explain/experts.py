@@ -56,10 +56,13 @@ def _entropies(found: list[np.ndarray]) -> str:
 def _tree(found: list[np.ndarray], names: tuple[str, ...], scratch: Path) -> list[str]:
     made, tau = gates.tree(found), gates.TEMPERATURES[0]
     weights = [gates.attention(gate, tau) for gate in found]
+    # Experts in the order of the classes below them, so that no two edges cross.
+    paths = [made.paths[label] for label in made.order]
+    alive = [list(dict.fromkeys(level)) for level in zip(*paths, strict=True)]
     first: list[tuple[str, int | None, float]]
-    first = [(f"1.{i + 1}", None, 0.5) for i in made.alive[0]]
-    levels, above = [first], made.alive[0]
-    for gate, children in enumerate((*made.alive[1:], made.order)):
+    first = [(f"1.{i + 1}", None, 0.5) for i in alive[0]]
+    levels, above = [first], alive[0]
+    for gate, children in enumerate((*alive[1:], list(made.order))):
         last = gate == len(found) - 1
         level: list[tuple[str, int | None, float]] = []
         for child in children:
@@ -72,7 +75,8 @@ def _tree(found: list[np.ndarray], names: tuple[str, ...], scratch: Path) -> lis
     path = scratch / "tree.png"
     grids.tree(path, levels)
     described = "The tree from the image through the experts to the classes."
-    return [page.picture(path, described), page.code(gates.dot(found, names, tau))]
+    dot = page.code("the same for Graphviz", gates.dot(found, names, tau))
+    return [page.picture(path, described), dot]
 
 
 def _heat_maps(found: list[np.ndarray], names: tuple[str, ...], scratch: Path) -> str:

@@ -52,9 +52,10 @@ def text(words: str, *, note: bool = False) -> str:
     return f"<p{kind}>{html.escape(words)}</p>"
 
 
-def code(words: str) -> str:
-    """Text as it is, in lines."""
-    return f"<pre>{html.escape(words)}</pre>"
+def code(title: str, words: str) -> str:
+    """Text as it is, in lines, which are shown when the title is clicked on."""
+    head = f"<summary>{html.escape(title)}</summary>"
+    return f"<details>{head}<pre>{html.escape(words)}</pre></details>"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
