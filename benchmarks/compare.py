@@ -95,6 +95,18 @@ def sweep() -> Plan:
     return Plan("configs/cifar10_lakd.py", arms, range(1))
 
 
+def attention() -> Plan:
+    """CIFAR-10, resnet8 from resnet20 by AFD and RTK, and KD with virtual attention."""
+    common = cifar("resnet20-12fca82f.th")
+    arms = {
+        "AFD": ("resnet20,resnet8,afd", common),
+        "RTK none": ("resnet20,resnet8,rtk", [*common, "rtk.selection=none"]),
+        "RTK stage": ("resnet20,resnet8,rtk", common),
+        "KD VAM": ("resnet20,resnet8,kd", [*common, "student.vam.enabled=True"]),
+    }
+    return Plan("configs/cifar10_lakd.py", arms, range(3))
+
+
 def rates() -> Plan:
     """The arms of `resnet8` at a third of its learning rate, one seed."""
     plan = resnet8()
@@ -103,7 +115,8 @@ def rates() -> Plan:
     return Plan(plan.config, arms, range(1))
 
 
-PLANS = {plan.__name__: plan for plan in (digits, resnet8, resnet20, sweep, rates)}
+_PLANS = (digits, resnet8, resnet20, sweep, rates, attention)
+PLANS = {plan.__name__: plan for plan in _PLANS}
 
 
 def cifar(file: str) -> list[str]:
