@@ -17,6 +17,8 @@ from lakd_jax.train import hme_runs, networks, runs
 from lakd_jax.train import state as state_lib
 
 TIMINGS = ("seconds", "step_seconds", "images_per_second")
+pytestmark = pytest.mark.long  # each run compiles two steps
+
 STEPS, EPOCHS = 5, 2  # an epoch, and of each stage
 CHECKS = EPOCHS * (STEPS + 3)  # a stage: its steps and batches of minival
 
@@ -70,7 +72,6 @@ def whole(tmp_path_factory, bench):
     return folder / "run"
 
 
-@pytest.mark.long
 def test_both_stages_stopped_and_gone_on(whole, tmp_path, bench):
     """Once inside each stage, and during the first evaluation of stage 1."""
     # Beside the steps and minival, a stage's end takes 3 checks a split that is kept.
@@ -128,7 +129,6 @@ def test_a_finished_run_is_told_again(whole, bench):
     assert again["stage1"]["epochs"] == EPOCHS
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "fields",
     [

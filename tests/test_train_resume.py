@@ -15,6 +15,8 @@ from lakd_jax.report import metrics
 from lakd_jax.train import networks, runs
 from lakd_jax.train import state as state_lib
 
+LONG = pytest.mark.long
+
 
 @pytest.fixture
 def bench(monkeypatch):
@@ -61,8 +63,19 @@ def assert_equal_runs(one, other):
     assert one[2] == other[2]
 
 
-@pytest.mark.parametrize("stop", [17, 20], ids=["inside", "edge"])
-@pytest.mark.parametrize("method", ["none", "kd", "lakd"])
+@pytest.mark.parametrize(
+    ("method", "stop"),
+    [
+        ("none", 20),  # at the edge of an epoch; 17 lies inside
+        ("lakd", 17),
+        *(pytest.param("none", 17, marks=LONG), pytest.param("lakd", 20, marks=LONG)),
+        *(
+            pytest.param(method, stop, marks=LONG)
+            for method in ("kd", "afd", "rtk")
+            for stop in (17, 20)
+        ),
+    ],
+)
 def test_stopped_run_ends_as_the_unbroken_one(
     method, stop, tmp_path, bench, teacher_dir
 ):
@@ -89,6 +102,7 @@ def test_stop_during_an_evaluation_repeats_it(tmp_path, bench, teacher_dir):
     assert_equal_runs(finished(tmp_path / "whole"), finished(tmp_path / "parts"))
 
 
+@LONG
 def test_every_reading_with_state_resumes(tmp_path, bench, teacher_dir):
     config = tiny.config(
         tmp_path,

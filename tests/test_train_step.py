@@ -267,7 +267,8 @@ def test_without_beta_tap_methods_are_kd_with_their_weights(method, tmp_path):
     assert shapes == wanted and ours.params["method"]
 
 
-@pytest.mark.parametrize("method", ["afd", pytest.param("rtk", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["afd", "rtk"])
 def test_tap_methods_train_in_bfloat16(method, tmp_path):
     state, losses = run_singly(
         make(tmp_path, 2, method=method, dtype="bfloat16"), rows(2)

@@ -257,6 +257,7 @@ def last_variables(folder, config, result_of):
     return student.model, job.run().last
 
 
+@LONG
 def test_a_finished_run_leaves_the_plain_network(folder):
     fields = {"student__vam__init_std": 0.5, **VAM}
     config, result, lines = train_in(folder, "run", **fields)
