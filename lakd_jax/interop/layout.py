@@ -5,11 +5,10 @@ import functools
 from typing import Any
 
 import flax
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lakd_jax import errors, models
+from lakd_jax.models import chain
 
 LISTED = 10  # keys named in an error message
 _LEAVES = {
@@ -97,10 +96,7 @@ def _traced(
     name: str, options: tuple[tuple[str, Any], ...]
 ) -> dict[str, tuple[Path, Shape]]:
     model = models.create(name, **dict(options))
-    # The spatial size is of no matter to shapes; 32 survives five halvings.
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    init = functools.partial(model.init, train=False)
-    variables: Any = jax.eval_shape(init, jax.random.key(0), images)
+    variables = chain.variable_shapes(model)
     leaves: dict[Path, Any] = flax.traverse_util.flatten_dict(variables)
     return {
         f"{model.torch_name(path[1:-1])}.{_LEAVES[path[-1]]}": (path, leaf.shape)

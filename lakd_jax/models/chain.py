@@ -91,6 +91,14 @@ class Chain(nn.Module, kw_only=True):
     # Whether some convolutions take `vam`.
     GATED: ClassVar[bool] = True
     KERNEL_INIT: ClassVar[collections.abc.Callable] = layers.he_normal_fan_out
+    # What `layers.Head` takes beside width and style.
+    HEAD: ClassVar[collections.abc.Mapping[str, Any]] = {}
+    # PyTorch's names of the classifier and, by path, of what else is in no stage.
+    CLASSIFIER: ClassVar[str] = "fc"
+    TORCH_NAMES: ClassVar[collections.abc.Mapping[tuple[str, ...], str]] = {
+        ("stem", "conv"): "conv1",
+        ("stem", "bn"): "bn1",
+    }
     # (pattern, replacement) pairs that turn other PyTorch spellings into ours.
     TORCH_ALIASES: ClassVar[tuple[tuple[str, str], ...]] = ()
 
@@ -113,11 +121,21 @@ class Chain(nn.Module, kw_only=True):
     @nn.nowrap
     def make_head(self, name: str) -> nn.Module:
         """What maps the last joint to (logits, pooled)."""
-        raise NotImplementedError
+        return layers.Head(self.num_classes, self.style, **self.HEAD, name=name)
 
     @nn.nowrap
     def torch_name(self, path: tuple[str, ...]) -> str:
         """The published PyTorch name of a layer, given its path in our tree."""
+        if path == ("head", "dense"):
+            return self.CLASSIFIER
+        if path in self.TORCH_NAMES:
+            return self.TORCH_NAMES[path]
+        stage, index = _place(".".join(path[:2]))
+        return self.torch_block_name(stage, index, path[2])
+
+    @nn.nowrap
+    def torch_block_name(self, stage: int, index: int, layer: str) -> str:
+        """The same of a layer in a block; stage and index are counted from 0."""
         raise NotImplementedError
 
     @classmethod
@@ -134,7 +152,11 @@ class Chain(nn.Module, kw_only=True):
 
         Raises KeyError naming the key that is needed but missing or misshaped.
         """
-        raise NotImplementedError
+        key = f"{cls.CLASSIFIER}.weight"
+        shape = shapes.get(key, ())
+        if len(shape) != 2 or shape[0] < 1:
+            raise KeyError(key)
+        return {"num_classes": shape[0]}
 
     @classmethod
     def options_from_variables(cls, variables: Any) -> dict[str, Any]:
@@ -337,14 +359,18 @@ def feature_at(
             raise ValueError(_no_preact("stem"))
         assert outputs.stem is not None  # of a whole pass
         return outputs.preacts[0] if preact else outputs.stem
-    stage_name, block_name = name.split(".")
-    stage = int(stage_name.removeprefix("stage"))
-    index = int(block_name.removeprefix("block"))
+    stage, index = _place(name)
     if not preact:
-        return outputs.blocks[stage - 1][index - 1]
-    if index != model.stage_sizes[stage - 1]:
+        return outputs.blocks[stage][index]
+    if index + 1 != model.stage_sizes[stage]:
         raise ValueError(_no_preact(name))
-    return outputs.preacts[stage if model.STEM_IN_FEATURES else stage - 1]
+    return outputs.preacts[stage + 1 if model.STEM_IN_FEATURES else stage]
+
+
+def _place(unit: str) -> tuple[int, int]:
+    """Stage and index in it, from 0: "stage2.block1" -> (1, 0)."""
+    stage, block = unit.split(".")
+    return int(stage.removeprefix("stage")) - 1, int(block.removeprefix("block")) - 1
 
 
 def _no_preact(name: str) -> str:
@@ -354,9 +380,14 @@ def _no_preact(name: str) -> str:
     )
 
 
-def classes_of(shapes: collections.abc.Mapping[str, tuple[int, ...]], key: str) -> int:
-    """Rows of the classifier's weight (classes, C); KeyError(key) if no matrix."""
-    shape = shapes.get(key, ())
-    if len(shape) != 2 or shape[0] < 1:
-        raise KeyError(key)
-    return shape[0]
+def variable_shapes(model: Chain, side: int = 32) -> Any:
+    """The tree of the network's variables as `jax.ShapeDtypeStruct`s; nothing is run.
+
+    Args:
+        model: the network.
+        side: of the images, which is of no matter to most; 32 survives five halvings.
+    """
+    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    return jax.eval_shape(
+        lambda x: model.init(jax.random.key(0), x, train=False), images
+    )

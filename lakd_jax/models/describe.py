@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lakd_jax import models
+from lakd_jax.models import chain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +58,7 @@ def describe(
     model = models.create(name, num_classes=num_classes, **options)
     side = image_size or model.IMAGE_SIZE
     images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-    variables: Any = jax.eval_shape(
-        lambda x: model.init(jax.random.key(0), x, train=False), images
-    )
+    variables = chain.variable_shapes(model, side)
     run = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False), return_shape=True)
     program, outputs = run(variables, images)
     return Description(

@@ -116,10 +116,7 @@ def _folded(
 
 
 def _shapes(model: chain.Chain) -> dict[_Path, tuple[int, ...]]:
-    """Path to shape of all parameters; the size of the images is of no matter."""
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    tree: Any = jax.eval_shape(
-        lambda x: model.init(jax.random.key(0), x, train=False), images
-    )
-    flat: dict[_Path, Any] = flax.traverse_util.flatten_dict(tree["params"])
+    """Path to shape of all parameters."""
+    params = chain.variable_shapes(model)["params"]
+    flat: dict[_Path, Any] = flax.traverse_util.flatten_dict(params)
     return {path: leaf.shape for path, leaf in flat.items()}

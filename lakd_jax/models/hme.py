@@ -39,7 +39,6 @@ _BINS = 7  # a head of "ltb" reads maps pooled to 7x7
 _HIDDEN = 128
 _SPLIT = 4  # experts a level of "split"
 _LTB = ((2, (64, 64)), (4, (64, 64)), (8, (64, 32)))  # experts, widths by level
-_normal = nn.initializers.normal(0.01)
 _gate_init = nn.initializers.uniform(1.0)
 
 
@@ -208,7 +207,7 @@ class _Tasks(nn.Module):
         """(B, classes, C) to (B, classes, features)."""
         _, tasks, inputs = x.shape
         shape = (tasks, inputs, self.features)
-        kernel = self.param("kernel", _normal, shape, jnp.float32)
+        kernel = self.param("kernel", layers.small_normal, shape, jnp.float32)
         zeros = nn.initializers.zeros
         bias = self.param("bias", zeros, (tasks, self.features), jnp.float32)
         x, kernel, bias = (v.astype(self.dtype) for v in (x, kernel, bias))

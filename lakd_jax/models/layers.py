@@ -18,6 +18,9 @@ he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # Uniform on +-1/sqrt(fan_in): the variance is a third of the squared bound.
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
+# Of linear layers in VGG, MobileNetV2 and HME.
+small_normal = nn.initializers.normal(0.01)
+
 
 @dataclasses.dataclass(frozen=True)
 class Style:

@@ -14,7 +14,6 @@ from flax import linen as nn
 
 from lakd_jax.models import chain, layers
 
-_dense_init = nn.initializers.normal(0.01)
 Activation = collections.abc.Callable[[jax.Array], jax.Array]
 
 
@@ -79,6 +78,10 @@ class MobileNetV1(chain.Chain, kw_only=True):
     IMAGE_SIZE: ClassVar[int] = 224
     STEM_IN_FEATURES: ClassVar[bool] = False
     KERNEL_INIT: ClassVar[collections.abc.Callable] = layers.uniform_fan_in
+    TORCH_NAMES: ClassVar[collections.abc.Mapping[tuple[str, ...], str]] = {
+        ("stem", "conv"): "model.0.0",
+        ("stem", "bn"): "model.0.1",
+    }
 
     @nn.nowrap
     def make_stem(self, name: str) -> layers.Stem:
@@ -94,25 +97,11 @@ class MobileNetV1(chain.Chain, kw_only=True):
         return SeparableBlock(widths[index], stride, self.style, name=name)
 
     @nn.nowrap
-    def make_head(self, name: str) -> layers.Head:
-        """See `chain.Chain`."""
-        return layers.Head(self.num_classes, self.style, name=name)
-
-    @nn.nowrap
-    def torch_name(self, path: tuple[str, ...]) -> str:
-        """("stage1", "block1", "bn2") -> "model.1.4": all units in one list."""
-        if path[0] == "head":
-            return "fc"
-        places = {"conv": 0, "bn": 1, "conv1": 0, "bn1": 1, "conv2": 3, "bn2": 4}
-        unit = self.unit_names.index(".".join(path[:-1]))
-        return f"model.{unit}.{places[path[-1]]}"
-
-    @classmethod
-    def options_from_torch(
-        cls, shapes: collections.abc.Mapping[str, tuple[int, ...]]
-    ) -> dict[str, Any]:
-        """See `chain.Chain`."""
-        return {"num_classes": chain.classes_of(shapes, "fc.weight")}
+    def torch_block_name(self, stage: int, index: int, layer: str) -> str:
+        """(0, 0, "bn2") -> "model.1.4": all units in one list."""
+        places = {"conv1": 0, "bn1": 1, "conv2": 3, "bn2": 4}
+        unit = 1 + sum(self.stage_sizes[:stage]) + index
+        return f"model.{unit}.{places[layer]}"
 
 
 # (group, place in it) of every block, by stage: version 2's paper has seven groups, of
@@ -140,6 +129,19 @@ class MobileNetV2(chain.Chain, kw_only=True):
 
     ACTIVATION: ClassVar[Activation] = nn.relu
     FIRST_EXPANSION: ClassVar[int] = 1
+    HEAD: ClassVar[collections.abc.Mapping[str, Any]] = {
+        "kernel_init": layers.small_normal,
+        "zero_bias": True,
+        "conv_features": 1280,
+        "activation": nn.relu,
+    }
+    CLASSIFIER: ClassVar[str] = "classifier.0"
+    TORCH_NAMES: ClassVar[collections.abc.Mapping[tuple[str, ...], str]] = {
+        ("stem", "conv"): "conv1.0",
+        ("stem", "bn"): "conv1.1",
+        ("head", "conv"): "conv2.0",
+        ("head", "bn"): "conv2.1",
+    }
 
     @nn.nowrap
     def make_stem(self, name: str) -> layers.Stem:
@@ -161,48 +163,12 @@ class MobileNetV2(chain.Chain, kw_only=True):
         )
 
     @nn.nowrap
-    def make_head(self, name: str) -> layers.Head:
-        """See `chain.Chain`."""
-        return layers.Head(
-            self.num_classes,
-            self.style,
-            kernel_init=_dense_init,
-            zero_bias=True,
-            conv_features=1280,
-            activation=type(self).ACTIVATION,
-            name=name,
-        )
-
-    @nn.nowrap
-    def torch_name(self, path: tuple[str, ...]) -> str:
-        """("stage1", "block1", "bn2") -> "blocks.0.0.conv.4"."""
-        whole = {
-            ("stem", "conv"): "conv1.0",
-            ("stem", "bn"): "conv1.1",
-            ("head", "conv"): "conv2.0",
-            ("head", "bn"): "conv2.1",
-            ("head", "dense"): "classifier.0",
-        }
-        if path in whole:
-            return whole[path]
-        group, place, layer = _group(path)
+    def torch_block_name(self, stage: int, index: int, layer: str) -> str:
+        """(0, 0, "bn2") -> "blocks.0.0.conv.4"."""
+        group, place = _PLACES[stage][index]
         # Convolution, norm, ReLU three times; the last without ReLU.
-        index = 3 * (int(layer[-1]) - 1) + layer.startswith("bn")
-        return f"blocks.{group}.{place}.conv.{index}"
-
-    @classmethod
-    def options_from_torch(
-        cls, shapes: collections.abc.Mapping[str, tuple[int, ...]]
-    ) -> dict[str, Any]:
-        """See `chain.Chain`."""
-        return {"num_classes": chain.classes_of(shapes, "classifier.0.weight")}
-
-
-def _group(path: tuple[str, ...]) -> tuple[int, int, str]:
-    """(group, place, layer) of a block's layer, counted as in the paper's table."""
-    stage, block, layer = path
-    number = int(stage.removeprefix("stage")) - 1
-    return *_PLACES[number][int(block.removeprefix("block")) - 1], layer
+        step = 3 * (int(layer[-1]) - 1) + layer.startswith("bn")
+        return f"blocks.{group}.{place}.conv.{step}"
 
 
 def _timm_aliases() -> tuple[tuple[str, str], ...]:
@@ -236,32 +202,27 @@ class ImageNetMobileNetV2(MobileNetV2, kw_only=True):
     IMAGE_SIZE: ClassVar[int] = 224
     ACTIVATION: ClassVar[Activation] = nn.relu6
     FIRST_EXPANSION: ClassVar[int] = 0
+    HEAD: ClassVar[collections.abc.Mapping[str, Any]] = {
+        **MobileNetV2.HEAD,
+        "activation": nn.relu6,
+    }
+    CLASSIFIER: ClassVar[str] = "classifier.1"
+    TORCH_NAMES: ClassVar[collections.abc.Mapping[tuple[str, ...], str]] = {
+        ("stem", "conv"): "features.0.0",
+        ("stem", "bn"): "features.0.1",
+        ("head", "conv"): "features.18.0",
+        ("head", "bn"): "features.18.1",
+    }
     TORCH_ALIASES: ClassVar[tuple[tuple[str, str], ...]] = _timm_aliases()
 
     @nn.nowrap
-    def torch_name(self, path: tuple[str, ...]) -> str:
-        """("stage2", "block1", "bn2") -> "features.4.conv.1.1": one list of blocks."""
-        whole = {
-            ("stem", "conv"): "features.0.0",
-            ("stem", "bn"): "features.0.1",
-            ("head", "conv"): "features.18.0",
-            ("head", "bn"): "features.18.1",
-            ("head", "dense"): "classifier.1",
-        }
-        if path in whole:
-            return whole[path]
-        group, place, layer = _group(path)
+    def torch_block_name(self, stage: int, index: int, layer: str) -> str:
+        """(1, 0, "bn2") -> "features.4.conv.1.1": one list of blocks."""
+        group, place = _PLACES[stage][index]
         step = int(layer[-1]) - (1 if group else 2)  # the first block has no conv1
         last, is_norm = layer[-1] == "3", int(layer.startswith("bn"))
         inner = f"{step + is_norm}" if last else f"{step}.{is_norm}"
         return f"features.{1 + sum(_REPEATS[:group]) + place}.conv.{inner}"
-
-    @classmethod
-    def options_from_torch(
-        cls, shapes: collections.abc.Mapping[str, tuple[int, ...]]
-    ) -> dict[str, Any]:
-        """See `chain.Chain`."""
-        return {"num_classes": chain.classes_of(shapes, "classifier.1.weight")}
 
 
 NETWORKS = {

@@ -15,13 +15,15 @@ from flax import linen as nn
 
 from lakd_jax.models import chain, layers
 
+Conv = collections.abc.Callable[..., jax.Array]  # `layers.conv_norm` of a network
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut; returns (activation, pre-activation).
+
+class _Residual(nn.Module):
+    """Convolutions beside a shortcut; returns (activation, pre-activation).
 
     Attributes:
-        features: channels of both convolutions.
-        stride: of the first convolution and the shortcut.
+        features: channels of the convolutions (see the subclass for the last).
+        stride: of one of them and the shortcut.
         shortcut: what the shortcut does where shapes change: "projection" (1x1
             convolution and batch norm) or "identity" (see `pad_shortcut`).
         style: of the network.
@@ -35,66 +37,46 @@ class BasicBlock(nn.Module):
     style: layers.Style
     pool_input: bool = False
 
-    EXPANSION: ClassVar[int] = 1
-
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Map (B, H, W, C) to two arrays (B, H / stride, W / stride, features)."""
+        """Map (B, H, W, C) to two arrays (B, H / stride, W / stride, C')."""
         conv = functools.partial(layers.conv_norm, style=self.style, train=train)
         x = layers.max_pool(x, 3, 2, 1) if self.pool_input else x
-        h = nn.relu(conv(x, self.features, 3, self.stride, name="conv1", gated=True))
-        h = conv(h, self.features, 3, 1, name="conv2", gated=True)
-        return _add_shortcut(x, h, self.stride, self.shortcut, conv)
+        h = self.branch(x, functools.partial(conv, gated=True))
+        if self.stride == 1 and x.shape[-1] == h.shape[-1]:
+            residual = x
+        elif self.shortcut == "identity":
+            residual = pad_shortcut(x, h.shape[-1], self.stride)
+        else:
+            residual = conv(x, h.shape[-1], 1, self.stride, name="shortcut_conv")
+        preact = h + residual.astype(h.dtype)
+        return nn.relu(preact), preact
+
+    @nn.nowrap
+    def branch(self, x: jax.Array, conv: Conv) -> jax.Array:
+        """The convolutions, the last without its ReLU."""
+        raise NotImplementedError
 
 
-class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions beside a projection; the last four times wider.
+class BasicBlock(_Residual):
+    """Two 3x3 convolutions; the first has the stride."""
 
-    Attributes:
-        features: channels of the first two convolutions.
-        stride: of the second convolution and the shortcut.
-        shortcut: as for `BasicBlock`.
-        style: of the network.
-        pool_input: a 3x3 max pooling of stride 2 comes first. ImageNet's first block
-            has it, so that the stem's feature is recorded unpooled.
-    """
-
-    features: int
-    stride: int
-    shortcut: str
-    style: layers.Style
-    pool_input: bool = False
-
-    EXPANSION: ClassVar[int] = 4
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Map (B, H, W, C) to two (B, H / stride, W / stride, 4 features)."""
-        conv = functools.partial(layers.conv_norm, style=self.style, train=train)
-        x = layers.max_pool(x, 3, 2, 1) if self.pool_input else x
-        h = nn.relu(conv(x, self.features, 1, 1, name="conv1", gated=True))
-        h = nn.relu(conv(h, self.features, 3, self.stride, name="conv2", gated=True))
-        h = conv(h, self.EXPANSION * self.features, 1, 1, name="conv3", gated=True)
-        return _add_shortcut(x, h, self.stride, self.shortcut, conv)
+    @nn.nowrap
+    def branch(self, x: jax.Array, conv: Conv) -> jax.Array:
+        """(B, H, W, C) to (B, H / stride, W / stride, features)."""
+        h = nn.relu(conv(x, self.features, 3, self.stride, name="conv1"))
+        return conv(h, self.features, 3, 1, name="conv2")
 
 
-def _add_shortcut(
-    x: jax.Array,
-    h: jax.Array,
-    stride: int,
-    shortcut: str,
-    conv: collections.abc.Callable[..., jax.Array],
-) -> tuple[jax.Array, jax.Array]:
-    """A block's two results from its input x and its convolutions' output h."""
-    features = h.shape[-1]
-    if stride == 1 and x.shape[-1] == features:
-        residual = x
-    elif shortcut == "identity":
-        residual = pad_shortcut(x, features, stride)
-    else:
-        residual = conv(x, features, 1, stride, name="shortcut_conv")
-    preact = h + residual.astype(h.dtype)
-    return nn.relu(preact), preact
+class Bottleneck(_Residual):
+    """1x1, 3x3 and 1x1 convolutions; the second has the stride."""
+
+    @nn.nowrap
+    def branch(self, x: jax.Array, conv: Conv) -> jax.Array:
+        """(B, H, W, C) to (B, H / stride, W / stride, 4 features)."""
+        h = nn.relu(conv(x, self.features, 1, 1, name="conv1"))
+        h = nn.relu(conv(h, self.features, 3, self.stride, name="conv2"))
+        return conv(h, 4 * self.features, 1, 1, name="conv3")
 
 
 def pad_shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
@@ -122,8 +104,8 @@ class CifarResNet(chain.Chain, kw_only=True):
     shortcut: str = "projection"
 
     POOLED: ClassVar[bool] = False  # the first block's input
-    CLASSIFIER: ClassVar[str] = "linear"  # PyTorch's names
-    SHORTCUT: ClassVar[str] = "shortcut"
+    CLASSIFIER: ClassVar[str] = "linear"
+    SHORTCUT: ClassVar[str] = "shortcut"  # PyTorch's name of it
     TORCH_ALIASES: ClassVar[tuple[tuple[str, str], ...]] = (
         (r"^fc\.", "linear."),
         (r"\.downsample\.", ".shortcut."),
@@ -143,35 +125,13 @@ class CifarResNet(chain.Chain, kw_only=True):
         return self.block(width, stride, self.shortcut, self.style, pool, name=name)
 
     @nn.nowrap
-    def make_head(self, name: str) -> layers.Head:
-        """See `chain.Chain`."""
-        return layers.Head(self.num_classes, self.style, name=name)
-
-    @nn.nowrap
-    def torch_name(self, path: tuple[str, ...]) -> str:
-        """("stage2", "block1", "shortcut_bn") -> "layer2.0.shortcut.1"."""
-        whole = {
-            ("stem", "conv"): "conv1",
-            ("stem", "bn"): "bn1",
-            ("head", "dense"): self.CLASSIFIER,
-        }
-        if path in whole:
-            return whole[path]
-        stage, block, layer = path
+    def torch_block_name(self, stage: int, index: int, layer: str) -> str:
+        """(1, 0, "shortcut_bn") -> "layer2.0.shortcut.1"."""
         shortcut = {
             "shortcut_conv": f"{self.SHORTCUT}.0",
             "shortcut_bn": f"{self.SHORTCUT}.1",
         }
-        index = int(block.removeprefix("block")) - 1
-        prefix = f"layer{stage.removeprefix('stage')}.{index}"
-        return f"{prefix}.{shortcut.get(layer, layer)}"
-
-    @classmethod
-    def options_from_torch(
-        cls, shapes: collections.abc.Mapping[str, tuple[int, ...]]
-    ) -> dict[str, Any]:
-        """See `chain.Chain`."""
-        return {"num_classes": chain.classes_of(shapes, f"{cls.CLASSIFIER}.weight")}
+        return f"layer{stage + 1}.{index}.{shortcut.get(layer, layer)}"
 
 
 class ResNet(CifarResNet, kw_only=True):

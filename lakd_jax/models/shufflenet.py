@@ -118,6 +118,12 @@ class ShuffleNet(chain.Chain, kw_only=True):
     widths: tuple[int, ...]
 
     KERNEL_INIT: ClassVar[collections.abc.Callable] = layers.uniform_fan_in
+    CLASSIFIER: ClassVar[str] = "linear"
+    TORCH_NAMES: ClassVar[collections.abc.Mapping[tuple[str, ...], str]] = {
+        **chain.Chain.TORCH_NAMES,
+        ("head", "conv"): "conv2",
+        ("head", "bn"): "bn2",
+    }
     TORCH_ALIASES: ClassVar[tuple[tuple[str, str], ...]] = ((r"^fc\.", "linear."),)
 
     @nn.nowrap
@@ -126,27 +132,9 @@ class ShuffleNet(chain.Chain, kw_only=True):
         return layers.Stem(_STEM, 1, 1, self.style, name=name)
 
     @nn.nowrap
-    def torch_name(self, path: tuple[str, ...]) -> str:
-        """("stage2", "block1", "bn3") -> "layer2.0.bn3"."""
-        whole = {
-            ("stem", "conv"): "conv1",
-            ("stem", "bn"): "bn1",
-            ("head", "conv"): "conv2",
-            ("head", "bn"): "bn2",
-            ("head", "dense"): "linear",
-        }
-        if path in whole:
-            return whole[path]
-        stage, block, layer = path
-        index = int(block.removeprefix("block")) - 1
-        return f"layer{stage.removeprefix('stage')}.{index}.{layer}"
-
-    @classmethod
-    def options_from_torch(
-        cls, shapes: collections.abc.Mapping[str, tuple[int, ...]]
-    ) -> dict[str, Any]:
-        """See `chain.Chain`."""
-        return {"num_classes": chain.classes_of(shapes, "linear.weight")}
+    def torch_block_name(self, stage: int, index: int, layer: str) -> str:
+        """(1, 0, "bn3") -> "layer2.0.bn3"."""
+        return f"layer{stage + 1}.{index}.{layer}"
 
 
 class ShuffleNetV1(ShuffleNet, kw_only=True):
@@ -158,14 +146,11 @@ class ShuffleNetV1(ShuffleNet, kw_only=True):
         stride = 1 if index else 2
         return GroupedBlock(self.widths[stage], stride, self.style, name=name)
 
-    @nn.nowrap
-    def make_head(self, name: str) -> layers.Head:
-        """See `chain.Chain`."""
-        return layers.Head(self.num_classes, self.style, name=name)
-
 
 class ShuffleNetV2(ShuffleNet, kw_only=True):
     """Width factor 1, with a last convolution of 1024 channels."""
+
+    HEAD: ClassVar[collections.abc.Mapping[str, Any]] = {"conv_features": 1024}
 
     @nn.nowrap
     def make_block(self, stage: int, index: int, name: str) -> nn.Module:
@@ -173,12 +158,6 @@ class ShuffleNetV2(ShuffleNet, kw_only=True):
         if index:
             return SplitBlock(self.style, name=name)
         return DownBlock(self.widths[stage], self.style, name=name)
-
-    @nn.nowrap
-    def make_head(self, name: str) -> layers.Head:
-        """See `chain.Chain`."""
-        head = functools.partial(layers.Head, conv_features=1024)
-        return head(self.num_classes, self.style, name=name)
 
 
 NETWORKS = {

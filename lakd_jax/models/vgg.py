@@ -7,15 +7,12 @@ after it, so that features are recorded unpooled.
 
 import collections.abc
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import linen as nn
 
 from lakd_jax.models import chain, layers
-
-# PyTorch's Linear weights, with this deviation and no bias at the start.
-_dense_init = nn.initializers.normal(0.01)
 
 
 class Stem(nn.Module):
@@ -62,6 +59,11 @@ class Block(nn.Module):
         return nn.relu(preact), preact
 
 
+def _name(group: int, place: int, layer: str) -> str:
+    """PyTorch's: convolution, norm, ReLU, convolution, ... in one list a group."""
+    return f"block{group}.{3 * place + layer.startswith('bn')}"
+
+
 class VGG(chain.Chain, kw_only=True):
     """Four stages behind the stem, of one block a convolution.
 
@@ -72,6 +74,17 @@ class VGG(chain.Chain, kw_only=True):
         stem_widths: channels of the stem's convolutions.
         widths: channels of each stage.
     """
+
+    HEAD: ClassVar[collections.abc.Mapping[str, Any]] = {
+        "kernel_init": layers.small_normal,
+        "zero_bias": True,
+    }
+    CLASSIFIER: ClassVar[str] = "classifier"
+    TORCH_NAMES: ClassVar[collections.abc.Mapping[tuple[str, ...], str]] = {
+        ("stem", f"{kind}{i + 1}"): _name(0, i, kind)
+        for kind in ("conv", "bn")
+        for i in range(2)
+    }
 
     stem_widths: tuple[int, ...]
     widths: tuple[int, ...] = (128, 256, 512, 512)
@@ -89,31 +102,9 @@ class VGG(chain.Chain, kw_only=True):
         return Block(self.widths[stage], pool, self.style, name=name)
 
     @nn.nowrap
-    def make_head(self, name: str) -> layers.Head:
-        """See `chain.Chain`."""
-        head = functools.partial(layers.Head, kernel_init=_dense_init, zero_bias=True)
-        return head(self.num_classes, self.style, name=name)
-
-    @nn.nowrap
-    def torch_name(self, path: tuple[str, ...]) -> str:
-        """("stage2", "block1", "bn") -> "block2.1": norms follow convolutions."""
-        if path[0] == "head":
-            return "classifier"
-        if path[0] == "stem":
-            group, layer = 0, path[1]
-            place = int(layer[-1]) - 1
-        else:
-            group, layer = int(path[0].removeprefix("stage")), path[2]
-            place = int(path[1].removeprefix("block")) - 1
-        # Convolution, norm, ReLU, convolution, ...
-        return f"block{group}.{3 * place + layer.startswith('bn')}"
-
-    @classmethod
-    def options_from_torch(
-        cls, shapes: collections.abc.Mapping[str, tuple[int, ...]]
-    ) -> dict[str, Any]:
-        """See `chain.Chain`."""
-        return {"num_classes": chain.classes_of(shapes, "classifier.weight")}
+    def torch_block_name(self, stage: int, index: int, layer: str) -> str:
+        """(1, 0, "bn") -> "block2.1"."""
+        return _name(stage + 1, index, layer)
 
 
 # Convolutions of the stem, then of each stage.

@@ -71,6 +71,14 @@ class WideResNet(chain.Chain, kw_only=True):
     widen: int
 
     PREACTIVATION: ClassVar[bool] = True
+    HEAD: ClassVar[collections.abc.Mapping[str, Any]] = {
+        "entry_norm": True,
+        "zero_bias": True,
+    }
+    TORCH_NAMES: ClassVar[collections.abc.Mapping[tuple[str, ...], str]] = {
+        ("stem", "conv"): "conv1",
+        ("head", "entry_bn"): "bn1",
+    }
     TORCH_ALIASES: ClassVar[tuple[tuple[str, str], ...]] = (
         (r"^linear\.", "fc."),
         (r"^layer(\d)\.layer\.", r"block\1.layer."),
@@ -88,33 +96,10 @@ class WideResNet(chain.Chain, kw_only=True):
         return Block(16 * self.widen * 2**stage, stride, self.style, name=name)
 
     @nn.nowrap
-    def make_head(self, name: str) -> layers.Head:
-        """See `chain.Chain`."""
-        head = functools.partial(layers.Head, entry_norm=True, zero_bias=True)
-        return head(self.num_classes, self.style, name=name)
-
-    @nn.nowrap
-    def torch_name(self, path: tuple[str, ...]) -> str:
-        """("stage2", "block1", "conv1") -> "block2.layer.0.conv1"."""
-        whole = {
-            ("stem", "conv"): "conv1",
-            ("head", "entry_bn"): "bn1",
-            ("head", "dense"): "fc",
-        }
-        if path in whole:
-            return whole[path]
-        stage, block, layer = path
+    def torch_block_name(self, stage: int, index: int, layer: str) -> str:
+        """(1, 0, "conv1") -> "block2.layer.0.conv1"."""
         own = {"entry_bn": "bn1", "bn1": "bn2", "shortcut": "convShortcut"}
-        index = int(block.removeprefix("block")) - 1
-        prefix = f"block{stage.removeprefix('stage')}.layer.{index}"
-        return f"{prefix}.{own.get(layer, layer)}"
-
-    @classmethod
-    def options_from_torch(
-        cls, shapes: collections.abc.Mapping[str, tuple[int, ...]]
-    ) -> dict[str, Any]:
-        """See `chain.Chain`."""
-        return {"num_classes": chain.classes_of(shapes, "fc.weight")}
+        return f"block{stage + 1}.layer.{index}.{own.get(layer, layer)}"
 
 
 def from_name(name: str) -> functools.partial | None:
