@@ -4,6 +4,7 @@
 
 Images are random, 32x32; the input part is gathering, cropping, mirroring and
 normalising a batch on the device. Prints the medians and the share of the input.
+`--plain` leaves out what `lakd_jax.backend` sets for the device, to see what it gains.
 """
 
 import argparse
@@ -15,16 +16,21 @@ from typing import Any
 import jax
 import numpy as np
 
+from lakd_jax import backend, data, distill
 from lakd_jax import config as config_lib
-from lakd_jax import data, distill
 from lakd_jax.train import build, networks, step
 from lakd_jax.train import state as state_lib
 
 EXAMPLES = 10_000
 
 
-def programs(arg: str, batch_size: int) -> dict[str, Callable[[], Any]]:
-    """Compiled functions by name; each runs once and waits for the device."""
+def programs(
+    arg: str, batch_size: int, options: dict[str, Any]
+) -> dict[str, Callable[[], Any]]:
+    """Compiled functions by name; each runs once and waits for the device.
+
+    `options` are the compiler's.
+    """
     config = config_lib.with_pair(config_lib.default(), arg)
     config = config_lib.resolve(config_lib.changed(config, {"batch_size": batch_size}))
     mesh = state_lib.data_mesh()
@@ -50,14 +56,17 @@ def programs(arg: str, batch_size: int) -> dict[str, Callable[[], Any]]:
     variables = state_lib.replicate(teacher.variables, mesh) if teacher else None
     rows = rng.integers(0, EXAMPLES, (1, batch_size)).astype(np.int32)
     state = first_state()
-    whole = jax.jit(lambda s, d, r: step.run_steps(learner, s, variables, d, r))
 
-    @jax.jit
+    def whole(s: state_lib.TrainState, d: state_lib.Resident, r: Any) -> Any:
+        return step.run_steps(learner, s, variables, d, r)
+
     def only_input(s: state_lib.TrainState, d: state_lib.Resident, r: Any) -> Any:
         images, labels = step.batch(learner, s.step, d, r[0])
         return learner.student_pixels(images), labels
 
-    def run(program: Callable) -> Callable[[], Any]:
+    def run(function: Callable) -> Callable[[], Any]:
+        lowered = jax.jit(function).lower(state, resident, rows)
+        program = lowered.compile(compiler_options=options)
         return lambda: jax.block_until_ready(program(state, resident, rows))
 
     return {"step": run(whole), "input": run(only_input)}
@@ -85,9 +94,13 @@ def main() -> None:
     parser.add_argument("--method", default="lakd", choices=distill.names())
     parser.add_argument("--batch_size", default=64, type=int)
     parser.add_argument("--repeats", default=20, type=int)
+    parser.add_argument("--plain", action="store_true", help="JAX's own settings")
     chosen = parser.parse_args()
     arg = f"{chosen.teacher},{chosen.student},{chosen.method}"
-    made = programs(arg, chosen.batch_size)
+    if not chosen.plain:
+        backend.prepare(cache="")
+    options = {} if chosen.plain else backend.compiler_options()
+    made = programs(arg, chosen.batch_size, options)
     times: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(chosen.repeats + 2):  # the first two warm up
         for name, program in made.items():

@@ -29,6 +29,7 @@ def default() -> ConfigDict:
     c.log_every = 50  # steps between two lines of metrics
     c.eval_every = 1  # epochs between two evaluations on minival
     c.steps_per_dispatch = 0  # steps in one program; 0: 1 on CPU, else 50
+    c.compile_cache = "runs/compiled"  # compiled programs, for the next start; or empty
 
     c.data = _data()
     c.student = _network("resnet20")

@@ -16,6 +16,7 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 # Text that is no choice, and cut points, which are checked against the networks.
 FREE = {
     "data.source",
+    "compile_cache",
     "data.data_dir",
     "student.init",
     "teacher.init",

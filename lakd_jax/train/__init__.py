@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
+from lakd_jax import backend, distill, interrupt, validate, workdir
 from lakd_jax import config as config_lib
-from lakd_jax import distill, interrupt, validate, workdir
 from lakd_jax.report import table
 from lakd_jax.train import costs, hme_runs, look, networks, runs
 
@@ -47,6 +47,7 @@ def run(
       errors.LakdError: see `lakd_jax.errors` for the kinds.
     """
     validate.require(config, jax.local_device_count())
+    backend.prepare(config.compile_cache)
     config, directory = config_lib.resolve(config), Path(directory)
     with contextlib.ExitStack() as stack:
         guard = guard or stack.enter_context(interrupt.Guard())
@@ -119,6 +120,7 @@ def dry_run(
     stands in with random weights.
     """
     validate.require(config, jax.local_device_count())
+    backend.prepare(config.compile_cache)
     config = config_lib.resolve(config)
     bench = runs.bench(config, guard, notify)
     notify(_describe_data(bench))

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lakd_jax import backend, distill
 from lakd_jax import config as config_lib
-from lakd_jax import distill
 from lakd_jax.distill import binary
 from lakd_jax.distill import method as method_lib
 from lakd_jax.local import cuts
@@ -225,7 +225,7 @@ def _first_state(
 ) -> state_lib.TrainState:
     # Runs once, and its random numbers take XLA's CPU compiler five times longer to
     # optimise than to run as they are.
-    options: Any = {"xla_backend_optimization_level": 0} if _on_cpu() else None
+    options: Any = {"xla_backend_optimization_level": 0} if backend.on_cpu() else None
     params, stats = jax.jit(init).lower().compile(compiler_options=options)()
     if student_variables is not None:
         given = student_variables["params"]
@@ -242,7 +242,3 @@ def _first_state(
         opt_state=learner.optimizer.init(params),
     )
     return state_lib.replicate(state, learner.mesh)
-
-
-def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu"

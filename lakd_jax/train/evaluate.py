@@ -1,6 +1,7 @@
 """Exact counts over a whole split."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lakd_jax import backend
 from lakd_jax.models import chain, hme
 from lakd_jax.train import state as state_lib
 from lakd_jax.train import step as step_lib
@@ -78,7 +80,10 @@ class Evaluator:
         shape = (*arguments[1].images.shape, arguments[-1] is None)
         if shape not in self._programs:
             lowered = jax.jit(self._batch).lower(*arguments)
-            self._programs[shape] = self._compile_with(lowered.compile)
+            options = backend.compiler_options()
+            self._programs[shape] = self._compile_with(
+                functools.partial(lowered.compile, compiler_options=options)
+            )
         return self._programs[shape]
 
     def _batch(

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lakd_jax import checkpoint, errors, interrupt
+from lakd_jax import backend, checkpoint, errors, interrupt
 from lakd_jax.data import order
 from lakd_jax.report import metrics as metrics_lib
 from lakd_jax.report import progress as progress_lib
@@ -242,7 +242,10 @@ class Fit:
                 donate_argnums=0,
                 out_shardings=whole,
             ).lower(state, self._teacher, self._train, rows)
-            self._programs[rows.shape] = self._guard.run(lowered.compile)
+            options = backend.compiler_options()
+            self._programs[rows.shape] = self._guard.run(
+                functools.partial(lowered.compile, compiler_options=options)
+            )
         return self._programs[rows.shape]
 
     def _read(self, first: int, metrics: dict[str, jax.Array]) -> None:

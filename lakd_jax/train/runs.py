@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lakd_jax import backend, data, distill, errors, interrupt, workdir
 from lakd_jax import config as config_lib
-from lakd_jax import data, distill, errors, interrupt, workdir
 from lakd_jax.data import order
 from lakd_jax.models import folding
 from lakd_jax.report import table
@@ -311,7 +311,7 @@ def _plan(config: config_lib.ConfigDict, directory: Path, examples: int) -> fit.
     steps_per_epoch = order.steps_per_epoch(
         examples, config.batch_size, config.data.drop_last
     )
-    several = STEPS_PER_DISPATCH if jax.default_backend() != "cpu" else 1
+    several = 1 if backend.on_cpu() else STEPS_PER_DISPATCH
     return fit.Plan(
         workdir=directory,
         seed=config.seed,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from lakd_jax import backend
 from lakd_jax.data import augment
 from lakd_jax.distill import method as method_lib
 from lakd_jax.local import cuts
@@ -111,7 +112,7 @@ def run_steps(
         lambda s, rows: train_step(learner, s, teacher_variables, data, rows),
         state,
         indices,
-        unroll=indices.shape[0] if jax.default_backend() == "cpu" else 1,
+        unroll=indices.shape[0] if backend.on_cpu() else 1,
     )
 
 
