@@ -19,6 +19,7 @@ import numpy as np
 from lakd_jax import backend, data, distill
 from lakd_jax import config as config_lib
 from lakd_jax.train import build, networks, step
+from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
 
 EXAMPLES = 10_000
@@ -61,7 +62,7 @@ def programs(
         return step.run_steps(learner, s, variables, d, r)
 
     def only_input(s: state_lib.TrainState, d: state_lib.Resident, r: Any) -> Any:
-        images, labels = step.batch(learner, s.step, d, r[0])
+        images, labels = learner_lib.batch(learner, s.step, d, r[0])
         return learner.student_pixels(images), labels
 
     def run(function: Callable) -> Callable[[], Any]:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from lakd_jax import choices, errors, interop, workdir
 from lakd_jax.report import model_card
+from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import networks
-from lakd_jax.train import step as step_lib
 
 FOLDER = "export"  # in the run's directory
 ENDINGS = {"safetensors": ".safetensors", "torch": ".pth", "stablehlo": ".stablehlo"}
@@ -84,7 +84,7 @@ def program(network: networks.Loaded, image_shape: tuple[int, ...]) -> bytes:
     """
     if network.mean is None or network.std is None:
         raise ValueError(f"{network.source}: mean and std of its images are not known")
-    pixels = step_lib.Pixels(
+    pixels = learner_lib.Pixels(
         network.mean, network.std, network.model.dtype, network.size
     )
     variables: Any = network.variables

@@ -17,8 +17,8 @@ import torch_resnet
 
 from lakd_jax import config as config_lib
 from lakd_jax import errors, export, interop, models, workdir
+from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import networks
-from lakd_jax.train import step as step_lib
 
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -74,7 +74,7 @@ def images(count):
 def logits(count, dtype=jnp.float32, size=0):
     """What the network itself makes of `images(count)`."""
     model = models.create("resnet8", num_classes=3, dtype=dtype)
-    pixels = step_lib.Pixels(MEAN, STD, jnp.dtype(dtype), size)
+    pixels = learner_lib.Pixels(MEAN, STD, jnp.dtype(dtype), size)
     inputs = pixels(jnp.asarray(images(count)))
     return np.asarray(model.apply(variables(), inputs, train=False).logits)
 

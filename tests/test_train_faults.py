@@ -15,8 +15,8 @@ from lakd_jax import checkpoint, errors, interop, interrupt, models, workdir
 from lakd_jax import config as config_lib
 from lakd_jax.report import metrics
 from lakd_jax.train import evaluate, networks, runs
+from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
-from lakd_jax.train import step as step_lib
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def teacher_of(directory):
     model = models.create("resnet8", num_classes=3)
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     variables = state_lib.replicate(tiny.variables(model), mesh)
-    pixels = step_lib.Pixels((0.4,) * 3, (0.3,) * 3, jnp.float32)
+    pixels = learner_lib.Pixels((0.4,) * 3, (0.3,) * 3, jnp.float32)
     score = evaluate.Score(15, 45, 1.0)
     loaded = networks.Loaded(model, variables, str(directory))
     return runs.Teacher(loaded, pixels, score, 1)
@@ -193,7 +193,7 @@ def test_every_example_is_counted_once(batch_size):
     model = models.create("resnet8", num_classes=3)
     variables = tiny.variables(model)
     test = tiny.split(45, 2)
-    pixels = step_lib.Pixels((0.4,) * 3, (0.3,) * 3, jnp.float32)
+    pixels = learner_lib.Pixels((0.4,) * 3, (0.3,) * 3, jnp.float32)
     mesh = state_lib.data_mesh()  # all eight devices
     evaluator = evaluate.Evaluator(
         model,

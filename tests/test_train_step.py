@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from lakd_jax import config as config_lib
 from lakd_jax import errors
 from lakd_jax.train import build, fit, networks, runs, step
+from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
 
 
@@ -160,12 +161,12 @@ def test_without_features_lakd_uncut_is_plain_training(tmp_path):
 
 def test_teacher_is_fed_with_its_own_normalisation(tmp_path):
     learner, state, teacher, data = make(tmp_path, 1, method="kd")
-    own = step.Pixels((0.2, 0.3, 0.4), (0.5, 0.6, 0.7), jnp.float32)
+    own = learner_lib.Pixels((0.2, 0.3, 0.4), (0.5, 0.6, 0.7), jnp.float32)
     learner = dataclasses.replace(learner, teacher_pixels=own)
 
     @jax.jit
     def observe(state, teacher, data, row):
-        images, labels = step.batch(learner, state.step, data, row)
+        images, labels = learner_lib.batch(learner, state.step, data, row)
         signals, _ = step.observe(
             learner,
             state.params,
@@ -193,7 +194,7 @@ def test_teacher_and_student_are_fed_at_their_own_sizes(tmp_path):
     learner = dataclasses.replace(learner, teacher_pixels=own)
 
     def observe(state, teacher, data, row):
-        images, labels = step.batch(learner, state.step, data, row)
+        images, labels = learner_lib.batch(learner, state.step, data, row)
         return step.observe(
             learner,
             state.params,
@@ -219,7 +220,7 @@ def test_batch_statistics_move_once_a_step(tmp_path):
 
     @jax.jit
     def direct(state, data, row):
-        images, _ = step.batch(learner, state.step, data, row)
+        images, _ = learner_lib.batch(learner, state.step, data, row)
         return learner.student.apply(
             fit.student_variables(state),
             learner.student_pixels(images),

@@ -244,11 +244,16 @@ class LAKD(method.Method):
         options = self.options
         return options.task == "teacher_suffix" or options.attention == "logits"
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the teacher's logits are read in modules before the last."""
+        return self.options.task != "last" and self.options.head_loss == "ce+kd"
+
     @nn.compact
     def __call__(
         self, signals: method.Signals, *, train: bool
     ) -> tuple[method.ModuleLoss, ...]:
-        """One `ModuleLoss` per entry of `signals.student_joints`.
+        """One `ModuleLoss` per module with an entry in `signals.student_joints`.
 
         Raises:
           ValueError: `module_start_epochs` has another length, or a signal that
@@ -260,7 +265,8 @@ class LAKD(method.Method):
             _LocalLoss(self.options, k, k + 1 == count, name=f"module{k + 1}")(
                 signals, train=train
             )
-            for k in range(count)
+            for k, joint in enumerate(signals.student_joints)
+            if joint is not None
         )
 
 

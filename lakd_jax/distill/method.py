@@ -31,7 +31,8 @@ class Signals:
       labels: (B,) int32.
       epoch: scalar float32, epochs begun since the start, with fractions.
       student_joints: K activations (B, H, W, C), at the end of each module and
-        before the cut there, so that a loss on them trains the module below.
+        before the cut there, so that a loss on them trains the module below. None
+        for modules that are run elsewhere: they get no loss here.
       teacher_joints: the K activations they are compared with; () without teacher.
       student_uncut: K activations of a forward pass without cuts, for methods
         with `needs_uncut`; else ().
@@ -44,8 +45,8 @@ class Signals:
     teacher: Any
     labels: jax.Array
     epoch: jax.Array
-    student_joints: tuple[jax.Array, ...]
-    teacher_joints: tuple[jax.Array, ...]
+    student_joints: tuple[Any, ...]  # of jax.Array | None
+    teacher_joints: tuple[Any, ...]
     student_uncut: tuple[jax.Array, ...] = ()
     teacher_suffix: Callable[[int, jax.Array], jax.Array] = flax.struct.field(
         pytree_node=False, default=_no_suffix
@@ -59,7 +60,8 @@ class Method(nn.Module):
     the student is cut for it; `needs_teacher`; `least_batch`, examples a batch must
     have (2 where the method normalises vectors by the batch); `needs_uncut` and
     `needs_suffix`, whether it reads `Signals.student_uncut` and
-    `Signals.teacher_suffix`.
+    `Signals.teacher_suffix`; `needs_logits`, whether modules before the last read the
+    teacher's logits, and so cannot be run before its last stage.
     """
 
     local: ClassVar[bool] = False
@@ -74,6 +76,11 @@ class Method(nn.Module):
     @property
     def needs_suffix(self) -> bool:
         """Whether `Signals.teacher_suffix` is called."""
+        return False
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the teacher's logits are read in modules before the last."""
         return False
 
 
@@ -102,13 +109,16 @@ def total(losses: Sequence[ModuleLoss]) -> jax.Array:
     return sum((loss.total() for loss in losses), jnp.zeros((), jnp.float32))
 
 
-def flatten_metrics(losses: Sequence[ModuleLoss]) -> dict[str, jax.Array]:
+def flatten_metrics(
+    losses: Sequence[ModuleLoss], first: int = 1
+) -> dict[str, jax.Array]:
     """`{"module1/feature": ..., "module3/head_ce": ...}`, unweighted terms.
 
-    Diagnostics are included, under the same `moduleN/` prefix.
+    Diagnostics are included, under the same `moduleN/` prefix. `first` is the number
+    of the first module.
     """
     return {
         f"module{k}/{name}": value
-        for k, loss in enumerate(losses, 1)
+        for k, loss in enumerate(losses, first)
         for name, value in (loss.terms | loss.diagnostics).items()
     }

@@ -14,7 +14,7 @@ from lakd_jax import config as config_lib
 from lakd_jax.data import order
 from lakd_jax.models import chain
 from lakd_jax.train import build, gates, networks, runs
-from lakd_jax.train import step as step_lib
+from lakd_jax.train import learner as learner_lib
 
 PyTree = Any
 BATCH = 128
@@ -39,7 +39,7 @@ class Subject:
     config: config_lib.ConfigDict
     bench: runs.Bench
     student: networks.Loaded
-    pixels: step_lib.Pixels
+    pixels: learner_lib.Pixels
     teacher: runs.Teacher | None
     result: dict[str, Any]
 
@@ -105,7 +105,7 @@ def part(arrays: dict[str, np.ndarray], name: str) -> PyTree:
 def observe(
     model: chain.Chain,
     variables: PyTree,
-    pixels: step_lib.Pixels,
+    pixels: learner_lib.Pixels,
     images: np.ndarray,
     joints: tuple[str, ...],
 ) -> tuple[np.ndarray, list[np.ndarray]]:

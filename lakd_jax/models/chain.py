@@ -188,6 +188,7 @@ class Chain(nn.Module, kw_only=True):
         train: bool,
         joint: JointFn | None = None,
         after: str = "",
+        until: str = "",
     ) -> Outputs:
         """Run the network, or the part of it after one joint.
 
@@ -201,17 +202,23 @@ class Chain(nn.Module, kw_only=True):
                 outputs record the activation from before the call, so a loss on
                 them trains the unit below even if `joint` stops the gradient.
             after: name of the joint to start from; "" for the whole network.
+            until: name of the joint to stop at; "" runs the head as well. Variables
+                are needed of the units that run, and of no others.
 
         Returns:
             The outputs. With `after`, skipped stages are missing at the front of
-            `features` and `preacts`, and skipped blocks in `blocks` and `taps`.
+            `features` and `preacts`, and skipped blocks in `blocks` and `taps`; with
+            `until`, those behind it as well, `logits` (0, classes), `pooled` (0, C)
+            and `taps` are empty and, where units begin with a norm, `preacts` too,
+            since they would need the next unit's.
 
         Raises:
-            ValueError: `after` names no joint.
+            ValueError: `after` or `until` names no joint.
         """
         end = joint if joint is not None else lambda name, h: h
         names = self.unit_names
         done = names.index(resolve_joint(self, after)) + 1 if after else 0
+        stop = names.index(resolve_joint(self, until)) + 1 if until else len(names)
         stem, features, preacts, blocks = None, [], [], []
         h = x
         if done == 0:
@@ -222,16 +229,18 @@ class Chain(nn.Module, kw_only=True):
             h = end("stem", stem)
         before = 1  # units in front of the stage
         for stage, size in enumerate(self.stage_sizes):
-            first = min(max(done - before, 0), size)
+            first, last = (min(max(n - before, 0), size) for n in (done, stop))
             before += size
-            if first == size:
+            if first >= last:
                 blocks.append(())
                 continue
             module = _Stage(name=f"stage{stage + 1}")
-            h, outs, preact = module(h, self.make_block, stage, first, size, train, end)
+            h, outs, preact = module(h, self.make_block, stage, first, last, train, end)
             features.append(outs[-1])
             preacts.append(preact)
             blocks.append(outs)
+        if until:
+            return self._front(h, stem, features, preacts, blocks)
         logits, pooled = self.make_head("head")(h, train=train)
         positive = tuple(blocks)
         if self.PREACTIVATION:
@@ -247,6 +256,24 @@ class Chain(nn.Module, kw_only=True):
             blocks=tuple(blocks),
             pooled=pooled,
             taps=self._taps(positive),
+        )
+
+    def _front(
+        self,
+        h: jax.Array,
+        stem: jax.Array | None,
+        features: list[jax.Array],
+        preacts: list[jax.Array],
+        blocks: list[tuple[jax.Array, ...]],
+    ) -> Outputs:
+        """The outputs of a pass that stops at a joint, where the activation is `h`."""
+        return Outputs(
+            logits=jnp.zeros((0, self.num_classes), jnp.float32),
+            stem=stem,
+            features=tuple(features),
+            preacts=() if self.PREACTIVATION else tuple(preacts),
+            blocks=tuple(blocks),
+            pooled=jnp.zeros((0, h.shape[-1]), jnp.float32),
         )
 
     def _taps(self, blocks: tuple[tuple[jax.Array, ...], ...]) -> tuple[jax.Array, ...]:
@@ -309,13 +336,13 @@ class _Stage(nn.Module):
         make_block: collections.abc.Callable[[int, int, str], nn.Module],
         stage: int,
         first: int,
-        size: int,
+        last: int,
         train: bool,
         end: JointFn,
     ) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
-        """Run blocks first..size-1; gives (h, every activation, last preact)."""
+        """Run blocks first..last-1; gives (h, every activation, last preact)."""
         outputs, preact = [], h  # at least one block runs and replaces it
-        for index in range(first, size):
+        for index in range(first, last):
             # make_block is not wrapped by Linen, so the block lands in this scope.
             name = f"block{index + 1}"
             activation, preact = make_block(stage, index, name)(h, train=train)

@@ -16,15 +16,16 @@ from lakd_jax.distill import method as method_lib
 from lakd_jax.local import cuts
 from lakd_jax.models import vam
 from lakd_jax.train import gates, hme_stages, networks, optim
+from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
 from lakd_jax.train import step as step_lib
 
 PyTree = Any
 
 
-def pixels(config: config_lib.ConfigDict) -> step_lib.Pixels:
+def pixels(config: config_lib.ConfigDict) -> learner_lib.Pixels:
     """What the student sees of an image."""
-    return step_lib.Pixels(
+    return learner_lib.Pixels(
         tuple(config.data.mean),
         tuple(config.data.std),
         jnp.dtype(config.dtype),
@@ -37,12 +38,12 @@ def learner(
     student: networks.Loaded,
     teacher: networks.Loaded | None,
     *,
-    teacher_pixels: step_lib.Pixels,
+    teacher_pixels: learner_lib.Pixels,
     image_shape: tuple[int, ...],
     steps_per_epoch: int,
     mesh: jax.sharding.Mesh,
     stage: hme_stages.Stage | None = None,
-) -> tuple[step_lib.Learner, Callable[[], state_lib.TrainState]]:
+) -> tuple[learner_lib.Learner, Callable[[], state_lib.TrainState]]:
     """The step's fixed parts, and a function that makes the first state.
 
     Args:
@@ -60,7 +61,7 @@ def learner(
     )
     own = functools.partial(learning_rate, config)
     rate = (stage.learning_rate if stage else own)(steps_per_epoch)
-    draft = step_lib.Learner(
+    draft = learner_lib.Learner(
         student=student.model,
         teacher=teacher.model if teacher else None,
         method=method,
@@ -77,6 +78,7 @@ def learner(
         flip=config.data.flip,
         steps_per_epoch=steps_per_epoch,
         optimizer=optax.identity(),  # the real one needs the parameters' names
+        optimizer_of=functools.partial(_optimizer, config, rate),
         learning_rate=rate,
         weight_decay=config.optim.weight_decay,
         labels=None,
@@ -89,7 +91,7 @@ def learner(
     if stage:
         optimizer = stage.optimizer(params, labels, steps_per_epoch)
     else:
-        optimizer = _optimizer(config, rate, labels)
+        optimizer = draft.optimizer_of(labels)
     done = dataclasses.replace(draft, optimizer=optimizer, labels=labels)
     return done, lambda: _first_state(done, init, student.variables, stage)
 
@@ -176,7 +178,7 @@ def _seed_key(
 
 
 def _initialiser(
-    learner: step_lib.Learner,
+    learner: learner_lib.Learner,
     teacher: networks.Loaded | None,
     key: jax.Array,
     image_shape: tuple[int, ...],
@@ -218,7 +220,7 @@ def _zeros(teacher: networks.Loaded | None) -> PyTree:
 
 
 def _first_state(
-    learner: step_lib.Learner,
+    learner: learner_lib.Learner,
     init: Callable[[], tuple[PyTree, PyTree]],
     student_variables: PyTree | None,
     stage: hme_stages.Stage | None,

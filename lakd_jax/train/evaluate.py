@@ -12,8 +12,8 @@ import optax
 
 from lakd_jax import backend
 from lakd_jax.models import chain, hme
+from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
-from lakd_jax.train import step as step_lib
 
 PyTree = Any
 
@@ -43,7 +43,7 @@ class Evaluator:
     def __init__(
         self,
         model: chain.Chain,
-        pixels: step_lib.Pixels,
+        pixels: learner_lib.Pixels,
         batch_size: int,
         mesh: jax.sharding.Mesh,
         *,

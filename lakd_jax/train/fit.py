@@ -21,6 +21,7 @@ from lakd_jax.data import order
 from lakd_jax.report import metrics as metrics_lib
 from lakd_jax.report import progress as progress_lib
 from lakd_jax.train import evaluate
+from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
 from lakd_jax.train import step as step_lib
 
@@ -96,7 +97,7 @@ class Fit:
     def __init__(
         self,
         plan: Plan,
-        learner: step_lib.Learner,
+        learner: learner_lib.Learner,
         first_state: Callable[[], state_lib.TrainState],
         teacher_variables: PyTree,
         train: state_lib.Resident,

@@ -15,8 +15,8 @@ from lakd_jax.data import order
 from lakd_jax.models import folding
 from lakd_jax.report import table
 from lakd_jax.train import build, evaluate, fit, gates, hme_stages, networks
+from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
-from lakd_jax.train import step as step_lib
 
 PyTree = Any
 Notify = Callable[[str], None]
@@ -40,7 +40,7 @@ class Teacher:
     """A frozen network that has proved its worth on the test split."""
 
     network: networks.Loaded  # variables replicated over the devices
-    pixels: step_lib.Pixels
+    pixels: learner_lib.Pixels
     score: evaluate.Score
     parameters: int  # before its batch norms were folded
 
@@ -186,7 +186,7 @@ def make_teacher(config: config_lib.ConfigDict, bench: Bench) -> Teacher:
         cached = str(_cached(config, bench))
         config = config_lib.changed(config, {"teacher.init": cached})
     loaded = load_network("teacher", config, bench)
-    pixels = step_lib.Pixels(
+    pixels = learner_lib.Pixels(
         tuple(config.teacher.mean or loaded.mean or config.data.mean),
         tuple(config.teacher.std or loaded.std or config.data.std),
         build.pixels(config).dtype,
@@ -251,7 +251,7 @@ def _check_floor(
     config: config_lib.ConfigDict,
     bench: Bench,
     loaded: networks.Loaded,
-    pixels: step_lib.Pixels,
+    pixels: learner_lib.Pixels,
     score: evaluate.Score,
 ) -> None:
     # Of two classes, twice chance would be every image.
@@ -275,7 +275,7 @@ def _short(values: tuple[float, ...]) -> str:
 def evaluator(
     config: config_lib.ConfigDict,
     network: networks.Loaded,
-    pixels: step_lib.Pixels,
+    pixels: learner_lib.Pixels,
     bench: Bench,
 ) -> evaluate.Evaluator:
     """Counts right answers of a network on resident splits."""

@@ -1,0 +1,160 @@
+"""What does not change while a student is trained, and what every step does alike."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from lakd_jax.data import augment
+from lakd_jax.distill import method as method_lib
+from lakd_jax.local import cuts
+from lakd_jax.models import chain
+from lakd_jax.train import optim
+from lakd_jax.train import state as state_lib
+
+PyTree = Any
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """How uint8 images become a network's input.
+
+    Attributes:
+      mean, std: per channel, of pixels in 0..1.
+      dtype: of the result.
+      size: side that the network expects; 0 for that of the images.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dtype: Any
+    size: int = 0
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """(B, H, W, 3) uint8 -> normalised (B, size, size, 3) of `dtype`."""
+        images = augment.resize(images, self.size)
+        return augment.normalise(images, self.mean, self.std, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """Everything about a step that does not change while training.
+
+    Attributes:
+      student, teacher: the networks; the teacher may be None.
+      method: Linen module that turns `Signals` into one loss a module.
+      partition: the student's modules and the teacher's matching joints.
+      cut_scale: gradient kept at each cut, 0 (isolated) to 1 (end to end).
+      module_input: "student", or "teacher": each module is fed the teacher's
+        activation at the joint below it.
+      uncut: also hand the method joints whose gradients cross the cuts.
+      vam_gamma: weight of the entropy of the student's gates, if it has any.
+      starts: the epoch from which each module's gates count; () for all at once.
+      preact: joints before the last ReLU.
+      optimizer_of: makes the optimiser of any part of the parameters from the labels
+        of that part; `optimizer` is that of all of them.
+      anneal: temperature of the student's soft gates times the epoch, see
+        `temperature`; None where it has none, or where they are hard.
+    """
+
+    student: chain.Chain
+    teacher: chain.Chain | None
+    method: method_lib.Method
+    partition: cuts.Partition
+    cut_scale: float
+    module_input: str
+    uncut: bool
+    vam_gamma: float
+    starts: tuple[float, ...]
+    preact: bool
+    student_pixels: Pixels
+    teacher_pixels: Pixels
+    pad: int
+    flip: bool
+    steps_per_epoch: int
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    weight_decay: float
+    labels: PyTree  # module index of every parameter
+    mesh: Mesh
+    optimizer_of: Callable[[PyTree], optax.GradientTransformation]
+    anneal: float | None = None
+
+    @property
+    def isolated(self) -> bool:
+        """Whether modules can be run one by one, as no gradient crosses a cut.
+
+        Neither may a module's loss need anything of a later one: gates share the weight
+        of one mean, and norms at the entry of a unit make the pre-activation below it.
+        """
+        if self.teacher is None or self.student.vam or self.anneal is not None:
+            return False
+        if self.uncut or self.method.needs_logits:
+            return False
+        entry = self.student.PREACTIVATION or self.teacher.PREACTIVATION
+        return self.cut_scale == 0 and not (self.preact and entry)
+
+    def temperature(self, step: Any) -> jax.Array | None:
+        """Of the student's gates in the step with this number, from 0; None: hard."""
+        if self.anneal is None:
+            return None
+        epoch = jnp.asarray(step // self.steps_per_epoch + 1, jnp.float32)
+        return self.anneal / epoch
+
+
+def batch(
+    learner: Learner, step: jax.Array, data: state_lib.Resident, indices: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Augmented images (B,H,W,3) uint8 and labels (B,), split over devices.
+
+    An example's augmentation depends on (seed, epoch, example id) alone, not on
+    the batch it comes in.
+    """
+    images = augment.augment(
+        data.key,
+        data.images[indices],
+        data.ids[indices],
+        step // learner.steps_per_epoch,
+        pad=learner.pad,
+        flip=learner.flip,
+    )
+    sharding = state_lib.over_batch(learner.mesh)
+    if indices.shape[0] % learner.mesh.size:
+        return images, data.labels[indices]  # a short batch, whole everywhere
+    constrain = jax.lax.with_sharding_constraint
+    return constrain(images, sharding), constrain(data.labels[indices], sharding)
+
+
+def suffix(
+    learner: Learner, variables: PyTree, module: int, activation: jax.Array
+) -> jax.Array:
+    """Logits of the teacher run on from the end of its module `module`."""
+    assert learner.teacher is not None
+    outputs: Any = learner.teacher.apply(
+        variables,
+        activation.astype(learner.teacher_pixels.dtype),
+        train=False,
+        after=learner.partition.teacher_joints[module],
+    )
+    return outputs.logits
+
+
+def norms(learner: Learner, grads: PyTree, params: PyTree, labels: PyTree) -> Metrics:
+    """Per module the norm of its gradient and of its next weight-decay term.
+
+    `params` are those after the update, so that numbers that overflowed are seen
+    before they are saved; `labels` is the module of each.
+    A gradient far below the decay means that the module shrinks instead of
+    learning (a danger where its only loss is a mean over many features).
+    """
+    out = {}
+    for k, norm in optim.module_norms(grads, labels).items():
+        out[f"module{k + 1}/grad_norm"] = norm
+    for k, norm in optim.module_norms(optim.decayed(params), labels).items():
+        out[f"module{k + 1}/decay_norm"] = learner.weight_decay * norm
+    return out

@@ -1,0 +1,322 @@
+"""One module of an isolated student at a time: its state, its step.
+
+Where no gradient crosses a cut, a step of the whole student is the steps of its
+modules one after another: each needs its own state, the student's activation at the
+cut below it and the teacher's at the joint below. `isolated_step` runs them in one
+program, `lakd_jax.train.engines` in a program each.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+from lakd_jax import backend
+from lakd_jax.distill import method as method_lib
+from lakd_jax.local import cuts
+from lakd_jax.models import chain
+from lakd_jax.train import learner as learner_lib
+from lakd_jax.train import state as state_lib
+
+PyTree = Any
+PARTS = ("student", "method")  # of parameters and of batch statistics
+
+
+@flax.struct.dataclass
+class Boundary:
+    """What a module hands to the next one: (B, H, W, C) each, and never a gradient.
+
+    In front of the first module both are images as each network takes them.
+    """
+
+    student: jax.Array
+    teacher: jax.Array
+
+
+def module_state(
+    learner: learner_lib.Learner, state: state_lib.TrainState, k: int
+) -> state_lib.TrainState:
+    """The part of a whole student's state that belongs to module `k` (from 0)."""
+    owner = functools.partial(
+        cuts.label_tree, partition=learner.partition, student=learner.student
+    )
+
+    def own(tree: PyTree) -> PyTree:
+        labels = owner(tree)
+        return {part: _only(tree[part], labels[part], k) for part in PARTS}
+
+    params = own(state.params)
+    like = state_lib.TrainState(
+        step=state.step,
+        params=params,
+        batch_stats=own(state.batch_stats),
+        opt_state=jax.eval_shape(learner.optimizer_of(owner(params)).init, params),
+    )
+    return rearranged(like, state)
+
+
+def rearranged(like: PyTree, *sources: PyTree) -> PyTree:
+    """The tree `like` with leaves of the same paths from `sources`.
+
+    So the states of all modules become the whole student's, and the other way round.
+
+    Raises:
+      KeyError: no source has a path.
+    """
+    leaves: dict[str, Any] = {}
+    for source in sources:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(source):
+            leaves[jax.tree_util.keystr(path)] = leaf
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: leaves[jax.tree_util.keystr(path)], like
+    )
+
+
+def _only(tree: PyTree, labels: PyTree, k: int) -> PyTree:
+    """Nested dictionaries without the leaves whose label is not `k`."""
+    if not isinstance(tree, dict):
+        return tree
+    kept = {
+        name: _only(branch, labels[name], k)
+        for name, branch in tree.items()
+        if isinstance(branch, dict) or labels[name] == k
+    }
+    return {n: b for n, b in kept.items() if not isinstance(b, dict) or b}
+
+
+def teacher_part(
+    learner: learner_lib.Learner, variables: PyTree, k: int
+) -> dict[str, PyTree]:
+    """The teacher's variables that module `k` needs: its own stages', and those
+    behind them where the method runs the teacher on from a joint."""
+    names = learner.partition.teacher_joints
+    teacher: Any = learner.teacher
+    whole = cuts.Partition(names, (), learner.partition.names)
+    wanted = range(k, len(names)) if learner.method.needs_suffix else (k,)
+
+    def own(tree: PyTree) -> PyTree:
+        labels = cuts.label_tree({"student": tree}, whole, teacher)["student"]
+        trees = [_only(tree, labels, j) for j in wanted]
+        return functools.reduce(_merged, trees, {})
+
+    return {kind: own(tree) for kind, tree in variables.items()}
+
+
+def _merged(a: PyTree, b: PyTree) -> PyTree:
+    """Two nested dictionaries without common leaves, as one."""
+    both = {name: _merged(a[name], b[name]) for name in a.keys() & b.keys()}
+    return {**a, **b, **both}
+
+
+def isolated_step(
+    learner: learner_lib.Learner,
+    state: state_lib.TrainState,
+    teacher_variables: PyTree,
+    data: state_lib.Resident,
+    indices: jax.Array,
+) -> tuple[state_lib.TrainState, learner_lib.Metrics]:
+    """`step.train_step` of a student whose modules are isolated, one after another.
+
+    A module is updated as soon as its loss is known, and all that comes after waits
+    for that: its activations are then free before the next module makes its own.
+    """
+    below, labels, noise = start(learner, state.step, data, indices)
+    states, told = [], []
+    for k in range(len(learner.partition.names)):
+        own, below, metrics = module_step(
+            learner,
+            k,
+            module_state(learner, state, k),
+            teacher_part(learner, teacher_variables, k),
+            below,
+            labels,
+            noise,
+        )
+        own, below = _in_order(own, below)
+        states.append(own)
+        told.append(metrics)
+    return rearranged(state, *states), together(told)
+
+
+def start(
+    learner: learner_lib.Learner,
+    step: jax.Array,
+    data: state_lib.Resident,
+    indices: jax.Array,
+) -> tuple[Boundary, jax.Array, jax.Array]:
+    """What the first module is fed, the labels (B,), and the key of dropout."""
+    images, labels = learner_lib.batch(learner, step, data, indices)
+    below = Boundary(learner.student_pixels(images), learner.teacher_pixels(images))
+    return below, labels, jax.random.fold_in(data.noise, step)
+
+
+def together(told: Sequence[learner_lib.Metrics]) -> learner_lib.Metrics:
+    """The metrics of all modules as those of a step; their losses are summed."""
+    whole = {name: value for own in told for name, value in own.items()}
+    whole["loss"] = functools.reduce(lambda a, b: a + b, [own["loss"] for own in told])
+    return whole
+
+
+def _in_order(
+    state: state_lib.TrainState, above: Boundary
+) -> tuple[state_lib.TrainState, Boundary]:
+    """Both unchanged, and nothing that uses `above` runs before `state` is made."""
+    params, above = jax.lax.optimization_barrier((state.params, above))
+    state = dataclasses.replace(state, params=params)
+    if not backend.on_cpu():
+        return state, above
+    # XLA drops barriers on CPU before it schedules, so there has to be a real
+    # dependence. A weight is always finite, or the run stops; activations may not be.
+    weight = jax.tree.leaves(params["student"])[0].ravel()[0]
+    return state, jax.tree.map(lambda x: x + (0 * weight).astype(x.dtype), above)
+
+
+def module_step(
+    learner: learner_lib.Learner,
+    k: int,
+    state: state_lib.TrainState,
+    teacher_variables: PyTree,
+    below: Boundary,
+    labels: jax.Array,
+    noise: jax.Array,
+) -> tuple[state_lib.TrainState, Boundary, learner_lib.Metrics]:
+    """One update of module `k` (from 0).
+
+    Args:
+      state: of the module alone, see `module_state`.
+      teacher_variables: see `teacher_part`.
+      below: at the end of the module before.
+      labels: (B,).
+      noise: key of the student's dropout in this step.
+
+    Returns:
+      The new state, the boundary above, and the module's metrics, with its loss and,
+      of the last module, the batch's accuracy.
+    """
+    teacher: Any = _run_teacher(learner, k, teacher_variables, below.teacher)
+    z = _end(teacher, learner.partition.teacher_joints[k], learner.preact)
+    inputs = below.teacher if k and learner.module_input == "teacher" else below.student
+    if k:
+        inputs = jax.lax.stop_gradient(inputs)
+
+    def loss(params: PyTree) -> tuple[jax.Array, tuple]:
+        student, left = _run_student(learner, k, params, state, inputs, noise)
+        h = _end(student, learner.partition.student_joints[k], learner.preact)
+        signals = _signals(
+            learner, k, teacher_variables, student, teacher, h, z, labels, state.step
+        )
+        variables = {"params": params["method"]}
+        variables["batch_stats"] = state.batch_stats["method"]
+        (own,), new = learner.method.apply(
+            variables, signals, train=True, mutable=["batch_stats"]
+        )
+        stats = {
+            "student": left.get("batch_stats", {}),
+            "method": new.get("batch_stats", {}),
+        }
+        return own.total(), (own, stats, student)
+
+    value = jax.value_and_grad(loss, has_aux=True)
+    (total, (own, stats, student)), grads = value(state.params)
+    owned = jax.tree.map(lambda _: k, state.params)
+    optimizer = learner.optimizer_of(owned)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {"loss": total} | method_lib.flatten_metrics([own], k + 1)
+    metrics |= learner_lib.norms(learner, grads, params, owned)
+    if k + 1 == len(learner.partition.names):
+        correct = jnp.argmax(student.logits, -1) == labels
+        metrics["accuracy"] = jnp.mean(correct, dtype=jnp.float32)
+        metrics["learning_rate"] = jnp.float32(learner.learning_rate(state.step))
+    done = state_lib.TrainState(
+        step=state.step + 1, params=params, batch_stats=stats, opt_state=opt_state
+    )
+    above = Boundary(
+        _passed(student, learner.partition.student_joints[k]),
+        _passed(teacher, learner.partition.teacher_joints[k]),
+    )
+    return done, above, metrics
+
+
+def _run_student(
+    learner: learner_lib.Learner,
+    k: int,
+    params: PyTree,
+    state: state_lib.TrainState,
+    inputs: jax.Array,
+    noise: jax.Array,
+) -> tuple[chain.Outputs, PyTree]:
+    """The module's units in training mode, and the statistics they leave."""
+    variables = {"params": params["student"]}
+    variables["batch_stats"] = state.batch_stats["student"]
+    after, until = _span(learner.partition.student_joints, k)
+    left: Any = learner.student.apply(
+        variables,
+        inputs,
+        train=True,
+        after=after,
+        until=until,
+        mutable=["batch_stats"],
+        rngs={"dropout": noise},
+    )
+    return left
+
+
+def _run_teacher(
+    learner: learner_lib.Learner, k: int, variables: PyTree, inputs: jax.Array
+) -> chain.Outputs:
+    """The teacher's units beside module `k`, frozen."""
+    after, until = _span(learner.partition.teacher_joints, k)
+    teacher: Any = learner.teacher
+    outputs = teacher.apply(variables, inputs, train=False, after=after, until=until)
+    return jax.lax.stop_gradient(outputs)
+
+
+def _span(joints: tuple[str, ...], k: int) -> tuple[str, str]:
+    """(after, until) of module `k`; the last runs the head."""
+    after = joints[k - 1] if k else ""
+    return after, joints[k] if k + 1 < len(joints) else ""
+
+
+def _passed(outputs: chain.Outputs, joint: str) -> jax.Array:
+    """The activation at `joint`, with which this pass ended."""
+    if joint == "stem":
+        assert outputs.stem is not None
+        return outputs.stem
+    return next(stage[-1] for stage in reversed(outputs.blocks) if stage)
+
+
+def _end(outputs: chain.Outputs, joint: str, preact: bool) -> jax.Array:
+    """What is compared at the end of a module: what `chain.feature_at` gives there."""
+    return outputs.preacts[-1] if preact else _passed(outputs, joint)
+
+
+def _signals(
+    learner: learner_lib.Learner,
+    k: int,
+    teacher_variables: PyTree,
+    student: chain.Outputs,
+    teacher: chain.Outputs,
+    h: jax.Array,
+    z: jax.Array,
+    labels: jax.Array,
+    step: jax.Array,
+) -> method_lib.Signals:
+    """What the method sees when module `k` alone has run."""
+    others = [None] * len(learner.partition.names)
+    return method_lib.Signals(
+        student=student,
+        teacher=teacher,
+        labels=labels,
+        epoch=step.astype(jnp.float32) / learner.steps_per_epoch,
+        student_joints=(*others[:k], h, *others[k + 1 :]),
+        teacher_joints=(*others[:k], z, *others[k + 1 :]),
+        teacher_suffix=functools.partial(
+            learner_lib.suffix, learner, teacher_variables
+        ),
+    )

@@ -1,0 +1,118 @@
+"""Modules one by one: the same training as one gradient of the summed loss."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_train_step as steps
+
+from lakd_jax.train import modules, step
+
+READINGS = {
+    "default": {},
+    "map": {"lakd.attention": "map"},
+    "logits": {"lakd.attention": "logits"},
+    "aux_heads": {"lakd.task": "aux_heads", "lakd.head_loss": "ce"},
+    "teacher_suffix": {"lakd.task": "teacher_suffix", "lakd.head_loss": "ce"},
+    "preact": {"lakd.preact": True},
+    "shape": {"lakd.adapter": "shape"},
+    "teacher_input": {"local.module_input": "teacher"},
+    "clipped": {"optim.clip_norm": 0.1},
+    "late": {"local.module_start_epochs": (0.0, 0.05, 0.1)},
+}
+
+
+def both_ways(made, row):
+    """(state, metrics) of two steps, module by module and by one gradient."""
+    learner, state, teacher, data = made
+    assert learner.isolated
+    programs = {
+        "modules": functools.partial(modules.isolated_step, learner),
+        "whole": functools.partial(step.whole_step, learner),
+    }
+    results = {}
+    for name, program in programs.items():
+        jitted, now = jax.jit(program), state
+        for _ in range(2):
+            now, metrics = jitted(now, teacher, data, row)
+        results[name] = now, metrics
+    return results["modules"], results["whole"]
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_isolated_step_is_the_step_of_the_sum(reading, tmp_path):
+    fields = {"method": "lakd", **READINGS[reading]}
+    made = steps.make(tmp_path, 1, **fields)
+    (ours, metrics), (whole, expected) = both_ways(made, steps.rows(1)[0])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6),
+        ours,
+        whole,
+    )
+    assert metrics.keys() == expected.keys()
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, expected[name], rtol=2e-4, err_msg=name)
+
+
+def test_a_module_moves_by_its_own_loss_alone(tmp_path):
+    learner, state, teacher, data = steps.make(tmp_path, 1, method="lakd")
+    below, labels, noise = modules.start(learner, state.step, data, steps.rows(1)[0])
+
+    def first_module(learner):
+        own = modules.module_state(learner, state, 0)
+        part = modules.teacher_part(learner, teacher, 0)
+        new, *_ = modules.module_step(learner, 0, own, part, below, labels, noise)
+        return new.params
+
+    heavier = learner.method.options
+    heavier = dataclasses.replace(heavier, feature_weight=7.0)
+    other = dataclasses.replace(learner, method=type(learner.method)(heavier))
+    same, changed = first_module(learner), first_module(other)
+    kernel = "student", "stem", "conv", "kernel"
+    same, changed = (functools.reduce(dict.get, kernel, p) for p in (same, changed))
+    assert np.abs(same - changed).max() > 0
+
+
+def test_states_of_modules_are_the_whole_and_share_nothing(tmp_path):
+    learner, state, _, _ = steps.make(tmp_path, 1, method="lakd")
+    parts = [modules.module_state(learner, state, k) for k in range(3)]
+    counts = [len(jax.tree.leaves(p.params)) for p in parts]
+    assert sum(counts) == len(jax.tree.leaves(state.params)) and min(counts) > 0
+    joined = modules.rearranged(state, *parts)
+    jax.tree.map(np.testing.assert_array_equal, joined, state)
+    with pytest.raises(KeyError):
+        modules.rearranged(state, *parts[:2])
+
+
+def test_a_module_needs_only_its_own_part_of_the_teacher(tmp_path):
+    learner, _, teacher, _ = steps.make(tmp_path, 1, method="lakd")
+    parts = [modules.teacher_part(learner, teacher, k) for k in range(3)]
+    assert [set(p["params"]) for p in parts] == [
+        {"stem", "stage1"},
+        {"stage2"},
+        {"stage3", "head"},
+    ]
+    fields = {"method": "lakd", "lakd.task": "teacher_suffix"}
+    learner, _, teacher, _ = steps.make(tmp_path, 1, **fields)
+    assert "head" in modules.teacher_part(learner, teacher, 1)["params"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"local.cut_scale": 0.5},
+        {"lakd.att_global": True},
+        {"lakd.task": "aux_heads"},
+        {"method": "kd"},
+        {"method": "none"},
+    ],
+)
+def test_what_crosses_a_cut_is_not_run_module_by_module(fields, tmp_path):
+    learner, state, teacher, data = steps.make(tmp_path, 1, **fields)
+    alone = learner.isolated and len(learner.partition.names) > 1
+    assert not alone
+    state, metrics = step.train_step(learner, state, teacher, data, steps.rows(1)[0])
+    assert jnp.isfinite(metrics["loss"])
