@@ -185,6 +185,7 @@ def _local() -> ConfigDict:
     m = ConfigDict()
     m.granularity = "stage"  # Q14: stage | block | none (one module) | list
     m.cuts = ()  # granularity=list: student joints, e.g. ("stage1", "stage2.block1")
+    m.engine = "fused"  # fused | dispatch (a program a module) | pipeline (on devices)
     m.cut_scale = 0.0  # Q8: gradient kept at a cut: 0 isolates, 1 is end to end
     m.module_input = "student"  # Q10: student | teacher
     m.module_start_epochs = ()  # Q9: epoch at which each module starts; empty: 0

@@ -15,7 +15,7 @@ from lakd_jax.distill import binary
 from lakd_jax.distill import method as method_lib
 from lakd_jax.local import cuts
 from lakd_jax.models import vam
-from lakd_jax.train import gates, hme_stages, networks, optim
+from lakd_jax.train import engines, gates, hme_stages, networks, optim
 from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
 from lakd_jax.train import step as step_lib
@@ -94,6 +94,22 @@ def learner(
         optimizer = draft.optimizer_of(labels)
     done = dataclasses.replace(draft, optimizer=optimizer, labels=labels)
     return done, lambda: _first_state(done, init, student.variables, stage)
+
+
+def engine(
+    config: config_lib.ConfigDict,
+    learner: learner_lib.Learner,
+    teacher_variables: PyTree,
+    data: state_lib.Resident,
+    compile_with: engines.CompileWith,
+) -> engines.Engine:
+    """What runs the steps: `local.engine` for methods that cut the student."""
+    kind = config.local.engine if distill.METHODS[config.method].local else "fused"
+    arguments = (learner, teacher_variables, data, compile_with)
+    if kind == "fused":
+        return engines.Fused(*arguments)
+    devices = tuple(learner.mesh.devices.flat) if kind == "pipeline" else ()
+    return engines.Modules(*arguments, devices)
 
 
 def _optimizer(

@@ -7,7 +7,7 @@ import jax
 
 from lakd_jax import config as config_lib
 from lakd_jax.report import summary
-from lakd_jax.train import build, fit, networks, runs
+from lakd_jax.train import build, engines, fit, networks, runs
 from lakd_jax.train import state as state_lib
 
 
@@ -19,7 +19,7 @@ def one_step(
     teacher: runs.Teacher | None,
 ) -> str:
     """Runs a step and an evaluation batch; their costs as a block of text."""
-    state, metrics, program = job.one_step()
+    state, metrics, costs = job.one_step()
     size = config.eval_batch_size
     some = dataclasses.replace(
         bench.test, images=bench.test.images[:size], labels=bench.test.labels[:size]
@@ -33,7 +33,7 @@ def one_step(
         "devices": f"{bench.mesh.size} x {jax.devices()[0].device_kind}",
         "steps": f"{plan.total_steps:,} = {plan.epochs} epochs x "
         f"{plan.steps_per_epoch:,}, batch {plan.batch_size}",
-        "a step": _compiled(program),
+        "a step": _compiled(costs),
         "first loss": f"{metrics['loss']:.4f}",
         "first batch": f"{score.right} of {score.examples} test images right",
     }
@@ -51,11 +51,9 @@ def _count(params: Any) -> str:
     return f"{state_lib.parameter_count(params):,}"
 
 
-def _compiled(program: Any) -> str:
-    flops = program.cost_analysis().get("flops", float("nan"))
-    memory = program.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+def _compiled(costs: engines.Costs) -> str:
+    held = costs.arguments + costs.temporary
     return (
-        f"{flops / 1e9:.2f} GFLOP; {held / 2**20:.0f} MiB on each device, "
-        f"{memory.temp_size_in_bytes / 2**20:.0f} of them temporary"
+        f"{costs.flops / 1e9:.2f} GFLOP; {held / 2**20:.0f} MiB on each device, "
+        f"{costs.temporary / 2**20:.0f} of them temporary"
     )

@@ -6,24 +6,22 @@ steps is in the checkpoint, so a run that was stopped ends as one that was not.
 
 import contextlib
 import dataclasses
-import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from lakd_jax import backend, checkpoint, errors, interrupt
+from lakd_jax import checkpoint, errors, interrupt
 from lakd_jax.data import order
 from lakd_jax.report import metrics as metrics_lib
 from lakd_jax.report import progress as progress_lib
-from lakd_jax.train import evaluate
+from lakd_jax.train import engines, evaluate, modules
 from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
-from lakd_jax.train import step as step_lib
 
 PyTree = Any
 
@@ -99,17 +97,15 @@ class Fit:
         plan: Plan,
         learner: learner_lib.Learner,
         first_state: Callable[[], state_lib.TrainState],
-        teacher_variables: PyTree,
-        train: state_lib.Resident,
+        engine: engines.Engine,
         minival: state_lib.Resident | None,
         evaluator: evaluate.Evaluator,
         guard: interrupt.Guard,
     ):
         self.plan, self._learner = plan, learner
-        self._teacher, self._train, self._minival = teacher_variables, train, minival
+        self._engine, self._minival = engine, minival
         self._evaluator, self._guard = evaluator, guard
         self._first_state = first_state
-        self._programs: dict[tuple[int, ...], Any] = {}
         self._ledger = Ledger()
         self._best: PyTree = {}
         self._saved = 0
@@ -144,14 +140,14 @@ class Fit:
                 self._save(self._step)
                 raise
         best = self._best or None
-        return Trained(student_variables(self._state), best, self._ledger)
+        return Trained(student_variables(self._engine.state()), best, self._ledger)
 
-    def one_step(self) -> tuple[state_lib.TrainState, dict[str, float], Any]:
-        """The first step alone: (state, its metrics, the compiled program)."""
-        rows, state = self._rows(0, 1), self._first_state()
-        program = self._program(rows, state)
-        state, metrics = program(state, self._teacher, self._train, rows)
-        return state, {n: float(v[0]) for n, v in metrics.items()}, program
+    def one_step(self) -> tuple[state_lib.TrainState, dict[str, float], engines.Costs]:
+        """The first step alone: (state, its metrics, its costs)."""
+        self._engine.load(self._first_state())
+        told = jax.device_get(self._engine.run(self._rows(0, 1)))
+        metrics = {n: float(v[0]) for n, v in modules.together(told).items()}
+        return self._engine.state(), metrics, self._engine.costs()
 
     def temperature(self, step: int) -> jax.Array | None:
         """Of the student's soft gates in its last step, if `step` are made."""
@@ -173,11 +169,8 @@ class Fit:
         try:
             while step < stop:
                 rows = self._rows(step, stop)
-                program = self._program(rows, self._state)
                 began = time.perf_counter()
-                self._state, metrics = program(
-                    self._state, self._teacher, self._train, rows
-                )
+                metrics = self._engine.run(rows)
                 self._step = step + rows.shape[0]
                 # The device works on this dispatch while the last one is read.
                 previous, unread = unread, (step, metrics)
@@ -233,25 +226,10 @@ class Fit:
                 return np.stack(rows)
         return positions(step)[None]
 
-    def _program(self, rows: np.ndarray, state: state_lib.TrainState) -> Any:
-        """The compiled steps for rows of this shape."""
-        if rows.shape not in self._programs:
-            mesh = self._learner.mesh
-            whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-            lowered = jax.jit(
-                functools.partial(step_lib.run_steps, self._learner),
-                donate_argnums=0,
-                out_shardings=whole,
-            ).lower(state, self._teacher, self._train, rows)
-            options = backend.compiler_options()
-            self._programs[rows.shape] = self._guard.run(
-                functools.partial(lowered.compile, compiler_options=options)
-            )
-        return self._programs[rows.shape]
-
-    def _read(self, first: int, metrics: dict[str, jax.Array]) -> None:
+    def _read(self, first: int, told: Sequence[learner_lib.Metrics]) -> None:
         """Moves a dispatch's metrics to the window; stops if one is not finite."""
-        columns = {n: v.tolist() for n, v in jax.device_get(metrics).items()}
+        metrics = modules.together(jax.device_get(told))
+        columns = {n: v.tolist() for n, v in metrics.items()}
         for i, values in enumerate(zip(*columns.values(), strict=True)):
             row = dict(zip(columns, values, strict=True))
             bad = [n for n, v in row.items() if not math.isfinite(v)]
@@ -291,7 +269,7 @@ class Fit:
         window.clear()
 
     def _evaluate(self, step: int, minival: state_lib.Resident) -> None:
-        variables = student_variables(self._state)
+        variables = student_variables(self._engine.state())
         score = self._evaluator(variables, minival, self.temperature(step))
         epoch = step / self.plan.steps_per_epoch
         values = {"epoch": epoch, "accuracy": score.accuracy, "loss": score.loss}
@@ -303,15 +281,17 @@ class Fit:
             self._best = jax.device_get(variables)
 
     def _restore(self) -> int:
-        self._state = self._guard.run(self._first_state)
+        state = self._guard.run(self._first_state)
         if self._minival:
-            self._best = jax.device_get(student_variables(self._state))
-        found = self._saver.restore({"train": self._state, "best": self._best})
+            self._best = jax.device_get(student_variables(state))
+        found = self._saver.restore({"train": state, "best": self._best})
         if found is None:
+            self._engine.load(state)
             self._step = 0
             return 0
         step, arrays, extra = found
-        self._state, self._best = arrays["train"], arrays["best"]
+        self._engine.load(arrays["train"])
+        self._best = arrays["best"]
         self._ledger = Ledger(**extra)
         self._began -= self._ledger.seconds
         self._saved = self._step = step
@@ -323,7 +303,7 @@ class Fit:
             return
         self._ledger.seconds = time.perf_counter() - self._began
         extra = dataclasses.asdict(self._ledger)
-        arrays = {"train": self._state, "best": self._best}
+        arrays = {"train": self._engine.state(), "best": self._best}
         self._saver.save(step, arrays, extra=extra)
         # A kill must not cost more than one interval; steps made while this is being
         # written would come on top of it, up to another whole one.

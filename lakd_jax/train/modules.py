@@ -8,7 +8,7 @@ program, `lakd_jax.train.engines` in a program each.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax
@@ -60,10 +60,17 @@ def module_state(
     return rearranged(like, state)
 
 
-def rearranged(like: PyTree, *sources: PyTree) -> PyTree:
+def rearranged(
+    like: PyTree, *sources: PyTree, rename: Callable[[str], str] = str
+) -> PyTree:
     """The tree `like` with leaves of the same paths from `sources`.
 
     So the states of all modules become the whole student's, and the other way round.
+
+    Args:
+      like: its structure is kept.
+      sources: trees with leaves.
+      rename: what a path of `like` is called in the sources.
 
     Raises:
       KeyError: no source has a path.
@@ -73,7 +80,7 @@ def rearranged(like: PyTree, *sources: PyTree) -> PyTree:
         for path, leaf in jax.tree_util.tree_leaves_with_path(source):
             leaves[jax.tree_util.keystr(path)] = leaf
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: leaves[jax.tree_util.keystr(path)], like
+        lambda path, _: leaves[rename(jax.tree_util.keystr(path))], like
     )
 
 

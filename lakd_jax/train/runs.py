@@ -146,8 +146,13 @@ def assemble(
         plan,
         learner,
         first_state,
-        teacher.network.variables if teacher else None,
-        state_lib.resident(bench.dataset.train, config.seed, bench.mesh),
+        build.engine(
+            config,
+            learner,
+            teacher.network.variables if teacher else None,
+            state_lib.resident(bench.dataset.train, config.seed, bench.mesh),
+            bench.guard.run,
+        ),
         state_lib.resident(minival, config.seed, bench.mesh) if minival else None,
         evaluator(config, student, build.pixels(config), bench),
         bench.guard,
@@ -311,7 +316,8 @@ def _plan(config: config_lib.ConfigDict, directory: Path, examples: int) -> fit.
     steps_per_epoch = order.steps_per_epoch(
         examples, config.batch_size, config.data.drop_last
     )
-    several = 1 if backend.on_cpu() else STEPS_PER_DISPATCH
+    one = backend.on_cpu() or config.local.engine != "fused"
+    several = 1 if one else STEPS_PER_DISPATCH
     return fit.Plan(
         workdir=directory,
         seed=config.seed,
