@@ -179,7 +179,8 @@ class Mdistiller(Peer):
         settings.KD.TEMPERATURE = c.kd.temperature
         settings.KD.LOSS.CE_WEIGHT = c.kd.ce_weight
         settings.KD.LOSS.KD_WEIGHT = c.kd.kd_weight
-        settings.LOG.WANDB, settings.LOG.PREFIX = False, tempfile.mkdtemp()
+        self._logs = tempfile.TemporaryDirectory()  # gone with this object
+        settings.LOG.WANDB, settings.LOG.PREFIX = False, self._logs.name
 
         def network(name: str) -> torch.nn.Module:
             return models.cifar_model_dict[name][0](num_classes=ours.CLASSES)

@@ -34,6 +34,8 @@ from lakd_jax import version, workdir
 
 RESULTS = Path(__file__).parent / "results" / "throughput"
 METHODS = ("none", "kd", "lakd")  # those that the baseline has, too
+DTYPES = ("float32", "bfloat16")
+KINDS = ("auto", "eager", "compile", "cudagraphs")  # of the baseline
 _PACKAGES = ("jax", "jaxlib", "flax", "torch", "torchdistill")
 
 
@@ -55,8 +57,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--results", default=RESULTS, type=Path, help="folder of the records")
     add("--table", action="store_true", help="only print what is recorded")
     chosen = parser.parse_args(arguments)
-    if unknown := set(chosen.method) - set(METHODS):
-        parser.error(f"--method: no {', '.join(unknown)}; has {', '.join(METHODS)}")
+    for flag, known in (("method", METHODS), ("dtype", DTYPES), ("torch", KINDS)):
+        if unknown := set(getattr(chosen, flag)) - set(known):
+            parser.error(f"--{flag}: {', '.join(unknown)}; has {', '.join(known)}")
     return chosen
 
 
@@ -137,9 +140,8 @@ def _other(name: str, peer: str, made: ours.Setup) -> timing.Subject:
     from benchmarks import peers, torch_step  # PyTorch is needed only here
 
     torch_step.prepare(_threads())
-    kind = name.removeprefix("torch ")
-    if kind in torch_step.KINDS:
-        return torch_step.Torch(made, kind)
+    if name.startswith("torch "):
+        return torch_step.Torch(made, name.removeprefix("torch "))
     return peers.find(peer).make(made)
 
 
@@ -252,6 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     update(chosen, method, batch, dtype)
     except timing.Unusable as error:
         raise SystemExit(f"{error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; what was measured is recorded") from None
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from torch.nn.utils import fusion
 
 from benchmarks import ours, timing
 
-KINDS = ("eager", "compile", "cudagraphs")
 _MODES = {"compile": None, "cudagraphs": "reduce-overhead"}
 _DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 _WIDTHS = {f"resnet{d}": (16, 16, 32, 64) for d in _DEPTHS}
@@ -160,6 +159,8 @@ class Torch:
     def __init__(self, made: ours.Setup, kind: str):
         self.name, self._config = f"torch {kind}", made.config
         self._device = device()
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
         self._bfloat16 = made.config.dtype == "bfloat16"
         self._load(made)
         self._data(made)
@@ -169,7 +170,7 @@ class Torch:
         self._optimizer = torch.optim.SGD(
             parameters, o.lr, o.momentum, weight_decay=o.weight_decay, fused=True
         )
-        self._loss = self._whole
+        self._loss, self._graphs = self._whole, kind == "cudagraphs"
         if kind != "eager":
             self._loss = torch.compile(self._whole, mode=_MODES[kind], dynamic=False)
         began = time.perf_counter()
@@ -184,7 +185,8 @@ class Torch:
 
     def step(self, indices: torch.Tensor) -> torch.Tensor:
         """One update from the examples at `indices` (B,); the loss before it."""
-        torch.compiler.cudagraph_mark_step_begin()
+        if self._graphs:  # the last step's tensors may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()
         loss = self._loss(indices)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()

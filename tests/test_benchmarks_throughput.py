@@ -108,6 +108,19 @@ def test_a_record_has_all_that_is_promised(tmp_path, capsys):
     assert len(lines) == 4 and "| ours |" in lines[2] and "| torch eager |" in lines[3]
 
 
+def test_what_is_left_to_the_device_is_filled_in():
+    chosen = throughput.resolve(throughput.parse(["--torch"]))
+    assert (chosen.torch, chosen.steps) == (["eager"], 1)  # tests run on CPUs
+    assert throughput.parse([]).torch == []
+
+
+@pytest.mark.parametrize("flag", ["--method=afd", "--dtype=int8", "--torch=fast"])
+def test_what_nobody_can_measure_is_refused(flag, capsys):
+    with pytest.raises(SystemExit):
+        throughput.parse([flag])
+    assert flag.split("=")[0] in capsys.readouterr().err
+
+
 def test_turns_and_pairs():
     order = []
 
