@@ -1,6 +1,7 @@
 """The throughput benchmark: its record, and that its baseline does the same work."""
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -139,6 +140,58 @@ def test_turns_and_pairs():
     assert [len(t) for t in times.values()] == [2, 2]
     pairs = timing.ratios({"ours": [1.0, 2.0], "other": [2.0, 8.0]}, "ours")
     assert pairs["other"]["min"] == 2 and pairs["other"]["median"] == 3
+
+
+# A checkout with as much in it as the adapter needs; it keeps what it is given.
+CHECKOUT = {
+    "models": """
+import torch
+def net(num_classes):
+    flat = torch.nn.Flatten()
+    return torch.nn.Sequential(flat, torch.nn.Linear(3072, num_classes))
+cifar_model_dict = {"resnet8": (net, None)}
+""",
+    "distillers": """
+import torch
+class KD(torch.nn.Module):
+    def __init__(self, student, teacher, cfg):
+        super().__init__()
+        self.student, self.cfg = student, cfg
+distiller_dict = {"KD": KD}
+""",
+    "engine/cfg": """
+from unittest import mock
+CFG = mock.Mock(**{"clone.return_value": mock.Mock()})
+""",
+    "engine/utils": "AverageMeter = dict",
+    "engine/trainer": """
+seen = []
+class BaseTrainer:
+    def __init__(self, name, distiller, train_loader, val_loader, cfg):
+        self.distiller, self.cfg = distiller, cfg
+    def train_iter(self, data, epoch, train_meters):
+        image = data[0].cuda(non_blocking=True)
+        logits = self.distiller.module.student(image)
+        seen.append((self.cfg, self.distiller.training, logits.shape))
+""",
+}
+
+
+def test_a_checkout_makes_steps_with_its_own_trainer(tmp_path, monkeypatch):
+    for name, text in CHECKOUT.items():
+        file = tmp_path / "mdistiller" / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    peer = peers.find(str(tmp_path)).make(setup("kd"))
+    peer.run(2)
+    seen = sys.modules["mdistiller.engine.trainer"].seen
+    for name in [n for n in sys.modules if n.split(".")[0] == "mdistiller"]:
+        del sys.modules[name]
+    assert len(seen) == 3 and peer.facts["first_step_s"] > 0  # one to warm up
+    settings, training, shape = seen[-1]
+    assert training and shape == (4, ours.CLASSES)
+    assert (settings.KD.TEMPERATURE, settings.SOLVER.MOMENTUM) == (4.0, 0.9)
 
 
 def test_an_unknown_peer_is_refused_with_what_there_is(tmp_path):
