@@ -1,0 +1,196 @@
+"""Our training step on random images, built and compiled as training does it."""
+
+import dataclasses
+import functools
+import itertools
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lakd_jax import config as config_lib
+from lakd_jax import data, distill, interop
+from lakd_jax.models import folding
+from lakd_jax.train import build, networks, step
+from lakd_jax.train import state as state_lib
+
+PyTree = Any
+
+EXAMPLES = 10_000
+CLASSES = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What every competitor starts from: the same images, weights and recipe.
+
+    Attributes:
+      config: resolved.
+      split: random images (N, 32, 32, 3) uint8 and labels, on the host.
+      state: ours before the first step.
+      teacher: variables as the step takes them, batch norms folded; None without.
+      teacher_torch: the teacher in PyTorch's names, not folded; None without.
+    """
+
+    config: config_lib.ConfigDict
+    split: data.Split
+    learner: step.Learner
+    resident: state_lib.Resident
+    state: state_lib.TrainState
+    teacher: PyTree
+    teacher_torch: dict[str, np.ndarray] | None
+
+    @property
+    def student_torch(self) -> dict[str, np.ndarray]:
+        """The student before the first step, in PyTorch's names."""
+        params, stats = self.state.params, self.state.batch_stats
+        variables = {"params": params["student"], "batch_stats": stats["student"]}
+        return interop.to_torch(self.config.student.name, jax.device_get(variables))
+
+    def rows(self, count: int, seed: int) -> np.ndarray:
+        """Positions (count, B) of random examples."""
+        shape = (count, self.config.batch_size)
+        return np.random.default_rng(seed).integers(0, EXAMPLES, shape, np.int32)
+
+
+def configure(
+    teacher: str, student: str, method: str, batch: int, dtype: str
+) -> config_lib.ConfigDict:
+    """The default recipe for this pair; what is not named here is `config.default`."""
+    config = config_lib.with_pair(config_lib.default(), f"{teacher},{student},{method}")
+    changes = {"batch_size": batch, "dtype": dtype}
+    return config_lib.resolve(config_lib.changed(config, changes))
+
+
+def setup(config: config_lib.ConfigDict) -> Setup:
+    """Random images and weights on one device; the teacher folded, if it shall be."""
+    mesh = Mesh(np.array(jax.local_devices()[:1]), ("data",))
+    split = _images()
+    student, teacher = _network(config, "student"), None
+    original = None
+    if distill.METHODS[config.method].needs_teacher:
+        teacher = _with_weights(_network(config, "teacher"))
+        original = interop.to_torch(config.teacher.name, teacher.variables or {})
+        if config.teacher.fold:
+            model, variables = folding.fold(teacher.model, teacher.variables)
+            teacher = dataclasses.replace(teacher, model=model, variables=variables)
+    learner, first_state = build.learner(
+        config,
+        student,
+        teacher,
+        teacher_pixels=build.pixels(config),
+        image_shape=split.images.shape[1:],
+        steps_per_epoch=EXAMPLES // config.batch_size,
+        mesh=mesh,
+    )
+    return Setup(
+        config,
+        split,
+        learner,
+        state_lib.resident(split, config.seed, mesh),
+        first_state(),
+        state_lib.replicate(teacher.variables, mesh) if teacher else None,
+        original,
+    )
+
+
+def _images() -> data.Split:
+    rng = np.random.default_rng(0)
+    return data.Split(
+        rng.integers(0, 256, (EXAMPLES, 32, 32, 3), np.uint8),
+        rng.integers(0, CLASSES, EXAMPLES).astype(np.int32),
+        np.arange(EXAMPLES, dtype=np.int32),
+    )
+
+
+def _network(config: config_lib.ConfigDict, part: str) -> networks.Loaded:
+    return networks.load(
+        part,
+        config[part].name,
+        "",
+        shortcut=config[part].shortcut,
+        dtype=config.dtype,
+        num_classes=CLASSES,
+    )
+
+
+def _with_weights(loaded: networks.Loaded) -> networks.Loaded:
+    init = jax.jit(functools.partial(loaded.model.init, train=False))
+    images = np.zeros((1, 32, 32, 3), np.float32)
+    variables = jax.device_get(init(jax.random.key(0), images))
+    return dataclasses.replace(loaded, variables=variables)
+
+
+class Ours:
+    """Compiles at once; `run` makes steps and waits for the last of them.
+
+    Attributes:
+      facts: what is known before timing, for the record.
+    """
+
+    name = "ours"
+
+    def __init__(self, made: Setup, steps_per_dispatch: int):
+        self._made = made
+        # The step donates its state, and others start from the same one.
+        self._state = state_lib.replicate(made.state, made.learner.mesh)
+        began = time.perf_counter()
+        one = self._compile(1)
+        compiled = time.perf_counter() - began
+        self._program, self._several = one, steps_per_dispatch
+        self._batches = itertools.cycle([made.rows(1, 0)])
+        self.run(1)
+        self.facts = {
+            "compile_s": compiled,
+            "first_step_s": time.perf_counter() - began,
+            "steps_per_dispatch": steps_per_dispatch,
+            **_costs(one),
+        }
+        if steps_per_dispatch > 1:
+            began = time.perf_counter()
+            self._program = self._compile(steps_per_dispatch)
+            self.facts["compile_dispatch_s"] = time.perf_counter() - began
+        rows = [made.rows(steps_per_dispatch, seed) for seed in range(1, 9)]
+        self._batches = itertools.cycle(rows)
+
+    def run(self, steps: int) -> None:
+        """At least `steps` of them: whole dispatches."""
+        metrics: Any = None
+        for _ in range(-(-steps // self._several)):
+            self._state, metrics = self._program(
+                self._state,
+                self._made.teacher,
+                self._made.resident,
+                next(self._batches),
+            )
+        jax.block_until_ready((self._state, metrics))
+
+    def peak_bytes(self) -> int | None:
+        """Of the device since the process began, where it counts."""
+        stats = jax.local_devices()[0].memory_stats()
+        return stats.get("peak_bytes_in_use") if stats else None
+
+    def _compile(self, count: int) -> Any:
+        made = self._made
+        return (
+            jax.jit(
+                functools.partial(step.run_steps, made.learner),
+                donate_argnums=0,
+                out_shardings=NamedSharding(made.learner.mesh, PartitionSpec()),
+            )
+            .lower(self._state, made.teacher, made.resident, made.rows(count, 0))
+            .compile()
+        )
+
+
+def _costs(program: Any) -> dict[str, float]:
+    """What XLA counts of a program of one step (in loops it counts one turn)."""
+    costs, memory = program.cost_analysis(), program.memory_analysis()
+    return {
+        "flops": costs["flops"],
+        "bytes": costs["bytes accessed"],
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+    }

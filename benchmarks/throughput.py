@@ -1,0 +1,262 @@
+"""Training throughput: ours, a PyTorch baseline and other libraries, taking turns.
+
+    python -m benchmarks.throughput --pair=resnet32x4,resnet8x4 --method=kd,lakd
+        --batch=64,1024 --dtype=float32,bfloat16 --torch --peer=torchdistill
+    python -m benchmarks.throughput --table
+
+Everything trains the same pair on the same random 32x32 images of 100 classes, the
+teacher's pass included, on the first local device. `--torch` adds our own PyTorch
+step (benchmarks/torch_step.py): bare, it is compiled on accelerators and eager on
+CPUs; or name the kinds. `--peer` adds a public library with its own loop
+(benchmarks/peers.py): `torchdistill`, or the folder of an mdistiller checkout.
+
+One file a (device, pair, batch, dtype) under --results keeps what was measured; a
+method that is in it with all that is asked for is not measured again. Sizes left at 0
+are: one step a round on CPUs and 50, in one dispatch, elsewhere; matrices of 2048 on
+CPUs and 8192 elsewhere, arrays of 256 MiB and 1 GiB, for the ceilings.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks import ours, throughput_table, timing
+from lakd_jax import version, workdir
+
+RESULTS = Path(__file__).parent / "results" / "throughput"
+METHODS = ("none", "kd", "lakd")  # those that the baseline has, too
+DTYPES = ("float32", "bfloat16")
+KINDS = ("auto", "eager", "compile", "cudagraphs")  # of the baseline
+_PACKAGES = ("jax", "jaxlib", "flax", "torch", "torchdistill")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; lists are split."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--pair", default="resnet56,resnet20", help="TEACHER,STUDENT")
+    add("--method", default="kd,lakd", type=_list, help=f"of {', '.join(METHODS)}")
+    add("--batch", default="64", type=_list)
+    add("--dtype", default="float32", type=_list, help="float32, bfloat16 or both")
+    add("--torch", nargs="?", const="auto", default="", type=_list, metavar="KINDS")
+    add("--peer", default="", help="torchdistill, or an mdistiller checkout's folder")
+    add("--rounds", default=20, type=int, help="timed; each is a step or more of all")
+    add("--warm_up", default=3, type=int, help="rounds before")
+    add("--steps", default=0, type=int, help="of each in a round")
+    add("--matmul_side", default=0, type=int)
+    add("--copy_mib", default=0, type=int)
+    add("--results", default=RESULTS, type=Path, help="folder of the records")
+    add("--table", action="store_true", help="only print what is recorded")
+    chosen = parser.parse_args(arguments)
+    for flag, known in (("method", METHODS), ("dtype", DTYPES), ("torch", KINDS)):
+        if unknown := set(getattr(chosen, flag)) - set(known):
+            parser.error(f"--{flag}: {', '.join(unknown)}; has {', '.join(known)}")
+    return chosen
+
+
+def _list(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def resolve(chosen: argparse.Namespace) -> argparse.Namespace:
+    """The same with what is left to the device filled in."""
+    cpu = jax.default_backend() == "cpu"
+    chosen.steps = chosen.steps or (1 if cpu else 50)
+    chosen.matmul_side = chosen.matmul_side or (2048 if cpu else 8192)
+    chosen.copy_mib = chosen.copy_mib or (256 if cpu else 1024)
+    if chosen.torch == ["auto"]:
+        chosen.torch = ["eager" if cpu else "compile"]
+    return chosen
+
+
+def record_path(chosen: argparse.Namespace, batch: str, dtype: str) -> Path:
+    """Where this measurement is kept; the name says what it is of."""
+    kind = re.sub(r"[^a-z0-9]+", "-", jax.local_devices()[0].device_kind.lower())
+    pair = chosen.pair.replace(",", "-")
+    return chosen.results / f"{kind}-{pair}-b{batch}-{dtype}.json"
+
+
+def names(chosen: argparse.Namespace, method: str) -> list[str]:
+    """Who is measured with this method."""
+    found = ["ours", *(f"torch {kind}" for kind in chosen.torch)]
+    if chosen.peer:
+        from benchmarks import peers  # needs PyTorch
+
+        adapter = peers.find(chosen.peer)
+        if method in adapter.methods:
+            found.append(adapter.name)
+    return found
+
+
+def measure(
+    chosen: argparse.Namespace, method: str, batch: int, dtype: str
+) -> dict[str, Any]:
+    """Builds all competitors, times them in turn, and says what came out.
+
+    Where torch.compile fails (it needs a C++ compiler, say), that competitor is left
+    out, and recorded under "failed" with its error.
+    """
+    teacher, student = chosen.pair.split(",")
+    load = os.getloadavg()
+    made = ours.setup(ours.configure(teacher, student, method, batch, dtype))
+    several = 1 if jax.default_backend() == "cpu" else chosen.steps
+    subjects, failed = [ours.Ours(made, several)], {}
+    for name in names(chosen, method)[1:]:
+        try:
+            subjects.append(_other(name, chosen.peer, made))
+        except Exception as error:  # whatever a compiler may raise
+            if name not in ("torch compile", "torch cudagraphs"):
+                raise
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            print(f"{name} left out: {failed[name]}", flush=True)
+    times = timing.interleaved(
+        subjects, rounds=chosen.rounds, steps=chosen.steps, warm_up=chosen.warm_up
+    )
+    peaks = {s.name: s.peak_bytes() for s in subjects}  # before the ceilings' arrays
+    best = timing.ceilings(dtype, chosen.matmul_side, chosen.copy_mib)
+    return {
+        **environment(chosen, method, batch, dtype),
+        "load_before": load[0],
+        "ceilings": best,
+        "failed": failed,
+        "ratios": timing.ratios(times, "ours"),
+        "subjects": {
+            s.name: _summary(s.facts, times[s.name], batch, best, peaks[s.name])
+            for s in subjects
+        },
+    }
+
+
+def _other(name: str, peer: str, made: ours.Setup) -> timing.Subject:
+    from benchmarks import peers, torch_step  # PyTorch is needed only here
+
+    torch_step.prepare(_threads())
+    if name.startswith("torch "):
+        return torch_step.Torch(made, name.removeprefix("torch "))
+    return peers.find(peer).make(made)
+
+
+def _summary(
+    facts: dict[str, Any],
+    times: list[float],
+    batch: int,
+    best: dict[str, float],
+    peak: int | None,
+) -> dict[str, Any]:
+    seconds = timing.spread(times)
+    own = {
+        "step_s": seconds,
+        "images_per_s": batch / seconds["median"],
+        # Of one measurement only if it was the process's first: none can reset it.
+        "process_peak_bytes": peak,
+    }
+    if "flops" in facts:
+        own["reached"] = timing.roofline(facts, best, seconds["median"])
+    return facts | own
+
+
+def environment(
+    chosen: argparse.Namespace, method: str, batch: int, dtype: str
+) -> dict[str, Any]:
+    """On what and with which command; without this machine's paths and times."""
+    command = {
+        "pair": chosen.pair,
+        "method": method,
+        "batch": batch,
+        "dtype": dtype,
+        "torch": ",".join(chosen.torch),
+        "peer": Path(chosen.peer).name,
+        "rounds": chosen.rounds,
+        "warm_up": chosen.warm_up,
+        "steps": chosen.steps,
+        "matmul_side": chosen.matmul_side,
+        "copy_mib": chosen.copy_mib,
+    }
+    flags = [f"--{flag}={value}" for flag, value in command.items() if value != ""]
+    return {
+        "command": shlex.join(["python", "-m", "benchmarks.throughput", *flags]),
+        "rounds": chosen.rounds,
+        "steps_per_round": chosen.steps,
+        "threads": _threads(),
+        "host_cpu": _cpu_name(),
+        "versions": _versions(),
+    }
+
+
+def _threads() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
+    return found.group(1) if found else platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "lakd_jax": version.VERSION}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def update(chosen: argparse.Namespace, method: str, batch: str, dtype: str) -> None:
+    """Measures what the record lacks, and adds it."""
+    path = record_path(chosen, batch, dtype)
+    record = workdir.read_json(path) if path.exists() else {"methods": {}}
+    kept = record["methods"].get(method, {"subjects": {}, "failed": {}})
+    if set(names(chosen, method)) <= kept["subjects"].keys() | kept["failed"].keys():
+        print(f"{path.name}: has {method}", flush=True)
+        return
+    print(f"{path.name}: {method}", flush=True)
+    began = time.perf_counter()
+    record["methods"][method] = measure(chosen, method, int(batch), dtype)
+    record |= {
+        "device": jax.local_devices()[0].device_kind,
+        "pair": chosen.pair.split(","),
+        "batch": int(batch),
+        "dtype": dtype,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    workdir.write_json(path, record)
+    print(throughput_table.render([throughput_table.only(record, method)]))
+    print(f"({time.perf_counter() - began:.0f} s)", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures all that the command line asks for, or prints what is recorded."""
+    chosen = parse(arguments)
+    if chosen.table:
+        records = map(workdir.read_json, sorted(chosen.results.glob("*.json")))
+        print(throughput_table.render(list(records)))
+        return
+    # Read when JAX first asks for its devices: PyTorch needs its share of the memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    chosen = resolve(chosen)
+    try:
+        for batch in chosen.batch:
+            for dtype in chosen.dtype:
+                for method in chosen.method:
+                    update(chosen, method, batch, dtype)
+    except timing.Unusable as error:
+        raise SystemExit(f"{error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; what was measured is recorded") from None
+
+
+if __name__ == "__main__":
+    main()

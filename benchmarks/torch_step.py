@@ -1,0 +1,291 @@
+"""The same training step in PyTorch, as fast as we know how to write it.
+
+Images stay on the device as padded uint8; one gather crops and mirrors a batch.
+Everything is channels-last. The teacher has its batch norms folded into its
+convolutions and, in bfloat16, weights of that type; the student computes under
+autocast. SGD is fused. Losses are float32. `compile` runs input, both networks and
+losses through torch.compile; `cudagraphs` also replays it as CUDA graphs.
+"""
+
+import itertools
+import time
+
+import jax
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import fusion
+
+from benchmarks import ours, timing
+
+_MODES = {"compile": None, "cudagraphs": "reduce-overhead"}
+_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
+_WIDTHS = {f"resnet{d}": (16, 16, 32, 64) for d in _DEPTHS}
+_WIDTHS |= {f"resnet{d}x4": (32, 64, 128, 256) for d in (8, 32)}
+_EPS = 1e-8  # in the mask's mean
+
+
+def device() -> torch.device:
+    """Where PyTorch shall compute: where JAX does.
+
+    Raises:
+      timing.Unusable: JAX has an accelerator that this PyTorch cannot use.
+    """
+    platform = jax.default_backend()
+    if platform == "cpu":
+        return torch.device("cpu")
+    if platform != "gpu" or not torch.cuda.is_available():
+        raise timing.Unusable(
+            f"JAX computes on {platform} and PyTorch {torch.__version__} cannot: "
+            "install a PyTorch for it, or leave out --torch and --peer."
+        )
+    return torch.device("cuda")
+
+
+def prepare(threads: int) -> None:
+    """As many threads as JAX has; TF32 where JAX uses it; fastest convolutions."""
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions beside a shortcut."""
+
+    def __init__(self, old: int, new: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(old, new, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(new)
+        self.conv2 = nn.Conv2d(new, new, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(new)
+        self.downsample = nn.Identity()
+        if old != new or stride != 1:
+            conv = nn.Conv2d(old, new, 1, stride, bias=False)
+            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(new))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) to (B, new, H / stride, W / stride)."""
+        h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(h + self.downsample(x))
+
+
+class ResNet(nn.Module):
+    """A CIFAR ResNet of three stages.
+
+    Raises:
+      timing.Unusable: another network's name.
+    """
+
+    def __init__(self, name: str, classes: int):
+        super().__init__()
+        if name not in _WIDTHS:
+            known = ", ".join(_WIDTHS)
+            raise timing.Unusable(f"PyTorch networks here: {known}; {name} is none")
+        widths = self.widths = _WIDTHS[name]
+        blocks = (int(name.removeprefix("resnet").removesuffix("x4")) - 2) // 6
+        self.conv1 = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        for stage in (1, 2, 3):
+            new, stride = widths[stage], 1 if stage == 1 else 2
+            first = Block(widths[stage - 1], new, stride)
+            rest = (Block(new, new, 1) for _ in range(blocks - 1))
+            setattr(self, f"layer{stage}", nn.Sequential(first, *rest))
+        self.fc = nn.Linear(widths[-1], classes)
+
+    def joints(
+        self, x: torch.Tensor, cut: bool
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Images (B, 3, H, W) to logits and the ends of the stages.
+
+        `cut` stops the gradient between stages.
+        """
+        h, ends = F.relu(self.bn1(self.conv1(x))), []
+        for stage in (self.layer1, self.layer2, self.layer3):
+            h = stage(h.detach() if cut and ends else h)
+            ends.append(h)
+        pooled = h.mean((2, 3), dtype=torch.float32)
+        return self.fc(pooled.to(self.fc.weight.dtype)), ends
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) to logits (B, classes)."""
+        return self.joints(x, False)[0]
+
+
+def network(name: str, weights: dict[str, np.ndarray]) -> ResNet:
+    """`name` with weights in PyTorch's names (`interop.to_torch`)."""
+    net = ResNet(name, len(weights["fc.bias"]))
+    state = {key: torch.tensor(value) for key, value in weights.items()}
+    missing, surplus = net.load_state_dict(state, strict=False)
+    lost = [key for key in missing if not key.endswith("num_batches_tracked")]
+    assert not lost and not surplus, (lost, surplus)
+    return net
+
+
+def fold(net: nn.Module) -> nn.Module:
+    """Batch norms of a network in evaluation mode go into the convolutions."""
+    pairs = (("conv1", "bn1"), ("conv2", "bn2"), ("0", "1"))
+    for module in list(net.modules()):
+        for conv, norm in pairs:
+            if isinstance(getattr(module, norm, None), nn.BatchNorm2d):
+                old = getattr(module, conv), getattr(module, norm)
+                setattr(module, conv, fusion.fuse_conv_bn_eval(*old))
+                setattr(module, norm, nn.Identity())
+    return net
+
+
+def kd_loss(student: torch.Tensor, teacher: torch.Tensor, t: float) -> torch.Tensor:
+    """t^2 KL(teacher || student) of logits (B, classes), softened by t."""
+    log_s, log_t = (F.log_softmax(x.float() / t, 1) for x in (student, teacher))
+    return t * t * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+
+
+def mask(z: torch.Tensor, a: float, b: float, window: int) -> torch.Tensor:
+    """LAKD's weights of a teacher's map z (B, C, H, W): (B, 1, H, W), mean 1."""
+    s, pad = z.abs().sum(1, keepdim=True), window // 2
+    average = F.avg_pool2d(s, window, 1, pad, count_include_pad=False)
+    w = a * average + b * F.max_pool2d(s, window, 1, pad)
+    return w / (w.mean((2, 3), keepdim=True) + _EPS)
+
+
+class Torch:
+    """The baseline's step; `facts` as of `timing.Subject`.
+
+    Covers the defaults of methods none, kd and lakd: LAKD with stages as modules,
+    isolated, masks of mean 1 and adapters everywhere.
+    """
+
+    def __init__(self, made: ours.Setup, kind: str):
+        self.name, self._config = f"torch {kind}", made.config
+        self._device = device()
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+        self._bfloat16 = made.config.dtype == "bfloat16"
+        self._load(made)
+        self._data(made)
+        modules = [self.student, *self.adapters]
+        parameters = [p for m in modules for p in m.parameters()]
+        o = made.config.optim
+        self._optimizer = torch.optim.SGD(
+            parameters, o.lr, o.momentum, weight_decay=o.weight_decay, fused=True
+        )
+        self._loss, self._graphs = self._whole, kind == "cudagraphs"
+        if kind != "eager":
+            self._loss = torch.compile(self._whole, mode=_MODES[kind], dynamic=False)
+        began = time.perf_counter()
+        self.run(1)
+        self.facts = {"first_step_s": time.perf_counter() - began}
+
+    def run(self, steps: int) -> None:
+        """See `timing.Subject`."""
+        for _ in range(steps):
+            self.step(next(self._batches))
+        self._wait()
+
+    def step(self, indices: torch.Tensor) -> torch.Tensor:
+        """One update from the examples at `indices` (B,); the loss before it."""
+        if self._graphs:  # the last step's tensors may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()
+        loss = self._loss(indices)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self._optimizer.step()
+        return loss.detach()
+
+    def peak_bytes(self) -> int | None:
+        """See `timing.Subject`."""
+        return torch.cuda.max_memory_allocated() if self._cuda else None
+
+    @property
+    def _cuda(self) -> bool:
+        return self._device.type == "cuda"
+
+    def _wait(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+
+    def _load(self, made: ours.Setup) -> None:
+        """Networks and adapters with the weights of ours, on the device."""
+        c, last = made.config, torch.channels_last
+        student = network(c.student.name, made.student_torch).train()
+        self.student = student.to(self._device, memory_format=last)
+        self.adapters: list[nn.Module] = []
+        self.teacher = None
+        if made.teacher_torch is None:
+            return
+        teacher = fold(network(c.teacher.name, made.teacher_torch).eval())
+        kind = torch.bfloat16 if self._bfloat16 else torch.float32
+        self.teacher = teacher.to(self._device, kind, memory_format=last)
+        self.teacher.requires_grad_(False)
+        if c.method == "lakd":
+            method = jax.device_get(made.state.params["method"])
+            adapters = [_adapter(method[f"module{k}"]["adapter"]) for k in (1, 2, 3)]
+            self.adapters = [
+                m.train().to(self._device, memory_format=last) for m in adapters
+            ]
+
+    def _data(self, made: ours.Setup) -> None:
+        """Padded images (N, H + 2 pad, W + 2 pad, 3) and labels on the device."""
+        d, images = made.config.data, torch.tensor(made.split.images)
+        self._side = images.shape[1]
+        padded = F.pad(images, (0, 0, d.pad, d.pad, d.pad, d.pad))
+        self._images = padded.to(self._device)
+        self._labels = torch.tensor(made.split.labels).long().to(self._device)
+        mean, std = (torch.tensor(x, device=self._device) for x in (d.mean, d.std))
+        self._scale, self._shift = 1 / (255 * std), -mean / std
+        rows = torch.tensor(made.rows(64, 1)).long().to(self._device)
+        self._batches = itertools.cycle(rows)
+
+    def _pixels(self, indices: torch.Tensor) -> torch.Tensor:
+        """Cropped, mirrored, normalised images (B, 3, H, W), channels last."""
+        d, where = self._config.data, self._device
+        count, line = len(indices), torch.arange(self._side, device=where)
+        top, left = torch.randint(0, 2 * d.pad + 1, (2, count, 1), device=where)
+        columns = line.expand(count, -1)
+        if d.flip:
+            mirrored = torch.rand(count, 1, device=where) < 0.5
+            columns = torch.where(mirrored, self._side - 1 - line, columns)
+        rows, columns = (line + top)[:, :, None], (columns + left)[:, None, :]
+        images = self._images[indices[:, None, None], rows, columns]
+        return (images * self._scale + self._shift).permute(0, 3, 1, 2)
+
+    def _whole(self, indices: torch.Tensor) -> torch.Tensor:
+        """The loss of the examples at `indices` (B,), float32 scalar."""
+        c, labels = self._config, self._labels[indices]
+        x = self._pixels(indices)
+        with torch.autocast(self._device.type, torch.bfloat16, self._bfloat16):
+            logits, ends = self.student.joints(x, cut=c.method == "lakd")
+        hard = F.cross_entropy(logits.float(), labels)
+        if self.teacher is None:
+            return hard
+        with torch.no_grad():
+            inputs = x.to(torch.bfloat16) if self._bfloat16 else x
+            theirs, targets = self.teacher.joints(inputs, cut=False)
+        soft = kd_loss(logits, theirs, c.kd.temperature)
+        loss = c.kd.ce_weight * hard + c.kd.kd_weight * soft
+        for adapter, h, z in zip(self.adapters, ends, targets, strict=False):
+            loss = loss + self._local(adapter(h.float()), z.float())
+        return loss
+
+    def _local(self, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """L_lf + L_att of a module: u (B, C, H, W) the adapted student's map."""
+        k, errors = self._config.lakd, u - v
+        with torch.no_grad():
+            w = mask(v, k.a, k.b, k.window)
+        attention = (w * errors).square().mean()
+        return k.feature_weight * errors.square().mean() + (
+            k.attention_weight * attention
+        )
+
+
+def _adapter(params: dict) -> nn.Module:
+    """1x1 convolution and batch norm with the parameters of ours."""
+    kernel = torch.tensor(np.ascontiguousarray(params["conv"]["kernel"][0, 0].T))
+    conv = nn.Conv2d(kernel.shape[1], kernel.shape[0], 1, bias=False)
+    norm = nn.BatchNorm2d(kernel.shape[0])
+    with torch.no_grad():
+        conv.weight.copy_(kernel[:, :, None, None])
+        norm.weight.copy_(torch.tensor(params["bn"]["scale"]))
+        norm.bias.copy_(torch.tensor(params["bn"]["bias"]))
+    return nn.Sequential(conv, norm)
