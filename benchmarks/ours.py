@@ -10,10 +10,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lakd_jax import backend, data, distill, interop
 from lakd_jax import config as config_lib
-from lakd_jax import data, distill, interop
 from lakd_jax.models import folding
 from lakd_jax.train import build, networks, step
+from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
 
 PyTree = Any
@@ -36,7 +37,7 @@ class Setup:
 
     config: config_lib.ConfigDict
     split: data.Split
-    learner: step.Learner
+    learner: learner_lib.Learner
     resident: state_lib.Resident
     state: state_lib.TrainState
     teacher: PyTree
@@ -181,7 +182,7 @@ class Ours:
                 out_shardings=NamedSharding(made.learner.mesh, PartitionSpec()),
             )
             .lower(self._state, made.teacher, made.resident, made.rows(count, 0))
-            .compile()
+            .compile(compiler_options=backend.compiler_options())
         )
 
 

@@ -30,7 +30,7 @@ from typing import Any
 import jax
 
 from benchmarks import ours, throughput_table, timing
-from lakd_jax import version, workdir
+from lakd_jax import backend, version, workdir
 
 RESULTS = Path(__file__).parent / "results" / "throughput"
 METHODS = ("none", "kd", "lakd")  # those that the baseline has, too
@@ -69,7 +69,8 @@ def _list(text: str) -> list[str]:
 
 def resolve(chosen: argparse.Namespace) -> argparse.Namespace:
     """The same with what is left to the device filled in."""
-    cpu = jax.default_backend() == "cpu"
+    backend.prepare(cache="")
+    cpu = backend.on_cpu()
     chosen.steps = chosen.steps or (1 if cpu else 50)
     chosen.matmul_side = chosen.matmul_side or (2048 if cpu else 8192)
     chosen.copy_mib = chosen.copy_mib or (256 if cpu else 1024)

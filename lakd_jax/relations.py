@@ -140,6 +140,59 @@ def _att_global_input(c: Config, _: int) -> str:
     return "lakd.att_global needs local.module_input=student: no gradient crosses"
 
 
+@_reads(*_METHODS, "local.engine")
+def _engine_method(c: Config, _: int) -> str:
+    if c.local.engine == "fused" or distill.METHODS[c.method].local:
+        return ""
+    return (
+        f"local.engine={c.local.engine} runs the modules of a student that is cut; "
+        f"method {c.method} has one loss for all of it: use local.engine=fused"
+    )
+
+
+@_reads("local.engine", "steps_per_dispatch")
+def _engine_dispatch(c: Config, _: int) -> str:
+    if c.local.engine == "fused" or c.steps_per_dispatch < 2:
+        return ""
+    return (
+        f"local.engine={c.local.engine} dispatches each module of each step; set "
+        "steps_per_dispatch to 0, or use local.engine=fused"
+    )
+
+
+_NEEDED = ("lakd.att_global", "lakd.task", "lakd.head_loss", "lakd.preact")
+
+
+@_reads(
+    "local.engine",
+    "local.cut_scale",
+    "student.vam.enabled",
+    "student.name",
+    "teacher.name",
+    *_NEEDED,
+    only_lakd=True,
+)
+def _engine_isolated(c: Config, _: int) -> str:
+    if c.local.engine == "fused":
+        return ""
+    entry = any(models.family(n.name).PREACTIVATION for n in (c.student, c.teacher))
+    logits = c.lakd.task != "last" and c.lakd.head_loss == "ce+kd"
+    needs = {
+        "local.cut_scale above 0": c.local.cut_scale > 0,
+        "lakd.att_global": c.lakd.att_global,
+        "student.vam.enabled": c.student.vam.enabled,
+        f"lakd.task={c.lakd.task} with lakd.head_loss=ce+kd": logits,
+        "lakd.preact in networks that normalise first": c.lakd.preact and entry,
+    }
+    found = [name for name, holds in needs.items() if holds]
+    if not found:
+        return ""
+    return (
+        f"local.engine={c.local.engine} runs modules apart, which {found[0]} does not "
+        "allow: use local.engine=fused"
+    )
+
+
 @_reads(*_METHODS, "label_smoothing")
 def _smoothing(c: Config, _: int) -> str:
     others = [m for m in _methods(c) if m not in ("none", "kd")]

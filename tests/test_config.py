@@ -176,6 +176,23 @@ def test_all_faults_at_once():
             {"lakd__preact": True, "local__granularity": "block"},
             "lakd.preact needs local.granularity=stage",
         ),
+        (
+            {"local__engine": "pipeline", "method": "kd"},
+            "local.engine=pipeline runs the modules of a student that is cut",
+        ),
+        (
+            {"local__engine": "dispatch", "steps_per_dispatch": 2},
+            "set steps_per_dispatch to 0",
+        ),
+        *(
+            ({"local__engine": "dispatch", **fields}, f"apart, which {named}")
+            for fields, named in (
+                ({"local__cut_scale": 0.5}, "local.cut_scale above 0"),
+                ({"lakd__att_global": True}, "lakd.att_global"),
+                ({"lakd__task": "aux_heads"}, "lakd.task=aux_heads with"),
+                ({"student__vam__enabled": True}, "student.vam.enabled"),
+            )
+        ),
         ({"local__granularity": "list"}, "local.cuts goes with"),
         ({"local__cuts": ("stage1",)}, "local.cuts goes with"),
         (

@@ -88,7 +88,7 @@ def test_modules_that_are_alike_share_a_program(tmp_path):
     made = engines.Modules(learner, teacher, data, lambda function: function())
     made.load(state)
     made.run(steps.rows(1))
-    (_, programs), = made._programs.values()
+    ((_, programs),) = made._programs.values()
     assert len(programs) == 9
     # The first and the last, the two with a stride, and the blocks of each stage.
     assert len({id(program) for program in programs}) == 7

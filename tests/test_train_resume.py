@@ -90,6 +90,23 @@ def test_stopped_run_ends_as_the_unbroken_one(
     assert_equal_runs(finished(tmp_path / "whole"), finished(tmp_path / "parts"))
 
 
+@pytest.mark.parametrize(
+    ("engine", "devices"), [("dispatch", 1), pytest.param("pipeline", 2, marks=LONG)]
+)
+def test_other_engines_resume_alike(
+    engine, devices, tmp_path, bench, teacher_dir, monkeypatch
+):
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+    monkeypatch.setattr(state_lib, "data_mesh", lambda: mesh)
+    config = tiny.config(tmp_path, method="lakd", local__engine=engine)
+    train(config, tmp_path / "whole", bench, interrupt.Guard(), teacher_dir)
+    with pytest.raises(interrupt.Interrupted):
+        train(config, tmp_path / "parts", bench, tiny.StopAfter(16 + 3), teacher_dir)
+    assert saved_steps(tmp_path / "parts")[-1] == 17
+    train(config, tmp_path / "parts", bench, interrupt.Guard(), teacher_dir)
+    assert_equal_runs(finished(tmp_path / "whole"), finished(tmp_path / "parts"))
+
+
 def test_stop_during_an_evaluation_repeats_it(tmp_path, bench, teacher_dir):
     config = tiny.config(tmp_path, method="none")
     train(config, tmp_path / "whole", bench, interrupt.Guard(), teacher_dir)

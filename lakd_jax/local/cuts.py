@@ -17,6 +17,7 @@ from lakd_jax.models import chain
 PyTree = Any
 
 GRANULARITIES = ("stage", "block", "none", "list")
+ENGINES = ("fused", "dispatch", "pipeline")  # see `lakd_jax.train.engines`
 
 
 @dataclasses.dataclass(frozen=True)
