@@ -183,7 +183,8 @@ def _hme() -> ConfigDict:
 
 def _local() -> ConfigDict:
     m = ConfigDict()
-    m.granularity = "stage"  # Q14: stage | block | none (one module) | list
+    m.granularity = "stage"  # Q14: stage | block | none (one) | list | bytes | flops
+    m.modules = 0  # granularity=bytes, flops: how many, balanced by activations or work
     m.cuts = ()  # granularity=list: student joints, e.g. ("stage1", "stage2.block1")
     m.engine = "fused"  # fused | dispatch (a program a module) | pipeline (on devices)
     m.cut_scale = 0.0  # Q8: gradient kept at a cut: 0 isolates, 1 is end to end

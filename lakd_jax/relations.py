@@ -17,7 +17,13 @@ Relation = Callable[[Config, int], str]  # (config, devices) -> the fault, or ""
 TABLE: list[tuple[tuple[str, ...], Relation]] = []
 
 _METHODS = ("method", "baselines")
-_CUTS = ("student.name", "teacher.name", "local.granularity", "local.cuts")
+_CUTS = (
+    "student.name",
+    "teacher.name",
+    "local.granularity",
+    "local.cuts",
+    "local.modules",
+)
 
 
 def _reads(*fields: str, only_lakd: bool = False) -> Callable[[Relation], Relation]:
@@ -341,7 +347,9 @@ def _partition(c: Config) -> tuple[chain.Chain, chain.Chain, cuts.Partition]:
     """Both networks and where they are cut; ValueError if they cannot be."""
     student = models.create(c.student.name, num_classes=2)
     teacher = models.create(c.teacher.name, num_classes=2)
-    partition = cuts.modules(student, teacher, c.local.granularity, c.local.cuts)
+    local = c.local
+    at = (local.granularity, local.cuts, local.modules)
+    partition = cuts.modules(student, teacher, *at)
     return student, teacher, partition
 
 

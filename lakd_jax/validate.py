@@ -159,6 +159,7 @@ def _ranges() -> dict[str, Check]:
         "hme.stage2_lr": above(0),
         "local.granularity": one_of(cuts.GRANULARITIES),
         "local.cut_scale": between(0, 1),
+        "local.modules": at_least(0),
         "local.engine": one_of(cuts.ENGINES),
         "local.module_input": one_of(("student", "teacher")),
         "local.module_start_epochs": each(at_least(0)),

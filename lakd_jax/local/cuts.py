@@ -12,11 +12,12 @@ from typing import Any
 import jax
 
 from lakd_jax import choices
+from lakd_jax.local import balance
 from lakd_jax.models import chain
 
 PyTree = Any
 
-GRANULARITIES = ("stage", "block", "none", "list")
+GRANULARITIES = ("stage", "block", "none", "list", "bytes", "flops")
 ENGINES = ("fused", "dispatch", "pipeline")  # see `lakd_jax.train.engines`
 
 
@@ -41,6 +42,7 @@ def modules(
     teacher: chain.Chain | None,
     granularity: str,
     cuts: Sequence[str],
+    count: int = 0,
 ) -> Partition:
     """Cuts a student, and finds the teacher's joint for every cut.
 
@@ -51,13 +53,16 @@ def modules(
       student: the network to be cut.
       teacher: None for a method without one.
       granularity: `none` one module; `stage` one a stage, the stem with the
-        first; `block` one a block; `list` the joints in `cuts`.
+        first; `block` one a block; `list` the joints in `cuts`; `bytes` and `flops`
+        as many as `count`, whose activations or operations (the teacher's beside
+        them included) are balanced, see `local.balance`.
       cuts: with `list` only, the student's joints to cut at, in order, such as
         ("stage1", "stage2.block1"); the end of the network is added.
+      count: with `bytes` and `flops` only, the number of modules.
 
     Raises:
-      ValueError: names `local.granularity` or `local.cuts`, what is wrong and the
-        joints that are valid.
+      ValueError: names `local.granularity`, `local.cuts` or `local.modules`, what is
+        wrong and what is valid.
     """
     choices.check("local.granularity", granularity, GRANULARITIES)
     if bool(cuts) != (granularity == "list"):
@@ -65,13 +70,22 @@ def modules(
             "local.cuts goes with local.granularity=list, and only with it; it is "
             f"{tuple(cuts)!r} with {granularity!r}"
         )
+    balanced = granularity in balance.KINDS
+    if balanced != (count > 0):
+        raise ValueError(
+            "local.modules goes with local.granularity=bytes or flops, and only with "
+            f"them; it is {count} with {granularity!r}"
+        )
     ends = [f"stage{s}" for s in range(1, len(student.stage_sizes) + 1)]
     joints = {
         "none": ends[-1:],
         "stage": ends,
         "block": student.unit_names[1:],
         "list": [*_checked(student, cuts), ends[-1]],
+        **dict.fromkeys(balance.KINDS, ()),
     }[granularity]
+    if balanced:
+        joints = _balanced(student, teacher, granularity, count)
     joints = tuple(chain.resolve_joint(student, j) for j in joints)
     theirs: tuple[str, ...] = ()
     if teacher is not None and len(joints) == 1:
@@ -117,6 +131,20 @@ def _counterparts(
     """The teacher's joint for each of the student's."""
     field = "local.cuts" if granularity == "list" else "local.granularity"
     ours, theirs = student.stage_sizes, teacher.stage_sizes
+    paired = _pairs(student, teacher, field)
+    for joint in joints:
+        if joint not in paired:
+            raise ValueError(
+                f"{field}: no joint of the teacher lies as far through its stage as "
+                f"{joint!r} does, since its stages have {theirs} blocks and the "
+                f"student's {ours}; cuts can be made at {', '.join(paired)}"
+            )
+    return tuple(paired[j] for j in joints)
+
+
+def _pairs(student: chain.Chain, teacher: chain.Chain, field: str) -> dict[str, str]:
+    """Every joint of the student with a counterpart, and that, in order."""
+    ours, theirs = student.stage_sizes, teacher.stage_sizes
     if len(ours) != len(theirs):
         raise ValueError(
             f"{field}: the student has {len(ours)} stages and the teacher "
@@ -127,14 +155,43 @@ def _counterparts(
         for b in range(1, n + 1):
             if b * m % n == 0:
                 paired[f"stage{s}.block{b}"] = f"stage{s}.block{b * m // n}"
-    for joint in joints:
-        if joint not in paired:
-            raise ValueError(
-                f"{field}: no joint of the teacher lies as far through its stage as "
-                f"{joint!r} does, since its stages have {theirs} blocks and the "
-                f"student's {ours}; cuts can be made at {', '.join(paired)}"
-            )
-    return tuple(paired[j] for j in joints)
+    return paired
+
+
+def _balanced(
+    student: chain.Chain, teacher: chain.Chain | None, kind: str, count: int
+) -> list[str]:
+    """The joints that cut a student into `count` modules of like cost."""
+    names = student.unit_names
+    paired = dict(zip(names, names, strict=True))
+    if teacher is not None:
+        paired = _pairs(student, teacher, "local.granularity")
+    costs = list(balance.unit_costs(student, kind))
+    if kind == "flops":
+        # Backwards is twice forwards; a frozen teacher goes forwards only.
+        costs = [3 * cost for cost in costs]
+        if teacher is not None:
+            _add_teacher(costs, names, teacher, paired)
+    places = [names.index(joint) for joint in paired if joint != "stem"]
+    try:
+        return [names[end] for end in balance.split(costs, places, count)]
+    except ValueError as error:
+        raise ValueError(f"local.modules: {error}") from None
+
+
+def _add_teacher(
+    costs: list[float],
+    names: tuple[str, ...],
+    teacher: chain.Chain,
+    paired: Mapping[str, str],
+) -> None:
+    """Adds to the student's units what the teacher does up to their counterparts."""
+    theirs = balance.unit_costs(teacher, "flops")
+    begin = 0
+    for joint, other in paired.items():
+        end = teacher.unit_names.index(other) + 1
+        costs[names.index(joint)] += sum(theirs[begin:end])
+        begin = end
 
 
 def cut(h: jax.Array, scale: float) -> jax.Array:

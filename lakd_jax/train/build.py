@@ -58,6 +58,7 @@ def learner(
         teacher.model if teacher else student.model,
         config.local.granularity if is_local else "none",
         config.local.cuts if is_local else (),
+        config.local.modules if is_local else 0,
     )
     own = functools.partial(learning_rate, config)
     rate = (stage.learning_rate if stage else own)(steps_per_epoch)

@@ -95,10 +95,11 @@ def partition(
 ) -> cuts.Partition:
     """The run's own modules; for other methods whole networks if stages differ."""
     granularity, at = config.local.granularity, config.local.cuts
+    count = config.local.modules
     stages_differ = len(student.stage_sizes) != len(teacher.stage_sizes)
     if stages_differ and not distill.METHODS[config.method].local:
-        granularity, at = "none", ()
-    return cuts.modules(student, teacher, granularity, at)
+        granularity, at, count = "none", (), 0
+    return cuts.modules(student, teacher, granularity, at, count)
 
 
 def _one_a_class(labels: np.ndarray) -> np.ndarray:

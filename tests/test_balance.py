@@ -1,0 +1,72 @@
+"""Cuts that share out memory or work equally."""
+
+import itertools
+
+import pytest
+
+from lakd_jax import models
+from lakd_jax.local import balance, cuts
+
+
+def net(name):
+    return models.create(name, num_classes=10)
+
+
+def shares(model, partition, kind):
+    """What each module costs, as a share of all."""
+    costs = balance.unit_costs(model, kind)
+    ends = [model.unit_names.index(j) + 1 for j in partition.student_joints]
+    parts = [sum(costs[a:b]) for a, b in itertools.pairwise([0, *ends])]
+    return [part / sum(parts) for part in parts]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_split_is_the_best_of_all(count):
+    costs = [5.0, 1, 1, 4, 2, 2, 7, 1]
+    ends = [0, 2, 3, 5, 7]
+
+    def dearest(chosen):
+        marks = [0, *(e + 1 for e in chosen)]
+        return max(sum(costs[a:b]) for a, b in itertools.pairwise(marks))
+
+    every = [
+        (*inner, ends[-1]) for inner in itertools.combinations(ends[:-1], count - 1)
+    ]
+    found = balance.split(costs, ends, count)
+    assert tuple(found) in every
+    assert dearest(found) == min(map(dearest, every))
+
+
+def test_more_modules_than_joints_are_refused():
+    with pytest.raises(ValueError, match="only 2 modules are possible, 3"):
+        balance.split([1.0, 1, 1], [0, 2], 3)
+    with pytest.raises(ValueError, match=r"local\.modules: only 9 modules"):
+        cuts.modules(net("resnet20"), net("resnet56"), "bytes", (), 10)
+
+
+def test_count_goes_with_balance():
+    with pytest.raises(ValueError, match=r"local\.modules goes with"):
+        cuts.modules(net("resnet20"), net("resnet56"), "stage", (), 3)
+    with pytest.raises(ValueError, match=r"local\.modules goes with"):
+        cuts.modules(net("resnet20"), net("resnet56"), "flops", (), 0)
+
+
+def test_activations_shrink_and_operations_do_not():
+    costs = {kind: balance.unit_costs(net("resnet20"), kind) for kind in balance.KINDS}
+    # Blocks 3, 6 and 9 are the last of stages: 32x32x16, 16x16x32, 8x8x64.
+    memory = [costs["bytes"][i] for i in (3, 6, 9)]
+    assert memory[0] == pytest.approx(2 * memory[1], rel=0.05)
+    assert memory[1] == pytest.approx(2 * memory[2], rel=0.05)
+    work = [costs["flops"][i] for i in (3, 6, 9)]
+    assert max(work) < 1.2 * min(work)
+
+
+def test_balanced_cuts_are_even_and_lie_where_theory_has_them():
+    student = net("resnet56")
+    memory = cuts.modules(student, student, "bytes", (), 4)
+    assert max(shares(student, memory, "bytes")) < 0.29
+    # Stage 1 alone holds 4/7 of the activations: two of four modules lie in it.
+    assert sum(j.startswith("stage1") for j in memory.student_joints) == 2
+    work = cuts.modules(student, student, "flops", (), 3)
+    assert max(shares(student, work, "flops")) < 0.37
+    assert len(work.names) == len(work.teacher_joints) == 3
