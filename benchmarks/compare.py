@@ -166,7 +166,19 @@ def experts() -> Plan:
     )
 
 
-_PLANS = (digits, resnet8, resnet20, sweep, rates, attention, experts)
+def experts_undecayed() -> Plan:
+    """The arms of `experts` without weight decay, which moves gates by itself."""
+    plan = experts()
+    arms = {
+        f"{name}, no decay": (arg, [*overrides, "optim.weight_decay=0"])
+        for name, (arg, overrides) in plan.arms.items()
+        if name in ("plain", "KD")
+    }
+    return dataclasses.replace(plan, arms=arms)
+
+
+_PLANS = (digits, resnet8, resnet20, sweep, rates, attention)
+_PLANS += (experts, experts_undecayed)
 PLANS = {plan.__name__: plan for plan in _PLANS}
 
 
