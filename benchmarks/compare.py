@@ -2,6 +2,7 @@
 
     python -m benchmarks.compare digits
     python -m benchmarks.compare resnet8 --images=DIR --weights=DIR
+    python -m benchmarks.compare experts --images=DIR --weights=DIR
 
 Each arm is a command line of main.py, printed before it runs. A run that ends is
 added to benchmarks/results/PLAN.json with that command, the versions and the device;
@@ -10,15 +11,17 @@ where it stopped (inside a run, too: its directory under --out is kept) and a fi
 one only prints its table. `--images` is an image folder of CIFAR-10, `--weights` a
 folder with the PyTorch checkpoints of CIFAR-10 ResNets that Y. Idelbayev published
 (option A shortcuts, trained with ImageNet's normalisation), under their own names.
+SUBSET in a recorded command is the folder of links that `subset` makes of the images.
 """
 
 import argparse
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import gate_entropy
 from lakd_jax import cli, interrupt, train, workdir
 from lakd_jax.report import table
 from lakd_jax.train import runs
@@ -35,14 +38,28 @@ FEATURES = ["lakd.head_loss=ce", "lakd.attention_weight=0", "local.cut_scale=1"]
 IMAGENET = ["teacher.mean=(.485,.456,.406)", "teacher.std=(.229,.224,.225)"]
 SHORT = ["epochs=12", "optim.lr=0.1", "optim.schedule=cosine", "optim.warmup_epochs=1"]
 
+Record = dict[str, Any]
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Arms by name: each the config argument and overrides; the seeds of each."""
+    """Arms by name: each the config argument and overrides; the seeds of each.
+
+    Attributes:
+      per_class: of the training images, what is kept of each class in SUBSET; 0: no
+        arm names SUBSET.
+      tell: what a record also holds, found in a finished run's directory.
+      render: the records as a table.
+    """
 
     config: str
     arms: dict[str, tuple[str, list[str]]]
     seeds: Sequence[int]
+    per_class: int = 0
+    tell: Callable[[Path], dict[str, Any]] = lambda directory: {}
+    render: Callable[[list[tuple[str, Record]]], str] = lambda kept: table.render_seeds(
+        [runs.row(record["result"], name) for name, record in kept]
+    )
 
 
 def digits() -> Plan:
@@ -115,7 +132,53 @@ def rates() -> Plan:
     return Plan(plan.config, arms, range(1))
 
 
+def experts() -> Plan:
+    """The gates of an HME on a part of CIFAR-10 at 16x16: plain, smoothed, distilled.
+
+    The question is stage 1's gates after equally many epochs, so nothing is kept apart
+    to choose an epoch by, and stage 2 is one epoch, which trains no tree.
+    """
+    common = [
+        "data.source=folder:SUBSET",
+        "teacher.init=WEIGHTS/resnet20-12fca82f.th",
+        *IMAGENET,
+        "student.image_size=16",
+        "data.minival=0",
+        "batch_size=25",
+        "epochs=1",
+        "hme.stage1_epochs=10",
+        "hme.stage1_lr=0.001",
+        "hme.temperature=0.333",  # the released 10 of 300 epochs, stretched to 10
+    ]
+    smooth = [*common, "label_smoothing=0.1"]
+    arms = {
+        "plain": ("resnet20,hme,none", common),
+        "label smoothing 0.1": ("resnet20,hme,none", smooth),
+        "KD": ("resnet20,hme,kd", common),
+    }
+    return Plan(
+        "configs/cifar10_hme.py",
+        arms,
+        range(2),
+        per_class=200,
+        tell=gate_entropy.tell,
+        render=gate_entropy.render,
+    )
+
+
+def experts_undecayed() -> Plan:
+    """The arms of `experts` without weight decay, which moves gates by itself."""
+    plan = experts()
+    arms = {
+        f"{name}, no decay": (arg, [*overrides, "optim.weight_decay=0"])
+        for name, (arg, overrides) in plan.arms.items()
+        if name in ("plain", "KD")
+    }
+    return dataclasses.replace(plan, arms=arms)
+
+
 _PLANS = (digits, resnet8, resnet20, sweep, rates, attention)
+_PLANS += (experts, experts_undecayed)
 PLANS = {plan.__name__: plan for plan in _PLANS}
 
 
@@ -123,6 +186,24 @@ def cifar(file: str) -> list[str]:
     """What the CIFAR-10 arms share: the data, a published teacher, a short recipe."""
     paths = ["data.source=folder:IMAGES", f"teacher.init=WEIGHTS/{file}"]
     return [*paths, *IMAGENET, *SHORT]
+
+
+def subset(images: Path, per_class: int, folder: Path) -> Path:
+    """Links to an image folder's test split and, of each class, some training images.
+
+    Args:
+      images: the image folder.
+      per_class: the first so many by name.
+      folder: where the links go; those that are there already stay.
+    """
+    for role, count in (("train", per_class), ("test", None)):
+        for source in sorted((images.resolve() / role).glob("*/")):
+            target = folder / role / source.name
+            target.mkdir(parents=True, exist_ok=True)
+            for file in sorted(source.iterdir())[:count]:
+                if not (target / file.name).exists():
+                    (target / file.name).symlink_to(file)
+    return folder
 
 
 def run(
@@ -140,20 +221,27 @@ def run(
       record: JSON file of the finished runs, kept up to date.
     """
     kept = workdir.read_json(record) if record.exists() else {}
-    rows = []
-    for seed in plan.seeds:
-        for name, (arg, overrides) in plan.arms.items():
-            key = f"{name}, seed {seed}"
-            if key not in kept:
-                fields = [*overrides, f"seed={seed}", "baselines=()"]
-                command = [f"--config={plan.config}:{arg}"]
-                command += [f"--config.{field}" for field in fields]
-                directory = out / f"{name.replace(' ', '_')}-{seed}"
-                kept[key] = _run_one(command, places, directory, guard)
-                record.parent.mkdir(parents=True, exist_ok=True)
-                workdir.write_json(record, kept)
-            rows.append(runs.row(kept[key]["result"], name))
-    return table.render_seeds(rows)
+    keys = {
+        f"{name}, seed {seed}": (name, seed)
+        for seed in plan.seeds
+        for name in plan.arms
+    }
+    if plan.per_class and keys.keys() - kept.keys():
+        folder = out / f"subset-{plan.per_class}"
+        links = subset(Path(places["IMAGES"]), plan.per_class, folder)
+        places = places | {"SUBSET": str(links)}
+    for key, (name, seed) in keys.items():
+        if key in kept:
+            continue
+        arg, overrides = plan.arms[name]
+        fields = [*overrides, f"seed={seed}", "baselines=()"]
+        command = [f"--config={plan.config}:{arg}"]
+        command += [f"--config.{field}" for field in fields]
+        directory = out / f"{name.replace(' ', '_')}-{seed}"
+        kept[key] = _run_one(command, places, directory, guard) | plan.tell(directory)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        workdir.write_json(record, kept)
+    return plan.render([(name, kept[key]) for key, (name, _) in keys.items()])
 
 
 def _run_one(

@@ -1,10 +1,11 @@
 """Explaining a run: measures by hand, the page, the whole command, a real browser."""
 
+import http.server
 import re
-import shutil
-import subprocess
+import threading
 import types
 
+import browser
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -317,33 +318,48 @@ def test_config_comes_back_from_its_json(tmp_path):
         config_lib.from_dict({"lakd": {"gone": 1}})
 
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+@pytest.fixture
+def visit(tmp_path):
+    """Opens a file in a browser, see `browser.visit`."""
+    if browser.find() is None:
+        pytest.skip("no Chromium on this machine")
+    return lambda path: browser.visit(path.as_uri(), tmp_path)
 
 
 @pytest.mark.long
-def test_the_report_renders_in_a_browser(finished, tmp_path):
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip("no Chromium on this machine")
-    done = subprocess.run(
-        [
-            browser,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            f"--user-data-dir={tmp_path}",
-            "--enable-logging=stderr",
-            "--window-size=1300,1000",
-            f"--screenshot={tmp_path / 'page.png'}",
-            "--dump-dom",
-            (finished / "report.html").as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "CONSOLE" not in done.stderr
-    assert "Knowledge conflict" in done.stdout
-    pixels = picture(tmp_path / "page.png")
+def test_the_report_renders_in_a_browser_and_asks_for_nothing(finished, visit):
+    seen = visit(finished / "report.html")
+    assert "CONSOLE" not in seen.log
+    assert "Knowledge conflict" in seen.dom
+    pixels = picture(seen.picture)
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50  # a picture is there
+    assert seen.requests == []
+
+
+@pytest.mark.long
+def test_a_page_that_asks_for_something_or_fails_is_noticed(visit, tmp_path):
+    """What the test before needs in order to mean anything."""
+    arrived = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            arrived.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *args):
+            pass
+
+    page_file = tmp_path / "asks.html"
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        image = f"http://127.0.0.1:{server.server_port}/x.png"
+        link = '<link rel="dns-prefetch" href="http://elsewhere.invalid">'
+        script = "<script>undefinedFunction()</script>"
+        page_file.write_text(f'{link}<img src="{image}">{script}')
+        seen = visit(page_file)
+        server.shutdown()
+    assert arrived == ["/x.png"]
+    assert image in seen.requests
+    # A name is looked up, under the name that `browser` gives all names.
+    assert any("~notfound" in asked for asked in seen.requests)
+    assert "CONSOLE" in seen.log

@@ -1,0 +1,95 @@
+"""The gates of a finished HME run, for a record and a table of benchmarks.compare."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lakd_jax import models
+from lakd_jax.explain import gates
+from lakd_jax.models import hme
+from lakd_jax.report import table
+from lakd_jax.train import hme_runs, networks
+from lakd_jax.train import state as state_lib
+
+Entropies = dict[str, dict[str, Any]]  # by temperature: of each gate, and their mean
+
+
+def tell(directory: Path) -> dict[str, Any]:
+    """What the gates of a run's stage 1 say, and what they said before training."""
+    loaded, card = networks.student(
+        directory / hme_runs.STAGE1 / networks.STUDENT_FILE, "float32"
+    )
+    variables: Any = loaded.variables
+    drawn = untrained(card["result"]["seed"], loaded.model)
+    return {
+        "gates": {
+            "stage1": entropies(variables["params"]),
+            "untrained": entropies(drawn),
+        }
+    }
+
+
+def entropies(params: Any) -> Entropies:
+    """Normalised entropies of an HME's gates at the temperatures of a report."""
+    found = [np.asarray(gate) for gate in hme.gates(params)]
+    told = [gates.conflict(found, tau) for tau in gates.TEMPERATURES]
+    return {
+        f"{t.temperature:g}": {"levels": list(t.levels), "mean": t.mean} for t in told
+    }
+
+
+def untrained(seed: int, like: Any) -> Any:
+    """The parameters from which stage 1 began in a run of this seed.
+
+    Gates are drawn like everything else, so that the arms of one seed share them.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), state_lib.INITIALISE)
+    own, _ = jax.random.split(key)  # the other half is the method's
+    model = models.create("hme", num_classes=like.num_classes, layout=like.layout)
+    images = jnp.zeros((1, 32, 32, 3))
+    return model.init(own, images, train=False)["params"]
+
+
+def render(kept: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """A line an arm, "mean +- sd (n)" over its seeds, all of stage 1."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, record in kept:
+        groups.setdefault(name, []).append(record)
+    taus = [f"{tau:g}" for tau in gates.TEMPERATURES]
+    lines = [["method", "test %", *(f"entropy, tau {tau}" for tau in taus)]]
+    lines[0] += [f"gate {k}, tau {taus[0]}" for k in (1, 2, 3)]
+    first = next(iter(groups.values()))
+    lines.append(["untrained", "-", *_gates([r["gates"]["untrained"] for r in first])])
+    for name, group in groups.items():
+        right = [r["result"]["stage1"]["test_last"]["accuracy"] for r in group]
+        own = _gates([r["gates"]["stage1"] for r in group])
+        lines.append([name, _spread([100 * r for r in right], 2), *own])
+    return _aligned(lines)
+
+
+def _gates(told: Sequence[Entropies]) -> list[str]:
+    means = [[t[tau]["mean"] for t in told] for tau in told[0]]
+    first = next(iter(told[0]))
+    levels = zip(*(t[first]["levels"] for t in told), strict=True)
+    return [_spread(values, 4) for values in (*means, *levels)]
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    """As Markdown, the first column to the left."""
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    rule = [":" + "-" * (first - 1), *("-" * (width - 1) + ":" for width in others)]
+    padded = [
+        [name.ljust(first), *map(str.rjust, values, others)] for name, *values in lines
+    ]
+    padded.insert(1, rule)
+    return "\n".join("| " + " | ".join(line) + " |" for line in padded)
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    mean, deviation, count = table.summarise(values)
+    middle = "" if deviation is None else f" +- {deviation:.{digits}f}"
+    return f"{mean:.{digits}f}{middle} ({count})"

@@ -1,0 +1,86 @@
+"""What benchmarks.compare needs beside main.py: a subset, the gates of a run."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import Mesh
+
+from lakd_jax import config as config_lib
+from lakd_jax import interrupt
+from lakd_jax.models import hme
+from lakd_jax.train import hme_runs, runs
+from lakd_jax.train import state as state_lib
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_are_importable(monkeypatch):
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1])
+
+
+def test_subset_links_some_training_images_and_all_of_the_test_split(tmp_path):
+    from benchmarks import compare
+
+    for role, count in (("train", 5), ("test", 3)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "all" / role / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                (folder / f"{i}.png").write_text(f"{role} {name} {i}")
+    for _ in range(2):  # a second call finds all of it
+        made = compare.subset(tmp_path / "all", 2, tmp_path / "some")
+    found = {
+        str(p.relative_to(made)): p.read_text() for p in sorted(made.rglob("*.png"))
+    }
+    wanted = [("test", 3), ("train", 2)]
+    assert found == {
+        f"{role}/{name}/{i}.png": f"{role} {name} {i}"
+        for role, count in wanted
+        for name in ("cat", "dog")
+        for i in range(count)
+    }
+
+
+@pytest.mark.long
+def test_untrained_gates_are_those_that_a_run_begins_with(tmp_path, monkeypatch):
+    from benchmarks import gate_entropy
+
+    one = Mesh(np.array(jax.devices()[:1]), ("data",))
+    monkeypatch.setattr(runs.data, "load", lambda *a, **k: tiny.dataset(train=80))
+    monkeypatch.setattr(state_lib, "data_mesh", lambda: one)
+    fields = {"method": "none", "epochs": 1, "student__name": "hme", "seed": 3}
+    config = config_lib.resolve(tiny.config(tmp_path, **fields))
+    bench = runs.bench(config, interrupt.Guard(), lambda text: None)
+    job, student = hme_runs.assemble(config, tmp_path, bench, None)
+    began = hme.gates(job._first_state().params["student"])
+    told = hme.gates(gate_entropy.untrained(3, student.model))
+    other = hme.gates(gate_entropy.untrained(4, student.model))
+    for mine, wanted, foreign in zip(told, began, other, strict=True):
+        np.testing.assert_array_equal(mine, wanted)
+        assert np.any(mine != foreign)
+
+
+def test_table_of_gates_is_of_stage_1():
+    from benchmarks import gate_entropy
+
+    def record(right, level):
+        told = {"levels": [level, 0.5, 0.5], "mean": level}
+        gates = {"0.5": told, "1": {**told, "mean": 1.0}}
+        first = {"0.5": {**told, "mean": 0.75}, "1": told}
+        result = {"test_last": {"accuracy": 0.1}}  # of stage 2
+        result["stage1"] = {"test_last": {"accuracy": right}}
+        return {"gates": {"stage1": gates, "untrained": first}, "result": result}
+
+    kept = [("KD", record(0.4, 0.25)), ("KD", record(0.6, 0.35))]
+    lines = gate_entropy.render(kept).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert cells[0][:4] == ["method", "test %", "entropy, tau 0.5", "entropy, tau 1"]
+    assert cells[2][:3] == ["untrained", "-", "0.7500 +- 0.0000 (2)"]
+    assert cells[3][:2] == ["KD", "50.00 +- 14.14 (2)"]
+    assert cells[3][2:5] == [
+        "0.3000 +- 0.0707 (2)",
+        "1.0000 +- 0.0000 (2)",
+        "0.3000 +- 0.0707 (2)",
+    ]
