@@ -178,9 +178,10 @@ def _in_order(
     if not backend.on_cpu():
         return state, above
     # XLA drops barriers on CPU before it schedules, so there has to be a real
-    # dependence. A weight is always finite, or the run stops; activations may not be.
-    weight = jax.tree.leaves(params["student"])[0].ravel()[0]
-    return state, jax.tree.map(lambda x: x + (0 * weight).astype(x.dtype), above)
+    # dependence, on every weight: each that is left for later keeps activations alive.
+    # Weights are finite, or the run stops; activations may not be.
+    weights = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(params))
+    return state, jax.tree.map(lambda x: x + (0 * weights).astype(x.dtype), above)
 
 
 def module_step(
