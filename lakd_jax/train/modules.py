@@ -180,7 +180,7 @@ def _in_order(
     # XLA drops barriers on CPU before it schedules, so there has to be a real
     # dependence, on every weight: each that is left for later keeps activations alive.
     # Weights are finite, or the run stops; activations may not be.
-    weights = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(params))
+    weights = jnp.stack([leaf.ravel()[0] for leaf in jax.tree.leaves(params)]).sum()
     return state, jax.tree.map(lambda x: x + (0 * weights).astype(x.dtype), above)
 
 
