@@ -301,7 +301,8 @@ def test_batch_norms_fold_into_gated_networks(name, options):
     assert folded_model.vam == (None if options.foldable else options)
     assert "batch_stats" not in folded
     wanted = logits(model, variables)
-    limit = 1e-5 * np.abs(wanted).max()
+    # Gates that depend on the image magnify rounding, differently on each machine.
+    limit = 1e-4 * np.abs(wanted).max()
     np.testing.assert_allclose(logits(folded_model, folded), wanted, atol=limit)
 
 
