@@ -3,9 +3,9 @@
     python -m benchmarks.memory --pair=resnet56,resnet56 --batch=128 --modules=1,3,4,9
 
 For each number of modules, cut so that activations are balanced, the compiler's own
-count: of the fused program, and of the largest of the dispatched ones. Nothing is run.
-Shares are of the program with one module. On CPU the compiler's default is to order
-operations for concurrency, which keeps more alive: give
+count: of the fused program, and of the largest of the dispatched ones. Shares are of
+the program with one module. On CPU the compiler's default is to order operations for
+concurrency, which keeps more alive: give
 
     XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false
 
