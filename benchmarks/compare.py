@@ -113,13 +113,22 @@ def sweep() -> Plan:
 
 
 def attention() -> Plan:
-    """CIFAR-10, resnet8 from resnet20: AFD, RTK, KD with VAM; one seed."""
+    """CIFAR-10, resnet8 from resnet20 by AFD and RTK, one seed."""
     common = cifar("resnet20-12fca82f.th")
     arms = {
         "AFD": ("resnet20,resnet8,afd", common),
         "RTK none": ("resnet20,resnet8,rtk", [*common, "rtk.selection=none"]),
         "RTK stage": ("resnet20,resnet8,rtk", common),
-        "KD VAM": ("resnet20,resnet8,kd", [*common, "student.vam.enabled=True"]),
+    }
+    return Plan("configs/cifar10_lakd.py", arms, range(1))
+
+
+def vam() -> Plan:
+    """CIFAR-10, resnet8 alone, with and without virtual attention, four epochs."""
+    common = [*cifar("resnet20-12fca82f.th"), "epochs=4"]
+    arms = {
+        "alone": ("resnet20,resnet8,none", common),
+        "with VAM": ("resnet20,resnet8,none", [*common, "student.vam.enabled=True"]),
     }
     return Plan("configs/cifar10_lakd.py", arms, range(1))
 
@@ -178,7 +187,7 @@ def experts_undecayed() -> Plan:
 
 
 _PLANS = (digits, resnet8, resnet20, sweep, rates, attention)
-_PLANS += (experts, experts_undecayed)
+_PLANS += (vam, experts, experts_undecayed)
 PLANS = {plan.__name__: plan for plan in _PLANS}
 
 
