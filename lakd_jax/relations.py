@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from lakd_jax import config as config_lib
 from lakd_jax import distill, models
+from lakd_jax.distill import lakd
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
 
@@ -182,7 +183,7 @@ def _engine_isolated(c: Config, _: int) -> str:
     if c.local.engine == "fused":
         return ""
     entry = any(models.family(n.name).PREACTIVATION for n in (c.student, c.teacher))
-    logits = c.lakd.task != "last" and c.lakd.head_loss == "ce+kd"
+    logits = lakd.needs_logits(c.lakd.task, c.lakd.head_loss)
     needs = {
         "local.cut_scale above 0": c.local.cut_scale > 0,
         "lakd.att_global": c.lakd.att_global,

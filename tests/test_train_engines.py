@@ -1,6 +1,7 @@
 """Engines: one program, a program a module, a pipeline; the same steps."""
 
 import functools
+from unittest import mock
 
 import jax
 import numpy as np
@@ -96,8 +97,6 @@ def test_modules_that_are_alike_share_a_program(tmp_path):
 
 def longer(tmp_path):
     """As `steps.make`, resnet20 from resnet20, cut at every block."""
-    from unittest import mock
-
     fields = {"method": "lakd", "local__granularity": "block"}
     load = functools.partial(steps.networks.load)
 

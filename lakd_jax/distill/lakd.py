@@ -146,6 +146,11 @@ class Options:
         )
 
 
+def needs_logits(task: str, head_loss: str) -> bool:
+    """Whether modules before the last are compared with the teacher's logits."""
+    return task != "last" and head_loss == "ce+kd"
+
+
 def reduce_errors(errors: jax.Array, reduction: str) -> jax.Array:
     """(B, H, W, C) -> scalar: 1/N_l sum over elements (Q11).
 
@@ -247,7 +252,7 @@ class LAKD(method.Method):
     @property
     def needs_logits(self) -> bool:
         """Whether the teacher's logits are read in modules before the last."""
-        return self.options.task != "last" and self.options.head_loss == "ce+kd"
+        return needs_logits(self.options.task, self.options.head_loss)
 
     @nn.compact
     def __call__(

@@ -8,7 +8,7 @@ program, `lakd_jax.train.engines` in a program each.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import flax
@@ -24,7 +24,6 @@ from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
 
 PyTree = Any
-PARTS = ("student", "method")  # of parameters and of batch statistics
 
 
 @flax.struct.dataclass
@@ -42,20 +41,14 @@ def module_state(
     learner: learner_lib.Learner, state: state_lib.TrainState, k: int
 ) -> state_lib.TrainState:
     """The part of a whole student's state that belongs to module `k` (from 0)."""
-    owner = functools.partial(
-        cuts.label_tree, partition=learner.partition, student=learner.student
-    )
-
-    def own(tree: PyTree) -> PyTree:
-        labels = owner(tree)
-        return {part: _only(tree[part], labels[part], k) for part in PARTS}
-
+    own = functools.partial(_owned, learner.partition, learner.student, (k,))
     params = own(state.params)
+    owner = jax.tree.map(lambda _: k, params)
     like = state_lib.TrainState(
         step=state.step,
         params=params,
         batch_stats=own(state.batch_stats),
-        opt_state=jax.eval_shape(learner.optimizer_of(owner(params)).init, params),
+        opt_state=jax.eval_shape(learner.optimizer_of(owner).init, params),
     )
     return rearranged(like, state)
 
@@ -84,40 +77,34 @@ def rearranged(
     )
 
 
-def _only(tree: PyTree, labels: PyTree, k: int) -> PyTree:
-    """Nested dictionaries without the leaves whose label is not `k`."""
-    if not isinstance(tree, dict):
-        return tree
+def _owned(
+    partition: cuts.Partition, model: Any, wanted: Collection[int], tree: PyTree
+) -> PyTree:
+    """What of `{"student": ..., "method": ...}` belongs to the modules `wanted`."""
+    flat: dict[tuple[str, ...], Any] = flax.traverse_util.flatten_dict(tree)
     kept = {
-        name: _only(branch, labels[name], k)
-        for name, branch in tree.items()
-        if isinstance(branch, dict) or labels[name] == k
+        path: leaf
+        for path, leaf in flat.items()
+        if cuts.module_of(path, partition, model) in wanted
     }
-    return {n: b for n, b in kept.items() if not isinstance(b, dict) or b}
+    return {part: {} for part in tree} | flax.traverse_util.unflatten_dict(kept)
 
 
 def teacher_part(
     learner: learner_lib.Learner, variables: PyTree, k: int
 ) -> dict[str, PyTree]:
-    """The teacher's variables that module `k` needs: its own stages', and those
-    behind them where the method runs the teacher on from a joint."""
+    """The teacher's variables that module `k` needs.
+
+    Those of its own units, and of all behind them where the method runs the teacher on
+    from a joint.
+    """
     names = learner.partition.teacher_joints
-    teacher: Any = learner.teacher
-    whole = cuts.Partition(names, (), learner.partition.names)
+    as_student = cuts.Partition(names, (), learner.partition.names)
     wanted = range(k, len(names)) if learner.method.needs_suffix else (k,)
-
-    def own(tree: PyTree) -> PyTree:
-        labels = cuts.label_tree({"student": tree}, whole, teacher)["student"]
-        trees = [_only(tree, labels, j) for j in wanted]
-        return functools.reduce(_merged, trees, {})
-
-    return {kind: own(tree) for kind, tree in variables.items()}
-
-
-def _merged(a: PyTree, b: PyTree) -> PyTree:
-    """Two nested dictionaries without common leaves, as one."""
-    both = {name: _merged(a[name], b[name]) for name in a.keys() & b.keys()}
-    return {**a, **b, **both}
+    return {
+        kind: _owned(as_student, learner.teacher, wanted, {"student": tree})["student"]
+        for kind, tree in variables.items()
+    }
 
 
 def isolated_step(
