@@ -1,7 +1,9 @@
 """Checks a configuration before any data or device work, all faults at once."""
 
 import difflib
+import functools
 import math
+import operator
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -78,12 +80,23 @@ def channels(check: Check, *, empty: bool) -> Check:
 
 def _ranges() -> dict[str, Check]:
     """Field name -> check of its value, for every field that has a range."""
+    choice = {"lakd": lakd.CHOICES, "rtk": rtk.CHOICES}
+    words = {f"{b}.{f}": one_of(v) for b, c in choice.items() for f, v in c.items()}
+    parts = (
+        _run_ranges(),
+        _network_ranges(),
+        _optim_ranges(),
+        _method_ranges(),
+        _hme_ranges(),
+        _local_ranges(),
+    )
+    return functools.reduce(operator.or_, parts, words)
+
+
+def _run_ranges() -> dict[str, Check]:
+    """Of the fields in no block, and of those about data and checkpoints."""
     method = one_of(distill.names())
-    shortcut = one_of(("projection", "identity"))
-    weight = at_least(0)
-    blocks = {"lakd": lakd.CHOICES, "rtk": rtk.CHOICES}
-    words = {f"{b}.{f}": one_of(v) for b, c in blocks.items() for f, v in c.items()}
-    return words | {
+    return {
         "method": method,
         "baselines": each(method),
         "epochs": at_least(1),
@@ -99,6 +112,17 @@ def _ranges() -> dict[str, Check]:
         "data.mean": channels(between(0, 1), empty=False),
         "data.std": channels(above(0), empty=False),
         "data.pad": at_least(0),
+        "label_smoothing": below(1),
+        "checkpoint.every_steps": at_least(0),
+        "checkpoint.keep": at_least(1),
+    }
+
+
+def _network_ranges() -> dict[str, Check]:
+    """Of student and teacher."""
+    shortcut = one_of(("projection", "identity"))
+    weight = at_least(0)
+    return {
         "student.name": network,
         "student.shortcut": shortcut,
         "student.image_size": at_least(0),
@@ -115,6 +139,12 @@ def _ranges() -> dict[str, Check]:
         "teacher.epochs": at_least(0),
         "teacher.seed": between(0, SEEDS - 1),
         "teacher.floor": between(0, 1),
+    }
+
+
+def _optim_ranges() -> dict[str, Check]:
+    """Of the optimiser."""
+    return {
         "optim.lr": above(0),
         "optim.momentum": between(0, 1),
         "optim.weight_decay": at_least(0),
@@ -123,6 +153,13 @@ def _ranges() -> dict[str, Check]:
         "optim.decay": between(0, 1),
         "optim.warmup_epochs": at_least(0),
         "optim.clip_norm": at_least(0),
+    }
+
+
+def _method_ranges() -> dict[str, Check]:
+    """Of the methods' weights and numbers."""
+    weight = at_least(0)
+    return {
         "kd.ce_weight": weight,
         "kd.kd_weight": weight,
         "kd.temperature": above(0),
@@ -146,7 +183,12 @@ def _ranges() -> dict[str, Check]:
         "rtk.kd_weight": weight,
         "rtk.beta": weight,
         "rtk.top_r": at_least(1),
-        "label_smoothing": below(1),
+    }
+
+
+def _hme_ranges() -> dict[str, Check]:
+    """Of the hierarchy of experts."""
+    return {
         "hme.layout": one_of(hme.HME.OPTIONS["layout"]),
         "hme.base": one_of(hme.HME.OPTIONS["base"]),
         "hme.output": one_of(("nce", "ce")),
@@ -157,14 +199,18 @@ def _ranges() -> dict[str, Check]:
         "hme.gate_lr": above(0),
         "hme.temperature": above(0),
         "hme.stage2_lr": above(0),
+    }
+
+
+def _local_ranges() -> dict[str, Check]:
+    """Of where and how a student is cut."""
+    return {
         "local.granularity": one_of(cuts.GRANULARITIES),
         "local.cut_scale": between(0, 1),
         "local.modules": at_least(0),
         "local.engine": one_of(cuts.ENGINES),
         "local.module_input": one_of(("student", "teacher")),
         "local.module_start_epochs": each(at_least(0)),
-        "checkpoint.every_steps": at_least(0),
-        "checkpoint.keep": at_least(1),
     }
 
 
