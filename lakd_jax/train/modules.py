@@ -218,24 +218,35 @@ def module_step(
 
     value = jax.value_and_grad(loss, has_aux=True)
     (total, (own, stats, student)), grads = value(state.params)
-    owned = jax.tree.map(lambda _: k, state.params)
-    optimizer = learner.optimizer_of(owned)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": total} | method_lib.flatten_metrics([own], k + 1)
-    metrics |= learner_lib.norms(learner, grads, params, owned)
+    done, moved = _updated(learner, k, state, grads, stats)
+    metrics = {"loss": total} | method_lib.flatten_metrics([own], k + 1) | moved
     if k + 1 == len(learner.partition.names):
         correct = jnp.argmax(student.logits, -1) == labels
         metrics["accuracy"] = jnp.mean(correct, dtype=jnp.float32)
         metrics["learning_rate"] = jnp.float32(learner.learning_rate(state.step))
-    done = state_lib.TrainState(
-        step=state.step + 1, params=params, batch_stats=stats, opt_state=opt_state
-    )
     above = Boundary(
         _passed(student, learner.partition.student_joints[k]),
         _passed(teacher, learner.partition.teacher_joints[k]),
     )
     return done, above, metrics
+
+
+def _updated(
+    learner: learner_lib.Learner,
+    k: int,
+    state: state_lib.TrainState,
+    grads: PyTree,
+    stats: PyTree,
+) -> tuple[state_lib.TrainState, learner_lib.Metrics]:
+    """Module `k` after its update, and the norms that led to it."""
+    owned = jax.tree.map(lambda _: k, state.params)
+    optimizer = learner.optimizer_of(owned)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    done = state_lib.TrainState(
+        step=state.step + 1, params=params, batch_stats=stats, opt_state=opt_state
+    )
+    return done, learner_lib.norms(learner, grads, params, owned)
 
 
 def _run_student(
