@@ -57,7 +57,7 @@ def test_isolated_step_is_the_step_of_the_sum(reading, tmp_path):
         np.testing.assert_allclose(value, expected[name], rtol=2e-4, err_msg=name)
 
 
-def test_a_module_moves_by_its_own_loss_alone(tmp_path):
+def test_a_module_follows_its_own_loss(tmp_path):
     learner, state, teacher, data = steps.make(tmp_path, 1, method="lakd")
     below, labels, noise = modules.start(learner, state.step, data, steps.rows(1)[0])
 

@@ -10,7 +10,6 @@ while module k - 1 has begun the next.
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -307,8 +306,10 @@ def _renamed(names: Mapping[str, str], path: str) -> str:
 
 def _numbered(metrics: learner_lib.Metrics, old: int, new: int) -> learner_lib.Metrics:
     """The metrics of module number `old` under the names of number `new`."""
-    pattern = re.compile(rf"^module{old}/")
-    return {pattern.sub(f"module{new}/", name): v for name, v in metrics.items()}
+    if old == new:
+        return metrics
+    prefix, own = f"module{old}/", f"module{new}/"
+    return {name.replace(prefix, own): value for name, value in metrics.items()}
 
 
 def _compiled(function: Any, arguments: tuple, compile_with: CompileWith) -> Any:
