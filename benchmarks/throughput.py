@@ -18,6 +18,7 @@ CPUs and 8192 elsewhere, arrays of 256 MiB and 1 GiB, for the ceilings.
 
 import argparse
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -60,6 +61,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for flag, known in (("method", METHODS), ("dtype", DTYPES), ("torch", KINDS)):
         if unknown := set(getattr(chosen, flag)) - set(known):
             parser.error(f"--{flag}: {', '.join(unknown)}; has {', '.join(known)}")
+    if (chosen.torch or chosen.peer) and not importlib.util.find_spec("torch"):
+        parser.error("--torch and --peer need PyTorch: pip install torch")
     return chosen
 
 

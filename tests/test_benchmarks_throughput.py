@@ -197,3 +197,10 @@ def test_a_checkout_makes_steps_with_its_own_trainer(tmp_path, monkeypatch):
 def test_an_unknown_peer_is_refused_with_what_there_is(tmp_path):
     with pytest.raises(timing.Unusable, match="give torchdistill"):
         peers.find(str(tmp_path))
+
+
+def test_missing_pytorch_is_told_before_any_work(monkeypatch, capsys):
+    monkeypatch.setattr(throughput.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        throughput.parse([*TINY, "--torch"])
+    assert "pip install torch" in capsys.readouterr().err
