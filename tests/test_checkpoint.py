@@ -1,5 +1,7 @@
 """Checkpoints come back bit for bit."""
 
+import asyncio
+import gc
 import json
 import logging
 
@@ -247,3 +249,32 @@ def test_orbax_is_quiet_and_others_are_not(tmp_path, caplog):
         assert not caplog.records
         absl.info("ours")
     assert [r.getMessage() for r in caplog.records] == ["ours"]
+
+
+class _Read:
+    """A future that fails, as TensorStore's do: an awaitable, no coroutine."""
+
+    def __await__(self):
+        yield
+        raise ValueError("unreadable")
+
+
+async def _task():
+    raise ValueError("ours")
+
+
+async def _abandon(read):
+    """Waits for `read` and a future that failed, and looks at neither."""
+    future = asyncio.get_running_loop().create_future()
+    future.set_exception(ValueError('NOT_FOUND: Error reading "w1/0.0"'))
+    await asyncio.wait([asyncio.ensure_future(read), future])
+
+
+def test_abandoned_reads_are_quiet_and_other_tasks_are_not(tmp_path, caplog):
+    with checkpoint.Checkpointer(tmp_path, keep=1):
+        asyncio.run(_abandon(_Read()))
+        gc.collect()
+        assert not caplog.records
+        asyncio.run(_abandon(_task()))
+        gc.collect()
+    assert [r.name for r in caplog.records] == ["asyncio"]
