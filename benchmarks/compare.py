@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks import gate_entropy
 from lakd_jax import cli, interrupt, train, workdir
 from lakd_jax.report import table
-from lakd_jax.train import runs
+from lakd_jax.train import rows
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -58,7 +58,7 @@ class Plan:
     per_class: int = 0
     tell: Callable[[Path], dict[str, Any]] = lambda directory: {}
     render: Callable[[list[tuple[str, Record]]], str] = lambda kept: table.render_seeds(
-        [runs.row(record["result"], name) for name, record in kept]
+        [rows.row(record["result"], name) for name, record in kept]
     )
 
 

@@ -200,6 +200,26 @@ def _engine_isolated(c: Config, _: int) -> str:
     )
 
 
+@_reads("seeds")
+def _seeds(c: Config, _: int) -> str:
+    again = [seed for i, seed in enumerate(c.seeds) if seed in c.seeds[:i]]
+    return f"seeds has {again[0]} twice" if again else ""
+
+
+@_reads("seeds_by", "student.name", "local.engine")
+def _seeds_by(c: Config, _: int) -> str:
+    if c.seeds_by in ("auto", "turn"):
+        return ""
+    if c.student.name == "hme":
+        return f"seeds_by={c.seeds_by} is not for student.name=hme: use seeds_by=turn"
+    if c.local.engine != "fused":
+        return (
+            f"seeds_by={c.seeds_by} needs local.engine=fused; with "
+            f"{c.local.engine} use seeds_by=turn"
+        )
+    return ""
+
+
 @_reads(*_METHODS, "label_smoothing")
 def _smoothing(c: Config, _: int) -> str:
     others = [m for m in _methods(c) if m not in ("none", "kd")]

@@ -43,6 +43,13 @@ def between(low: float, high: float) -> Check:
     return lambda v: "" if low <= v <= high else fault + _number(v)
 
 
+def whole_seed(value: float) -> str:
+    """An entry of `seeds`; `seed` itself is whole by its type."""
+    if fault := between(0, SEEDS - 1)(value):
+        return fault
+    return "" if isinstance(value, int) else f"must be whole numbers, is {value:g}"
+
+
 def network(name: str) -> str:
     """A network that can be made."""
     try:
@@ -107,6 +114,8 @@ def _run_ranges() -> dict[str, Check]:
         "eval_every": at_least(1),
         "steps_per_dispatch": at_least(0),
         "seed": between(0, SEEDS - 1),
+        "seeds": each(whole_seed),
+        "seeds_by": one_of(("auto", "turn", "program", "device")),
         "data.image_size": at_least(0),
         "data.minival": between(0, 0.5),
         "data.mean": channels(between(0, 1), empty=False),

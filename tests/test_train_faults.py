@@ -233,7 +233,7 @@ def test_floor_of_the_teacher(tmp_path, classes, floor, right, good):
     teacher = teacher_of(tmp_path)
     dataset = tiny.dataset()
     object.__setattr__(dataset, "classes", tuple(map(str, range(classes))))
-    bench = runs.Bench(dataset, None, None, interrupt.Guard(), print)
+    bench = runs.Bench(dataset, *[None] * 4, interrupt.Guard(), print)
     score = evaluate.Score(right, 100, 1.0)
     arguments = (config, bench, teacher.network, teacher.pixels, score)
     if good:

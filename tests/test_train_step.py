@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from lakd_jax import config as config_lib
 from lakd_jax import errors
-from lakd_jax.train import build, fit, networks, runs, step
+from lakd_jax.train import build, networks, runs, step, track
 from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
 
@@ -226,7 +226,7 @@ def test_batch_statistics_move_once_a_step(tmp_path):
     def direct(state, data, row):
         images, _ = learner_lib.batch(learner, state.step, data, row)
         return learner.student.apply(
-            fit.student_variables(state),
+            track.student_variables(state),
             learner.student_pixels(images),
             train=True,
             mutable=["batch_stats"],
@@ -247,7 +247,7 @@ def test_student_variables_are_the_plain_network(tmp_path):
     plain = jax.eval_shape(
         lambda: learner.student.init(jax.random.key(0), images, train=False)
     )
-    student = fit.student_variables(state)
+    student = track.student_variables(state)
     assert jax.tree.structure(student) == jax.tree.structure(dict(plain))
     assert state.params["method"]  # there was something to leave behind
 
@@ -267,7 +267,7 @@ def test_without_beta_tap_methods_are_kd_with_their_weights(method, tmp_path):
         plain.params["student"],
     )
     shapes, wanted = (
-        jax.tree.map(jnp.shape, fit.student_variables(s)) for s in (ours, plain)
+        jax.tree.map(jnp.shape, track.student_variables(s)) for s in (ours, plain)
     )
     assert shapes == wanted and ours.params["method"]
 

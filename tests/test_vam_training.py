@@ -18,7 +18,7 @@ from lakd_jax.distill import method as method_lib
 from lakd_jax.explain import subject
 from lakd_jax.local import cuts
 from lakd_jax.models import folding, vam
-from lakd_jax.train import build, fit, gates, networks, optim, runs, step
+from lakd_jax.train import build, gates, networks, optim, runs, step, track
 from lakd_jax.train import state as state_lib
 
 LONG = pytest.mark.long
@@ -253,8 +253,9 @@ def loaded(path, part="teacher"):
 def last_variables(folder, config, result_of):
     """The student's variables in the last checkpoint of a run."""
     bench = runs.bench(config, guard(), print)
-    job, student = runs.assemble(config, folder / result_of, bench, None)
-    return student.model, job.run().last
+    own = runs.parts(config, folder / result_of, bench, None)
+    (trained,) = runs.job(own, bench).run()
+    return own.student.model, trained.last
 
 
 @LONG
@@ -340,5 +341,5 @@ def test_the_student_alone_has_the_block():
 
 def test_variables_in_evaluation_hold_no_intermediates(tmp_path):
     state, _ = run_steps(made(tmp_path, method="none", **VAM), ROWS[:1])
-    assert set(fit.student_variables(state)) == {"params", "batch_stats"}
+    assert set(track.student_variables(state)) == {"params", "batch_stats"}
     assert set(state.batch_stats) == {"student", "method"}

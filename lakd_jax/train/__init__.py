@@ -2,7 +2,7 @@
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax
 from lakd_jax import backend, distill, interrupt, validate, workdir
 from lakd_jax import config as config_lib
 from lakd_jax.report import table
-from lakd_jax.train import costs, hme_runs, look, networks, runs
+from lakd_jax.train import costs, hme_runs, look, networks, rows, runs, seeds
 
 TITLES = {
     "none": "alone",
@@ -32,7 +32,9 @@ def run(
     """Trains the teacher if need be, the baselines, the student; draws and tells.
 
     Called again on the same directory it goes on where it was stopped, and tells
-    the result again if it had finished.
+    the result again if it had finished. With `config.seeds` each seed has a directory
+    in `directory`, like a run of its own, and the table tells means; seeds may be
+    added later.
 
     Args:
       config: from a file in `configs/`, not yet resolved.
@@ -41,7 +43,8 @@ def run(
       notify: receives every line meant for the person watching.
 
     Returns:
-      What `result.json` in the directory holds.
+      What `result.json` in the directory holds; with `config.seeds`, `{"seeds":
+      [one each]}`.
 
     Raises:
       errors.LakdError: see `lakd_jax.errors` for the kinds.
@@ -53,26 +56,57 @@ def run(
         guard = guard or stack.enter_context(interrupt.Guard())
         settings = config_lib.to_dict(config)
         stack.enter_context(_claimed(directory, settings))
+        wanted = _of_seeds(config, directory)
+        for one in wanted if config.seeds else ():
+            own = config_lib.to_dict(one.config)
+            stack.enter_context(workdir.prepare(one.directory, own))
         bench = runs.bench(config, guard, notify)
         notify(_describe_data(bench))
         methods = [*config.baselines, config.method]
         teacher = None
         if any(distill.METHODS[m].needs_teacher for m in methods):
             teacher = runs.make_teacher(config, bench)
-        results = {}
+        results, by = {}, config.seeds_by
         for method in config.baselines:
             notify(_title(config, method))
-            results[method] = _baseline(config, method, directory, bench, teacher)
+            results[method] = _baselines(wanted, method, by, bench, teacher)
         notify(_title(config, config.method))
-        result = hme_runs.train(config, directory, bench, teacher)
-        results[config.method] = result
-        folders = {TITLES[m]: directory / m for m in config.baselines}
-        folders[TITLES[config.method]] = directory
-        look.draw(config, directory, bench, teacher, folders)
+        results[config.method] = seeds.train(wanted, by, bench, teacher)
+        for one in wanted:
+            _draw(one, bench, teacher)
         text = _table(config, results, teacher)
         (directory / "table.md").write_text(text + "\n")
-        notify(f"\n{text}\n\nPictures, metrics and the student are in {directory}")
-    return result
+        notify(f"\n{text}\n\n{_where(wanted, directory)}")
+    last = results[config.method]
+    return {"seeds": last} if config.seeds else last[0]
+
+
+def _of_seeds(config: config_lib.ConfigDict, directory: Path) -> list[seeds.Run]:
+    """A run a seed; without `config.seeds` the one in `directory` itself."""
+    if not config.seeds:
+        return [seeds.Run(config, directory)]
+    alone = {"seeds": (), "seeds_by": "auto"}
+    return [
+        seeds.Run(
+            config_lib.changed(config, {**alone, "seed": seed}),
+            directory / f"seed{seed}",
+        )
+        for seed in config.seeds
+    ]
+
+
+def _draw(one: seeds.Run, bench: runs.Bench, teacher: runs.Teacher | None) -> None:
+    folders = {TITLES[m]: one.directory / m for m in one.config.baselines}
+    folders[TITLES[one.config.method]] = one.directory
+    look.draw(one.config, one.directory, bench, teacher, folders)
+
+
+def _where(wanted: Sequence[seeds.Run], directory: Path) -> str:
+    if len(wanted) == 1:
+        directory = wanted[0].directory
+        return f"Pictures, metrics and the student are in {directory}"
+    names = ", ".join(one.directory.name for one in wanted)
+    return f"Pictures, metrics and students are in {names} of {directory}"
 
 
 @contextlib.contextmanager
@@ -81,26 +115,38 @@ def _claimed(directory: Path, settings: dict[str, Any]) -> Iterator[None]:
 
     A path that was mistyped may then be corrected and the command given again.
     """
-    with workdir.prepare(directory, settings):
+    with workdir.prepare(directory, settings, may_change=("seeds", "seeds_by")):
         try:
             yield
         except BaseException:
             begun = ("checkpoints", networks.RESULT_FILE, hme_runs.STAGE1)
-            if not any((directory / name).exists() for name in begun):
-                (directory / workdir.CONFIG).unlink(missing_ok=True)
+            folders = [directory, *directory.glob("seed*")]
+            if not any(
+                (folder / name).exists() for folder in folders for name in begun
+            ):
+                for folder in folders:
+                    (folder / workdir.CONFIG).unlink(missing_ok=True)
             raise
 
 
-def _baseline(
-    config: config_lib.ConfigDict,
+def _baselines(
+    wanted: Sequence[seeds.Run],
     method: str,
-    directory: Path,
+    by: str,
     bench: runs.Bench,
     teacher: runs.Teacher | None,
-) -> dict[str, Any]:
-    own = config_lib.changed(config, {"method": method, "baselines": ()})
-    with workdir.prepare(directory / method, config_lib.to_dict(own)):
-        return hme_runs.train(own, directory / method, bench, teacher)
+) -> list[dict[str, Any]]:
+    """Of all seeds, each in METHOD of the seed's directory."""
+    change = {"method": method, "baselines": ()}
+    own = [
+        seeds.Run(config_lib.changed(w.config, change), w.directory / method)
+        for w in wanted
+    ]
+    with contextlib.ExitStack() as stack:
+        for one in own:
+            settings = config_lib.to_dict(one.config)
+            stack.enter_context(workdir.prepare(one.directory, settings))
+        return seeds.train(own, by, bench, teacher)
 
 
 def _title(config: config_lib.ConfigDict, method: str) -> str:
@@ -121,15 +167,15 @@ def dry_run(
     """
     validate.require(config, jax.local_device_count())
     backend.prepare(config.compile_cache)
-    config = config_lib.resolve(config)
+    config = _of_seeds(config_lib.resolve(config), Path())[0].config
     bench = runs.bench(config, guard, notify)
     notify(_describe_data(bench))
     teacher = None
     if distill.METHODS[config.method].needs_teacher:
         teacher = runs.stand_in(config, bench) or runs.make_teacher(config, bench)
     with tempfile.TemporaryDirectory() as scratch:
-        job, student = hme_runs.assemble(config, Path(scratch), bench, teacher)
-        notify(costs.one_step(config, bench, job, student, teacher))
+        own = hme_runs.parts(config, Path(scratch), bench, teacher)
+        notify(costs.one_step(config, bench, own, teacher))
 
 
 def _describe_data(bench: runs.Bench) -> str:
@@ -144,10 +190,10 @@ def _describe_data(bench: runs.Bench) -> str:
 
 def _table(
     config: config_lib.ConfigDict,
-    results: dict[str, dict[str, Any]],
+    results: dict[str, list[dict[str, Any]]],
     teacher: runs.Teacher | None,
 ) -> str:
-    rows = [runs.row(r, _title(config, m)) for m, r in results.items()]
+    lines = [rows.row(r, _title(config, m)) for m, own in results.items() for r in own]
     if teacher:
-        rows.insert(0, runs.teacher_row(config, teacher))
-    return table.render(rows)
+        lines.insert(0, rows.teacher_row(config, teacher))
+    return table.render_seeds(lines) if config.seeds else table.render(lines)

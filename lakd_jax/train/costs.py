@@ -7,25 +7,25 @@ import jax
 
 from lakd_jax import config as config_lib
 from lakd_jax.report import summary
-from lakd_jax.train import build, engines, fit, networks, runs
+from lakd_jax.train import build, engines, runs, track
 from lakd_jax.train import state as state_lib
 
 
 def one_step(
     config: config_lib.ConfigDict,
     bench: runs.Bench,
-    job: fit.Fit,
-    student: networks.Loaded,
+    own: runs.Parts,
     teacher: runs.Teacher | None,
 ) -> str:
     """Runs a step and an evaluation batch; their costs as a block of text."""
+    job = runs.job(own, bench)
     state, metrics, costs = job.one_step()
     size = config.eval_batch_size
     some = dataclasses.replace(
         bench.test, images=bench.test.images[:size], labels=bench.test.labels[:size]
     )
-    evaluator = runs.evaluator(config, student, build.pixels(config), bench)
-    score = evaluator(fit.student_variables(state), some)
+    evaluator = runs.evaluator(config, own.student, build.pixels(config), bench)
+    score = evaluator(track.student_variables(state), some)
     plan = job.plan
     lines = {
         "student": _network(config.student.name, state.params["student"]),

@@ -63,7 +63,7 @@ class Engine(Protocol):
 
 
 class Fused:
-    """One program for the whole step, see `step.run_steps`."""
+    """One program for the whole step."""
 
     def __init__(
         self,
@@ -71,9 +71,12 @@ class Fused:
         teacher_variables: PyTree,
         data: state_lib.Resident,
         compile_with: CompileWith,
+        run_steps: Callable | None = None,
     ):
+        """`run_steps` stands in for `step.run_steps` of the learner."""
         self._learner, self._teacher, self._data = learner, teacher_variables, data
         self._compile_with = compile_with
+        self._run_steps = run_steps or functools.partial(step.run_steps, learner)
         self._programs: dict[tuple[int, ...], Any] = {}
 
     def load(self, state: state_lib.TrainState) -> None:
@@ -89,7 +92,7 @@ class Fused:
         arguments = (self._state, self._teacher, self._data, rows)
         if rows.shape not in self._programs:
             program = jax.jit(
-                functools.partial(step.run_steps, self._learner),
+                self._run_steps,
                 donate_argnums=0,
                 out_shardings=_whole(self._learner.mesh),
             )

@@ -5,7 +5,7 @@ from typing import Any
 
 from lakd_jax import config as config_lib
 from lakd_jax import workdir
-from lakd_jax.train import fit, hme_stages, networks, runs
+from lakd_jax.train import hme_stages, networks, runs
 
 STAGE1 = "stage1"  # the directory of the first training, in the run's
 _TOLD = ("epochs", "test_last", "test_best_on_minival", "best_step", "kept_step")
@@ -45,14 +45,14 @@ def train(
     return runs.train_one(config, directory, bench, teacher, stage)
 
 
-def assemble(
+def parts(
     config: config_lib.ConfigDict,
     directory: Path,
     bench: runs.Bench,
     teacher: runs.Teacher | None,
-) -> tuple[fit.Fit, networks.Loaded]:
-    """As `runs.assemble`; of an HME's stage 1."""
+) -> runs.Parts:
+    """As `runs.parts`; of an HME's stage 1."""
     if not has_stages(config):
-        return runs.assemble(config, directory, bench, teacher)
+        return runs.parts(config, directory, bench, teacher)
     stage = hme_stages.first(config)
-    return runs.assemble(stage.config, directory, bench, teacher, stage)
+    return runs.parts(stage.config, directory, bench, teacher, stage)

@@ -117,7 +117,7 @@ def settings(directory: Path) -> dict[str, Any]:
     if not (directory / RESULT_FILE).exists():
         raise errors.ExportError(
             f"{directory}: has not finished (it has no {RESULT_FILE}); finish "
-            "it by giving its own command again, then again."
+            f"it by giving its own command again, then again.{_seeds_in(directory)}"
         )
     try:
         return workdir.read_json(directory / workdir.CONFIG)
@@ -132,9 +132,14 @@ def _student_of(field: str, directory: Path) -> Path:
         raise errors.TeacherError(
             f"{field}.init: {directory} is not a finished run (it has no "
             f"{RESULT_FILE}); finish it by giving its own command again, or name "
-            "another."
+            f"another.{_seeds_in(directory)}"
         )
     return directory / STUDENT_FILE
+
+
+def _seeds_in(directory: Path) -> str:
+    found = sorted(directory.glob(f"seed*/{RESULT_FILE}"))
+    return f"\nIt holds seeds; name one, such as {found[0].parent}" if found else ""
 
 
 def student(path: Path, dtype: str) -> tuple[Loaded, dict[str, Any]]:

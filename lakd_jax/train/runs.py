@@ -13,8 +13,17 @@ from lakd_jax import backend, data, distill, errors, interrupt, workdir
 from lakd_jax import config as config_lib
 from lakd_jax.data import order
 from lakd_jax.models import folding
-from lakd_jax.report import table
-from lakd_jax.train import build, evaluate, fit, gates, hme_stages, networks
+from lakd_jax.train import (
+    build,
+    engines,
+    evaluate,
+    fit,
+    gates,
+    hme_stages,
+    networks,
+    teams,
+    track,
+)
 from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
 
@@ -26,9 +35,15 @@ STEPS_PER_DISPATCH = 50  # on accelerators, where a dispatch costs what a step d
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What all runs of one command share: the data and the devices."""
+    """What all runs of one command share: the data and the devices.
+
+    Attributes:
+      train, minival, test: the splits of `dataset` on the devices of `mesh`.
+    """
 
     dataset: data.Dataset
+    train: state_lib.Resident
+    minival: state_lib.Resident | None
     test: state_lib.Resident
     mesh: jax.sharding.Mesh
     guard: interrupt.Guard
@@ -63,9 +78,38 @@ def bench(
             f"data.source {d.source}: {len(dataset.train)} training images "
             f"do not fill one batch; lower batch_size ({config.batch_size})."
         )
-    mesh = state_lib.data_mesh()
+    return on_mesh(dataset, state_lib.data_mesh(), guard, notify)
+
+
+def on_mesh(
+    dataset: data.Dataset,
+    mesh: jax.sharding.Mesh,
+    guard: interrupt.Guard,
+    notify: Notify,
+) -> Bench:
+    """The bench of these devices."""
+    train = state_lib.resident(dataset.train, 0, mesh)
+    minival = None
+    if dataset.minival:
+        minival = state_lib.resident(dataset.minival, 0, mesh)
     test = state_lib.resident(dataset.test, 0, mesh)
-    return Bench(dataset, test, mesh, guard, notify)
+    return Bench(dataset, train, minival, test, mesh, guard, notify)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A config's run, ready but for what executes its steps.
+
+    Attributes:
+      data: the training split with the keys of the run's seed.
+    """
+
+    config: config_lib.ConfigDict
+    track: track.Track
+    learner: learner_lib.Learner
+    student: networks.Loaded
+    teacher_variables: PyTree
+    data: state_lib.Resident
 
 
 def train_one(
@@ -85,16 +129,34 @@ def train_one(
     done = directory / networks.RESULT_FILE
     if done.exists():
         return workdir.read_json(done)
-    job, student = assemble(config, directory, bench, teacher, stage)
-    student, trained = _deployed(student, job.run())
-    result = _result(config, bench, teacher, student, trained, job)
+    own = parts(config, directory, bench, teacher, stage)
+    (trained,) = job(own, bench).run()
+    return conclude(own, bench, teacher, trained, stage)
+
+
+def conclude(
+    own: Parts,
+    bench: Bench,
+    teacher: Teacher | None,
+    trained: track.Trained,
+    stage: hme_stages.Stage | None = None,
+    together: int = 1,
+) -> dict[str, Any]:
+    """Tests a trained student and writes it and its result: the end of a run.
+
+    `together`: how many seeds were trained in the time that was measured.
+    """
+    directory = own.track.directory
+    student, trained = _deployed(own.student, trained)
+    result = _result(own, bench, teacher, student, trained) | {"together": together}
     kept = trained.last
     if stage:
         best = stage.number == 1 and trained.best is not None
         kept = trained.best if best else kept
-        result["kept_step"] = result["best_step"] if best else job.plan.total_steps
+        end = own.track.plan.total_steps
+        result["kept_step"] = result["best_step"] if best else end
         result |= stage.told
-    pixels = build.pixels(config)
+    pixels = build.pixels(own.config)
     height, width, _ = bench.dataset.train.images.shape[1:]
     seen = dataclasses.replace(
         student,
@@ -103,13 +165,13 @@ def train_one(
         size=pixels.size or (height if height == width else 0),
     )
     networks.save(directory / networks.STUDENT_FILE, kept, seen, result)
-    workdir.write_json(done, result)
+    workdir.write_json(directory / networks.RESULT_FILE, result)
     return result
 
 
 def _deployed(
-    student: networks.Loaded, trained: fit.Trained
-) -> tuple[networks.Loaded, fit.Trained]:
+    student: networks.Loaded, trained: track.Trained
+) -> tuple[networks.Loaded, track.Trained]:
     """Both as `gates.deployed` has them: what is tested is what is given out."""
     model, last = gates.deployed(student.model, trained.last)
     best = trained.best and gates.deployed(student.model, trained.best)[1]
@@ -117,20 +179,20 @@ def _deployed(
     return student, dataclasses.replace(trained, last=last, best=best)
 
 
-def assemble(
+def parts(
     config: config_lib.ConfigDict,
     directory: Path,
     bench: Bench,
     teacher: Teacher | None,
     stage: hme_stages.Stage | None = None,
-) -> tuple[fit.Fit, networks.Loaded]:
-    """The training loop of a config, ready to run, and its student."""
+) -> Parts:
+    """What a run of `config` in `directory` is made of."""
     if not distill.METHODS[config.method].needs_teacher:
         teacher = None
     student = load_network("student", config, bench)
     student = gates.gated(student, build.vam_options(config))
     _check_last_batch(config, len(bench.dataset.train))
-    plan = _plan(config, directory, len(bench.dataset.train))
+    plan = _plan(config, len(bench.dataset.train))
     learner, first_state = build.learner(
         config,
         student,
@@ -141,23 +203,29 @@ def assemble(
         mesh=bench.mesh,
         stage=stage,
     )
-    minival = bench.dataset.minival
-    job = fit.Fit(
-        plan,
+    scored = evaluator(config, student, build.pixels(config), bench)
+    minival, seed = bench.minival, config.seed
+    return Parts(
+        config,
+        track.Track(plan, directory, seed, learner, first_state, minival, scored),
         learner,
-        first_state,
-        build.engine(
-            config,
-            learner,
-            teacher.network.variables if teacher else None,
-            state_lib.resident(bench.dataset.train, config.seed, bench.mesh),
-            bench.guard.run,
-        ),
-        state_lib.resident(minival, config.seed, bench.mesh) if minival else None,
-        evaluator(config, student, build.pixels(config), bench),
-        bench.guard,
+        student,
+        teacher.network.variables if teacher else None,
+        state_lib.rekeyed(bench.train, seed, bench.mesh),
     )
-    return job, student
+
+
+def engine(own: Parts, bench: Bench) -> engines.Engine:
+    """What runs the steps of a single run."""
+    compile_with = bench.guard.run
+    return build.engine(
+        own.config, own.learner, own.teacher_variables, own.data, compile_with
+    )
+
+
+def job(own: Parts, bench: Bench) -> fit.Fit:
+    """The training loop of a single run."""
+    return fit.Fit([own.track], teams.Apart([engine(own, bench)]), bench.guard)
 
 
 def load_network(
@@ -312,15 +380,13 @@ def _check_last_batch(config: config_lib.ConfigDict, examples: int) -> None:
     )
 
 
-def _plan(config: config_lib.ConfigDict, directory: Path, examples: int) -> fit.Plan:
+def _plan(config: config_lib.ConfigDict, examples: int) -> track.Plan:
     steps_per_epoch = order.steps_per_epoch(
         examples, config.batch_size, config.data.drop_last
     )
     one = backend.on_cpu() or config.local.engine != "fused"
     several = 1 if one else STEPS_PER_DISPATCH
-    return fit.Plan(
-        workdir=directory,
-        seed=config.seed,
+    return track.Plan(
         batch_size=config.batch_size,
         drop_last=config.data.drop_last,
         examples=examples,
@@ -334,21 +400,20 @@ def _plan(config: config_lib.ConfigDict, directory: Path, examples: int) -> fit.
 
 
 def _result(
-    config: config_lib.ConfigDict,
+    own: Parts,
     bench: Bench,
     teacher: Teacher | None,
     student: networks.Loaded,
-    trained: fit.Trained,
-    job: fit.Fit,
+    trained: track.Trained,
 ) -> dict[str, Any]:
     """What result.json holds; the test split is looked at here and only here."""
+    config, ledger = own.config, trained.ledger
     score = evaluator(config, student, build.pixels(config), bench)
-    ledger = trained.ledger
-    end, top = job.plan.total_steps, ledger.best_step
-    last = score(trained.last, bench.test, job.temperature(end))
+    end, top = own.track.plan.total_steps, ledger.best_step
+    last = score(trained.last, bench.test, own.track.temperature(end))
     best = None
     if trained.best:
-        best = score(trained.best, bench.test, job.temperature(top))
+        best = score(trained.best, bench.test, own.track.temperature(top))
     return {
         "method": config.method,
         "student": config.student.name,
@@ -378,30 +443,3 @@ def _counts(score: evaluate.Score) -> dict[str, Any]:
         "accuracy": score.accuracy,
         "loss": score.loss,
     }
-
-
-def row(result: dict[str, Any], name: str) -> table.Row:
-    """A finished run as a line of the final table."""
-    best = result["test_best_on_minival"]
-    return table.Row(
-        name=name,
-        test_last=result["test_last"]["accuracy"],
-        test_best=best["accuracy"] if best else None,
-        examples=result["test_last"]["examples"],
-        parameters=result["parameters"],
-        seconds=result["seconds"] + result.get("stage1", {"seconds": 0})["seconds"],
-        images_per_second=result["images_per_second"],
-    )
-
-
-def teacher_row(config: config_lib.ConfigDict, teacher: Teacher) -> table.Row:
-    """The teacher as a line of the final table."""
-    return table.Row(
-        name=f"{config.teacher.name}, teacher",
-        test_last=teacher.score.accuracy,
-        test_best=None,
-        examples=teacher.score.examples,
-        parameters=teacher.parameters,
-        seconds=None,
-        images_per_second=None,
-    )

@@ -1,5 +1,6 @@
 """What training carries from step to step, and how it is spread over devices."""
 
+import dataclasses
 from typing import Any
 
 import flax
@@ -52,10 +53,19 @@ INITIALISE, AUGMENT, NOISE, INITIALISE_AGAIN = range(4)
 
 def resident(split: data.Split, seed: int, mesh: Mesh) -> Resident:
     """A split whole on every device, with the keys of `seed`."""
+    host: Any = (split.images, split.labels, split.ids)
+    return replicate(Resident(*host, **_keys(seed)), mesh)
+
+
+def rekeyed(data: Resident, seed: int, mesh: Mesh) -> Resident:
+    """The same arrays with the keys of another seed."""
+    return dataclasses.replace(data, **replicate(_keys(seed), mesh))
+
+
+def _keys(seed: int) -> dict[str, jax.Array]:
     root = jax.random.key(seed)
-    keys = (jax.random.fold_in(root, purpose) for purpose in (AUGMENT, NOISE))
-    host: Any = (split.images, split.labels, split.ids, *keys)
-    return replicate(Resident(*host), mesh)
+    purposes = {"key": AUGMENT, "noise": NOISE}
+    return {name: jax.random.fold_in(root, p) for name, p in purposes.items()}
 
 
 def data_mesh() -> Mesh:
