@@ -51,8 +51,8 @@ def assemble(
     bench: runs.Bench,
     teacher: runs.Teacher | None,
 ) -> tuple[fit.Fit, networks.Loaded]:
-    """As `runs.assemble`; of an HME's stage 1."""
+    """As `runs.assemble` for a dry run; of an HME's stage 1."""
     if not has_stages(config):
-        return runs.assemble(config, directory, bench, teacher)
+        return runs.assemble(config, directory, bench, teacher, dry=True)
     stage = hme_stages.first(config)
-    return runs.assemble(stage.config, directory, bench, teacher, stage)
+    return runs.assemble(stage.config, directory, bench, teacher, stage, dry=True)

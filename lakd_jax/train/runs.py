@@ -14,7 +14,7 @@ from lakd_jax import config as config_lib
 from lakd_jax.data import order
 from lakd_jax.models import folding
 from lakd_jax.report import table
-from lakd_jax.train import build, evaluate, fit, gates, hme_stages, networks
+from lakd_jax.train import build, evaluate, fit, gates, hme_stages, networks, view_runs
 from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
 
@@ -123,8 +123,13 @@ def assemble(
     bench: Bench,
     teacher: Teacher | None,
     stage: hme_stages.Stage | None = None,
+    *,
+    dry: bool = False,
 ) -> tuple[fit.Fit, networks.Loaded]:
-    """The training loop of a config, ready to run, and its student."""
+    """The training loop of a config, ready to run, and its student.
+
+    `dry` has zeros in place of stored outputs of the teacher (`teacher.views`).
+    """
     if not distill.METHODS[config.method].needs_teacher:
         teacher = None
     student = load_network("student", config, bench)
@@ -141,18 +146,23 @@ def assemble(
         mesh=bench.mesh,
         stage=stage,
     )
+    resident = state_lib.resident(bench.dataset.train, config.seed, bench.mesh)
+    source = view_runs.source(
+        config,
+        learner,
+        teacher.network.variables if teacher else None,
+        resident,
+        bench.dataset,
+        guard=bench.guard,
+        notify=bench.notify,
+        dry=dry,
+    )
     minival = bench.dataset.minival
     job = fit.Fit(
         plan,
         learner,
         first_state,
-        build.engine(
-            config,
-            learner,
-            teacher.network.variables if teacher else None,
-            state_lib.resident(bench.dataset.train, config.seed, bench.mesh),
-            bench.guard.run,
-        ),
+        build.engine(config, learner, source, resident, bench.guard.run),
         state_lib.resident(minival, config.seed, bench.mesh) if minival else None,
         evaluator(config, student, build.pixels(config), bench),
         bench.guard,
@@ -185,18 +195,17 @@ def make_teacher(config: config_lib.ConfigDict, bench: Bench) -> Teacher:
     Raises:
       errors.TeacherError: it cannot be loaded, or its accuracy on the test split
         is below `teacher.floor` (0: twice chance).
+      errors.ConfigError: its outputs cannot be stored in `teacher.views_mib`.
     """
+    loaded = load_network("teacher", config, bench)
+    seen = _teacher_pixels(config, loaded)
+    view_runs.require_room(config, loaded, seen, bench.dataset, bench.mesh)
     if not config.teacher.init:
         _train_teacher(config, bench)
         cached = str(_cached(config, bench))
         config = config_lib.changed(config, {"teacher.init": cached})
-    loaded = load_network("teacher", config, bench)
-    pixels = learner_lib.Pixels(
-        tuple(config.teacher.mean or loaded.mean or config.data.mean),
-        tuple(config.teacher.std or loaded.std or config.data.std),
-        build.pixels(config).dtype,
-        config.teacher.image_size or loaded.size,
-    )
+        loaded = load_network("teacher", config, bench)
+    pixels = _teacher_pixels(config, loaded)
     loaded, parameters = _frozen(config, loaded, bench)
     score = evaluator(config, loaded, pixels, bench)(loaded.variables, bench.test)
     bench.notify(
@@ -205,6 +214,18 @@ def make_teacher(config: config_lib.ConfigDict, bench: Bench) -> Teacher:
     )
     _check_floor(config, bench, loaded, pixels, score)
     return Teacher(loaded, pixels, score, parameters)
+
+
+def _teacher_pixels(
+    config: config_lib.ConfigDict, loaded: networks.Loaded
+) -> learner_lib.Pixels:
+    """What the teacher sees of an image."""
+    return learner_lib.Pixels(
+        tuple(config.teacher.mean or loaded.mean or config.data.mean),
+        tuple(config.teacher.std or loaded.std or config.data.std),
+        build.pixels(config).dtype,
+        config.teacher.image_size or loaded.size,
+    )
 
 
 def _frozen(
