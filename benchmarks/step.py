@@ -4,11 +4,14 @@
 
 Images are random, 32x32; the input part is gathering, cropping, mirroring and
 normalising a batch on the device. Prints the medians and the share of the input.
+`--views=1` has the teacher's outputs stored before, as `teacher.views` does, and
 `--plain` leaves out what `lakd_jax.backend` sets for the device, to see what it gains.
 """
 
 import argparse
+import pathlib
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +19,13 @@ from typing import Any
 import jax
 
 from benchmarks import ours
-from lakd_jax import backend, distill
+from lakd_jax import backend, distill, interrupt
+from lakd_jax import config as config_lib
 from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
-from lakd_jax.train import step
+from lakd_jax.train import step, teaching, views
+
+ASKED = 500  # images that the teacher is asked about at a time
 
 
 def programs(made: ours.Setup, options: dict[str, Any]) -> dict[str, Callable]:
@@ -28,21 +34,36 @@ def programs(made: ours.Setup, options: dict[str, Any]) -> dict[str, Callable]:
     `options` are the compiler's.
     """
     learner, rows = made.learner, made.rows(1, 0)
+    source = stored(made) if learner.views else made.teacher
 
-    def whole(s: state_lib.TrainState, d: state_lib.Resident, r: Any) -> Any:
-        return step.run_steps(learner, s, made.teacher, d, r)
+    def whole(
+        s: state_lib.TrainState, source: Any, d: state_lib.Resident, r: Any
+    ) -> Any:
+        return step.run_steps(learner, s, source, d, r)
 
-    def only_input(s: state_lib.TrainState, d: state_lib.Resident, r: Any) -> Any:
+    def only_input(
+        s: state_lib.TrainState, _: Any, d: state_lib.Resident, r: Any
+    ) -> Any:
         images, labels = learner_lib.batch(learner, s.step, d, r[0])
         return learner.student_pixels(images), labels
 
     def run(function: Callable) -> Callable[[], Any]:
-        arguments = (made.state, made.resident, rows)
+        arguments = (made.state, source, made.resident, rows)
         program = jax.jit(function).lower(*arguments)
         program = program.compile(compiler_options=options)
         return lambda: jax.block_until_ready(program(*arguments))
 
     return {"step": run(whole), "input": run(only_input)}
+
+
+def stored(made: ours.Setup) -> teaching.Answers:
+    """What the teacher says of the images, stored and read as a run does it."""
+    learner, guard = made.learner, interrupt.Guard()
+    asker = views.Asker(learner, made.teacher, made.resident, ASKED, guard)
+    names = {"teacher": made.config.teacher.name, "data": "random", "seed": 0}
+    key = views.settings(learner, made.teacher, asker.shapes(), **names)
+    with tempfile.TemporaryDirectory() as cache:
+        return views.kept(pathlib.Path(cache), asker, key, made.split.labels, print)
 
 
 def main() -> None:
@@ -53,11 +74,13 @@ def main() -> None:
     parser.add_argument("--method", default="lakd", choices=distill.names())
     parser.add_argument("--batch_size", default=64, type=int)
     parser.add_argument("--repeats", default=20, type=int)
+    parser.add_argument("--views", default=0, type=int, help="teacher.views")
     parser.add_argument("--plain", action="store_true", help="JAX's own settings")
     chosen = parser.parse_args()
     config = ours.configure(
         chosen.teacher, chosen.student, chosen.method, chosen.batch_size, "float32"
     )
+    config = config_lib.changed(config, {"teacher.views": chosen.views})
     if not chosen.plain:
         backend.prepare(cache="")
     options = {} if chosen.plain else backend.compiler_options()

@@ -91,6 +91,11 @@ def _teacher() -> ConfigDict:
     t.seed = 0  # when it is trained here; students of all seeds share it
     t.cache = "runs/teachers"  # where teachers trained here are kept, by hash
     t.fold = True  # batch norms into the convolutions: the same to rounding
+    # 0: the teacher runs in every step. V: methods with a teacher see each image in V
+    # augmented views that come again every V epochs, and what the teacher says of them
+    # is stored in `cache`, once for each seed; steps then run without the teacher.
+    t.views = 0
+    t.views_mib = 2048  # most that this may take, on disk and on each device
     t.floor = 0.0  # lowest accuracy accepted, in 0..1; 0: twice chance
     return t
 

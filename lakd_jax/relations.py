@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lakd_jax import config as config_lib
 from lakd_jax import distill, models
-from lakd_jax.distill import lakd
+from lakd_jax.distill import lakd, method
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
 
@@ -131,8 +131,7 @@ def _preact(c: Config, _: int) -> str:
 
 @_reads("lakd.preact", "lakd.task", "lakd.attention", only_lakd=True)
 def _preact_suffix(c: Config, _: int) -> str:
-    suffix = c.lakd.task == "teacher_suffix" or c.lakd.attention == "logits"
-    if not (c.lakd.preact and suffix):
+    if not (c.lakd.preact and lakd.needs_suffix(c.lakd.task, c.lakd.attention)):
         return ""
     return (
         "lakd.preact cannot go with lakd.task=teacher_suffix or lakd.attention=logits: "
@@ -206,7 +205,7 @@ def _seeds(c: Config, _: int) -> str:
     return f"seeds has {again[0]} twice" if again else ""
 
 
-@_reads("seeds_by", "student.name", "local.engine")
+@_reads("seeds_by", "student.name", "local.engine", "teacher.views")
 def _seeds_by(c: Config, _: int) -> str:
     if c.seeds_by in ("auto", "turn"):
         return ""
@@ -217,7 +216,63 @@ def _seeds_by(c: Config, _: int) -> str:
             f"seeds_by={c.seeds_by} needs local.engine=fused; with "
             f"{c.local.engine} use seeds_by=turn"
         )
+    if c.teacher.views:
+        return f"seeds_by={c.seeds_by} is not for teacher.views: use seeds_by=turn"
     return ""
+
+
+@_reads(*_METHODS, "teacher.views", "epochs")
+def _views_epochs(c: Config, _: int) -> str:
+    if not _needs_teacher(c) or c.teacher.views <= c.epochs:
+        return ""
+    return (
+        f"teacher.views is {c.teacher.views}, more than epochs ({c.epochs}): the rest "
+        "would never be seen"
+    )
+
+
+@_reads(*_METHODS, "teacher.views")
+def _views_reads(c: Config, _: int) -> str:
+    if not c.teacher.views:
+        return ""
+    for name in _methods(c):
+        reads = distill.METHODS[name].teacher_reads
+        if more := [part for part in reads if part not in method.STORABLE]:
+            return (
+                f"teacher.views stores {' and '.join(method.STORABLE)}, but method "
+                f"{name} reads the teacher's {', '.join(more)}: set teacher.views to 0"
+            )
+    return ""
+
+
+@_reads("teacher.views", "lakd.task", "lakd.attention", only_lakd=True)
+def _views_suffix(c: Config, _: int) -> str:
+    if not (c.teacher.views and lakd.needs_suffix(c.lakd.task, c.lakd.attention)):
+        return ""
+    return (
+        "lakd.task=teacher_suffix and lakd.attention=logits run the teacher on from "
+        "the student's features, which teacher.views cannot store: set it to 0"
+    )
+
+
+@_reads("teacher.views", "local.engine")
+def _views_engine(c: Config, _: int) -> str:
+    if not c.teacher.views or c.local.engine == "fused":
+        return ""
+    return (
+        f"local.engine={c.local.engine} runs the teacher beside the modules: set "
+        "teacher.views to 0, or use local.engine=fused"
+    )
+
+
+@_reads("teacher.views", "lakd.preact", "local.module_input", only_lakd=True)
+def _views_preact(c: Config, _: int) -> str:
+    if not (c.teacher.views and c.lakd.preact and c.local.module_input == "teacher"):
+        return ""
+    return (
+        "teacher.views stores what is compared, and with lakd.preact this is not what "
+        "local.module_input=teacher feeds: set teacher.views to 0"
+    )
 
 
 @_reads(*_METHODS, "label_smoothing")

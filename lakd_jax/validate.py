@@ -148,6 +148,8 @@ def _network_ranges() -> dict[str, Check]:
         "teacher.epochs": at_least(0),
         "teacher.seed": between(0, SEEDS - 1),
         "teacher.floor": between(0, 1),
+        "teacher.views": at_least(0),
+        "teacher.views_mib": at_least(1),
     }
 
 

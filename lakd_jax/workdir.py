@@ -108,7 +108,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+def write_bytes(path: str | os.PathLike, data: bytes | memoryview) -> None:
     """Writes a file so that a reader or a crash sees the old or the new whole."""
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.tmp")

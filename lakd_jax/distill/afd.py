@@ -62,6 +62,7 @@ class AFD(method.Method):
     temperature: float
 
     least_batch: ClassVar[int] = 2
+    teacher_reads: ClassVar[tuple[str, ...]] = ("logits", "taps")
 
     @nn.compact
     def __call__(

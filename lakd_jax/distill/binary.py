@@ -76,6 +76,7 @@ class BinaryPlain(method.Method):
     positive_weight: float
 
     needs_teacher: ClassVar[bool] = False
+    teacher_reads: ClassVar[tuple[str, ...]] = ()
 
     @nn.compact
     def __call__(

@@ -102,6 +102,7 @@ class Plain(method.Method):
     label_smoothing: float = 0.0
 
     needs_teacher: ClassVar[bool] = False
+    teacher_reads: ClassVar[tuple[str, ...]] = ()
 
     @nn.compact
     def __call__(

@@ -151,6 +151,11 @@ def needs_logits(task: str, head_loss: str) -> bool:
     return task != "last" and head_loss == "ce+kd"
 
 
+def needs_suffix(task: str, attention: str) -> bool:
+    """Whether the teacher is run on from features of the student."""
+    return task == "teacher_suffix" or attention == "logits"
+
+
 def reduce_errors(errors: jax.Array, reduction: str) -> jax.Array:
     """(B, H, W, C) -> scalar: 1/N_l sum over elements (Q11).
 
@@ -237,6 +242,7 @@ class LAKD(method.Method):
     options: Options
 
     local: ClassVar[bool] = True
+    teacher_reads: ClassVar[tuple[str, ...]] = ("logits", "joints")
 
     @property
     def needs_uncut(self) -> bool:
@@ -246,8 +252,7 @@ class LAKD(method.Method):
     @property
     def needs_suffix(self) -> bool:
         """Whether `Signals.teacher_suffix` is called."""
-        options = self.options
-        return options.task == "teacher_suffix" or options.attention == "logits"
+        return needs_suffix(self.options.task, self.options.attention)
 
     @property
     def needs_logits(self) -> bool:

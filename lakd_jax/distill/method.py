@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+STORABLE = ("logits", "joints")  # of what methods read of a teacher, see `Method`
+
 
 def _no_suffix(k: int, activation: jax.Array) -> jax.Array:
     raise ValueError(
@@ -27,7 +29,8 @@ class Signals:
 
     Attributes:
       student: the student's `Outputs`, in training mode.
-      teacher: the teacher's `Outputs` in evaluation mode; None without a teacher.
+      teacher: the teacher's `Outputs` in evaluation mode, or what has the parts of
+        them that `Method.teacher_reads` names; None without a teacher.
       labels: (B,) int32.
       epoch: scalar float32, epochs begun since the start, with fractions.
       student_joints: K activations (B, H, W, C), at the end of each module and
@@ -60,13 +63,16 @@ class Method(nn.Module):
     the student is cut for it; `needs_teacher`; `least_batch`, examples a batch must
     have (2 where the method normalises vectors by the batch); `needs_uncut` and
     `needs_suffix`, whether it reads `Signals.student_uncut` and
-    `Signals.teacher_suffix`; `needs_logits`, whether modules before the last read the
-    teacher's logits, and so cannot be run before its last stage.
+    `Signals.teacher_suffix`; `teacher_reads`, what it reads of the teacher's outputs
+    (`joints` stands for `Signals.teacher_joints`); `needs_logits`, whether modules
+    before the last read the teacher's logits, and so cannot be run before its last
+    stage.
     """
 
     local: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = True
     least_batch: ClassVar[int] = 1
+    teacher_reads: ClassVar[tuple[str, ...]] = ("logits",)
 
     @property
     def needs_uncut(self) -> bool:

@@ -210,6 +210,7 @@ class RTK(method.Method):
     options: Options
 
     least_batch: ClassVar[int] = 2
+    teacher_reads: ClassVar[tuple[str, ...]] = ("logits", "taps")
 
     @nn.compact
     def __call__(

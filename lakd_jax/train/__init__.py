@@ -174,7 +174,7 @@ def dry_run(
     if distill.METHODS[config.method].needs_teacher:
         teacher = runs.stand_in(config, bench) or runs.make_teacher(config, bench)
     with tempfile.TemporaryDirectory() as scratch:
-        own = hme_runs.parts(config, Path(scratch), bench, teacher)
+        own = hme_runs.parts(config, Path(scratch), bench, teacher, dry=True)
         notify(costs.one_step(config, bench, own, teacher))
 
 

@@ -77,6 +77,7 @@ def learner(
         teacher_pixels=teacher_pixels,
         pad=config.data.pad,
         flip=config.data.flip,
+        views=config.teacher.views if teacher else 0,
         steps_per_epoch=steps_per_epoch,
         optimizer=optax.identity(),  # the real one needs the parameters' names
         optimizer_of=functools.partial(_optimizer, config, rate),

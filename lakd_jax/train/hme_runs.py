@@ -50,9 +50,11 @@ def parts(
     directory: Path,
     bench: runs.Bench,
     teacher: runs.Teacher | None,
+    *,
+    dry: bool = False,
 ) -> runs.Parts:
     """As `runs.parts`; of an HME's stage 1."""
     if not has_stages(config):
-        return runs.parts(config, directory, bench, teacher)
+        return runs.parts(config, directory, bench, teacher, dry=dry)
     stage = hme_stages.first(config)
-    return runs.parts(stage.config, directory, bench, teacher, stage)
+    return runs.parts(stage.config, directory, bench, teacher, stage, dry=dry)

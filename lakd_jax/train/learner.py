@@ -55,6 +55,8 @@ class Learner:
       uncut: also hand the method joints whose gradients cross the cuts.
       vam_gamma: weight of the entropy of the student's gates, if it has any.
       starts: the epoch from which each module's gates count; () for all at once.
+      views: augmented views of an example that come again and again, one an epoch; 0:
+        every epoch has new ones.
       preact: joints before the last ReLU.
       optimizer_of: makes the optimiser of any part of the parameters from the labels
         of that part; `optimizer` is that of all of them.
@@ -76,6 +78,7 @@ class Learner:
     teacher_pixels: Pixels
     pad: int
     flip: bool
+    views: int
     steps_per_epoch: int
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
@@ -99,6 +102,11 @@ class Learner:
         entry = self.student.PREACTIVATION or self.teacher.PREACTIVATION
         return self.cut_scale == 0 and not (self.preact and entry)
 
+    def view(self, step: jax.Array) -> jax.Array:
+        """Which augmented view of the examples the step with this number sees."""
+        epoch = step // self.steps_per_epoch
+        return epoch % self.views if self.views else epoch
+
     def temperature(self, step: Any) -> jax.Array | None:
         """Of the student's gates in the step with this number, from 0; None: hard."""
         if self.anneal is None:
@@ -112,36 +120,60 @@ def batch(
 ) -> tuple[jax.Array, jax.Array]:
     """Augmented images (B,H,W,3) uint8 and labels (B,), split over devices.
 
-    An example's augmentation depends on (seed, epoch, example id) alone, not on
+    An example's augmentation depends on (seed, view, example id) alone, not on
     the batch it comes in.
     """
-    images = augment.augment(
+    images = augmented(learner, data, indices, learner.view(step))
+    return shared(learner, (images, data.labels[indices]))
+
+
+def augmented(
+    learner: Learner, data: state_lib.Resident, indices: jax.Array, view: jax.Array
+) -> jax.Array:
+    """One augmented view of the examples at `indices` (B,), (B,H,W,3) uint8."""
+    return augment.augment(
         data.key,
         data.images[indices],
         data.ids[indices],
-        step // learner.steps_per_epoch,
+        view,
         pad=learner.pad,
         flip=learner.flip,
     )
-    sharding = state_lib.over_batch(learner.mesh)
-    if indices.shape[0] % learner.mesh.size:
-        return images, data.labels[indices]  # a short batch, whole everywhere
-    constrain = jax.lax.with_sharding_constraint
-    return constrain(images, sharding), constrain(data.labels[indices], sharding)
 
 
-def suffix(
-    learner: Learner, variables: PyTree, module: int, activation: jax.Array
-) -> jax.Array:
-    """Logits of the teacher run on from the end of its module `module`."""
-    assert learner.teacher is not None
-    outputs: Any = learner.teacher.apply(
-        variables,
-        activation.astype(learner.teacher_pixels.dtype),
-        train=False,
-        after=learner.partition.teacher_joints[module],
+def shared(learner: Learner, batch: PyTree) -> PyTree:
+    """A batch (arrays of (B, ...)) split over the devices, if they can share it."""
+    if jax.tree.leaves(batch)[0].shape[0] % learner.mesh.size:
+        return batch  # a short one, whole everywhere
+    return jax.lax.with_sharding_constraint(batch, state_lib.over_batch(learner.mesh))
+
+
+def joints(
+    learner: Learner, model: chain.Chain, outputs: chain.Outputs, names: tuple[str, ...]
+) -> tuple[jax.Array, ...]:
+    """What is compared at the joints `names` of a whole pass, (B, H, W, C) each."""
+    return tuple(
+        chain.feature_at(outputs, model, n, preact=learner.preact) for n in names
     )
-    return outputs.logits
+
+
+def span(joints: tuple[str, ...], k: int) -> tuple[str, str]:
+    """(after, until) of module `k`, as a chain takes them; the last runs the head."""
+    after = joints[k - 1] if k else ""
+    return after, joints[k] if k + 1 < len(joints) else ""
+
+
+def passed(outputs: chain.Outputs, joint: str) -> jax.Array:
+    """The activation (B, H, W, C) at `joint`, with which this pass ended."""
+    if joint == "stem":
+        assert outputs.stem is not None
+        return outputs.stem
+    return next(stage[-1] for stage in reversed(outputs.blocks) if stage)
+
+
+def end(learner: Learner, outputs: chain.Outputs, joint: str) -> jax.Array:
+    """What is compared where this pass ended: what `joints` gives of a whole pass."""
+    return outputs.preacts[-1] if learner.preact else passed(outputs, joint)
 
 
 def norms(learner: Learner, grads: PyTree, params: PyTree, labels: PyTree) -> Metrics:

@@ -22,6 +22,7 @@ from lakd_jax.local import cuts
 from lakd_jax.models import chain
 from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
+from lakd_jax.train import teaching
 
 PyTree = Any
 
@@ -110,12 +111,13 @@ def teacher_part(
 def isolated_step(
     learner: learner_lib.Learner,
     state: state_lib.TrainState,
-    teacher_variables: PyTree,
+    source: teaching.Source,
     data: state_lib.Resident,
     indices: jax.Array,
 ) -> tuple[state_lib.TrainState, learner_lib.Metrics]:
     """`step.train_step` of a student whose modules are isolated, one after another.
 
+    `source` is the teacher's variables, or what is stored of its outputs on the batch.
     A module is updated as soon as its loss is known, and all that comes after waits
     for that: its activations are then free before the next module makes its own.
     """
@@ -126,7 +128,7 @@ def isolated_step(
             learner,
             k,
             module_state(learner, state, k),
-            teacher_part(learner, teacher_variables, k),
+            source,
             below,
             labels,
             noise,
@@ -175,7 +177,7 @@ def module_step(
     learner: learner_lib.Learner,
     k: int,
     state: state_lib.TrainState,
-    teacher_variables: PyTree,
+    source: teaching.Source,
     below: Boundary,
     labels: jax.Array,
     noise: jax.Array,
@@ -184,7 +186,8 @@ def module_step(
 
     Args:
       state: of the module alone, see `module_state`.
-      teacher_variables: see `teacher_part`.
+      source: the teacher's variables, those that `teacher_part` gives at least, or
+        what is stored of its outputs on the batch.
       below: at the end of the module before.
       labels: (B,).
       noise: key of the student's dropout in this step.
@@ -193,17 +196,18 @@ def module_step(
       The new state, the boundary above, and the module's metrics, with its loss and,
       of the last module, the batch's accuracy.
     """
-    teacher: Any = _run_teacher(learner, k, teacher_variables, below.teacher)
-    z = _end(teacher, learner.partition.teacher_joints[k], learner.preact)
+    asked = teaching.teacher(learner, source)
+    teacher, z, teacher_above = asked.beside(k, below.teacher)
     inputs = below.teacher if k and learner.module_input == "teacher" else below.student
+    joint = learner.partition.student_joints[k]
     if k:
         inputs = jax.lax.stop_gradient(inputs)
 
     def loss(params: PyTree) -> tuple[jax.Array, tuple]:
         student, left = _run_student(learner, k, params, state, inputs, noise)
-        h = _end(student, learner.partition.student_joints[k], learner.preact)
+        h = learner_lib.end(learner, student, joint)
         signals = _signals(
-            learner, k, teacher_variables, student, teacher, h, z, labels, state.step
+            learner, k, asked, student, teacher, h, z, labels, state.step
         )
         variables = {"params": params["method"]}
         variables["batch_stats"] = state.batch_stats["method"]
@@ -224,10 +228,7 @@ def module_step(
         correct = jnp.argmax(student.logits, -1) == labels
         metrics["accuracy"] = jnp.mean(correct, dtype=jnp.float32)
         metrics["learning_rate"] = jnp.float32(learner.learning_rate(state.step))
-    above = Boundary(
-        _passed(student, learner.partition.student_joints[k]),
-        _passed(teacher, learner.partition.teacher_joints[k]),
-    )
+    above = Boundary(learner_lib.passed(student, joint), teacher_above)
     return done, above, metrics
 
 
@@ -260,7 +261,7 @@ def _run_student(
     """The module's units in training mode, and the statistics they leave."""
     variables = {"params": params["student"]}
     variables["batch_stats"] = state.batch_stats["student"]
-    after, until = _span(learner.partition.student_joints, k)
+    after, until = learner_lib.span(learner.partition.student_joints, k)
     left: Any = learner.student.apply(
         variables,
         inputs,
@@ -273,41 +274,12 @@ def _run_student(
     return left
 
 
-def _run_teacher(
-    learner: learner_lib.Learner, k: int, variables: PyTree, inputs: jax.Array
-) -> chain.Outputs:
-    """The teacher's units beside module `k`, frozen."""
-    after, until = _span(learner.partition.teacher_joints, k)
-    teacher: Any = learner.teacher
-    outputs = teacher.apply(variables, inputs, train=False, after=after, until=until)
-    return jax.lax.stop_gradient(outputs)
-
-
-def _span(joints: tuple[str, ...], k: int) -> tuple[str, str]:
-    """(after, until) of module `k`; the last runs the head."""
-    after = joints[k - 1] if k else ""
-    return after, joints[k] if k + 1 < len(joints) else ""
-
-
-def _passed(outputs: chain.Outputs, joint: str) -> jax.Array:
-    """The activation at `joint`, with which this pass ended."""
-    if joint == "stem":
-        assert outputs.stem is not None
-        return outputs.stem
-    return next(stage[-1] for stage in reversed(outputs.blocks) if stage)
-
-
-def _end(outputs: chain.Outputs, joint: str, preact: bool) -> jax.Array:
-    """What is compared at the end of a module: what `chain.feature_at` gives there."""
-    return outputs.preacts[-1] if preact else _passed(outputs, joint)
-
-
 def _signals(
     learner: learner_lib.Learner,
     k: int,
-    teacher_variables: PyTree,
+    asked: teaching.Teacher,
     student: chain.Outputs,
-    teacher: chain.Outputs,
+    teacher: Any,
     h: jax.Array,
     z: jax.Array,
     labels: jax.Array,
@@ -322,7 +294,5 @@ def _signals(
         epoch=step.astype(jnp.float32) / learner.steps_per_epoch,
         student_joints=(*others[:k], h, *others[k + 1 :]),
         teacher_joints=(*others[:k], z, *others[k + 1 :]),
-        teacher_suffix=functools.partial(
-            learner_lib.suffix, learner, teacher_variables
-        ),
+        teacher_suffix=asked.suffix,
     )

@@ -21,8 +21,10 @@ from lakd_jax.train import (
     gates,
     hme_stages,
     networks,
+    teaching,
     teams,
     track,
+    view_runs,
 )
 from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
@@ -101,6 +103,7 @@ class Parts:
     """A config's run, ready but for what executes its steps.
 
     Attributes:
+      source: of the teacher's outputs.
       data: the training split with the keys of the run's seed.
     """
 
@@ -108,7 +111,7 @@ class Parts:
     track: track.Track
     learner: learner_lib.Learner
     student: networks.Loaded
-    teacher_variables: PyTree
+    source: teaching.Source
     data: state_lib.Resident
 
 
@@ -185,8 +188,13 @@ def parts(
     bench: Bench,
     teacher: Teacher | None,
     stage: hme_stages.Stage | None = None,
+    *,
+    dry: bool = False,
 ) -> Parts:
-    """What a run of `config` in `directory` is made of."""
+    """What a run of `config` in `directory` is made of.
+
+    `dry` has zeros in place of stored outputs of the teacher (`teacher.views`).
+    """
     if not distill.METHODS[config.method].needs_teacher:
         teacher = None
     student = load_network("student", config, bench)
@@ -205,22 +213,31 @@ def parts(
     )
     scored = evaluator(config, student, build.pixels(config), bench)
     minival, seed = bench.minival, config.seed
+    resident = state_lib.rekeyed(bench.train, seed, bench.mesh)
+    source = view_runs.source(
+        config,
+        learner,
+        teacher.network.variables if teacher else None,
+        resident,
+        bench.dataset,
+        guard=bench.guard,
+        notify=bench.notify,
+        dry=dry,
+    )
     return Parts(
         config,
         track.Track(plan, directory, seed, learner, first_state, minival, scored),
         learner,
         student,
-        teacher.network.variables if teacher else None,
-        state_lib.rekeyed(bench.train, seed, bench.mesh),
+        source,
+        resident,
     )
 
 
 def engine(own: Parts, bench: Bench) -> engines.Engine:
     """What runs the steps of a single run."""
     compile_with = bench.guard.run
-    return build.engine(
-        own.config, own.learner, own.teacher_variables, own.data, compile_with
-    )
+    return build.engine(own.config, own.learner, own.source, own.data, compile_with)
 
 
 def job(own: Parts, bench: Bench) -> fit.Fit:
@@ -253,18 +270,17 @@ def make_teacher(config: config_lib.ConfigDict, bench: Bench) -> Teacher:
     Raises:
       errors.TeacherError: it cannot be loaded, or its accuracy on the test split
         is below `teacher.floor` (0: twice chance).
+      errors.ConfigError: its outputs cannot be stored in `teacher.views_mib`.
     """
+    loaded = load_network("teacher", config, bench)
+    seen = _teacher_pixels(config, loaded)
+    view_runs.require_room(config, loaded, seen, bench.dataset, bench.mesh)
     if not config.teacher.init:
         _train_teacher(config, bench)
         cached = str(_cached(config, bench))
         config = config_lib.changed(config, {"teacher.init": cached})
-    loaded = load_network("teacher", config, bench)
-    pixels = learner_lib.Pixels(
-        tuple(config.teacher.mean or loaded.mean or config.data.mean),
-        tuple(config.teacher.std or loaded.std or config.data.std),
-        build.pixels(config).dtype,
-        config.teacher.image_size or loaded.size,
-    )
+        loaded = load_network("teacher", config, bench)
+    pixels = _teacher_pixels(config, loaded)
     loaded, parameters = _frozen(config, loaded, bench)
     score = evaluator(config, loaded, pixels, bench)(loaded.variables, bench.test)
     bench.notify(
@@ -273,6 +289,18 @@ def make_teacher(config: config_lib.ConfigDict, bench: Bench) -> Teacher:
     )
     _check_floor(config, bench, loaded, pixels, score)
     return Teacher(loaded, pixels, score, parameters)
+
+
+def _teacher_pixels(
+    config: config_lib.ConfigDict, loaded: networks.Loaded
+) -> learner_lib.Pixels:
+    """What the teacher sees of an image."""
+    return learner_lib.Pixels(
+        tuple(config.teacher.mean or loaded.mean or config.data.mean),
+        tuple(config.teacher.std or loaded.std or config.data.std),
+        build.pixels(config).dtype,
+        config.teacher.image_size or loaded.size,
+    )
 
 
 def _frozen(

@@ -72,7 +72,7 @@ def _together(waiting: Sequence[Run], by: str) -> tuple[str, int | None]:
         several = len(jax.local_devices()) > 1
         by = "device" if several else "program"
         alone = hme_runs.has_stages(config) or config.local.engine != "fused"
-        if backend.on_cpu() or alone:
+        if backend.on_cpu() or alone or config.teacher.views:
             by = "turn"
     saved = [set(checkpoint.list_steps(r.directory / "checkpoints")) for r in waiting]
     if not any(saved):
@@ -92,7 +92,7 @@ def _in_one_program(
     parts = [runs.parts(r.config, r.directory, bench, teacher) for r in waiting]
     team = teams.Stacked(
         parts[0].learner,
-        parts[0].teacher_variables,
+        parts[0].source,
         [own.data for own in parts],
         bench.guard.run,
     )

@@ -11,7 +11,7 @@ from lakd_jax import backend
 from lakd_jax.distill import method as method_lib
 from lakd_jax.local import cuts
 from lakd_jax.models import chain, hme
-from lakd_jax.train import gates, modules
+from lakd_jax.train import gates, modules, teaching
 from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
 
@@ -23,20 +23,21 @@ _LEFT = ["batch_stats", "intermediates"]
 def run_steps(
     learner: learner_lib.Learner,
     state: state_lib.TrainState,
-    teacher_variables: PyTree,
+    source: teaching.Source,
     data: state_lib.Resident,
     indices: jax.Array,
 ) -> tuple[state_lib.TrainState, learner_lib.Metrics]:
     """As many steps as `indices` (n, B) has rows; metrics are (n,) each.
 
+    `source` is the teacher's variables, what is stored of its outputs, or None.
     On CPU the loop is unrolled: XLA runs convolutions inside loops there more
     than ten times slower.
     """
     if indices.shape[0] == 1:
-        state, metrics = train_step(learner, state, teacher_variables, data, indices[0])
+        state, metrics = train_step(learner, state, source, data, indices[0])
         return state, jax.tree.map(lambda m: m[None], metrics)
     return jax.lax.scan(
-        lambda s, rows: train_step(learner, s, teacher_variables, data, rows),
+        lambda s, rows: train_step(learner, s, source, data, rows),
         state,
         indices,
         unroll=indices.shape[0] if backend.on_cpu() else 1,
@@ -46,7 +47,7 @@ def run_steps(
 def train_step(
     learner: learner_lib.Learner,
     state: state_lib.TrainState,
-    teacher_variables: PyTree,
+    source: teaching.Source,
     data: state_lib.Resident,
     indices: jax.Array,
 ) -> tuple[state_lib.TrainState, learner_lib.Metrics]:
@@ -55,15 +56,16 @@ def train_step(
     Returns the new state and scalars: the loss, the batch's accuracy, every
     loss term, and per module the norms of gradient and weight-decay term.
     """
+    source = teaching.of_batch(learner, source, state.step, indices)
     one_by_one = learner.isolated and len(learner.partition.names) > 1
     program = modules.isolated_step if one_by_one else whole_step
-    return program(learner, state, teacher_variables, data, indices)
+    return program(learner, state, source, data, indices)
 
 
 def whole_step(
     learner: learner_lib.Learner,
     state: state_lib.TrainState,
-    teacher_variables: PyTree,
+    source: teaching.Source,
     data: state_lib.Resident,
     indices: jax.Array,
 ) -> tuple[state_lib.TrainState, learner_lib.Metrics]:
@@ -73,7 +75,7 @@ def whole_step(
         learner,
         state.params,
         state.batch_stats,
-        teacher_variables,
+        source,
         images,
         labels,
         state.step,
@@ -96,7 +98,7 @@ def loss(
     learner: learner_lib.Learner,
     params: PyTree,
     batch_stats: PyTree,
-    teacher_variables: PyTree,
+    source: teaching.Source,
     images: jax.Array,
     labels: jax.Array,
     step: jax.Array,
@@ -109,7 +111,7 @@ def loss(
     `cut_scale` of it) through.
     """
     signals, new = observe(
-        learner, params, batch_stats, teacher_variables, images, labels, step, noise
+        learner, params, batch_stats, source, images, labels, step, noise
     )
     losses, method_state = learner.method.apply(
         _variables(params, batch_stats, "method"),
@@ -138,7 +140,7 @@ def observe(
     learner: learner_lib.Learner,
     params: PyTree,
     batch_stats: PyTree,
-    teacher_variables: PyTree,
+    source: teaching.Source,
     images: jax.Array,
     labels: jax.Array,
     step: jax.Array,
@@ -150,15 +152,9 @@ def observe(
     """
     teacher, teacher_joints, extra = None, (), {}
     if learner.teacher is not None:
-        pixels = learner.teacher_pixels(images)
-        outputs: Any = learner.teacher.apply(teacher_variables, pixels, train=False)
-        teacher = jax.lax.stop_gradient(outputs)
-        extra["teacher_suffix"] = functools.partial(
-            learner_lib.suffix, learner, teacher_variables
-        )
-        teacher_joints = _joints(
-            learner, learner.teacher, teacher, learner.partition.teacher_joints
-        )
+        asked = teaching.teacher(learner, source)
+        teacher, teacher_joints = asked.whole(images)
+        extra["teacher_suffix"] = asked.suffix
     replace = None
     if learner.module_input == "teacher":
         replace = dict(
@@ -176,7 +172,7 @@ def observe(
     uncut = ()
     if learner.uncut:
         # The same values again; the compiler merges the two forward passes.
-        uncut = _joints(
+        uncut = learner_lib.joints(
             learner, learner.student, run(1.0)[0], learner.partition.student_joints
         )
     signals = method_lib.Signals(
@@ -184,7 +180,7 @@ def observe(
         teacher=teacher,
         labels=labels,
         epoch=step.astype(jnp.float32) / learner.steps_per_epoch,
-        student_joints=_joints(
+        student_joints=learner_lib.joints(
             learner, learner.student, student, learner.partition.student_joints
         ),
         teacher_joints=teacher_joints,
@@ -200,17 +196,6 @@ def _student(learner: learner_lib.Learner, step: jax.Array) -> chain.Chain:
     if temperature is None:
         return learner.student
     return hme.soften(learner.student, temperature)
-
-
-def _joints(
-    learner: learner_lib.Learner,
-    model: chain.Chain,
-    outputs: chain.Outputs,
-    names: tuple[str, ...],
-) -> tuple[jax.Array, ...]:
-    return tuple(
-        chain.feature_at(outputs, model, n, preact=learner.preact) for n in names
-    )
 
 
 def _variables(params: PyTree, batch_stats: PyTree, part: str) -> PyTree:

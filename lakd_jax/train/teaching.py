@@ -1,0 +1,160 @@
+"""What a step learns of its teacher: asked at once, or answered and stored before.
+
+A step's source is the variables of a frozen teacher, which is then run on the batch, or
+`Answers`, what was stored of its outputs (`lakd_jax.train.views`).
+"""
+
+import dataclasses
+import functools
+from typing import Any, Protocol
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from lakd_jax.distill import method as method_lib
+from lakd_jax.models import chain
+from lakd_jax.train import learner as learner_lib
+from lakd_jax.train import state as state_lib
+
+PyTree = Any
+Joints = tuple[jax.Array, ...]
+
+
+class Teacher(Protocol):
+    """What steps ask of a teacher. Nothing that it says has a gradient."""
+
+    def whole(self, images: jax.Array) -> tuple[Any, Joints]:
+        """Of a batch (B,H,W,3) uint8: what has `logits`, and the K teacher joints."""
+        ...
+
+    def beside(self, k: int, below: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+        """Beside module `k` (from 0).
+
+        Args:
+          k: the module.
+          below: the teacher's activation at the end of the module before.
+
+        Returns:
+          What has `logits` in the last module, what is compared at the end of the
+          module, and the activation there (B, H, W, C each).
+        """
+        ...
+
+    def suffix(self, k: int, activation: jax.Array) -> jax.Array:
+        """Logits (B, classes) of the teacher run on from the end of its module `k`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Live:
+    """A teacher that is run."""
+
+    learner: learner_lib.Learner
+    variables: PyTree
+
+    def whole(self, images: jax.Array) -> tuple[chain.Outputs, Joints]:
+        """See `Teacher`."""
+        learner = self.learner
+        outputs = self._run(learner.teacher_pixels(images))
+        names = learner.partition.teacher_joints
+        assert learner.teacher is not None
+        return outputs, learner_lib.joints(learner, learner.teacher, outputs, names)
+
+    def beside(
+        self, k: int, below: jax.Array
+    ) -> tuple[chain.Outputs, jax.Array, jax.Array]:
+        """See `Teacher`."""
+        names = self.learner.partition.teacher_joints
+        after, until = learner_lib.span(names, k)
+        outputs = self._run(below, after=after, until=until)
+        compared = learner_lib.end(self.learner, outputs, names[k])
+        return outputs, compared, learner_lib.passed(outputs, names[k])
+
+    def suffix(self, k: int, activation: jax.Array) -> jax.Array:
+        """See `Teacher`; the activation's gradient goes through."""
+        model: Any = self.learner.teacher
+        outputs = model.apply(
+            self.variables,
+            activation.astype(self.learner.teacher_pixels.dtype),
+            train=False,
+            after=self.learner.partition.teacher_joints[k],
+        )
+        return outputs.logits
+
+    def _run(self, inputs: jax.Array, **part: str) -> chain.Outputs:
+        model: Any = self.learner.teacher
+        outputs = model.apply(self.variables, inputs, train=False, **part)
+        return jax.lax.stop_gradient(outputs)
+
+
+@flax.struct.dataclass
+class Answers:
+    """What a method reads of a teacher's outputs; of a batch it is a `Teacher`.
+
+    Attributes:
+      logits: (V, N, classes) float32 of V views of N examples; (B, classes) of a batch.
+      joints: (V, N, H, W, C) or (B, H, W, C) at each of the teacher's joints, in the
+        type the teacher gives; () for methods that do not read them.
+    """
+
+    logits: jax.Array
+    joints: Joints
+
+    def whole(self, images: jax.Array) -> tuple["Answers", Joints]:
+        """See `Teacher`."""
+        return self, self.joints
+
+    def beside(
+        self, k: int, below: jax.Array
+    ) -> tuple["Answers", jax.Array, jax.Array]:
+        """See `Teacher`; with `lakd.preact` the activation is the compared value."""
+        return self, self.joints[k], self.joints[k]
+
+    def suffix(self, k: int, activation: jax.Array) -> jax.Array:
+        """Raises ValueError: outputs cannot be run on."""
+        raise ValueError("a method that runs the teacher on needs teacher.views=0")
+
+
+Source = PyTree | Answers | None
+
+
+def teacher(learner: learner_lib.Learner, source: Source) -> Teacher:
+    """What answers for a batch; `source` is variables or the answers on that batch."""
+    return source if isinstance(source, Answers) else Live(learner, source)
+
+
+def of_batch(
+    learner: learner_lib.Learner, source: Source, step: jax.Array, indices: jax.Array
+) -> Source:
+    """The source for the batch at `indices` (B,) in the step with this number."""
+    if not isinstance(source, Answers):
+        return source
+    view = learner.view(step)
+    rows = jax.tree.map(lambda x: x[view, indices], source)
+    return learner_lib.shared(learner, rows)
+
+
+def ask(
+    learner: learner_lib.Learner,
+    variables: PyTree,
+    data: state_lib.Resident,
+    views: jax.Array,
+    rows: jax.Array,
+) -> Answers:
+    """The answers (B, ...) on views (B,) of the examples at `rows` (B,).
+
+    Raises:
+      ValueError: the method reads more of the teacher than is stored.
+    """
+    reads = learner.method.teacher_reads
+    stored = method_lib.STORABLE
+    if learner.method.needs_suffix or not set(reads) <= set(stored):
+        raise ValueError(f"of {', '.join(reads)} only {', '.join(stored)} are stored")
+    # One by one, as each may be of another view; the values are those of a batch.
+    one = functools.partial(learner_lib.augmented, learner, data)
+    images = jax.vmap(lambda view, row: one(row[None], view)[0])(views, rows)
+    images = learner_lib.shared(learner, images)
+    outputs, joints = Live(learner, variables).whole(images)
+    logits = outputs.logits.astype(jnp.float32)
+    return Answers(logits, joints if "joints" in reads else ())

@@ -1,0 +1,108 @@
+"""What a config's `teacher.views` asks for: the source of a run's steps, its room."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lakd_jax import config as config_lib
+from lakd_jax import data, distill, interrupt
+from lakd_jax.models import chain
+from lakd_jax.train import build, networks, teaching, views
+from lakd_jax.train import learner as learner_lib
+from lakd_jax.train import state as state_lib
+
+PyTree = Any
+
+
+def source(
+    config: config_lib.ConfigDict,
+    learner: learner_lib.Learner,
+    variables: PyTree,
+    resident: state_lib.Resident,
+    dataset: data.Dataset,
+    *,
+    guard: interrupt.Guard,
+    notify: views.Notify,
+    dry: bool,
+) -> teaching.Source:
+    """Where a run's steps have the teacher's outputs from: itself, or stored before.
+
+    Args:
+      config: resolved.
+      learner: of the run.
+      variables: of the teacher as it is run, on all devices; None without one.
+      resident: the training images, with the keys of the run's seed.
+      dataset: they are its `train`.
+      guard: lets an interruption through.
+      notify: receives lines for the person watching.
+      dry: zeros stand in for stored outputs, and nothing is written.
+
+    Raises:
+      errors.ConfigError: they would exceed `teacher.views_mib`.
+      errors.LakdError: see `views.kept`.
+    """
+    if not learner.views:
+        return variables
+    asker = views.Asker(learner, variables, resident, config.eval_batch_size, guard)
+    wanted = asker.shapes()
+    views.require_room(wanted, config.teacher.views_mib)
+    if dry:
+        notify("teacher.views: zeros stand in for the teacher's outputs")
+        return views.blank(wanted, learner.mesh)
+    key = views.settings(
+        learner,
+        variables,
+        wanted,
+        teacher=config.teacher.name,
+        data=data.fingerprint(dataset),
+        seed=config.seed,
+    )
+    cache, labels = Path(config.teacher.cache), dataset.train.labels
+    return views.kept(cache, asker, key, labels, notify)
+
+
+def require_room(
+    config: config_lib.ConfigDict,
+    teacher: networks.Loaded,
+    pixels: learner_lib.Pixels,
+    dataset: data.Dataset,
+    mesh: jax.sharding.Mesh,
+) -> None:
+    """Raises errors.ConfigError where stored outputs would exceed their limit.
+
+    Of all methods that will run. The teacher's weights are of no matter, so that this
+    is known before it is trained.
+    """
+    if not config.teacher.views:
+        return
+    shapes = chain.variable_shapes(teacher.model)
+    image_shape = dataset.train.images.shape[1:]
+    for method in (config.method, *config.baselines):
+        if not distill.METHODS[method].needs_teacher:
+            continue
+        learner, _ = build.learner(
+            config_lib.changed(config, {"method": method}),
+            _any_student(config, len(dataset.classes)),
+            dataclasses.replace(teacher, variables=shapes),
+            teacher_pixels=pixels,
+            image_shape=image_shape,
+            steps_per_epoch=1,
+            mesh=mesh,
+        )
+        wanted = views.shapes(learner, shapes, image_shape, len(dataset.train))
+        views.require_room(wanted, config.teacher.views_mib)
+
+
+def _any_student(config: config_lib.ConfigDict, classes: int) -> networks.Loaded:
+    """The config's student without its weights: where it can be cut is the same."""
+    return networks.load(
+        "student",
+        config.student.name,
+        "",
+        shortcut=config.student.shortcut,
+        dtype=config.dtype,
+        num_classes=classes,
+        options=build.network_options(config),
+    )

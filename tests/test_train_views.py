@@ -1,0 +1,396 @@
+"""Stored outputs of a teacher: the same training, read back, damaged, too large."""
+
+import dataclasses
+import functools
+import shutil
+
+import commands
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_train_resume as resume
+import test_train_step as steps
+import tiny
+
+from lakd_jax import config as config_lib
+from lakd_jax import errors, interrupt, manifest, validate, workdir
+from lakd_jax.train import build, hme_runs, runs, step, teaching, view_runs, views
+from lakd_jax.train import learner as learner_lib
+
+bench, teacher_dir = resume.bench, resume.teacher_dir  # fixtures
+LONG = pytest.mark.long
+VIEWS = 2
+BATCH = 32
+
+
+def asker(made, guard=None):
+    learner, _, variables, data = made
+    return views.Asker(learner, variables, data, BATCH, guard or interrupt.Guard())
+
+
+def key(made, ask):
+    learner, _, variables, _ = made
+    names = {"teacher": "resnet8", "data": "tiny", "seed": 0}
+    return views.settings(learner, variables, ask.shapes(), **names)
+
+
+def kept(made, cache, guard=None, notify=lambda text: None):
+    ask = asker(made, guard)
+    labels = tiny.split(160, 0).labels
+    return views.kept(cache, ask, key(made, ask), labels, notify)
+
+
+@pytest.fixture(scope="module")
+def lakd(tmp_path_factory):
+    """(what `steps.make` gives for LAKD with views, a folder with its answers)."""
+    folder = tmp_path_factory.mktemp("views")
+    made = steps.make(folder, 1, method="lakd", teacher__views=VIEWS)
+    kept(made, folder / "cache")
+    return made, folder / "cache"
+
+
+@pytest.fixture
+def copy(lakd, tmp_path):
+    """(as above, a cache of its own, its one folder)."""
+    made, cache = lakd
+    shutil.copytree(cache, tmp_path / "copy")
+    (folder,) = (tmp_path / "copy").glob("resnet8-views-*")
+    return made, tmp_path / "copy", folder
+
+
+# ---------------------------------------------------------------- the same training
+
+
+def trained(made, source):
+    """State and metrics after three steps, the last of them in another epoch."""
+    learner, state, _, data = made
+    state = dataclasses.replace(state, step=jnp.int32(18))
+    program = jax.jit(functools.partial(step.train_step, learner))
+    told = []
+    for row in steps.rows(3):
+        state, metrics = program(state, source, data, row)
+        told.append(jax.device_get(metrics))
+    return jax.device_get(state), told
+
+
+@pytest.mark.parametrize(
+    ("devices", "fields"),
+    [
+        (1, {"method": "kd"}),
+        (1, {"method": "lakd"}),
+        (1, {"method": "lakd", "local__cut_scale": 0.3}),
+        pytest.param(8, {"local__module_input": "teacher"}, marks=LONG),
+        pytest.param(1, {"lakd__preact": True}, marks=LONG),
+        pytest.param(1, {"dtype": "bfloat16"}, marks=LONG),
+    ],
+    ids=["kd", "cut", "uncut", "teacher_input", "preact", "bfloat16"],
+)
+def test_stored_outputs_train_as_the_teacher_does(devices, fields, tmp_path):
+    made = steps.make(tmp_path, devices, teacher__views=VIEWS, **fields)
+    answers = kept(made, tmp_path / "cache")
+    ours, told = trained(made, answers)
+    live, expected = trained(made, made[2])
+    # Each program rounds in its own way.
+    tolerance = 2e-2 if "dtype" in fields else 1e-4
+    for mine, theirs in zip(told, expected, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, value in theirs.items():
+            np.testing.assert_allclose(
+                mine[name], value, rtol=tolerance, atol=1e-6, err_msg=name
+            )
+    other, _ = trained(made, jax.tree.map(lambda x: x[::-1], answers))
+    near, far = distance(ours, live), distance(other, live)
+    assert near < tolerance / 10 and far > 5 * near
+
+
+def distance(one, other):
+    """The largest difference between two states' parameters."""
+    parts = jax.tree.map(lambda a, b: np.abs(a - b).max(), one.params, other.params)
+    return max(jax.tree.leaves(parts))
+
+
+def test_views_come_again_and_are_those_of_the_first_epochs(lakd):
+    learner = lakd[0][0]
+    free = dataclasses.replace(learner, views=0)
+    at = [int(learner.view(jnp.int32(10 * epoch + 9))) for epoch in range(5)]
+    assert at == [0, 1, 0, 1, 0]
+    assert [int(free.view(jnp.int32(10 * epoch))) for epoch in range(5)] == [*range(5)]
+
+
+def test_answers_are_what_the_teacher_says_of_that_view(lakd):
+    (learner, _, variables, data), cache = lakd
+    stored = kept(lakd[0], cache)
+    assert stored.logits.shape == (VIEWS, 160, 3)
+    assert [j.shape[2:] for j in stored.joints] == [(8, 8, 16), (4, 4, 32), (2, 2, 64)]
+    rows = np.array([3, 150, 7, 7])
+    for step_number in (0, 12):  # of epochs 0 and 1
+        images, _ = learner_lib.batch(learner, jnp.int32(step_number), data, rows)
+        outputs, joints = teaching.Live(learner, variables).whole(images)
+        view = step_number // 10
+        np.testing.assert_allclose(stored.logits[view, rows], outputs.logits, atol=1e-4)
+        np.testing.assert_allclose(stored.joints[1][view, rows], joints[1], atol=1e-4)
+
+
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path, bench, teacher_dir):
+    own = {"method": "lakd", "teacher__views": VIEWS, "eval_batch_size": 40}
+    config = tiny.config(tmp_path, **own)
+    config.teacher.cache = str(teacher_dir)
+    arguments = bench, interrupt.Guard(), teacher_dir
+    resume.train(config, tmp_path / "whole", *arguments)
+    # Checks: 4 to look at the stored outputs, 17 steps, one evaluation.
+    with pytest.raises(interrupt.Interrupted):
+        stop = tiny.StopAfter(4 + 16 + 1)
+        resume.train(config, tmp_path / "parts", bench, stop, teacher_dir)
+    assert 10 < resume.saved_steps(tmp_path / "parts")[-1] < 20
+    resume.train(config, tmp_path / "parts", *arguments)
+    whole, parts = (resume.finished(tmp_path / name) for name in ("whole", "parts"))
+    resume.assert_equal_runs(whole, parts)
+
+
+@LONG
+def test_both_stages_of_an_experts_tree_share_what_is_stored(tmp_path, bench):
+    fields = {"method": "kd", "student__name": "hme", "epochs": 1}
+    config = config_lib.resolve(tiny.config(tmp_path, **fields, teacher__views=1))
+    own, lines = bench(config, interrupt.Guard()), []
+    own = dataclasses.replace(own, notify=lines.append)
+    teacher = runs.make_teacher(config, own)
+    with workdir.prepare(tmp_path / "run", config_lib.to_dict(config)):
+        result = hme_runs.train(config, tmp_path / "run", own, teacher)
+    assert result["test_last"]["examples"] == 45 and result["stage1"]["epochs"] == 1
+    assert sum("the teacher's outputs, 1 of 1" in line for line in lines) == 1
+
+
+# --------------------------------------------------------------------- on the disk
+
+
+def test_the_second_start_reads(copy, monkeypatch):
+    made, cache, folder = copy
+    first = kept(made, cache)
+    monkeypatch.setattr(views, "_make", None)
+    again = kept(made, cache)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert [p.name for p in cache.iterdir()] == [folder.name]
+    assert workdir.read_json(folder / "config.json")["views"] == VIEWS
+
+
+@pytest.mark.parametrize("fault", ["flipped", "short", "lost", "no_manifest"])
+def test_a_damaged_view_is_told_and_made_anew(fault, copy):
+    made, cache, folder = copy
+    damaged, sound = folder / "view1" / "joints-2.bin", folder / "view0" / "logits.bin"
+    before, untouched = damaged.read_bytes(), sound.stat().st_mtime_ns
+    if fault == "flipped":
+        damaged.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    elif fault == "short":
+        damaged.write_bytes(before[:-4])
+    elif fault == "lost":
+        damaged.unlink()
+    else:
+        (folder / "view1" / "manifest.json").unlink()
+    lines = []
+    kept(made, cache, notify=lines.append)
+    told = [line for line in lines if "it is made anew" in line]
+    assert len(told) == (fault != "no_manifest")
+    assert all(line.startswith(str(folder / "view1")) for line in told)
+    assert damaged.read_bytes() == before
+    assert sound.stat().st_mtime_ns == untouched
+    assert any("1 of 2 views" in line for line in lines)
+
+
+def tamper(folder, name, change):
+    """Changes an array of view 1 and makes its checksums right."""
+    place = folder / "view1"
+    told = workdir.read_json(place / "manifest.json")
+    parts = {}
+    for leaf, entry in told["leaves"].items():
+        file = place / f"{leaf.replace('/', '-')}.bin"
+        values = np.fromfile(file, np.dtype(entry["dtype"])).reshape(entry["shape"])
+        parts[leaf] = change(values) if leaf == name else values
+        file.write_bytes(parts[leaf].tobytes())
+    workdir.write_json(place / "manifest.json", manifest.describe(1, parts, {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("joints/1", lambda x: x * np.float32(1.01), "joints/1 differs by"),
+        ("logits", lambda x: -x, "logits differs by .*\n.* right answers, not"),
+        ("joints/0", lambda x: x * np.float32("nan"), "joints/0 differs by nan"),
+    ],
+)
+def test_what_the_teacher_does_not_say_is_refused(name, change, says, copy):
+    made, cache, folder = copy
+    tamper(folder, name, lambda x: x)
+    kept(made, cache)
+    tamper(folder, name, change)
+    with pytest.raises(errors.TeacherError, match=says) as caught:
+        kept(made, cache)
+    assert str(caught.value).startswith(f"{folder}: ")
+    assert "Delete that folder" in str(caught.value)
+
+
+def test_a_stop_keeps_whole_views(lakd, tmp_path):
+    made, cache = lakd[0], tmp_path / "cache"
+    with pytest.raises(interrupt.Interrupted):
+        kept(made, cache, guard=tiny.StopAfter(5 + 3))  # 5 batches a view
+    (folder,) = cache.iterdir()
+    assert {p.name for p in folder.glob("view*")} == {"view0"}
+    lines = []
+    kept(made, cache, notify=lines.append)
+    assert "1 of 2 views" in lines[0]
+
+
+def test_what_outputs_depend_on_is_in_the_key(lakd):
+    made = learner, _, variables, _ = lakd[0]
+    ask = asker(made)
+    same = key(made, ask)
+    assert key(made, asker(made)) == same
+    others = {
+        "weights": jax.tree.map(lambda x: x + 1e-6, variables),
+        "pad": 2,
+        "flip": False,
+        "views": 3,
+        "preact": True,
+        "teacher_pixels": dataclasses.replace(learner.teacher_pixels, size=4),
+    }
+    for name, value in others.items():
+        if name == "weights":
+            changed = (learner, None, value, None)
+        else:
+            changed = (
+                dataclasses.replace(learner, **{name: value}),
+                None,
+                variables,
+                0,
+            )
+        assert key(changed, ask) != same, name
+
+
+# ----------------------------------------------------------------- what is refused
+
+
+def test_too_little_room_is_told_with_the_sum():
+    def shape(*own):
+        return jax.ShapeDtypeStruct((30, 50_000, *own), jnp.float32)
+
+    wanted = teaching.Answers(shape(10), (shape(8, 8, 4),))
+    views.require_room(wanted, 1_526)  # 1 MiB is 2**20
+    with pytest.raises(errors.ConfigError) as caught:
+        views.require_room(wanted, 1_000)
+    (line,) = caught.value.problems
+    assert "1,064 bytes an image (logits 40, joints/0 1,024)" in line
+    assert "x 50,000 images x 30 views = 1,522 MiB" in line
+    assert "teacher.views_mib (1000): lower teacher.views to at most 19, or" in line
+    with pytest.raises(errors.ConfigError, match="set teacher.views to 0, or raise"):
+        views.require_room(wanted, 50)
+
+
+def test_too_little_room_is_known_before_the_teacher_is_trained(tmp_path, bench):
+    fields = {"method": "kd", "baselines": ("lakd",), "teacher__views": 4}
+    config = config_lib.resolve(tiny.config(tmp_path, **fields))
+    config.teacher.views_mib = 1
+    own = bench(config, interrupt.Guard())
+    with pytest.raises(errors.ConfigError, match=r"160 images x 4 views = 4 MiB"):
+        runs.make_teacher(config, own)
+    assert not (tmp_path / "teachers").exists()
+
+
+def test_the_room_of_an_experts_tree_is_known(tmp_path, bench, monkeypatch):
+    fields = {"method": "kd", "student__name": "hme", "teacher__views": 4}
+    config = config_lib.resolve(tiny.config(tmp_path, **fields))
+    own = bench(config, interrupt.Guard())
+    teacher = runs.load_network("teacher", config, own)
+    asked = []
+    monkeypatch.setattr(views, "require_room", lambda wanted, _: asked.append(wanted))
+    pixels = build.pixels(config)
+    view_runs.require_room(config, teacher, pixels, own.dataset, own.mesh)
+    (wanted,) = asked
+    assert wanted.logits.shape == (4, 160, 3) and wanted.joints == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"epochs": 1}, "teacher.views is 2, more than epochs (1)"),
+        ({"method": "afd"}, "method afd reads the teacher's taps"),
+        ({"baselines": ("rtk",)}, "method rtk reads the teacher's taps"),
+        ({"lakd.attention": "logits"}, "run the teacher on"),
+        ({"lakd.task": "teacher_suffix"}, "run the teacher on"),
+        ({"local.engine": "dispatch"}, "use local.engine=fused"),
+        ({"local.engine": "pipeline"}, "use local.engine=fused"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused(fields, says):
+    c = config_lib.changed(config_lib.default(), fields)
+    assert validate.problems(c, 1) == []
+    c.teacher.views = VIEWS
+    (line,) = validate.problems(c, 1)
+    assert says in line and "teacher.views" in line
+
+
+def test_preact_is_not_what_modules_are_fed():
+    c = config_lib.default()
+    c.student.name = c.teacher.name
+    c.local.module_input, c.lakd.preact = "teacher", True
+    assert validate.problems(c, 1) == []
+    c.teacher.views = 1
+    (line,) = validate.problems(c, 1)
+    assert line.startswith("teacher.views stores what is compared")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"method": "afd"}, {"lakd__task": "teacher_suffix"}]
+)
+def test_a_method_that_reads_more_cannot_be_answered(fields, tmp_path):
+    made = steps.make(tmp_path, 1, teacher__views=1, **fields)
+    with pytest.raises(ValueError, match="only logits, joints are stored"):
+        asker(made).shapes()
+
+
+# ------------------------------------------------------------- the command line
+
+SMALL = (
+    commands.DIGITS,
+    "--config.epochs=1",
+    "--config.baselines=('kd',)",
+    "--config.teacher.name=resnet8",
+    "--config.teacher.views=1",
+    "--config.teacher.floor=0.01",
+    "--config.compile_cache=",
+    "--config.eval_batch_size=256",
+)
+
+
+@LONG
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_two_runs_on_the_digits_share_what_the_teacher_said(main, tmp_path):
+    cache = f"--config.teacher.cache={tmp_path / 'teachers'}"
+    code, out, err = main(*SMALL, cache, f"--workdir={tmp_path / 'one'}")
+    assert code == 0, err
+    assert out.count("the teacher's outputs, 1 of 1 views") == 2  # of KD and LAKD
+    found = sorted((tmp_path / "teachers").glob("resnet8-views-*"))
+    assert len(found) == 2
+    code, out, err = main(*SMALL, cache, f"--workdir={tmp_path / 'two'}")
+    assert code == 0, err
+    assert "the teacher's outputs" not in out
+    results = [workdir.read_json(tmp_path / n / "result.json") for n in ("one", "two")]
+    assert results[0]["test_last"] == results[1]["test_last"]
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_too_little_room_on_the_command_line(main, tmp_path):
+    run, cache = tmp_path / "run", tmp_path / "teachers"
+    folders = f"--workdir={run}", f"--config.teacher.cache={cache}"
+    refused = main(*SMALL, *folders, "--config.teacher.views_mib=1")
+    commands.refused(refused, "teacher.views is 1", "raise teacher.views_mib")
+    assert commands.untouched(run) and not cache.exists()
+
+
+@LONG
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_a_dry_run_stores_nothing(main, tmp_path):
+    cache = tmp_path / "teachers"
+    code, out, err = main(*SMALL, f"--config.teacher.cache={cache}", "--dry_run")
+    assert code == 0, err
+    assert "zeros stand in for the teacher's outputs" in out and "first loss" in out
+    assert not cache.exists()
