@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Throughput on an accelerator, for RESULTS.md: both pairs at both batch sizes, KD and
-# LAKD, both types, against compiled PyTorch and, if PEER names one, another library.
+# LAKD, both types, against compiled PyTorch and, if PEER names one, another library; then
+# several seeds in one program.
 #
 #   benchmarks/accelerator.sh        # all parts, then the table
 #   benchmarks/accelerator.sh 1 2    # these parts
 #
-# A part is a pair at a batch size. It ends after LIMIT_S seconds, four parts within 25
-# minutes; every measurement is recorded when it is made and not made again, so what a
+# A part is a pair at a batch size, the last one is the seeds. It ends after LIMIT_S
+# seconds, five parts within 25 minutes; every measurement is recorded when it is made and not made again, so what a
 # limit cut off is what the same command does next. The sizes can be set from outside:
 #
 #   PAIRS="resnet14,resnet8" BATCHES=4 TORCH=eager benchmarks/accelerator.sh \
@@ -23,7 +24,9 @@ METHODS=${METHODS:-kd,lakd}
 DTYPES=${DTYPES:-float32,bfloat16}
 TORCH=${TORCH:-compile}
 PEER=${PEER:-}
-LIMIT_S=${LIMIT_S:-370}
+LIMIT_S=${LIMIT_S:-300}
+SEEDS=${SEEDS:-5}
+SEEDS_PAIR=${SEEDS_PAIR:-resnet56,resnet20}
 RESULTS=${RESULTS:-benchmarks/results/throughput}
 
 parts=() flags=(--rounds=10 --steps=20)
@@ -57,5 +60,11 @@ for batch in $BATCHES; do
     esac
   done
 done
+number=$((number + 1))
+if [ ${#parts[@]} -eq 0 ] || [[ " ${parts[*]} " == *" $number "* ]]; then
+  echo "== part $number: $SEEDS seeds of $SEEDS_PAIR"
+  timeout --signal=INT --kill-after=20 "$LIMIT_S" \
+    "$PYTHON" -m benchmarks.seeds --pair="$SEEDS_PAIR" --seeds="$SEEDS" || status=3
+fi
 "$PYTHON" -m benchmarks.throughput --table --results="$RESULTS"
 exit $status

@@ -3,8 +3,9 @@
     python -m benchmarks.memory --pair=resnet56,resnet56 --batch=128 --modules=1,3,4,9
 
 For each number of modules, cut so that activations are balanced, the compiler's own
-count: of the fused program, and of the largest of the dispatched ones. Shares are of
-the program with one module. On CPU the compiler's default is to order operations for
+count: of the fused program, of the largest of the dispatched ones, and of the largest
+of those where the teacher's outputs are given and it is not run. Shares are of the same
+program with one module. On CPU the compiler's default is to order operations for
 concurrency, which keeps more alive: give
 
     XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false
@@ -13,23 +14,30 @@ for the order that it uses where memory matters.
 """
 
 import argparse
+import functools
 
 import jax
 import numpy as np
 
 from benchmarks import ours
+from lakd_jax import backend
 from lakd_jax import config as config_lib
-from lakd_jax.train import build
+from lakd_jax.train import build, modules, teaching
 
 
-def temporary(chosen: argparse.Namespace, count: int, engine: str) -> float:
-    """MiB of the largest program of a step with `count` modules."""
+def cut(chosen: argparse.Namespace, count: int, engine: str) -> config_lib.ConfigDict:
+    """LAKD with `count` modules."""
     teacher, student = chosen.pair.split(",")
     config = ours.configure(teacher, student, "lakd", chosen.batch, chosen.dtype)
-    cut = {"local.granularity": "bytes", "local.modules": count}
+    where = {"local.granularity": "bytes", "local.modules": count}
     if count == 1:
-        cut = {"local.granularity": "none"}
-    config = config_lib.changed(config, {**cut, "local.engine": engine})
+        where = {"local.granularity": "none"}
+    return config_lib.changed(config, {**where, "local.engine": engine})
+
+
+def of_engine(chosen: argparse.Namespace, count: int, engine: str) -> float:
+    """MiB of the largest program of a step with `count` modules."""
+    config = cut(chosen, count, engine)
     made = ours.setup(config)
     run = build.engine(
         config, made.learner, made.teacher, made.resident, lambda compile: compile()
@@ -37,6 +45,29 @@ def temporary(chosen: argparse.Namespace, count: int, engine: str) -> float:
     run.load(made.state)
     run.run(np.zeros((1, chosen.batch), np.int32))
     return run.costs().temporary / 2**20
+
+
+def of_students(chosen: argparse.Namespace, count: int) -> float:
+    """MiB of the largest dispatched program if the teacher's outputs are its inputs."""
+    made = ours.setup(cut(chosen, count, "dispatch"))
+    learner = made.learner
+    rows = np.zeros(chosen.batch, np.int32)
+    answers = jax.eval_shape(
+        functools.partial(teaching.ask, learner),
+        *(made.teacher, made.resident, rows, rows),
+    )
+    step = made.state.step
+    start = functools.partial(modules.start, learner)
+    passed = jax.eval_shape(start, step, made.resident, rows)
+    largest = 0
+    for k in range(count):
+        state = modules.module_state(learner, made.state, k)
+        module = functools.partial(modules.module_step, learner, k)
+        program = jax.jit(module, donate_argnums=0).lower(state, answers, *passed)
+        compiled = program.compile(compiler_options=backend.compiler_options())
+        largest = max(largest, compiled.memory_analysis().temp_size_in_bytes)
+        passed = (jax.eval_shape(module, state, answers, *passed)[1], *passed[1:])
+    return largest / 2**20
 
 
 def main() -> None:
@@ -48,14 +79,14 @@ def main() -> None:
     parser.add_argument("--modules", default="1,3,4,9")
     chosen = parser.parse_args()
     print(f"{chosen.pair}, batch {chosen.batch}, {jax.devices()[0].device_kind}")
-    print("| modules | fused MiB | of one | dispatched MiB | of one |")
-    print("| ---: | ---: | ---: | ---: | ---: |")
-    first: dict[str, float] = {}
+    print("| modules | fused MiB | of one | dispatched MiB | of one | its student | |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    first: dict[int, float] = {}
     for count in map(int, chosen.modules.split(",")):
         cells = []
-        for engine in ("fused", "dispatch"):
-            size = temporary(chosen, count, engine)
-            share = size / first.setdefault(engine, size)
+        sizes = [of_engine(chosen, count, e) for e in ("fused", "dispatch")]
+        for i, size in enumerate([*sizes, of_students(chosen, count)]):
+            share = size / first.setdefault(i, size)
             cells += [f"{size:.0f}", f"{100 * share:.0f} %"]
         print(f"| {count} | {' | '.join(cells)} |", flush=True)
 

@@ -1,6 +1,9 @@
 """What benchmarks.compare needs beside main.py: a subset, the gates of a run."""
 
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -84,3 +87,25 @@ def test_table_of_gates_is_of_stage_1():
         "1.0000 +- 0.0000 (2)",
         "0.3000 +- 0.0707 (2)",
     ]
+
+
+@pytest.mark.long
+def test_largest_module_needs_less_memory_than_the_whole():
+    # Property 20 of LAKD, with the schedule that XLA uses where memory matters.
+    command = [sys.executable, "-m", "benchmarks.memory", "--pair=resnet8,resnet8"]
+    flags = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    done = subprocess.run(
+        [*command, "--batch=16", "--modules=1,2,3"],
+        cwd=pathlib.Path(__file__).parents[1],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = [line.split("|") for line in done.stdout.splitlines() if "%" in line]
+    fused, dispatched, student = ([float(r[i]) for r in rows] for i in (2, 4, 6))
+    assert len(rows) == 3
+    assert dispatched == sorted(dispatched, reverse=True)
+    assert dispatched[-1] < dispatched[0] and dispatched[-1] < fused[0]
+    assert fused[-1] <= fused[0]
+    assert student[-1] < student[0] and max(student) <= max(dispatched)
