@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lakd_jax import errors, quiet
+from lakd_jax import errors, hosts, quiet
 from lakd_jax import manifest as manifests
 
 PyTree = Any
@@ -99,6 +99,7 @@ class Checkpointer:
                 break
             except manifests.DamagedError as error:
                 damaged[step] = str(error)
+        hosts.agree({f"step restored from {self._directory}": found and found[0]})
         sync = _orbax().multihost.sync_global_processes
         sync("all hosts have read")
         if jax.process_index() == 0:

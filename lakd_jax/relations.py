@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lakd_jax import config as config_lib
-from lakd_jax import distill, models
+from lakd_jax import distill, hosts, models
 from lakd_jax.distill import lakd
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
@@ -51,6 +51,16 @@ def _batch(c: Config, devices: int) -> str:
 @_reads("eval_batch_size")
 def _eval_batch(c: Config, devices: int) -> str:
     return _shared("eval_batch_size", c.eval_batch_size, devices)
+
+
+@_reads("local.engine", only_lakd=True)
+def _processes(c: Config, _: int) -> str:
+    if c.local.engine != "pipeline" or hosts.count() == 1:
+        return ""
+    return (
+        "local.engine=pipeline puts modules on the devices of one process, and there "
+        f"are {hosts.count()}; use fused or dispatch, or one process"
+    )
 
 
 @_reads("epochs", "optim.warmup_epochs")

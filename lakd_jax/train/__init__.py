@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from lakd_jax import backend, distill, interrupt, validate, workdir
+from lakd_jax import backend, distill, hosts, interrupt, validate, workdir
 from lakd_jax import config as config_lib
 from lakd_jax.report import table
 from lakd_jax.train import costs, hme_runs, look, networks, runs
@@ -46,11 +46,9 @@ def run(
     Raises:
       errors.LakdError: see `lakd_jax.errors` for the kinds.
     """
-    validate.require(config, jax.local_device_count())
-    backend.prepare(config.compile_cache)
-    config, directory = config_lib.resolve(config), Path(directory)
+    config, directory, notify = _begin(config), Path(directory), hosts.notifier(notify)
     with contextlib.ExitStack() as stack:
-        guard = guard or stack.enter_context(interrupt.Guard())
+        guard = guard or stack.enter_context(hosts.guard())
         settings = config_lib.to_dict(config)
         stack.enter_context(_claimed(directory, settings))
         bench = runs.bench(config, guard, notify)
@@ -70,9 +68,19 @@ def run(
         folders[TITLES[config.method]] = directory
         look.draw(config, directory, bench, teacher, folders)
         text = _table(config, results, teacher)
-        (directory / "table.md").write_text(text + "\n")
+        hosts.first(lambda: (directory / "table.md").write_text(text + "\n"))
         notify(f"\n{text}\n\nPictures, metrics and the student are in {directory}")
     return result
+
+
+def _begin(config: config_lib.ConfigDict) -> config_lib.ConfigDict:
+    """The config, resolved: it can be run here, and all processes have the same."""
+    validate.require(config, jax.device_count())
+    backend.prepare(config.compile_cache)
+    code = workdir.code()
+    own = {**code["versions"], "commit of the code": code["commit"]}
+    hosts.agree({**config_lib.flat(config), **own})
+    return config_lib.resolve(config)
 
 
 @contextlib.contextmanager
@@ -86,7 +94,8 @@ def _claimed(directory: Path, settings: dict[str, Any]) -> Iterator[None]:
             yield
         except BaseException:
             begun = ("checkpoints", networks.RESULT_FILE, hme_runs.STAGE1)
-            if not any((directory / name).exists() for name in begun):
+            left = any((directory / name).exists() for name in begun)
+            if hosts.is_first() and not left:
                 (directory / workdir.CONFIG).unlink(missing_ok=True)
             raise
 
@@ -119,9 +128,7 @@ def dry_run(
     Nothing is written to a run's directory. A teacher that would be trained first
     stands in with random weights.
     """
-    validate.require(config, jax.local_device_count())
-    backend.prepare(config.compile_cache)
-    config = config_lib.resolve(config)
+    config, notify = _begin(config), hosts.notifier(notify)
     bench = runs.bench(config, guard, notify)
     notify(_describe_data(bench))
     teacher = None

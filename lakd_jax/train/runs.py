@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lakd_jax import backend, data, distill, errors, interrupt, workdir
+from lakd_jax import backend, data, distill, errors, hosts, interrupt, workdir
 from lakd_jax import config as config_lib
 from lakd_jax.data import order
 from lakd_jax.models import folding
@@ -57,7 +57,9 @@ def bench(
         minival=d.minival,
         data_dir=d.data_dir,
     )
-    dataset = guard.run(load)  # a download may take long
+    # A download may take long, and two of them into one folder would clash.
+    dataset = guard.run(hosts.in_turn, load)
+    hosts.agree({f"images of data.source {d.source}": data.fingerprint(dataset)})
     if len(dataset.train) < config.batch_size:
         raise errors.DataError(
             f"data.source {d.source}: {len(dataset.train)} training images "
@@ -83,8 +85,8 @@ def train_one(
     the student is that of the best epoch on minival, if there is a minival.
     """
     done = directory / networks.RESULT_FILE
-    if done.exists():
-        return workdir.read_json(done)
+    if hosts.first(done.exists):
+        return hosts.first(lambda: workdir.read_json(done))
     job, student = assemble(config, directory, bench, teacher, stage)
     student, trained = _deployed(student, job.run())
     result = _result(config, bench, teacher, student, trained, job)
@@ -102,9 +104,13 @@ def train_one(
         std=pixels.std,
         size=pixels.size or (height if height == width else 0),
     )
-    networks.save(directory / networks.STUDENT_FILE, kept, seen, result)
-    workdir.write_json(done, result)
-    return result
+
+    def leave() -> dict[str, Any]:
+        networks.save(directory / networks.STUDENT_FILE, kept, seen, result)
+        workdir.write_json(done, result)
+        return result
+
+    return hosts.first(leave)
 
 
 def _deployed(
@@ -216,6 +222,7 @@ def _frozen(
     parameters = state_lib.parameter_count(variables["params"])
     if config.teacher.fold:
         model, variables = folding.fold(model, variables)
+    hosts.agree_on_arrays("the teacher", variables)
     variables = state_lib.replicate(variables, bench.mesh)
     return dataclasses.replace(loaded, model=model, variables=variables), parameters
 
@@ -223,7 +230,7 @@ def _frozen(
 def stand_in(config: config_lib.ConfigDict, bench: Bench) -> Teacher | None:
     """For a dry run: a teacher of random weights, if it would be trained first."""
     trained = _cached(config, bench) / networks.RESULT_FILE
-    if config.teacher.init or trained.exists():
+    if config.teacher.init or hosts.first(trained.exists):
         return None
     loaded = load_network("teacher", config, bench)
     images = jnp.zeros((1, *bench.dataset.train.images.shape[1:]), jnp.float32)
@@ -245,7 +252,7 @@ def _cached(config: config_lib.ConfigDict, bench: Bench) -> Path:
 def _train_teacher(config: config_lib.ConfigDict, bench: Bench) -> None:
     """Trains the config's teacher into the cache, unless it is there."""
     directory, own = _cached(config, bench), config_lib.teacher_config(config)
-    if (directory / networks.RESULT_FILE).exists():
+    if hosts.first((directory / networks.RESULT_FILE).exists):
         return
     bench.notify(f"{config.teacher.name}, the teacher, in {directory}")
     with workdir.prepare(directory, config_lib.to_dict(own)):
