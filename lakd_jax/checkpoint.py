@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lakd_jax import errors, quiet
+from lakd_jax import errors, hosts, quiet
 from lakd_jax import manifest as manifests
 
 PyTree = Any
@@ -67,10 +67,10 @@ class Checkpointer:
             return
         ocp = _orbax()
         # On CPU these are views of the state. Orbax copies them before it returns.
-        hosts = manifests.host_leaves(state)
+        held = manifests.host_leaves(state)
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(manifests.nest(hosts)),
-            manifest=ocp.args.JsonSave(manifests.describe(step, hosts, extra)),
+            state=ocp.args.StandardSave(manifests.nest(held)),
+            manifest=ocp.args.JsonSave(manifests.describe(step, held, extra)),
         )
         with self._writing(step):
             if step in self._manager.all_steps():
@@ -103,6 +103,7 @@ class Checkpointer:
                 break
             except manifests.DamagedError as error:
                 damaged[step] = str(error)
+        hosts.agree({f"step restored from {self._directory}": found and found[0]})
         sync = _orbax().multihost.sync_global_processes
         sync("all hosts have read")
         if jax.process_index() == 0:
@@ -189,9 +190,9 @@ def restore_step(
     found = _existing(directory, step)
     manifest = _read_manifest(found)
     manifests.check_structure(manifest, template, str(found))
-    hosts = _read_leaves(found, manifest)
+    held = _read_leaves(found, manifest)
     likes = manifests.named_leaves(template)
-    leaves = [manifests.place(hosts[name], like) for name, like in likes.items()]
+    leaves = [manifests.place(held[name], like) for name, like in likes.items()]
     state = jax.tree.unflatten(jax.tree.structure(template), leaves)
     return int(found.name), state, manifest["extra"]
 
@@ -223,9 +224,9 @@ def _read_manifest(found: pathlib.Path) -> dict[str, Any]:
 def _read_leaves(found: pathlib.Path, manifest: dict[str, Any]) -> dict[str, Any]:
     target = manifests.stored_zeros(manifest)
     args = _orbax().args.StandardRestore(manifests.nest(target))
-    hosts = target | manifests.named_leaves(_read_item(found, "state", args))
-    manifests.check_leaves(manifest, hosts)
-    return hosts
+    held = target | manifests.named_leaves(_read_item(found, "state", args))
+    manifests.check_leaves(manifest, held)
+    return held
 
 
 def _read_item(found: pathlib.Path, item: str, args: Any) -> Any:

@@ -1,5 +1,6 @@
 """The command line: flags, error lines, exit codes."""
 
+import contextlib
 import re
 import sys
 from collections.abc import Callable, Collection
@@ -16,7 +17,8 @@ _OVERRIDE = re.compile(r"--?(no)?config\.")
 
 USAGE = """\
 python main.py --config=configs/digits_lakd.py [--workdir=DIR] [--dry_run]
-               [--config.FIELD=VALUE ...]
+               [--config.FIELD=VALUE ...] [--coordinator=HOST:PORT
+               --num_processes=N --process_id=I]
 python main.py --mode=export --workdir=DIR --to=safetensors|torch|stablehlo
 python main.py --mode=explain --workdir=DIR
 python main.py --mode=networks
@@ -26,6 +28,8 @@ python main.py --mode=networks
                 (default: runs/ and the name of the config file)
   --dry_run     build everything, run one step and one evaluation batch, stop
   --config.X    changes one field; lakd_jax/config.py lists them with their meaning
+  --coordinator where process 0 of N can be reached, each of which is given the same
+                command but its own --process_id, from 0; all share --workdir
   --mode        train (default); export: write the student of the finished run in
                 --workdir to DIR/export, with a model card; explain: write
                 DIR/report.html about it; networks: list them
@@ -49,8 +53,9 @@ def end_with(work: Callable[[interrupt.Guard], None]) -> NoReturn:
 
     Faults meant for the user are printed without a traceback.
     """
+    guard = interrupt.Guard()
     try:
-        with interrupt.Guard() as guard:
+        with guard:
             work(guard)
         code = 0
     except interrupt.Interrupted:
@@ -62,6 +67,7 @@ def end_with(work: Callable[[interrupt.Guard], None]) -> NoReturn:
     except OSError as e:  # a full or lost disk, outside what the run guards itself
         print(ten_lines(str(e)), file=sys.stderr)
         code = 2
+    guard.leave(code)
     # An abandoned compilation may still run in a thread, see interrupt.Guard.
     interrupt.exit_now(code)
 
@@ -87,7 +93,7 @@ def _run(argv: list[str], guard: interrupt.Guard) -> None:
 
         explain.run(values.workdir, guard=guard)
     else:
-        _train(argv, guard)
+        _train(argv, values, guard)
 
 
 def _misplaced(values: Any, overrides: list[list[str]]) -> list[str]:
@@ -99,6 +105,9 @@ def _misplaced(values: Any, overrides: list[list[str]]) -> list[str]:
         "--dry_run": values.dry_run,
         "--workdir": bool(values.workdir),
         "--to": bool(values.to),
+        "--coordinator": bool(values.coordinator),
+        "--num_processes": values.num_processes is not None,
+        "--process_id": values.process_id is not None,
         **{override[0].partition("=")[0]: True for override in overrides},
     }
     taken = {
@@ -121,14 +130,25 @@ def _misplaced(values: Any, overrides: list[list[str]]) -> list[str]:
     return problems
 
 
-def _train(argv: list[str], guard: interrupt.Guard) -> None:
-    config, workdir, dry_run = parse(argv)
-    from lakd_jax import train  # starts JAX: only once the flags are right
+def _train(argv: list[str], values: Any, guard: interrupt.Guard) -> None:
+    from lakd_jax import hosts  # starts JAX, as all below
 
-    if dry_run:
-        train.dry_run(config, guard=guard)
-    else:
-        train.run(config, workdir, guard=guard)
+    where = (values.coordinator, values.num_processes, values.process_id)
+    if fault := hosts.fault(*where):
+        raise errors.ConfigError([fault])
+    with contextlib.ExitStack() as stack:
+        if values.coordinator:
+            guard.run(hosts.connect, *where)
+            guard.leave = hosts.leave
+            stack.enter_context(hosts.together())
+            guard = stack.enter_context(hosts.Guard())
+        config, workdir, dry_run = parse(argv)
+        from lakd_jax import train  # takes longer: only once the flags are right
+
+        if dry_run:
+            train.dry_run(config, guard=guard)
+        else:
+            train.run(config, workdir, guard=guard)
 
 
 def ten_lines(text: str) -> str:
@@ -180,7 +200,7 @@ def _others(values: Any, known: Collection[str]) -> list[str]:
 
     from lakd_jax import validate
 
-    return validate.problems(values.config, jax.local_device_count(), skip=known)
+    return validate.problems(values.config, jax.device_count(), skip=known)
 
 
 def _field(override: list[str]) -> str:
@@ -213,6 +233,9 @@ def _attempt(
     flags.DEFINE_boolean("dry_run", False, "one step, then stop", values)
     flags.DEFINE_string("mode", "train", "what to do", values)
     flags.DEFINE_string("to", "", "what to export to", values)
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0", values)
+    flags.DEFINE_integer("num_processes", None, "how many", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which of them", flag_values=values)
     try:
         rest = values(["main.py", *argv])[1:]
         getattr(values.config, "keys", None)  # raises if the file was not loaded

@@ -31,6 +31,10 @@ class WorkdirError(LakdError):
     """The run directory cannot be written or belongs to another config."""
 
 
+class HostsError(LakdError):
+    """Several processes that should train together do not agree, or one was lost."""
+
+
 class NoCheckpointError(LakdError):
     """Checkpoints exist but none of them can be restored."""
 

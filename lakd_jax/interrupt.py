@@ -40,6 +40,8 @@ class Guard:
 
     def __init__(self) -> None:
         self.requested = False
+        # What `cli.end_with` calls last, with the exit code.
+        self.leave: Callable[[int], None] = lambda code: None
         self._since = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -59,6 +61,10 @@ class Guard:
         if self.requested:
             raise Interrupted
 
+    def abandon(self) -> None:
+        """Raises `Interrupted` if a call under way is to be left."""
+        self.check()
+
     def run(self, function: Callable[..., Result], *args: Any) -> Result:
         """Calls `function(*args)` so that a signal ends the wait within 0.1 s.
 
@@ -70,7 +76,7 @@ class Guard:
         Raises:
           Interrupted: a signal came, before or during the call.
         """
-        self.check()
+        self.abandon()
         if not self._previous:
             return function(*args)
         future: concurrent.futures.Future[Result] = concurrent.futures.Future()
@@ -79,7 +85,7 @@ class Guard:
         ).start()
         while not future.done():
             concurrent.futures.wait([future], timeout=_POLL_SECONDS)
-            self.check()
+            self.abandon()
         return future.result()
 
     def _receive(self, number: int, _: types.FrameType | None) -> None:

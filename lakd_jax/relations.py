@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lakd_jax import config as config_lib
 from lakd_jax import distill, models
-from lakd_jax.distill import lakd, method
+from lakd_jax.distill import lakd
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
 
@@ -17,7 +17,7 @@ Relation = Callable[[Config, int], str]  # (config, devices) -> the fault, or ""
 # Every relation with the fields it reads, which must be in range.
 TABLE: list[tuple[tuple[str, ...], Relation]] = []
 
-_METHODS = ("method", "baselines")
+METHODS = ("method", "baselines")
 _CUTS = (
     "student.name",
     "teacher.name",
@@ -27,15 +27,15 @@ _CUTS = (
 )
 
 
-def _reads(*fields: str, only_lakd: bool = False) -> Callable[[Relation], Relation]:
-    """Enters a relation in the table."""
+def reads(*fields: str, only_lakd: bool = False) -> Callable[[Relation], Relation]:
+    """Enters a relation in the table, with the fields that it reads."""
 
     def enter(relation: Relation) -> Relation:
         def if_lakd(c: Config, devices: int) -> str:
-            return relation(c, devices) if "lakd" in _methods(c) else ""
+            return relation(c, devices) if "lakd" in methods(c) else ""
 
         if only_lakd:
-            TABLE.append(((*_METHODS, *fields), if_lakd))
+            TABLE.append(((*METHODS, *fields), if_lakd))
         else:
             TABLE.append((fields, relation))
         return relation
@@ -43,36 +43,36 @@ def _reads(*fields: str, only_lakd: bool = False) -> Callable[[Relation], Relati
     return enter
 
 
-@_reads("batch_size")
+@reads("batch_size")
 def _batch(c: Config, devices: int) -> str:
     return _shared("batch_size", c.batch_size, devices)
 
 
-@_reads("eval_batch_size")
+@reads("eval_batch_size")
 def _eval_batch(c: Config, devices: int) -> str:
     return _shared("eval_batch_size", c.eval_batch_size, devices)
 
 
-@_reads("epochs", "optim.warmup_epochs")
+@reads("epochs", "optim.warmup_epochs")
 def _warmup(c: Config, _: int) -> str:
     return _longer(c.optim.warmup_epochs, "epochs", c.epochs)
 
 
-@_reads(*_METHODS, "teacher.init", "teacher.epochs", "optim.warmup_epochs")
+@reads(*METHODS, "teacher.init", "teacher.epochs", "optim.warmup_epochs")
 def _teacher_warmup(c: Config, _: int) -> str:
-    if not c.teacher.epochs or c.teacher.init or not _needs_teacher(c):
+    if not c.teacher.epochs or c.teacher.init or not needs_teacher(c):
         return ""
     return _longer(c.optim.warmup_epochs, "teacher.epochs", c.teacher.epochs)
 
 
-@_reads("kd.ce_weight", "kd.kd_weight")
+@reads("kd.ce_weight", "kd.kd_weight")
 def _kd_weights(c: Config, _: int) -> str:
     if c.kd.ce_weight or c.kd.kd_weight:
         return ""
     return "kd.ce_weight and kd.kd_weight are both 0: nothing is learnt"
 
 
-@_reads(
+@reads(
     "lakd.preset",
     "lakd.head_weight",
     "lakd.attention_weight",
@@ -86,19 +86,19 @@ def _lakd_weights(c: Config, _: int) -> str:
     return f"lakd.{', lakd.'.join(weights)} are all 0: nothing is learnt"
 
 
-@_reads(*_METHODS, "afd.ce_weight", "afd.kd_weight", "afd.beta")
+@reads(*METHODS, "afd.ce_weight", "afd.kd_weight", "afd.beta")
 def _afd_weights(c: Config, _: int) -> str:
     return _all_zero("afd", c)
 
 
-@_reads(*_METHODS, "rtk.ce_weight", "rtk.kd_weight", "rtk.beta")
+@reads(*METHODS, "rtk.ce_weight", "rtk.kd_weight", "rtk.beta")
 def _rtk_weights(c: Config, _: int) -> str:
     return _all_zero("rtk", c)
 
 
-@_reads(*_METHODS, "batch_size")
+@reads(*METHODS, "batch_size")
 def _least_batch(c: Config, _: int) -> str:
-    for name in _methods(c):
+    for name in methods(c):
         least = distill.METHODS[name].least_batch
         if c.batch_size < least:
             return (
@@ -108,28 +108,28 @@ def _least_batch(c: Config, _: int) -> str:
     return ""
 
 
-@_reads("lakd.a", "lakd.b", only_lakd=True)
+@reads("lakd.a", "lakd.b", only_lakd=True)
 def _mask(c: Config, _: int) -> str:
     if c.lakd.a or c.lakd.b:
         return ""
     return "lakd.a and lakd.b are both 0: the mask would be empty"
 
 
-@_reads("lakd.att_global", "lakd.attention", only_lakd=True)
+@reads("lakd.att_global", "lakd.attention", only_lakd=True)
 def _att_global(c: Config, _: int) -> str:
     if not c.lakd.att_global or c.lakd.attention != "inside":
         return ""
     return "lakd.att_global needs a separate L_att; lakd.attention=inside has none"
 
 
-@_reads("lakd.preact", "local.granularity", only_lakd=True)
+@reads("lakd.preact", "local.granularity", only_lakd=True)
 def _preact(c: Config, _: int) -> str:
     if not c.lakd.preact or c.local.granularity in ("stage", "none"):
         return ""
     return "lakd.preact needs local.granularity=stage or none"
 
 
-@_reads("lakd.preact", "lakd.task", "lakd.attention", only_lakd=True)
+@reads("lakd.preact", "lakd.task", "lakd.attention", only_lakd=True)
 def _preact_suffix(c: Config, _: int) -> str:
     if not (c.lakd.preact and lakd.needs_suffix(c.lakd.task, c.lakd.attention)):
         return ""
@@ -139,145 +139,16 @@ def _preact_suffix(c: Config, _: int) -> str:
     )
 
 
-@_reads("lakd.att_global", "local.module_input", only_lakd=True)
+@reads("lakd.att_global", "local.module_input", only_lakd=True)
 def _att_global_input(c: Config, _: int) -> str:
     if not c.lakd.att_global or c.local.module_input == "student":
         return ""
     return "lakd.att_global needs local.module_input=student: no gradient crosses"
 
 
-@_reads(*_METHODS, "local.engine")
-def _engine_method(c: Config, _: int) -> str:
-    if c.local.engine == "fused" or distill.METHODS[c.method].local:
-        return ""
-    return (
-        f"local.engine={c.local.engine} runs the modules of a student that is cut; "
-        f"method {c.method} has one loss for all of it: use local.engine=fused"
-    )
-
-
-@_reads("local.engine", "steps_per_dispatch")
-def _engine_dispatch(c: Config, _: int) -> str:
-    if c.local.engine == "fused" or c.steps_per_dispatch < 2:
-        return ""
-    return (
-        f"local.engine={c.local.engine} dispatches each module of each step; set "
-        "steps_per_dispatch to 0, or use local.engine=fused"
-    )
-
-
-_NEEDED = ("lakd.att_global", "lakd.task", "lakd.head_loss", "lakd.preact")
-
-
-@_reads(
-    "local.engine",
-    "local.cut_scale",
-    "student.vam.enabled",
-    "student.name",
-    "teacher.name",
-    *_NEEDED,
-    only_lakd=True,
-)
-def _engine_isolated(c: Config, _: int) -> str:
-    if c.local.engine == "fused":
-        return ""
-    entry = any(models.family(n.name).PREACTIVATION for n in (c.student, c.teacher))
-    logits = lakd.needs_logits(c.lakd.task, c.lakd.head_loss)
-    needs = {
-        "local.cut_scale above 0": c.local.cut_scale > 0,
-        "lakd.att_global": c.lakd.att_global,
-        "student.vam.enabled": c.student.vam.enabled,
-        f"lakd.task={c.lakd.task} with lakd.head_loss=ce+kd": logits,
-        "lakd.preact in networks that normalise first": c.lakd.preact and entry,
-    }
-    found = [name for name, holds in needs.items() if holds]
-    if not found:
-        return ""
-    return (
-        f"local.engine={c.local.engine} runs modules apart, which {found[0]} does not "
-        "allow: use local.engine=fused"
-    )
-
-
-@_reads("seeds")
-def _seeds(c: Config, _: int) -> str:
-    again = [seed for i, seed in enumerate(c.seeds) if seed in c.seeds[:i]]
-    return f"seeds has {again[0]} twice" if again else ""
-
-
-@_reads("seeds_by", "student.name", "local.engine", "teacher.views")
-def _seeds_by(c: Config, _: int) -> str:
-    if c.seeds_by in ("auto", "turn"):
-        return ""
-    if c.student.name == "hme":
-        return f"seeds_by={c.seeds_by} is not for student.name=hme: use seeds_by=turn"
-    if c.local.engine != "fused":
-        return (
-            f"seeds_by={c.seeds_by} needs local.engine=fused; with "
-            f"{c.local.engine} use seeds_by=turn"
-        )
-    if c.teacher.views:
-        return f"seeds_by={c.seeds_by} is not for teacher.views: use seeds_by=turn"
-    return ""
-
-
-@_reads(*_METHODS, "teacher.views", "epochs")
-def _views_epochs(c: Config, _: int) -> str:
-    if not _needs_teacher(c) or c.teacher.views <= c.epochs:
-        return ""
-    return (
-        f"teacher.views is {c.teacher.views}, more than epochs ({c.epochs}): the rest "
-        "would never be seen"
-    )
-
-
-@_reads(*_METHODS, "teacher.views")
-def _views_reads(c: Config, _: int) -> str:
-    if not c.teacher.views:
-        return ""
-    for name in _methods(c):
-        reads = distill.METHODS[name].teacher_reads
-        if more := [part for part in reads if part not in method.STORABLE]:
-            return (
-                f"teacher.views stores {' and '.join(method.STORABLE)}, but method "
-                f"{name} reads the teacher's {', '.join(more)}: set teacher.views to 0"
-            )
-    return ""
-
-
-@_reads("teacher.views", "lakd.task", "lakd.attention", only_lakd=True)
-def _views_suffix(c: Config, _: int) -> str:
-    if not (c.teacher.views and lakd.needs_suffix(c.lakd.task, c.lakd.attention)):
-        return ""
-    return (
-        "lakd.task=teacher_suffix and lakd.attention=logits run the teacher on from "
-        "the student's features, which teacher.views cannot store: set it to 0"
-    )
-
-
-@_reads("teacher.views", "local.engine")
-def _views_engine(c: Config, _: int) -> str:
-    if not c.teacher.views or c.local.engine == "fused":
-        return ""
-    return (
-        f"local.engine={c.local.engine} runs the teacher beside the modules: set "
-        "teacher.views to 0, or use local.engine=fused"
-    )
-
-
-@_reads("teacher.views", "lakd.preact", "local.module_input", only_lakd=True)
-def _views_preact(c: Config, _: int) -> str:
-    if not (c.teacher.views and c.lakd.preact and c.local.module_input == "teacher"):
-        return ""
-    return (
-        "teacher.views stores what is compared, and with lakd.preact this is not what "
-        "local.module_input=teacher feeds: set teacher.views to 0"
-    )
-
-
-@_reads(*_METHODS, "label_smoothing")
+@reads(*METHODS, "label_smoothing")
 def _smoothing(c: Config, _: int) -> str:
-    others = [m for m in _methods(c) if m not in ("none", "kd")]
+    others = [m for m in methods(c) if m not in ("none", "kd")]
     if not c.label_smoothing or not others:
         return ""
     return (
@@ -286,29 +157,29 @@ def _smoothing(c: Config, _: int) -> str:
     )
 
 
-@_reads(*_METHODS, "student.name", "hme.loss", "hme.output", "label_smoothing")
+@reads(*METHODS, "student.name", "hme.loss", "hme.output", "label_smoothing")
 def _binary(c: Config, _: int) -> str:
     if c.student.name != "hme" or c.hme.loss != "binary":
         return ""
     if c.hme.output != "nce":
         return "hme.loss=binary needs heads of two units: set hme.output to nce"
-    if others := [m for m in _methods(c) if m not in ("none", "kd")]:
+    if others := [m for m in methods(c) if m not in ("none", "kd")]:
         return f"hme.loss=binary is for methods none and kd, not {others[0]}"
     if c.label_smoothing:
         return "hme.loss=binary has no label_smoothing: set it to 0"
     return ""
 
 
-@_reads("student.name", "student.init")
+@reads("student.name", "student.init")
 def _hme_init(c: Config, _: int) -> str:
     if c.student.name != "hme" or not c.student.init:
         return ""
     return "student.init must be empty for student.name=hme: stage 1 starts from random"
 
 
-@_reads(*_METHODS, "teacher.name", "teacher.init")
+@reads(*METHODS, "teacher.name", "teacher.init")
 def _hme_teacher(c: Config, _: int) -> str:
-    if c.teacher.name != "hme" or c.teacher.init or not _needs_teacher(c):
+    if c.teacher.name != "hme" or c.teacher.init or not needs_teacher(c):
         return ""
     return (
         "teacher.name=hme needs teacher.init, a finished run: teachers that are "
@@ -316,12 +187,12 @@ def _hme_teacher(c: Config, _: int) -> str:
     )
 
 
-@_reads("student.name", "student.shortcut")
+@reads("student.name", "student.shortcut")
 def _student_shortcut(c: Config, _: int) -> str:
     return _shortcut("student", c.student)
 
 
-@_reads("student.name", "student.vam.enabled")
+@reads("student.name", "student.vam.enabled")
 def _gates(c: Config, _: int) -> str:
     if not c.student.vam.enabled or models.family(c.student.name).GATED:
         return ""
@@ -331,14 +202,14 @@ def _gates(c: Config, _: int) -> str:
     )
 
 
-@_reads("teacher.name", "teacher.shortcut")
+@reads("teacher.name", "teacher.shortcut")
 def _teacher_shortcut(c: Config, _: int) -> str:
     return _shortcut("teacher", c.teacher)
 
 
-@_reads(*_METHODS, *_CUTS)
+@reads(*METHODS, *_CUTS)
 def _cuts(c: Config, _: int) -> str:
-    if not any(distill.METHODS[m].local for m in _methods(c)):
+    if not any(distill.METHODS[m].local for m in methods(c)):
         return ""
     try:
         _partition(c)
@@ -347,7 +218,7 @@ def _cuts(c: Config, _: int) -> str:
     return ""
 
 
-@_reads(*_CUTS, "local.module_start_epochs", only_lakd=True)
+@reads(*_CUTS, "local.module_start_epochs", only_lakd=True)
 def _module_starts(c: Config, devices: int) -> str:
     starts = c.local.module_start_epochs
     if not starts or _cuts(c, devices):
@@ -361,7 +232,7 @@ def _module_starts(c: Config, devices: int) -> str:
     )
 
 
-@_reads(*_CUTS, "local.module_input", only_lakd=True)
+@reads(*_CUTS, "local.module_input", only_lakd=True)
 def _module_input(c: Config, devices: int) -> str:
     if c.local.module_input == "student" or _cuts(c, devices):
         return ""
@@ -406,17 +277,19 @@ def _longer(warmup: float, field: str, epochs: int) -> str:
 
 def _all_zero(name: str, c: Config) -> str:
     fields = ("ce_weight", "kd_weight", "beta")
-    if name not in _methods(c) or any(c[name][f] for f in fields):
+    if name not in methods(c) or any(c[name][f] for f in fields):
         return ""
     return f"{name}.{f', {name}.'.join(fields)} are all 0: nothing is learnt"
 
 
-def _methods(c: Config) -> tuple[str, ...]:
+def methods(c: Config) -> tuple[str, ...]:
+    """Every method that runs."""
     return (c.method, *c.baselines)
 
 
-def _needs_teacher(c: Config) -> bool:
-    return any(distill.METHODS[m].needs_teacher for m in _methods(c))
+def needs_teacher(c: Config) -> bool:
+    """Whether any method that runs has a teacher."""
+    return any(distill.METHODS[m].needs_teacher for m in methods(c))
 
 
 def _partition(c: Config) -> tuple[chain.Chain, chain.Chain, cuts.Partition]:

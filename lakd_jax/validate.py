@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-from lakd_jax import choices, distill, errors, models, relations
+from lakd_jax import choices, distill, errors, models, relations_runs
 from lakd_jax import config as config_lib
 from lakd_jax.distill import lakd, rtk
 from lakd_jax.local import cuts
@@ -241,7 +241,7 @@ def problems(
         if field not in faults and (fault := check(values[field])):
             faults[field] = f"{field} {fault}"
     found = [fault for fault in faults.values() if fault]
-    for fields, relation in relations.TABLE:
+    for fields, relation in relations_runs.TABLE:
         # What a relation makes of a field wrong by itself is not worth reading.
         if faults.keys().isdisjoint(fields):
             found += filter(None, [relation(config, devices)])

@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 
-from lakd_jax import errors, version
+from lakd_jax import errors, hosts, version
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
@@ -62,7 +62,9 @@ def prepare(
     allow_resume: bool = True,
     may_change: Collection[str] = (),
 ) -> Workdir:
-    """Makes, tests and locks the folder of a run; process 0 calls it, before step 1.
+    """Makes, tests and locks the folder of a run, before step 1.
+
+    Of several processes the first one does, and all must see what it left there.
 
     Args:
       workdir: local folder; made if absent.
@@ -75,10 +77,33 @@ def prepare(
 
     Raises:
       WorkdirError: it cannot be written, is in use, or is of another configuration.
+      HostsError: it is not the same folder for all processes.
     """
     path = pathlib.Path(workdir).absolute()
     if "://" in str(workdir):
         raise errors.WorkdirError(f"{workdir}: must be a local folder, not a bucket")
+    made = Workdir(path, resumed=False, lock=-1)
+
+    def make() -> bool:
+        made.lock, resumed = _claim(path, config, allow_resume, may_change)
+        return resumed
+
+    made.resumed = hosts.first(make)
+    try:
+        hosts.agree({f"{path / CONFIG} is there": (path / CONFIG).exists()})
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def _claim(
+    path: pathlib.Path,
+    config: Mapping[str, Any],
+    allow_resume: bool,
+    may_change: Collection[str],
+) -> tuple[int, bool]:
+    """(the lock, whether the folder already had a run); see `prepare`."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         _write_test(path)
@@ -94,7 +119,7 @@ def prepare(
     except BaseException:
         os.close(lock)
         raise
-    return Workdir(path, resumed, lock)
+    return lock, resumed
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -121,11 +146,8 @@ def write_bytes(path: str | os.PathLike, data: bytes | memoryview) -> None:
 
 def environment() -> dict[str, Any]:
     """What a run runs on: versions, commit, devices, command line, start time."""
-    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    versions |= {"python": platform.python_version(), "lakd_jax": version.VERSION}
     return {
-        "versions": versions,
-        "commit": _commit(),
+        **code(),
         "devices": [f"{d.id}: {d.platform} {d.device_kind}" for d in jax.devices()],
         "processes": jax.process_count(),
         "host": socket.gethostname(),
@@ -133,6 +155,13 @@ def environment() -> dict[str, Any]:
         "command": shlex.join(sys.orig_argv),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def code() -> dict[str, Any]:
+    """Which program this is: versions and commit, a part of `environment`."""
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    versions |= {"python": platform.python_version(), "lakd_jax": version.VERSION}
+    return {"versions": versions, "commit": _commit()}
 
 
 def _write_test(path: pathlib.Path) -> None:

@@ -13,7 +13,7 @@ from lakd_jax import config as config_lib
 from lakd_jax import interop, interrupt, workdir
 from lakd_jax.models import hme
 from lakd_jax.report import metrics
-from lakd_jax.train import hme_runs, networks, runs
+from lakd_jax.train import hme_runs, networks, runs, teachers
 from lakd_jax.train import state as state_lib
 
 TIMINGS = ("seconds", "step_seconds", "images_per_second")
@@ -41,7 +41,7 @@ def train(settings, directory, bench, guard):
     own = dataclasses.replace(bench(settings, interrupt.Guard()), guard=guard)
     teacher = None
     if settings.method != "none":
-        teacher = runs.make_teacher(settings, bench(settings, interrupt.Guard()))
+        teacher = teachers.make(settings, bench(settings, interrupt.Guard()))
     with workdir.prepare(directory, config_lib.to_dict(settings)):
         return hme_runs.train(settings, directory, own, teacher)
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from lakd_jax import checkpoint, errors, interop, interrupt, models, workdir
 from lakd_jax import config as config_lib
 from lakd_jax.report import metrics
-from lakd_jax.train import evaluate, networks, runs
+from lakd_jax.train import evaluate, networks, runs, teachers
 from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
 
@@ -237,10 +237,10 @@ def test_floor_of_the_teacher(tmp_path, classes, floor, right, good):
     score = evaluate.Score(right, 100, 1.0)
     arguments = (config, bench, teacher.network, teacher.pixels, score)
     if good:
-        runs._check_floor(*arguments)
+        teachers._check_floor(*arguments)
         return
     with pytest.raises(errors.TeacherError, match=f"{right} of 100 .*{right}.00 %"):
-        runs._check_floor(*arguments)
+        teachers._check_floor(*arguments)
 
 
 def test_teacher_is_folded_and_fed_at_the_size_it_was_trained_at(run):
@@ -250,7 +250,7 @@ def test_teacher_is_folded_and_fed_at_the_size_it_was_trained_at(run):
         fields = {"method": "kd", "teacher__image_size": 12} | fields
         config = config_lib.resolve(tiny.config(run, **fields))
         bench = runs.bench(config, interrupt.Guard(), lambda text: None)
-        return runs.make_teacher(config, bench)
+        return teachers.make(config, bench)
 
     plain = made(teacher__fold=False)
     assert not plain.network.model.folded
@@ -266,7 +266,7 @@ def test_teacher_of_other_images_is_not_taken_from_the_cache(run, monkeypatch):
     def cached():
         config = config_lib.resolve(tiny.config(run, method="kd"))
         bench = runs.bench(config, interrupt.Guard(), lambda text: None)
-        return runs.make_teacher(config, bench).network.source
+        return teachers.make(config, bench).network.source
 
     first = cached()
     assert cached() == first

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from lakd_jax import config as config_lib
 from lakd_jax import interop, interrupt, workdir
 from lakd_jax.report import metrics
-from lakd_jax.train import networks, runs
+from lakd_jax.train import networks, runs, teachers
 from lakd_jax.train import state as state_lib
 
 LONG = pytest.mark.long
@@ -34,7 +34,7 @@ def teacher_dir(tmp_path_factory):
 def teacher_for(config, bench, teacher_dir):
     """One teacher for all tests here, trained by the first that asks."""
     config = config_lib.changed(config, {"teacher.cache": str(teacher_dir)})
-    return runs.make_teacher(config, bench)
+    return teachers.make(config, bench)
 
 
 def train(config, directory, bench, guard, teacher_dir):

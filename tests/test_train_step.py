@@ -1,6 +1,7 @@
 """The compiled step: devices, dispatch, precision, what it reports."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -59,19 +60,39 @@ def run_singly(made, indices):
     return state, losses
 
 
-@pytest.mark.parametrize("method", ["none", "lakd"])
-def test_eight_devices_train_as_one(method, tmp_path):
-    fields = {"method": method, "optim__lr": 0.01}
-    indices = rows(20)
-    one, losses_one = run_singly(make(tmp_path, 1, **fields), indices)
-    eight, losses_eight = run_singly(make(tmp_path, 8, **fields), indices)
-    np.testing.assert_allclose(losses_eight[:10], losses_one[:10], rtol=1e-5)
+@pytest.fixture(scope="module")
+def trained_on(tmp_path_factory):
+    """Twenty steps of a method on some devices, once each."""
+    folder = tmp_path_factory.mktemp("devices")
+
+    @functools.cache
+    def run(method, devices):
+        made = make(folder, devices, method=method, optim__lr=0.01)
+        return run_singly(made, rows(20))
+
+    return run
+
+
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    ("method", "devices"),
+    [
+        *(("none", 2), ("none", 4), ("none", 8), ("lakd", 8)),
+        *(pytest.param("lakd", 2, marks=LONG), pytest.param("lakd", 4, marks=LONG)),
+    ],
+)
+def test_devices_train_as_one(method, devices, trained_on):
+    one, losses_one = trained_on(method, 1)
+    many, losses = trained_on(method, devices)
+    np.testing.assert_allclose(losses[:10], losses_one[:10], rtol=1e-5)
     # Rounding may put an activation on the other side of a ReLU's zero, on some
     # machines in some step: from there on the two part, slowly.
-    np.testing.assert_allclose(losses_eight, losses_one, rtol=1e-2)
+    np.testing.assert_allclose(losses, losses_one, rtol=1e-2)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-2),
-        eight.params,
+        many.params,
         one.params,
     )
 

@@ -15,7 +15,16 @@ import tiny
 
 from lakd_jax import config as config_lib
 from lakd_jax import errors, interrupt, manifest, validate, workdir
-from lakd_jax.train import build, hme_runs, runs, step, teaching, view_runs, views
+from lakd_jax.train import (
+    build,
+    hme_runs,
+    runs,
+    step,
+    teachers,
+    teaching,
+    view_runs,
+    views,
+)
 from lakd_jax.train import learner as learner_lib
 
 bench, teacher_dir = resume.bench, resume.teacher_dir  # fixtures
@@ -154,7 +163,7 @@ def test_both_stages_of_an_experts_tree_share_what_is_stored(tmp_path, bench):
     config = config_lib.resolve(tiny.config(tmp_path, **fields, teacher__views=1))
     own, lines = bench(config, interrupt.Guard()), []
     own = dataclasses.replace(own, notify=lines.append)
-    teacher = runs.make_teacher(config, own)
+    teacher = teachers.make(config, own)
     with workdir.prepare(tmp_path / "run", config_lib.to_dict(config)):
         result = hme_runs.train(config, tmp_path / "run", own, teacher)
     assert result["test_last"]["examples"] == 45 and result["stage1"]["epochs"] == 1
@@ -291,7 +300,7 @@ def test_too_little_room_is_known_before_the_teacher_is_trained(tmp_path, bench)
     config.teacher.views_mib = 1
     own = bench(config, interrupt.Guard())
     with pytest.raises(errors.ConfigError, match=r"160 images x 4 views = 4 MiB"):
-        runs.make_teacher(config, own)
+        teachers.make(config, own)
     assert not (tmp_path / "teachers").exists()
 
 

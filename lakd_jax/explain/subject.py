@@ -13,7 +13,7 @@ from lakd_jax import checkpoint, distill, errors, interrupt, workdir
 from lakd_jax import config as config_lib
 from lakd_jax.data import order
 from lakd_jax.models import chain
-from lakd_jax.train import build, gates, networks, runs
+from lakd_jax.train import build, gates, networks, runs, teachers
 from lakd_jax.train import learner as learner_lib
 
 PyTree = Any
@@ -70,7 +70,7 @@ def load(
     student = runs.load_network("student", finished, bench)
     teacher = None
     if distill.METHODS[config.method].needs_teacher:
-        teacher = runs.make_teacher(config, bench)
+        teacher = teachers.make(config, bench)
     result = workdir.read_json(directory / networks.RESULT_FILE)
     pixels = build.pixels(config)
     return Subject(directory, config, bench, student, pixels, teacher, result)

@@ -36,9 +36,10 @@ def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 class MetricWriter:
     """Writes metrics.jsonl and TensorBoard events into a run directory.
 
-    A context manager. Records of a step should be written before the checkpoint
-    of that step is: on resume, everything after `resume_step` is dropped and will
-    be written again, so that the file ends up equal to that of an unbroken run.
+    A context manager; of several processes the first one alone writes. Records of a
+    step should be written before the checkpoint of that step is: on resume,
+    everything after `resume_step` is dropped and will be written again, so that the
+    file ends up equal to that of an unbroken run.
 
     A failing disk does not stop training: the first OSError is reported once,
     after which nothing more is written.
@@ -67,8 +68,12 @@ class MetricWriter:
         self._off = False
 
     def __enter__(self) -> Self:
-        with self._or_off():
-            self._open()
+        from lakd_jax import hosts  # here, as it loads JAX, which readers do without
+
+        self._off = not hosts.is_first()
+        if not self._off:
+            with self._or_off():
+                self._open()
         return self
 
     def __exit__(

@@ -60,7 +60,8 @@ class Progress:
 
     On a terminal one line is redrawn in place and notes appear above it;
     elsewhere every call prints one plain line. A stream that breaks (closed
-    pipe, lost terminal) silences the display and does not stop training.
+    pipe, lost terminal) silences the display and does not stop training. Of several
+    processes the first one alone shows something.
     """
 
     def __init__(
@@ -83,7 +84,12 @@ class Progress:
         self._broken = False
 
     def __enter__(self) -> Self:
+        from lakd_jax import hosts  # here, as it loads JAX
+
         self._stream = self._given_stream or sys.stderr
+        self._broken = not hosts.is_first()
+        if self._broken:
+            return self
         with self._unless_broken():
             self._live = _live_display(self._stream)
             if self._live is not None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 
-from lakd_jax import backend, distill, interrupt, validate, workdir
+from lakd_jax import backend, distill, hosts, interrupt, validate, workdir
 from lakd_jax import config as config_lib
 from lakd_jax.report import table
-from lakd_jax.train import costs, hme_runs, look, networks, rows, runs, seeds
+from lakd_jax.train import costs, hme_runs, look, networks, rows, runs, seeds, teachers
 
 TITLES = {
     "none": "alone",
@@ -49,11 +49,9 @@ def run(
     Raises:
       errors.LakdError: see `lakd_jax.errors` for the kinds.
     """
-    validate.require(config, jax.local_device_count())
-    backend.prepare(config.compile_cache)
-    config, directory = config_lib.resolve(config), Path(directory)
+    config, directory, notify = _begin(config), Path(directory), hosts.notifier(notify)
     with contextlib.ExitStack() as stack:
-        guard = guard or stack.enter_context(interrupt.Guard())
+        guard = guard or stack.enter_context(hosts.guard())
         settings = config_lib.to_dict(config)
         stack.enter_context(_claimed(directory, settings))
         wanted = _of_seeds(config, directory)
@@ -65,7 +63,7 @@ def run(
         methods = [*config.baselines, config.method]
         teacher = None
         if any(distill.METHODS[m].needs_teacher for m in methods):
-            teacher = runs.make_teacher(config, bench)
+            teacher = teachers.make(config, bench)
         results, by = {}, config.seeds_by
         for method in config.baselines:
             notify(_title(config, method))
@@ -75,7 +73,7 @@ def run(
         for one in wanted:
             _draw(one, bench, teacher)
         text = _table(config, results, teacher)
-        (directory / "table.md").write_text(text + "\n")
+        hosts.first(lambda: (directory / "table.md").write_text(text + "\n"))
         notify(f"\n{text}\n\n{_where(wanted, directory)}")
     last = results[config.method]
     return {"seeds": last} if config.seeds else last[0]
@@ -109,6 +107,16 @@ def _where(wanted: Sequence[seeds.Run], directory: Path) -> str:
     return f"Pictures, metrics and students are in {names} of {directory}"
 
 
+def _begin(config: config_lib.ConfigDict) -> config_lib.ConfigDict:
+    """The config, resolved: it can be run here, and all processes have the same."""
+    validate.require(config, jax.device_count())
+    backend.prepare(config.compile_cache)
+    code = workdir.code()
+    own = {**code["versions"], "commit of the code": code["commit"]}
+    hosts.agree({**config_lib.flat(config), **own})
+    return config_lib.resolve(config)
+
+
 @contextlib.contextmanager
 def _claimed(directory: Path, settings: dict[str, Any]) -> Iterator[None]:
     """The run's directory, free for another config if it fails before training.
@@ -121,9 +129,8 @@ def _claimed(directory: Path, settings: dict[str, Any]) -> Iterator[None]:
         except BaseException:
             begun = ("checkpoints", networks.RESULT_FILE, hme_runs.STAGE1)
             folders = [directory, *directory.glob("seed*")]
-            if not any(
-                (folder / name).exists() for folder in folders for name in begun
-            ):
+            left = any((f / name).exists() for f in folders for name in begun)
+            if hosts.is_first() and not left:
                 for folder in folders:
                     (folder / workdir.CONFIG).unlink(missing_ok=True)
             raise
@@ -165,14 +172,13 @@ def dry_run(
     Nothing is written to a run's directory. A teacher that would be trained first
     stands in with random weights.
     """
-    validate.require(config, jax.local_device_count())
-    backend.prepare(config.compile_cache)
-    config = _of_seeds(config_lib.resolve(config), Path())[0].config
+    config, notify = _begin(config), hosts.notifier(notify)
+    config = _of_seeds(config, Path())[0].config
     bench = runs.bench(config, guard, notify)
     notify(_describe_data(bench))
     teacher = None
     if distill.METHODS[config.method].needs_teacher:
-        teacher = runs.stand_in(config, bench) or runs.make_teacher(config, bench)
+        teacher = teachers.stand_in(config, bench) or teachers.make(config, bench)
     with tempfile.TemporaryDirectory() as scratch:
         own = hme_runs.parts(config, Path(scratch), bench, teacher, dry=True)
         notify(costs.one_step(config, bench, own, teacher))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lakd_jax import backend, distill
+from lakd_jax import backend, distill, hosts
 from lakd_jax import config as config_lib
 from lakd_jax.distill import binary
 from lakd_jax.distill import method as method_lib
@@ -261,4 +261,5 @@ def _first_state(
         batch_stats=stats,
         opt_state=learner.optimizer.init(params),
     )
+    hosts.agree_on_arrays("the first state", state)
     return state_lib.replicate(state, learner.mesh)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lakd_jax import config as config_lib
-from lakd_jax import workdir
+from lakd_jax import hosts, workdir
 from lakd_jax.train import hme_stages, networks, runs
 
 STAGE1 = "stage1"  # the directory of the first training, in the run's
@@ -30,10 +30,10 @@ def train(
     tree, and `result.json` tells of stage 1 under "stage1".
     """
     done = directory / networks.RESULT_FILE
-    if not has_stages(config) or done.exists():
+    if not has_stages(config) or hosts.first(done.exists):
         return runs.train_one(config, directory, bench, teacher)
     folder = directory / STAGE1
-    if not (folder / networks.RESULT_FILE).exists():
+    if not hosts.first((folder / networks.RESULT_FILE).exists):
         bench.notify(f"stage 1 of 2, weights and gates, in {folder}")
     stage = hme_stages.first(config)
     with workdir.prepare(folder, config_lib.to_dict(config)):

@@ -7,12 +7,13 @@ import jax
 import numpy as np
 
 from lakd_jax import config as config_lib
-from lakd_jax import data, distill
+from lakd_jax import data, distill, hosts
 from lakd_jax.distill import lakd
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
 from lakd_jax.report import maps, metrics, pictures
 from lakd_jax.train import build, networks, runs
+from lakd_jax.train import state as state_lib
 
 SHOWN = 8  # test images in the attention picture
 
@@ -30,6 +31,16 @@ def draw(
       directory: of the run whose student is looked at, and of the pictures.
       folders: directories of all runs of this command by title, for the curves.
     """
+    hosts.first(lambda: _draw(config, directory, bench, teacher, folders))
+
+
+def _draw(
+    config: config_lib.ConfigDict,
+    directory: Path,
+    bench: runs.Bench,
+    teacher: runs.Teacher | None,
+    folders: Mapping[str, Path],
+) -> None:
     records = {title: metrics.read(folder) for title, folder in folders.items()}
     pictures.curves(
         directory / "curves.png",
@@ -111,7 +122,8 @@ def _one_a_class(labels: np.ndarray) -> np.ndarray:
 
 def _forward(network: networks.Loaded, inputs: jax.Array) -> chain.Outputs:
     forward = jax.jit(lambda v, x: network.model.apply(v, x, train=False))
-    return forward(network.variables, inputs)
+    # One process alone cannot run a program over the devices of all.
+    return forward(state_lib.on_one_device(network.variables), inputs)
 
 
 def _joints(

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lakd_jax import backend, checkpoint
+from lakd_jax import backend, checkpoint, hosts
 from lakd_jax import config as config_lib
 from lakd_jax.train import fit, hme_runs, networks, runs, teams
 from lakd_jax.train import state as state_lib
@@ -29,7 +29,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether its result is there."""
-        return (self.directory / networks.RESULT_FILE).exists()
+        return hosts.first((self.directory / networks.RESULT_FILE).exists)
 
 
 def train(
@@ -69,12 +69,15 @@ def _together(waiting: Sequence[Run], by: str) -> tuple[str, int | None]:
     """How they are trained, and the step that all go on from (None: the first)."""
     config = waiting[0].config
     if by == "auto":
-        several = len(jax.local_devices()) > 1
-        by = "device" if several else "program"
+        by = "device" if jax.device_count() > 1 else "program"
         alone = hme_runs.has_stages(config) or config.local.engine != "fused"
-        if backend.on_cpu() or alone or config.teacher.views:
+        alone = alone or config.teacher.views or hosts.count() > 1
+        if backend.on_cpu() or alone:
             by = "turn"
-    saved = [set(checkpoint.list_steps(r.directory / "checkpoints")) for r in waiting]
+    saved = [
+        set(hosts.first(lambda d=r.directory: checkpoint.list_steps(d / "checkpoints")))
+        for r in waiting
+    ]
     if not any(saved):
         return by, None
     until = min(max(steps, default=0) for steps in saved)

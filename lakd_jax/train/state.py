@@ -69,18 +69,31 @@ def _keys(seed: int) -> dict[str, jax.Array]:
 
 
 def data_mesh() -> Mesh:
-    """All local devices in one axis, over which batches are split."""
-    return Mesh(np.array(jax.local_devices()), ("data",))
+    """All devices of all processes in one axis, over which batches are split."""
+    return Mesh(np.array(jax.devices()), ("data",))
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Every leaf whole on every device, in buffers of its own.
 
-    The copy matters: `device_put` may alias its argument, and the step donates
+    Each process fills its own devices, so all must call it with the same numbers.
+    The copies matter: `device_put` may alias its argument, and the step donates
     what it is given.
     """
     sharding = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda x: jax.device_put(jnp.array(x), sharding), tree)
+
+    def whole(x: Any) -> jax.Array:
+        copies = [jax.device_put(jnp.array(x), d) for d in mesh.local_devices]
+        return jax.make_array_from_single_device_arrays(jnp.shape(x), sharding, copies)
+
+    return jax.tree.map(whole, on_one_device(tree))
+
+
+def on_one_device(tree: PyTree) -> PyTree:
+    """What is whole on every device, from one device of this process."""
+    return jax.tree.map(
+        lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, tree
+    )
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:

@@ -1,0 +1,160 @@
+"""What must hold between fields about how a run is executed.
+
+Engines, seeds, stored outputs of the teacher, processes. `TABLE` has all relations:
+these and those of `lakd_jax.relations`.
+"""
+
+from lakd_jax import distill, hosts, models, relations
+from lakd_jax.distill import lakd, method
+
+TABLE = relations.TABLE
+
+
+@relations.reads("local.engine", only_lakd=True)
+def _processes(c: relations.Config, _: int) -> str:
+    if c.local.engine != "pipeline" or hosts.count() == 1:
+        return ""
+    return (
+        "local.engine=pipeline puts modules on the devices of one process, and there "
+        f"are {hosts.count()}; use fused or dispatch, or one process"
+    )
+
+
+@relations.reads(*relations.METHODS, "local.engine")
+def _engine_method(c: relations.Config, _: int) -> str:
+    if c.local.engine == "fused" or distill.METHODS[c.method].local:
+        return ""
+    return (
+        f"local.engine={c.local.engine} runs the modules of a student that is cut; "
+        f"method {c.method} has one loss for all of it: use local.engine=fused"
+    )
+
+
+@relations.reads("local.engine", "steps_per_dispatch")
+def _engine_dispatch(c: relations.Config, _: int) -> str:
+    if c.local.engine == "fused" or c.steps_per_dispatch < 2:
+        return ""
+    return (
+        f"local.engine={c.local.engine} dispatches each module of each step; set "
+        "steps_per_dispatch to 0, or use local.engine=fused"
+    )
+
+
+_NEEDED = ("lakd.att_global", "lakd.task", "lakd.head_loss", "lakd.preact")
+
+
+@relations.reads(
+    "local.engine",
+    "local.cut_scale",
+    "student.vam.enabled",
+    "student.name",
+    "teacher.name",
+    *_NEEDED,
+    only_lakd=True,
+)
+def _engine_isolated(c: relations.Config, _: int) -> str:
+    if c.local.engine == "fused":
+        return ""
+    entry = any(models.family(n.name).PREACTIVATION for n in (c.student, c.teacher))
+    logits = lakd.needs_logits(c.lakd.task, c.lakd.head_loss)
+    needs = {
+        "local.cut_scale above 0": c.local.cut_scale > 0,
+        "lakd.att_global": c.lakd.att_global,
+        "student.vam.enabled": c.student.vam.enabled,
+        f"lakd.task={c.lakd.task} with lakd.head_loss=ce+kd": logits,
+        "lakd.preact in networks that normalise first": c.lakd.preact and entry,
+    }
+    found = [name for name, holds in needs.items() if holds]
+    if not found:
+        return ""
+    return (
+        f"local.engine={c.local.engine} runs modules apart, which {found[0]} does not "
+        "allow: use local.engine=fused"
+    )
+
+
+@relations.reads("seeds")
+def _seeds(c: relations.Config, _: int) -> str:
+    again = [seed for i, seed in enumerate(c.seeds) if seed in c.seeds[:i]]
+    return f"seeds has {again[0]} twice" if again else ""
+
+
+@relations.reads("seeds_by", "student.name", "local.engine", "teacher.views")
+def _seeds_by(c: relations.Config, _: int) -> str:
+    if c.seeds_by in ("auto", "turn"):
+        return ""
+    if c.student.name == "hme":
+        return f"seeds_by={c.seeds_by} is not for student.name=hme: use seeds_by=turn"
+    if c.local.engine != "fused":
+        return (
+            f"seeds_by={c.seeds_by} needs local.engine=fused; with "
+            f"{c.local.engine} use seeds_by=turn"
+        )
+    if c.seeds_by == "device" and hosts.count() > 1:
+        return "seeds_by=device is for one process: use seeds_by=turn or program"
+    if c.teacher.views:
+        return f"seeds_by={c.seeds_by} is not for teacher.views: use seeds_by=turn"
+    return ""
+
+
+@relations.reads(*relations.METHODS, "teacher.views", "epochs")
+def _views_epochs(c: relations.Config, _: int) -> str:
+    if not relations.needs_teacher(c) or c.teacher.views <= c.epochs:
+        return ""
+    return (
+        f"teacher.views is {c.teacher.views}, more than epochs ({c.epochs}): the rest "
+        "would never be seen"
+    )
+
+
+@relations.reads(*relations.METHODS, "teacher.views")
+def _views_reads(c: relations.Config, _: int) -> str:
+    if not c.teacher.views:
+        return ""
+    for name in relations.methods(c):
+        reads = distill.METHODS[name].teacher_reads
+        if more := [part for part in reads if part not in method.STORABLE]:
+            return (
+                f"teacher.views stores {' and '.join(method.STORABLE)}, but method "
+                f"{name} reads the teacher's {', '.join(more)}: set teacher.views to 0"
+            )
+    return ""
+
+
+@relations.reads("teacher.views", "lakd.task", "lakd.attention", only_lakd=True)
+def _views_suffix(c: relations.Config, _: int) -> str:
+    if not (c.teacher.views and lakd.needs_suffix(c.lakd.task, c.lakd.attention)):
+        return ""
+    return (
+        "lakd.task=teacher_suffix and lakd.attention=logits run the teacher on from "
+        "the student's features, which teacher.views cannot store: set it to 0"
+    )
+
+
+@relations.reads("teacher.views")
+def _views_processes(c: relations.Config, _: int) -> str:
+    if not c.teacher.views or hosts.count() == 1:
+        return ""
+    return (
+        f"teacher.views is for one process, and there are {hosts.count()}: set it to 0"
+    )
+
+
+@relations.reads("teacher.views", "local.engine")
+def _views_engine(c: relations.Config, _: int) -> str:
+    if not c.teacher.views or c.local.engine == "fused":
+        return ""
+    return (
+        f"local.engine={c.local.engine} runs the teacher beside the modules: set "
+        "teacher.views to 0, or use local.engine=fused"
+    )
+
+
+@relations.reads("teacher.views", "lakd.preact", "local.module_input", only_lakd=True)
+def _views_preact(c: relations.Config, _: int) -> str:
+    if not (c.teacher.views and c.lakd.preact and c.local.module_input == "teacher"):
+        return ""
+    return (
+        "teacher.views stores what is compared, and with lakd.preact this is not what "
+        "local.module_input=teacher feeds: set teacher.views to 0"
+    )

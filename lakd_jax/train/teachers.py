@@ -1,0 +1,125 @@
+"""The teacher of a run: imported, kept or trained; folded; tested before step 1."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lakd_jax import config as config_lib
+from lakd_jax import data, errors, hosts, workdir
+from lakd_jax.models import folding
+from lakd_jax.train import build, evaluate, networks, runs, view_runs
+from lakd_jax.train import learner as learner_lib
+from lakd_jax.train import state as state_lib
+
+
+def make(config: config_lib.ConfigDict, bench: runs.Bench) -> runs.Teacher:
+    """The teacher: from `teacher.init`, the cache, or trained now; then tested.
+
+    Raises:
+      errors.TeacherError: it cannot be loaded, or its accuracy on the test split
+        is below `teacher.floor` (0: twice chance).
+      errors.ConfigError: its outputs cannot be stored in `teacher.views_mib`.
+    """
+    loaded = runs.load_network("teacher", config, bench)
+    seen = _pixels(config, loaded)
+    view_runs.require_room(config, loaded, seen, bench.dataset, bench.mesh)
+    if not config.teacher.init:
+        _train_teacher(config, bench)
+        cached = str(_cached(config, bench))
+        config = config_lib.changed(config, {"teacher.init": cached})
+        loaded = runs.load_network("teacher", config, bench)
+    pixels = _pixels(config, loaded)
+    loaded, parameters = _frozen(config, loaded, bench)
+    score = runs.evaluator(config, loaded, pixels, bench)(loaded.variables, bench.test)
+    bench.notify(
+        f"teacher {config.teacher.name} from {loaded.source}: {score.right} of "
+        f"{score.examples} test images right ({100 * score.accuracy:.2f} %)"
+    )
+    _check_floor(config, bench, loaded, pixels, score)
+    return runs.Teacher(loaded, pixels, score, parameters)
+
+
+def _pixels(
+    config: config_lib.ConfigDict, loaded: networks.Loaded
+) -> learner_lib.Pixels:
+    """What the teacher sees of an image."""
+    return learner_lib.Pixels(
+        tuple(config.teacher.mean or loaded.mean or config.data.mean),
+        tuple(config.teacher.std or loaded.std or config.data.std),
+        build.pixels(config).dtype,
+        config.teacher.image_size or loaded.size,
+    )
+
+
+def _frozen(
+    config: config_lib.ConfigDict, loaded: networks.Loaded, bench: runs.Bench
+) -> tuple[networks.Loaded, int]:
+    """A teacher made ready for inference on all devices, and its parameter count."""
+    model: Any = loaded.model
+    variables: Any = loaded.variables
+    parameters = state_lib.parameter_count(variables["params"])
+    if config.teacher.fold:
+        model, variables = folding.fold(model, variables)
+    hosts.agree_on_arrays("the teacher", variables)
+    variables = state_lib.replicate(variables, bench.mesh)
+    return dataclasses.replace(loaded, model=model, variables=variables), parameters
+
+
+def stand_in(config: config_lib.ConfigDict, bench: runs.Bench) -> runs.Teacher | None:
+    """For a dry run: a teacher of random weights, if it would be trained first."""
+    trained = _cached(config, bench) / networks.RESULT_FILE
+    if config.teacher.init or hosts.first(trained.exists):
+        return None
+    loaded = runs.load_network("teacher", config, bench)
+    images = jnp.zeros((1, *bench.dataset.train.images.shape[1:]), jnp.float32)
+    variables = loaded.model.init(jax.random.key(0), images, train=False)
+    loaded = dataclasses.replace(loaded, variables=variables)
+    loaded, parameters = _frozen(config, loaded, bench)
+    bench.notify(f"teacher {config.teacher.name}: random weights stand in for training")
+    pixels = dataclasses.replace(build.pixels(config), size=config.teacher.image_size)
+    return runs.Teacher(loaded, pixels, evaluate.Score(0, 1, float("nan")), parameters)
+
+
+def _cached(config: config_lib.ConfigDict, bench: runs.Bench) -> Path:
+    """Where the teacher that this config would train on these images is kept."""
+    key = config_lib.digest(config_lib.teacher_config(config))
+    images = data.fingerprint(bench.dataset)[:6]  # a folder may have changed
+    return Path(config.teacher.cache) / f"{config.teacher.name}-{key}-{images}"
+
+
+def _train_teacher(config: config_lib.ConfigDict, bench: runs.Bench) -> None:
+    """Trains the config's teacher into the cache, unless it is there."""
+    directory, own = _cached(config, bench), config_lib.teacher_config(config)
+    if hosts.first((directory / networks.RESULT_FILE).exists):
+        return
+    bench.notify(f"{config.teacher.name}, the teacher, in {directory}")
+    with workdir.prepare(directory, config_lib.to_dict(own)):
+        runs.train_one(own, directory, bench, None)
+
+
+def _check_floor(
+    config: config_lib.ConfigDict,
+    bench: runs.Bench,
+    loaded: networks.Loaded,
+    pixels: learner_lib.Pixels,
+    score: evaluate.Score,
+) -> None:
+    # Of two classes, twice chance would be every image.
+    floor = config.teacher.floor or min(2 / len(bench.dataset.classes), 0.75)
+    if score.accuracy >= floor:
+        return
+    raise errors.TeacherError(
+        f"teacher.init: {loaded.source} gets {score.right} of {score.examples} test "
+        f"images right ({100 * score.accuracy:.2f} %), less than the "
+        f"{100 * floor:.2f} % asked for (teacher.floor, or twice chance).\n"
+        f"It was fed images with mean {_short(pixels.mean)} and deviation "
+        f"{_short(pixels.std)}; if it was trained with others, set teacher.mean and "
+        "teacher.std."
+    )
+
+
+def _short(values: tuple[float, ...]) -> str:
+    return "(" + ", ".join(f"{v:.4g}" for v in values) + ")"

@@ -1,0 +1,31 @@
+"""A program for test_distributed.py: one of the processes that train together.
+
+    python one_of_several.py ADDRESS COUNT INDEX FOLDER FIELDS
+
+FIELDS are those of `tiny.config`, as JSON. The run is kept in FOLDER/run.
+"""
+
+import json
+import pathlib
+import sys
+
+from lakd_jax import cli, hosts
+
+
+def work(guard):
+    address, count, index, folder, fields = sys.argv[1:]
+    guard.run(hosts.connect, address, int(count), int(index))
+    guard.leave = hosts.leave
+    import tiny  # draws numbers as it is imported, which starts JAX
+
+    from lakd_jax import train
+    from lakd_jax.train import runs
+
+    runs.data.load = lambda *a, **k: tiny.dataset()
+    config = tiny.config(pathlib.Path(folder), **json.loads(fields))
+    with hosts.together(), hosts.Guard() as own:
+        train.run(config, pathlib.Path(folder) / "run", guard=own)
+
+
+if __name__ == "__main__":
+    cli.end_with(work)

@@ -1,0 +1,232 @@
+"""Two processes train as one does, stop together, and never wait for ever."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import commands
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import Mesh
+
+from lakd_jax import errors, hosts, interop, relations_runs, train
+from lakd_jax.report import metrics
+from lakd_jax.train import networks, runs
+from lakd_jax.train import state as state_lib
+
+# How ml_collections loads a config file is deprecated from Python 3.12 on.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+PROGRAM = pathlib.Path(__file__).with_name("one_of_several.py")
+LONG = pytest.mark.long
+PLAIN = {"method": "none", "epochs": 1, "optim__lr": 0.01, "compile_cache": ""}
+
+
+def start(folder, *fields):
+    """A process for each of `fields`, with one device each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    return [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(PROGRAM),
+                *(address, str(len(fields)), str(index), str(folder)),
+                json.dumps(own),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(commands.ROOT)},
+        )
+        for index, own in enumerate(fields)
+    ]
+
+
+def ended(processes, timeout=240):
+    """[(exit code, stdout, stderr)]; a process that hangs fails the test."""
+    try:
+        said = [p.communicate(timeout=timeout) for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, *s) for p, s in zip(processes, said, strict=True)]
+
+
+def both(folder, fields):
+    """Trains in two processes, which must end well."""
+    found = ended(start(folder, fields, fields))
+    for code, _, err in found:
+        assert code == 0, err
+    return found
+
+
+def finished(folder):
+    """Variables, result without times, records of the run in `folder`."""
+    run = folder / "run"
+    variables, _ = interop.load_variables(run / networks.STUDENT_FILE)
+    result = json.loads((run / networks.RESULT_FILE).read_text())
+    for timing in ("seconds", "step_seconds", "images_per_second"):
+        del result[timing]
+    return variables, result, metrics.read(run)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Trains in this process on two devices; gives what `finished` does."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    monkeypatch.setattr(state_lib, "data_mesh", lambda: mesh)
+    monkeypatch.setattr(runs.data, "load", lambda *a, **k: tiny.dataset())
+
+    def run(folder, fields):
+        config = tiny.config(folder, **fields)
+        train.run(config, folder / "run", notify=lambda text: None)
+        return finished(folder)
+
+    return run
+
+
+def assert_close(one, other):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        one[0],
+        other[0],
+    )
+    for name in ("test_last", "test_best_on_minival"):
+        assert one[1][name]["right"] == other[1][name]["right"]
+        assert one[1][name]["examples"] == other[1][name]["examples"] == 45
+        np.testing.assert_allclose(
+            one[1][name]["loss"], other[1][name]["loss"], rtol=1e-5
+        )
+
+
+@LONG
+def test_two_processes_train_as_two_devices_of_one(tmp_path, alone):
+    """Ten steps, and 45 test images in batches of 16."""
+    (_, out, _), (_, other_out, other_err) = both(tmp_path / "two", PLAIN)
+    assert_close(finished(tmp_path / "two"), alone(tmp_path / "one", PLAIN))
+    assert "Pictures, metrics and the student are in" in out
+    said = [line for line in other_out.splitlines() if not line.startswith("[Gloo]")]
+    assert not said and not other_err  # process 0 alone prints
+
+
+def test_differing_configs_stop_all(tmp_path):
+    found = ended(start(tmp_path, PLAIN, {**PLAIN, "epochs": 2}), timeout=60)
+    for code, _, err in found:
+        assert code == 2, err
+        assert "process 1 differs from process 0 in 1 values" in err
+        assert "epochs: 1 in process 0, 2 in it" in err
+    assert not (tmp_path / "run").exists()
+
+
+@LONG
+def test_what_stops_the_first_process_stops_all(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (code, _, err), (other, _, other_err) = ended(start(tmp_path, PLAIN, PLAIN), 60)
+    assert code == other == 2
+    assert "has checkpoints but no config.json" in err
+    assert "process 0 stopped: " in other_err and err.strip() in other_err
+
+
+def test_they_cannot_meet_once_jax_has_devices():
+    jax.devices()
+    with pytest.raises(errors.HostsError, match="cannot meet: .* before any JAX calls"):
+        hosts.connect("localhost:1", 2, 1)
+
+
+@LONG
+def test_a_signal_to_one_stops_both_and_both_go_on(tmp_path, alone):
+    fields = PLAIN | {"epochs": 4}
+    both(tmp_path / "whole", fields)
+    processes = start(tmp_path / "parts", fields, fields)
+    run = tmp_path / "parts" / "run"
+    until(lambda: metrics.read(run), processes)
+    processes[1].send_signal(signal.SIGTERM)
+    for code, _, err in ended(processes):
+        assert code == 0, err
+        assert "Stopped; the same command goes on" in err
+    stopped = sorted(int(p.name) for p in (run / "checkpoints").iterdir())
+    assert 4 <= stopped[-1] < 40
+    assert not (run / networks.RESULT_FILE).exists()
+    shutil.copytree(tmp_path / "parts", tmp_path / "one")
+    both(tmp_path / "parts", fields)
+    whole, parts = finished(tmp_path / "whole"), finished(tmp_path / "parts")
+    jax.tree.map(np.testing.assert_array_equal, whole[0], parts[0])
+    assert whole[1:] == parts[1:]
+    # One process reads what two have written; it keeps teachers elsewhere.
+    settings = tmp_path / "one" / "run" / "config.json"
+    text = settings.read_text().replace(str(tmp_path / "parts"), str(tmp_path / "one"))
+    settings.write_text(text)
+    one = alone(tmp_path / "one", fields)
+    steps = [r["step"] for r in one[2] if r["kind"] == "train"]
+    assert steps == [r["step"] for r in whole[2] if r["kind"] == "train"]
+    losses = [[r["loss"] for r in x[2] if r["kind"] == "train"] for x in (one, whole)]
+    np.testing.assert_allclose(*losses, rtol=1e-2)  # see test_devices_train_as_one
+
+
+def until(condition, processes):
+    while not condition():
+        assert all(p.poll() is None for p in processes), ended(processes)
+        time.sleep(0.05)
+
+
+@LONG
+@pytest.mark.parametrize("killed", [0, 1])
+def test_the_loss_of_one_ends_the_other(killed, tmp_path):
+    fields = PLAIN | {"epochs": 400}
+    processes = start(tmp_path, fields, fields)
+    until(lambda: metrics.read(tmp_path / "run"), processes)
+    processes[killed].kill()
+    code, _, err = ended(processes, timeout=60)[1 - killed]
+    assert code not in (0, None)
+    assert "another process was lost" in err or "another task died" in err
+
+
+@LONG
+def test_a_program_a_module_works_over_processes(tmp_path, alone):
+    fields = PLAIN | {"method": "lakd", "local__engine": "dispatch"}
+    both(tmp_path / "two", fields)
+    assert_close(finished(tmp_path / "two"), alone(tmp_path / "one", fields))
+
+
+def test_a_pipeline_over_processes_is_refused(tmp_path, monkeypatch):
+    config = tiny.config(tmp_path, method="lakd", local__engine="pipeline")
+    monkeypatch.setattr(hosts, "count", lambda: 2)
+    found = [fault for _, check in relations_runs.TABLE if (fault := check(config, 2))]
+    (line,) = found
+    assert "local.engine=pipeline" in line and "use fused or dispatch" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--coordinator=h:1"], "--num_processes and --process_id missing"),
+        (["--process_id=0", "--num_processes=2"], "--coordinator missing"),
+        (["h", "2", "0"], "HOST:PORT of process 0, is 'h'"),
+        (["h:70000", "2", "0"], "HOST:PORT of process 0, is 'h:70000'"),
+        (["h:1", "0", "0"], "--num_processes must be at least 1, is 0"),
+        (["h:1", "2", "2"], "--process_id must be from 0 to 1"),
+        (["h:1", "2", "-1"], "--process_id must be from 0 to 1"),
+        (["h:1", "x", "0"], "num_processes"),
+    ],
+)
+def test_flags_are_checked_before_anything_waits(flags, word, main, tmp_path):
+    names = ("--coordinator", "--num_processes", "--process_id")
+    if not flags[0].startswith("--"):
+        flags = [f"{name}={value}" for name, value in zip(names, flags, strict=True)]
+    commands.refused(main(commands.DIGITS, f"--workdir={tmp_path}", *flags), word)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_modes_take_no_processes(main, tmp_path):
+    result = main("--mode=explain", f"--workdir={tmp_path}", "--num_processes=2")
+    commands.refused(result, "--num_processes means nothing with --mode=explain")
