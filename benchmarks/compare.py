@@ -38,6 +38,8 @@ FEATURES = ["lakd.head_loss=ce", "lakd.attention_weight=0", "local.cut_scale=1"]
 IMAGENET = ["teacher.mean=(.485,.456,.406)", "teacher.std=(.229,.224,.225)"]
 SHORT = ["epochs=12", "optim.lr=0.1", "optim.schedule=cosine", "optim.warmup_epochs=1"]
 
+_WEIGHED = ("feature", "attention")
+
 Record = dict[str, Any]
 
 
@@ -66,6 +68,15 @@ def digits() -> Plan:
     """Five seeds on the built-in digits, one teacher for all."""
     arms = {"alone": ("none", []), "KD": ("kd", [])}
     arms |= {n: ("lakd", o) for n, o in LOCAL.items()}
+    return Plan("configs/digits_lakd.py", arms, range(5))
+
+
+def digits_weights() -> Plan:
+    """The default LAKD of `digits` with heavier features, five seeds."""
+    arms = {
+        f"weights {w}": ("lakd", [f"lakd.{x}_weight={w}" for x in _WEIGHED])
+        for w in (3, 10)
+    }
     return Plan("configs/digits_lakd.py", arms, range(5))
 
 
@@ -186,7 +197,7 @@ def experts_undecayed() -> Plan:
     return dataclasses.replace(plan, arms=arms)
 
 
-_PLANS = (digits, resnet8, resnet20, sweep, rates, attention)
+_PLANS = (digits, digits_weights, resnet8, resnet20, sweep, rates, attention)
 _PLANS += (vam, experts, experts_undecayed)
 PLANS = {plan.__name__: plan for plan in _PLANS}
 
