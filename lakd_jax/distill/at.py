@@ -1,0 +1,43 @@
+"""Attention transfer.
+
+Source: Zagoruyko and Komodakis, "Paying More Attention to Attention" (arXiv
+1612.03928), section 3.1; the public code's reduction.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from lakd_jax.distill import adapter, relation
+
+
+def at_loss(
+    student_features: Sequence[jax.Array],
+    teacher_features: Sequence[jax.Array],
+    p: float,
+) -> jax.Array:
+    """Sum over stages of the mean squared difference of attention maps.
+
+    A map is the mean over channels of |f|^p, its positions divided by their L2 norm.
+    Of two sizes the larger features are pooled to the smaller.
+
+    Args:
+      student_features: (B, H, W, C) each.
+      teacher_features: as many, (B, H', W', C') each; they get no gradient.
+      p: power; 2 in the public code.
+
+    Returns:
+      Scalar float32, never negative.
+    """
+    total = jnp.float32(0)
+    for pair in zip(student_features, teacher_features, strict=True):
+        student, teacher = adapter.match_size(*relation.frozen(*pair))
+        difference = _attention(student, p) - _attention(teacher, p)
+        total += jnp.mean(difference**2)
+    return total
+
+
+def _attention(features: jax.Array, p: float) -> jax.Array:
+    energy = jnp.mean(relation.magnitude(features) ** p, axis=-1)
+    return relation.normalised(energy.reshape(len(energy), -1))

@@ -1,0 +1,35 @@
+"""Probabilistic knowledge transfer.
+
+Source: Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge
+Transfer" (arXiv 1803.10837), equations 2 to 5 with the cosine kernel; the public code's
+reduction.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from lakd_jax.distill import relation
+
+_EPS = 1e-7
+
+
+def pkt_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Divergence of who is a neighbour of whom, mean over all pairs of examples.
+
+    Similarities are (1 + cosine) / 2, each row divided by its sum.
+
+    Args:
+      student: (B, ...) features, pooled ones in the paper.
+      teacher: (B, ...), of any width; it gets no gradient.
+
+    Returns:
+      Scalar float32, not negative but for rounding.
+    """
+    s, t = (_neighbours(relation.flat(x)) for x in relation.frozen(student, teacher))
+    return jnp.mean(t * jnp.log((t + _EPS) / (s + _EPS)))
+
+
+def _neighbours(x: jax.Array) -> jax.Array:
+    unit = relation.normalised(x)
+    similarities = (unit @ unit.T + 1) / 2
+    return similarities / jnp.sum(similarities, -1, keepdims=True)

@@ -1,0 +1,55 @@
+"""Relational knowledge distillation: distances and angles between examples.
+
+Source: Park et al., "Relational Knowledge Distillation" (arXiv 1904.05068), equations
+4 to 9; the public code's reduction.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from lakd_jax.distill import relation
+
+_LEAST = 1e-12  # of a squared distance
+
+
+def rkd_loss(
+    student: jax.Array,
+    teacher: jax.Array,
+    distance_weight: float,
+    angle_weight: float,
+) -> jax.Array:
+    """Huber losses of all distances between two examples, and angles among three.
+
+    Distances are divided by their mean over pairs of different examples.
+
+    Args:
+      student: (B, ...) features, pooled ones in the paper.
+      teacher: (B, ...), of any width; it gets no gradient.
+      distance_weight: 25 in the public recipe.
+      angle_weight: 50 in the public recipe.
+
+    Returns:
+      Scalar float32, never negative.
+    """
+    s, t = (relation.flat(x) for x in relation.frozen(student, teacher))
+    distance = relation.smooth_l1(_distances(s) - _distances(t))
+    angle = relation.smooth_l1(_angles(s) - _angles(t))
+    return distance_weight * distance + angle_weight * angle
+
+
+def _distances(x: jax.Array) -> jax.Array:
+    """(B, B), 0 on the diagonal, relative to the mean of the positive ones."""
+    squares = jnp.sum(x * x, -1)
+    squared = squares[:, None] + squares[None] - 2 * x @ x.T
+    # Below the least the gradient is 0, as of a clamp; so it is on the diagonal.
+    apart = (squared > _LEAST) & ~jnp.eye(len(x), dtype=bool)
+    distances = jnp.sqrt(jnp.where(apart, squared, _LEAST))
+    distances = jnp.where(jnp.eye(len(x), dtype=bool), 0.0, distances)
+    count = jnp.maximum(jnp.sum(distances > 0), 1)
+    return distances / (jnp.sum(distances) / count)
+
+
+def _angles(x: jax.Array) -> jax.Array:
+    """(B, B, B) cosines at example i between the directions to j and k."""
+    directions = relation.normalised(x[None] - x[:, None])
+    return jnp.einsum("ijc,ikc->ijk", directions, directions)
