@@ -20,6 +20,7 @@ READINGS = {
     "preact": {"lakd.preact": True},
     "shape": {"lakd.adapter": "shape"},
     "teacher_input": {"local.module_input": "teacher"},
+    "preact_fed": {"lakd.preact": True, "local.module_input": "teacher"},
     "clipped": {"optim.clip_norm": 0.1},
     "late": {"local.module_start_epochs": (0.0, 0.05, 0.1)},
 }

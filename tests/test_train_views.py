@@ -135,7 +135,7 @@ def test_answers_are_what_the_teacher_says_of_that_view(lakd):
     rows = np.array([3, 150, 7, 7])
     for step_number in (0, 12):  # of epochs 0 and 1
         images, _ = learner_lib.batch(learner, jnp.int32(step_number), data, rows)
-        outputs, joints = teaching.Live(learner, variables).whole(images)
+        outputs, joints, _ = teaching.Live(learner, variables).whole(images)
         view = step_number // 10
         np.testing.assert_allclose(stored.logits[view, rows], outputs.logits, atol=1e-4)
         np.testing.assert_allclose(stored.joints[1][view, rows], joints[1], atol=1e-4)

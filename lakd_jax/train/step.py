@@ -150,16 +150,14 @@ def observe(
 
     `noise` is the key of the student's dropout in this step, if it has any.
     """
-    teacher, teacher_joints, extra = None, (), {}
+    teacher, teacher_joints, passed, extra = None, (), (), {}
     if learner.teacher is not None:
         asked = teaching.teacher(learner, source)
-        teacher, teacher_joints = asked.whole(images)
+        teacher, teacher_joints, passed = asked.whole(images)
         extra["teacher_suffix"] = asked.suffix
     replace = None
     if learner.module_input == "teacher":
-        replace = dict(
-            zip(learner.partition.student_joints, teacher_joints, strict=True)
-        )
+        replace = dict(zip(learner.partition.student_joints, passed, strict=True))
     variables = _variables(params, batch_stats, "student")
     inputs = learner.student_pixels(images)
     apply = functools.partial(_student(learner, step).apply, rngs={"dropout": noise})

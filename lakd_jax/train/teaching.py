@@ -24,8 +24,13 @@ Joints = tuple[jax.Array, ...]
 class Teacher(Protocol):
     """What steps ask of a teacher. Nothing that it says has a gradient."""
 
-    def whole(self, images: jax.Array) -> tuple[Any, Joints]:
-        """Of a batch (B,H,W,3) uint8: what has `logits`, and the K teacher joints."""
+    def whole(self, images: jax.Array) -> tuple[Any, Joints, Joints]:
+        """Of a batch (B,H,W,3) uint8.
+
+        Returns:
+          What has `logits`, what is compared at each of the K teacher joints, and the
+          activations there.
+        """
         ...
 
     def beside(self, k: int, below: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
@@ -53,13 +58,15 @@ class Live:
     learner: learner_lib.Learner
     variables: PyTree
 
-    def whole(self, images: jax.Array) -> tuple[chain.Outputs, Joints]:
+    def whole(self, images: jax.Array) -> tuple[chain.Outputs, Joints, Joints]:
         """See `Teacher`."""
         learner = self.learner
         outputs = self._run(learner.teacher_pixels(images))
-        names = learner.partition.teacher_joints
-        assert learner.teacher is not None
-        return outputs, learner_lib.joints(learner, learner.teacher, outputs, names)
+        names, model = learner.partition.teacher_joints, learner.teacher
+        assert model is not None
+        compared = learner_lib.joints(learner, model, outputs, names)
+        passed = tuple(chain.feature_at(outputs, model, name) for name in names)
+        return outputs, compared, passed
 
     def beside(
         self, k: int, below: jax.Array
@@ -101,9 +108,9 @@ class Answers:
     logits: jax.Array
     joints: Joints
 
-    def whole(self, images: jax.Array) -> tuple["Answers", Joints]:
-        """See `Teacher`."""
-        return self, self.joints
+    def whole(self, images: jax.Array) -> tuple["Answers", Joints, Joints]:
+        """See `Teacher`; with `lakd.preact` the activations are what is compared."""
+        return self, self.joints, self.joints
 
     def beside(
         self, k: int, below: jax.Array
@@ -155,6 +162,6 @@ def ask(
     one = functools.partial(learner_lib.augmented, learner, data)
     images = jax.vmap(lambda view, row: one(row[None], view)[0])(views, rows)
     images = learner_lib.shared(learner, images)
-    outputs, joints = Live(learner, variables).whole(images)
+    outputs, joints, _ = Live(learner, variables).whole(images)
     logits = outputs.logits.astype(jnp.float32)
     return Answers(logits, joints if "joints" in reads else ())
