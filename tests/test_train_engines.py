@@ -45,7 +45,11 @@ def assert_same(a, b, **tolerance):
 @pytest.mark.parametrize("kind", ["dispatch", "pipeline"])
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"local__granularity": "block"}, {"local__module_input": "teacher"}],
+    [
+        {},
+        {"local__granularity": "block"},
+        pytest.param({"local__module_input": "teacher"}, marks=pytest.mark.long),
+    ],
     ids=["stage", "block", "teacher_input"],
 )
 def test_engines_train_alike(kind, fields, tmp_path):
@@ -78,12 +82,14 @@ def test_pipeline_keeps_each_module_on_its_device(tmp_path):
     assert everywhere == {0, 1}
 
 
+@pytest.mark.long
 def test_batch_split_over_devices_trains_as_on_one(tmp_path):
     eight, _ = train("dispatch", tmp_path, devices=8)
     one, _ = train("dispatch", tmp_path, devices=1)
     assert_same(eight.params, one.params, atol=2e-5)
 
 
+@pytest.mark.long
 def test_modules_that_are_alike_share_a_program(tmp_path):
     learner, state, teacher, data = longer(tmp_path)
     made = engines.Modules(learner, teacher, data, lambda function: function())

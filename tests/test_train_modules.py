@@ -24,6 +24,7 @@ READINGS = {
     "clipped": {"optim.clip_norm": 0.1},
     "late": {"local.module_start_epochs": (0.0, 0.05, 0.1)},
 }
+QUICK = ("default", "aux_heads", "preact_fed")
 
 
 def both_ways(made, row):
@@ -43,7 +44,10 @@ def both_ways(made, row):
     return results["modules"], results["whole"]
 
 
-@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize(
+    "reading",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in READINGS],
+)
 def test_isolated_step_is_the_step_of_the_sum(reading, tmp_path):
     fields = {"method": "lakd", **READINGS[reading]}
     made = steps.make(tmp_path, 1, **fields)

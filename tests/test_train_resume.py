@@ -90,9 +90,8 @@ def test_stopped_run_ends_as_the_unbroken_one(
     assert_equal_runs(finished(tmp_path / "whole"), finished(tmp_path / "parts"))
 
 
-@pytest.mark.parametrize(
-    ("engine", "devices"), [("dispatch", 1), pytest.param("pipeline", 2, marks=LONG)]
-)
+@pytest.mark.parametrize(("engine", "devices"), [("dispatch", 1), ("pipeline", 2)])
+@LONG
 def test_other_engines_resume_alike(
     engine, devices, tmp_path, bench, teacher_dir, monkeypatch
 ):

@@ -96,6 +96,7 @@ def stopped(config, directory, checks):
         run(config, directory, tiny.StopAfter(checks))
 
 
+@LONG
 def test_stopped_program_ends_as_the_unbroken_one(tmp_path, cache):
     both = config(cache, seeds_by="program", checkpoint__every_steps=2)
     run(both, tmp_path / "whole")

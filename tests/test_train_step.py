@@ -273,7 +273,8 @@ def test_student_variables_are_the_plain_network(tmp_path):
     assert state.params["method"]  # there was something to leave behind
 
 
-@pytest.mark.parametrize("method", ["afd", pytest.param("rtk", marks=pytest.mark.long)])
+@LONG
+@pytest.mark.parametrize("method", ["afd", "rtk"])
 def test_without_beta_tap_methods_are_kd_with_their_weights(method, tmp_path):
     """Property 21 of RTK, and 19: the student's logits come from the student alone."""
     indices = rows(4)

@@ -87,8 +87,8 @@ def trained(made, source):
     ("devices", "fields"),
     [
         (1, {"method": "kd"}),
-        (1, {"method": "lakd"}),
-        (1, {"method": "lakd", "local__cut_scale": 0.3}),
+        pytest.param(1, {"method": "lakd"}, marks=LONG),
+        pytest.param(1, {"method": "lakd", "local__cut_scale": 0.3}, marks=LONG),
         pytest.param(8, {"local__module_input": "teacher"}, marks=LONG),
         pytest.param(1, {"lakd__preact": True}, marks=LONG),
         pytest.param(1, {"dtype": "bfloat16"}, marks=LONG),
@@ -141,6 +141,7 @@ def test_answers_are_what_the_teacher_says_of_that_view(lakd):
         np.testing.assert_allclose(stored.joints[1][view, rows], joints[1], atol=1e-4)
 
 
+@LONG
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path, bench, teacher_dir):
     own = {"method": "lakd", "teacher__views": VIEWS, "eval_batch_size": 40}
     config = tiny.config(tmp_path, **own)

@@ -94,9 +94,8 @@ def entropy_of(layers):
 # The step
 
 
-@pytest.mark.parametrize(
-    "method", ["kd", *(pytest.param(m, marks=LONG) for m in ("none", "lakd"))]
-)
+@LONG
+@pytest.mark.parametrize("method", ["kd", "none", "lakd"])
 def test_20_frozen_gates_without_entropy_train_as_the_plain_network(method, tmp_path):
     plain = made(tmp_path, method=method)
     learner, _, teacher, data = made(
