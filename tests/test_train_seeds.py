@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from lakd_jax import config as config_lib
 from lakd_jax import errors, export, interop, interrupt, train, validate
 from lakd_jax.report import metrics
-from lakd_jax.train import networks, runs
+from lakd_jax.train import networks, runs, teachers
 from lakd_jax.train import state as state_lib
 
 LONG = pytest.mark.long
@@ -92,6 +92,9 @@ def test_devices_of_their_own_change_nothing(tmp_path, cache):
 
 
 def stopped(config, directory, checks):
+    """Stops at that check; the teacher is there before, so it has none but its test."""
+    resolved = config_lib.resolve(config)
+    teachers.make(resolved, runs.bench(resolved, interrupt.Guard(), str))
     with pytest.raises(interrupt.Interrupted):
         run(config, directory, tiny.StopAfter(checks))
 
