@@ -10,7 +10,7 @@ import tap_toys
 
 from lakd_jax import config as config_lib
 from lakd_jax import distill, validate
-from lakd_jax.distill import method, rtk
+from lakd_jax.distill import method, relation, rtk
 from lakd_jax.distill import tap_attention as attention_lib
 from lakd_jax.train import build
 
@@ -239,7 +239,7 @@ def test_pooled_starts_at_the_mean_of_each_stage_and_is_trained():
         merge, [[0.5, 0.5, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], rtol=1e-6
     )
     first = attention_lib.unit_maps(teacher[:2])
-    centre = np.asarray(attention_lib.unit(first.mean(1)))
+    centre = np.asarray(relation.unit(first.mean(1)))
     ours = attention_lib.pooled_unit_maps(student, 8, 8)
     wanted = ((np.asarray(ours) - centre[:, None]) ** 2).sum(-1)
     _, distances = apply(variables, student, teacher)

@@ -40,4 +40,4 @@ def at_loss(
 
 def _attention(features: jax.Array, p: float) -> jax.Array:
     energy = jnp.mean(relation.magnitude(features) ** p, axis=-1)
-    return relation.normalised(energy.reshape(len(energy), -1))
+    return relation.unit(energy.reshape(len(energy), -1))

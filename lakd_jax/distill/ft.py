@@ -7,7 +7,7 @@ paraphraser and the translator, which make the factors, are networks of their ow
 import jax
 import jax.numpy as jnp
 
-from lakd_jax.distill import adapter, relation
+from lakd_jax.distill import adapter, relation, tap_attention
 
 
 def factor_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
@@ -29,4 +29,4 @@ def factor_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
 
 
 def _factor(features: jax.Array) -> jax.Array:
-    return relation.normalised(relation.flat(jnp.mean(features**2, axis=-1)))
+    return relation.unit(relation.flat(tap_attention.activation_map(features)))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lakd_jax import choices
+from lakd_jax.distill import relation
 
 F_SUMS = ("abs", "signed", "square")
 NORMALISATIONS = ("mean", "l2", "max", "sigmoid", "none")
@@ -37,7 +38,7 @@ def attention_map(features: jax.Array, kind: str) -> jax.Array:
     choices.check("f_sum", kind, F_SUMS)
     x = features.astype(jnp.float32)
     if kind == "abs":
-        x = x * jnp.sign(x)  # |x|, with derivative 0 at 0 where jnp.abs has 1
+        x = relation.magnitude(x)
     elif kind == "square":
         x = jnp.square(x)
     return jnp.sum(x, axis=-1, keepdims=True)

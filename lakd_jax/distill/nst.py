@@ -39,7 +39,7 @@ def _channels(features: jax.Array) -> jax.Array:
     """(B, C, H * W), unit vectors."""
     batch, height, width, channels = features.shape
     rows = features.reshape(batch, height * width, channels).swapaxes(1, 2)
-    return relation.normalised(rows)
+    return relation.unit(rows)
 
 
 def _kernel(a: jax.Array, b: jax.Array) -> jax.Array:

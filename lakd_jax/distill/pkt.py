@@ -30,6 +30,6 @@ def pkt_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
 
 
 def _neighbours(x: jax.Array) -> jax.Array:
-    unit = relation.normalised(x)
+    unit = relation.unit(x)
     similarities = (unit @ unit.T + 1) / 2
     return similarities / jnp.sum(similarities, -1, keepdims=True)

@@ -1,7 +1,9 @@
-"""What several of the feature losses have in common: float32, norms, distances."""
+"""What several of the losses on features have in common: float32, |x|, norms."""
 
 import jax
 import jax.numpy as jnp
+
+_EPS = 1e-12  # the shortest vector that has a direction
 
 
 def frozen(student: jax.Array, teacher: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -15,23 +17,19 @@ def magnitude(x: jax.Array) -> jax.Array:
     return jnp.where(x == 0, 0.0, jnp.abs(x))
 
 
-def normalised(x: jax.Array, eps: float = 1e-12) -> jax.Array:
-    """Divided by the L2 norm over the last axis, or by `eps` if that is more.
+def unit(x: jax.Array) -> jax.Array:
+    """x / ||x||_2 over the last axis; zeros stay zero, with zero gradient.
 
-    The gradient at a vector of zeros is that of a division by `eps`.
+    Args:
+      x: (..., N) float32.
     """
-    squared = jnp.sum(x * x, axis=-1, keepdims=True)
-    # Two wheres: the root's gradient at 0 is infinite, and times 0 not a number.
-    safe = jnp.where(squared > eps**2, squared, 1.0)
-    return x / jnp.where(squared > eps**2, jnp.sqrt(safe), eps)
+    squares = jnp.sum(jnp.square(x), -1, keepdims=True)
+    alive = squares > _EPS**2
+    # The inner where keeps the gradient of zeros finite.
+    scale = jax.lax.rsqrt(jnp.where(alive, squares, 1.0))
+    return x * jnp.where(alive, scale, 0.0)
 
 
 def flat(x: jax.Array) -> jax.Array:
     """(B, ...) as (B, N)."""
     return x.reshape(len(x), -1)
-
-
-def smooth_l1(difference: jax.Array) -> jax.Array:
-    """Mean Huber loss with its corner at 1, of PyTorch's `smooth_l1_loss`."""
-    size = magnitude(difference)
-    return jnp.mean(jnp.where(size < 1, 0.5 * difference**2, size - 0.5))

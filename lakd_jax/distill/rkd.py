@@ -6,6 +6,7 @@ Source: Park et al., "Relational Knowledge Distillation" (arXiv 1904.05068), equ
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lakd_jax.distill import relation
 
@@ -32,8 +33,9 @@ def rkd_loss(
       Scalar float32, never negative.
     """
     s, t = (relation.flat(x) for x in relation.frozen(student, teacher))
-    distance = relation.smooth_l1(_distances(s) - _distances(t))
-    angle = relation.smooth_l1(_angles(s) - _angles(t))
+    huber = optax.losses.huber_loss
+    distance = jnp.mean(huber(_distances(s), _distances(t)))
+    angle = jnp.mean(huber(_angles(s), _angles(t)))
     return distance_weight * distance + angle_weight * angle
 
 
@@ -51,5 +53,5 @@ def _distances(x: jax.Array) -> jax.Array:
 
 def _angles(x: jax.Array) -> jax.Array:
     """(B, B, B) cosines at example i between the directions to j and k."""
-    directions = relation.normalised(x[None] - x[:, None])
+    directions = relation.unit(x[None] - x[:, None])
     return jnp.einsum("ijc,ikc->ijk", directions, directions)

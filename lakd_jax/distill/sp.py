@@ -29,4 +29,4 @@ def sp_loss(student_feature: jax.Array, teacher_feature: jax.Array) -> jax.Array
 
 def _similarities(feature: jax.Array) -> jax.Array:
     rows = relation.flat(feature)
-    return relation.normalised(rows @ rows.T)
+    return relation.unit(rows @ rows.T)

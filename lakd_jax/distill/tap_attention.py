@@ -15,14 +15,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lakd_jax import choices
-from lakd_jax.distill import ndam
+from lakd_jax.distill import ndam, relation
 
 Taps = Sequence[jax.Array]
 Groups = tuple[tuple[int, ...], ...]
 
 REDUCTIONS = ("sum", "mean")
-
-_EPS = 1e-12  # of a map's norm; below it the map counts as zero
 
 # Uniform on +-1/sqrt(fan_in), torch's default for linear layers.
 _dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -36,19 +34,6 @@ def descriptors(taps: Taps) -> tuple[jax.Array, ...]:
 def activation_map(tap: jax.Array) -> jax.Array:
     """m(F) = mean over channels of F^2, (B, H, W, C) -> (B, H, W) float32."""
     return jnp.mean(jnp.square(tap.astype(jnp.float32)), -1)
-
-
-def unit(maps: jax.Array) -> jax.Array:
-    """x / ||x||_2 over the last axis; all-zero maps stay zero, with zero gradient.
-
-    Args:
-      maps: (..., positions) float32.
-    """
-    squares = jnp.sum(jnp.square(maps), -1, keepdims=True)
-    alive = squares > _EPS**2
-    # The inner where keeps the gradient of an all-zero map finite.
-    scale = jax.lax.rsqrt(jnp.where(alive, squares, 1.0))
-    return maps * jnp.where(alive, scale, 0.0)
 
 
 def by_size(taps: Taps) -> Groups:
@@ -66,7 +51,7 @@ def by_size(taps: Taps) -> Groups:
 def unit_maps(taps: Taps) -> jax.Array:
     """Unit-length activation maps of taps of one size, (B, taps, H W)."""
     maps = jnp.stack([activation_map(t) for t in taps], 1)
-    return unit(maps.reshape(*maps.shape[:2], -1))
+    return relation.unit(maps.reshape(*maps.shape[:2], -1))
 
 
 def pooled_unit_maps(taps: Taps, height: int, width: int) -> jax.Array:
@@ -89,7 +74,7 @@ def pooled_unit_maps(taps: Taps, height: int, width: int) -> jax.Array:
         maps = ndam.adaptive_pool(maps, height, width, jnp.mean)
         pooled |= {i: maps[..., place] for place, i in enumerate(group)}
     stacked = jnp.stack([pooled[i] for i in range(len(taps))], 1)
-    return unit(stacked.reshape(*stacked.shape[:2], -1))
+    return relation.unit(stacked.reshape(*stacked.shape[:2], -1))
 
 
 def squared_distances(ours: jax.Array, theirs: jax.Array) -> jax.Array:
@@ -137,7 +122,7 @@ def distances(
         if merge is not None:
             weights = merge[row, jnp.array(group)]
             mean = jnp.einsum("n,bnp->bp", weights, theirs, precision="highest")
-            theirs = unit(mean)[:, None]
+            theirs = relation.unit(mean)[:, None]
         found = squared_distances(pooled_unit_maps(student, height, width), theirs)
         columns.append(found / (height * width) if reduction == "mean" else found)
     table, order = jnp.concatenate(columns, -1), sum(groups, ())

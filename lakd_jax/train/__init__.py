@@ -1,6 +1,7 @@
 """Training: `run(config, workdir)` does all that a command line asks for."""
 
 import contextlib
+import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -96,7 +97,8 @@ def _of_seeds(config: config_lib.ConfigDict, directory: Path) -> list[seeds.Run]
 def _draw(one: seeds.Run, bench: runs.Bench, teacher: runs.Teacher | None) -> None:
     folders = {TITLES[m]: one.directory / m for m in one.config.baselines}
     folders[TITLES[one.config.method]] = one.directory
-    look.draw(one.config, one.directory, bench, teacher, folders)
+    draw = functools.partial(look.draw, one.config, one.directory, bench, teacher)
+    hosts.first(lambda: draw(folders))
 
 
 def _where(wanted: Sequence[seeds.Run], directory: Path) -> str:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from lakd_jax import config as config_lib
-from lakd_jax import data, distill, hosts
+from lakd_jax import data, distill
 from lakd_jax.distill import lakd
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
@@ -27,20 +27,12 @@ def draw(
 ) -> None:
     """Writes curves.png, and attention.png if there is a teacher to compare with.
 
+    For one process: it computes on a device of its own, see `hosts.first`.
+
     Args:
       directory: of the run whose student is looked at, and of the pictures.
       folders: directories of all runs of this command by title, for the curves.
     """
-    hosts.first(lambda: _draw(config, directory, bench, teacher, folders))
-
-
-def _draw(
-    config: config_lib.ConfigDict,
-    directory: Path,
-    bench: runs.Bench,
-    teacher: runs.Teacher | None,
-    folders: Mapping[str, Path],
-) -> None:
     records = {title: metrics.read(folder) for title, folder in folders.items()}
     pictures.curves(
         directory / "curves.png",
