@@ -71,7 +71,7 @@ def setup(config: config_lib.ConfigDict) -> Setup:
     split = _images()
     student, teacher = _network(config, "student"), None
     original = None
-    if distill.METHODS[config.method].needs_teacher:
+    if distill.facts(config.method).needs_teacher:
         teacher = _with_weights(_network(config, "teacher"))
         original = interop.to_torch(config.teacher.name, teacher.variables or {})
         if config.teacher.fold:
@@ -84,6 +84,7 @@ def setup(config: config_lib.ConfigDict) -> Setup:
         teacher_pixels=build.pixels(config),
         image_shape=split.images.shape[1:],
         steps_per_epoch=EXAMPLES // config.batch_size,
+        examples=EXAMPLES,
         mesh=mesh,
     )
     return Setup(

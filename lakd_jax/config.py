@@ -12,13 +12,16 @@ from typing import Any
 
 import ml_collections
 
+from lakd_jax import config_methods
+
 ConfigDict = ml_collections.ConfigDict
 
 
 def default() -> ConfigDict:
     """Every field with its default; the CIFAR protocol of the field, LAKD on."""
     c = ConfigDict()
-    c.method = "lakd"  # none (plain training) | kd | lakd | afd | rtk
+    # none (plain training), a name of docs/methods.md, or a sum such as dkd+at
+    c.method = "lakd"
     c.seed = 0  # initialisation, order and augmentation follow from it
     c.seeds = ()  # a run each, in WORKDIR/seed0, ...; empty: one run, of `seed`
     c.seeds_by = "auto"  # auto | turn | program (one for all) | device (one each)
@@ -42,6 +45,8 @@ def default() -> ConfigDict:
     c.lakd = _lakd()
     c.afd = _afd()
     c.rtk = _rtk()
+    for name, block in config_methods.blocks().items():
+        c[name] = block
     c.hme = _hme()
     c.local = _local()
     c.checkpoint = _checkpoint()
@@ -119,6 +124,7 @@ def _kd() -> ConfigDict:
     k.ce_weight = 0.1  # of the cross-entropy with the labels
     k.kd_weight = 0.9  # of the softened divergence to the teacher
     k.temperature = 4.0
+    k.standardise = False  # z-scores of the logits; then temperature=2, kd_weight=9
     return k
 
 
@@ -194,7 +200,9 @@ def _local() -> ConfigDict:
     m.modules = 0  # granularity=bytes, flops: how many, balanced by activations or work
     m.cuts = ()  # granularity=list: student joints, e.g. ("stage1", "stage2.block1")
     m.engine = "fused"  # fused | dispatch (a program a module) | pipeline (on devices)
-    m.cut_scale = 0.0  # Q8: gradient kept at a cut: 0 isolates, 1 is end to end
+    # Q8: gradient kept at a cut: 0 isolates, 1 is end to end. -1: as the method does,
+    # 0 for lakd, 1 for the others with a loss in each module (at, fitnet, ...).
+    m.cut_scale = -1.0
     m.module_input = "student"  # Q10: student | teacher
     m.module_start_epochs = ()  # Q9: epoch at which each module starts; empty: 0
     return m

@@ -1,12 +1,12 @@
 """What must hold between fields of a configuration that are each fine alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from lakd_jax import config as config_lib
-from lakd_jax import distill, models
+from lakd_jax import config_methods, distill, models
 from lakd_jax.distill import lakd
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
@@ -32,7 +32,7 @@ def reads(*fields: str, only_lakd: bool = False) -> Callable[[Relation], Relatio
 
     def enter(relation: Relation) -> Relation:
         def if_lakd(c: Config, devices: int) -> str:
-            return relation(c, devices) if "lakd" in methods(c) else ""
+            return relation(c, devices) if "lakd" in named(c) else ""
 
         if only_lakd:
             TABLE.append(((*METHODS, *fields), if_lakd))
@@ -96,10 +96,33 @@ def _rtk_weights(c: Config, _: int) -> str:
     return _all_zero("rtk", c)
 
 
+def _block_weights(name: str) -> None:
+    """Enters the relation between the weights of a block of `config_methods`."""
+
+    @reads(*METHODS, f"{name}.ce_weight", f"{name}.weight")
+    def relation(c: Config, _: int) -> str:
+        return _all_zero(name, c, ("ce_weight", "weight"))
+
+
+for block in config_methods.blocks():
+    _block_weights(block)
+
+
+@reads(*METHODS, "local.cut_scale")
+def _cut(c: Config, _: int) -> str:
+    if c.local.cut_scale in (-1, 1) or any(distill.facts(m).staged for m in methods(c)):
+        return ""
+    return (
+        f"local.cut_scale is {c.local.cut_scale:g}, but method {c.method} has no loss "
+        "in the modules before the last: set it to -1, or add such a method, as in "
+        "kd+at"
+    )
+
+
 @reads(*METHODS, "batch_size")
 def _least_batch(c: Config, _: int) -> str:
     for name in methods(c):
-        least = distill.METHODS[name].least_batch
+        least = distill.facts(name).least_batch
         if c.batch_size < least:
             return (
                 f"batch_size is {c.batch_size}, but method {name} normalises by the "
@@ -157,10 +180,19 @@ def _smoothing(c: Config, _: int) -> str:
     )
 
 
-@reads(*METHODS, "student.name", "hme.loss", "hme.output", "label_smoothing")
+@reads(
+    *METHODS,
+    "student.name",
+    "hme.loss",
+    "hme.output",
+    "label_smoothing",
+    "kd.standardise",
+)
 def _binary(c: Config, _: int) -> str:
     if c.student.name != "hme" or c.hme.loss != "binary":
         return ""
+    if c.kd.standardise and "kd" in methods(c):
+        return "hme.loss=binary has no kd.standardise: set it to False"
     if c.hme.output != "nce":
         return "hme.loss=binary needs heads of two units: set hme.output to nce"
     if others := [m for m in methods(c) if m not in ("none", "kd")]:
@@ -209,7 +241,7 @@ def _teacher_shortcut(c: Config, _: int) -> str:
 
 @reads(*METHODS, *_CUTS)
 def _cuts(c: Config, _: int) -> str:
-    if not any(distill.METHODS[m].local for m in methods(c)):
+    if not any(distill.facts(m).staged for m in methods(c)):
         return ""
     try:
         _partition(c)
@@ -275,9 +307,10 @@ def _longer(warmup: float, field: str, epochs: int) -> str:
     return f"optim.warmup_epochs is {warmup:g}, more than {field} ({epochs})"
 
 
-def _all_zero(name: str, c: Config) -> str:
-    fields = ("ce_weight", "kd_weight", "beta")
-    if name not in methods(c) or any(c[name][f] for f in fields):
+def _all_zero(
+    name: str, c: Config, fields: Sequence[str] = ("ce_weight", "kd_weight", "beta")
+) -> str:
+    if name not in named(c) or any(c[name][f] for f in fields):
         return ""
     return f"{name}.{f', {name}.'.join(fields)} are all 0: nothing is learnt"
 
@@ -287,9 +320,14 @@ def methods(c: Config) -> tuple[str, ...]:
     return (c.method, *c.baselines)
 
 
+def named(c: Config) -> set[str]:
+    """Every method that runs, alone or in a sum."""
+    return {part for name in methods(c) for part in distill.parts(name)}
+
+
 def needs_teacher(c: Config) -> bool:
     """Whether any method that runs has a teacher."""
-    return any(distill.METHODS[m].needs_teacher for m in methods(c))
+    return any(distill.facts(m).needs_teacher for m in methods(c))
 
 
 def _partition(c: Config) -> tuple[chain.Chain, chain.Chain, cuts.Partition]:

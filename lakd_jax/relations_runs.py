@@ -22,7 +22,7 @@ def _processes(c: relations.Config, _: int) -> str:
 
 @relations.reads(*relations.METHODS, "local.engine")
 def _engine_method(c: relations.Config, _: int) -> str:
-    if c.local.engine == "fused" or distill.METHODS[c.method].local:
+    if c.local.engine == "fused" or distill.facts(c.method).local:
         return ""
     return (
         f"local.engine={c.local.engine} runs the modules of a student that is cut; "
@@ -112,7 +112,7 @@ def _views_reads(c: relations.Config, _: int) -> str:
     if not c.teacher.views:
         return ""
     for name in relations.methods(c):
-        reads = distill.METHODS[name].teacher_reads
+        reads = distill.facts(name).teacher_reads
         if more := [part for part in reads if part not in method.STORABLE]:
             return (
                 f"teacher.views stores {' and '.join(method.STORABLE)}, but method "

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-from lakd_jax import choices, distill, errors, models, relations_runs
+from lakd_jax import choices, config_methods, distill, errors, models, relations_runs
 from lakd_jax import config as config_lib
 from lakd_jax.distill import lakd, rtk
 from lakd_jax.local import cuts
@@ -43,6 +43,11 @@ def between(low: float, high: float) -> Check:
     return lambda v: "" if low <= v <= high else fault + _number(v)
 
 
+def cut_scale(value: float) -> str:
+    """A share of the gradient, or -1 where the method says it."""
+    return "" if value == -1 else between(0, 1)(value)
+
+
 def whole_seed(value: float) -> str:
     """An entry of `seeds`; `seed` itself is whole by its type."""
     if fault := between(0, SEEDS - 1)(value):
@@ -56,6 +61,15 @@ def network(name: str) -> str:
         models.family(name)
     except ValueError as e:
         return str(e).removeprefix("network ")
+    return ""
+
+
+def method_name(name: str) -> str:
+    """A method, or a sum of several."""
+    try:
+        distill.parts(name)
+    except ValueError as e:
+        return str(e).removeprefix("method ")
     return ""
 
 
@@ -94,6 +108,7 @@ def _ranges() -> dict[str, Check]:
         _network_ranges(),
         _optim_ranges(),
         _method_ranges(),
+        _block_ranges(),
         _hme_ranges(),
         _local_ranges(),
     )
@@ -102,7 +117,7 @@ def _ranges() -> dict[str, Check]:
 
 def _run_ranges() -> dict[str, Check]:
     """Of the fields in no block, and of those about data and checkpoints."""
-    method = one_of(distill.names())
+    method = method_name
     return {
         "method": method,
         "baselines": each(method),
@@ -197,6 +212,25 @@ def _method_ranges() -> dict[str, Check]:
     }
 
 
+# Of the fields in the blocks of `config_methods`, by the name they all have.
+_BLOCK_FIELDS: dict[str, Check] = {
+    "p": above(0),
+    **dict.fromkeys(("ce_weight", "weight", "alpha", "beta"), at_least(0)),
+    "warmup_epochs": at_least(0),
+    "temperature": above(0),
+}
+
+
+def _block_ranges() -> dict[str, Check]:
+    """Of the methods in `config_methods`: every field but those that are on or off."""
+    return {
+        f"{method}.{field}": _BLOCK_FIELDS[field]
+        for method, block in config_methods.blocks().items()
+        for field, value in block.items()
+        if not isinstance(value, bool)
+    }
+
+
 def _hme_ranges() -> dict[str, Check]:
     """Of the hierarchy of experts."""
     return {
@@ -217,7 +251,7 @@ def _local_ranges() -> dict[str, Check]:
     """Of where and how a student is cut."""
     return {
         "local.granularity": one_of(cuts.GRANULARITIES),
-        "local.cut_scale": between(0, 1),
+        "local.cut_scale": cut_scale,
         "local.modules": at_least(0),
         "local.engine": one_of(cuts.ENGINES),
         "local.module_input": one_of(("student", "teacher")),

@@ -201,6 +201,7 @@ def test_teacher_is_fed_with_its_own_normalisation(tmp_path):
             labels,
             state.step,
             data.noise,
+            row,
         )
         return images, signals.teacher.logits
 
@@ -229,6 +230,7 @@ def test_teacher_and_student_are_fed_at_their_own_sizes(tmp_path):
             labels,
             state.step,
             data.noise,
+            row,
         )[0]
 
     signals = jax.eval_shape(observe, state, teacher, data, rows(1)[0])

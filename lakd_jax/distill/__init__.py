@@ -1,15 +1,11 @@
-"""Distillation methods by name.
-
-A method is a Linen module with the class facts `local` (is the student cut for
-it), `needs_teacher`, `needs_uncut` and `needs_suffix` (which `Signals` it reads).
-"""
+"""Distillation methods by name; "a+b" is the sum of two."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from lakd_jax import choices
-from lakd_jax.distill import afd, kd, lakd, method, rtk
+from lakd_jax.distill import afd, at, dkd, kd, lakd, method, rtk, sp, term
 
 METHODS: dict[str, type[method.Method]] = {
     "none": kd.Plain,
@@ -17,15 +13,74 @@ METHODS: dict[str, type[method.Method]] = {
     "lakd": lakd.LAKD,
     "afd": afd.AFD,
     "rtk": rtk.RTK,
+    "dkd": dkd.DKD,
+    "at": at.AT,
+    "sp": sp.SP,
+}
+TITLES = {  # where they are not the name in capital letters
+    "none": "alone",
+    "rtk": "RTK (our reading)",
 }
 
 # The methods whose options are an object of their own.
 _OPTIONS: dict[str, Any] = {"lakd": lakd.Options, "rtk": rtk.Options}
 
 
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a run has to know of its method; see `method.Method` for each."""
+
+    local: bool
+    staged: bool
+    cut_scale: float
+    needs_teacher: bool
+    needs_heads: bool
+    needs_preacts: bool
+    least_batch: int
+    teacher_reads: tuple[str, ...]
+
+
 def names() -> list[str]:
     """All methods; `none` is plain training without a teacher."""
     return list(METHODS)
+
+
+def parts(name: str) -> tuple[str, ...]:
+    """The methods of a sum, "dkd+at" -> ("dkd", "at"); of a lone one, itself.
+
+    Raises:
+      ValueError: an unknown method, with the nearest name; one that is named twice;
+        `none` in a sum.
+    """
+    found = tuple(name.split("+"))
+    for one in found:
+        choices.check("method", one, names())
+    if len(found) > 1 and "none" in found:
+        raise ValueError(f"method {name!r}: none has nothing to add to a sum")
+    if again := [one for one in found if found.count(one) > 1]:
+        raise ValueError(f"method {name!r} names {again[0]} twice")
+    return found
+
+
+def facts(name: str) -> Facts:
+    """Of a method or a sum; ValueError as `parts`."""
+    found = [METHODS[one] for one in parts(name)]
+    reads = dict.fromkeys(part for one in found for part in one.teacher_reads)
+    return Facts(
+        local=len(found) == 1 and found[0].local,
+        staged=any(one.staged for one in found),
+        cut_scale=min(one.cut_scale for one in found),
+        needs_teacher=any(one.needs_teacher for one in found),
+        needs_heads=any(one.needs_heads for one in found),
+        needs_preacts=any(one.needs_preacts for one in found),
+        least_batch=max(one.least_batch for one in found),
+        teacher_reads=tuple(reads),
+    )
+
+
+def title(name: str) -> str:
+    """What tables call a method or a sum; ValueError as `parts`."""
+    return " + ".join(TITLES.get(one, one.upper()) for one in parts(name))
 
 
 def option_names(name: str) -> list[str]:
@@ -51,10 +106,15 @@ def create(name: str, options: Mapping[str, Any]) -> method.Method:
       ValueError: unknown method or option, or a value that is not allowed.
       TypeError: an option of a method other than LAKD is missing.
     """
+    choices.check("method", name, names())
     for option in options:
         choices.check(f"an option of method {name}", option, option_names(name))
-    choices.check("method", name, names())
     make: Any = METHODS[name]
     if name in _OPTIONS:
         return make(_OPTIONS[name](**options))
     return make(**options)
+
+
+def create_sum(options: Mapping[str, Mapping[str, Any]]) -> method.Method:
+    """All of these methods at once, by name the options that `create` takes."""
+    return term.Sum(tuple(create(name, own) for name, own in options.items()))

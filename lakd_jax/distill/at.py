@@ -5,11 +5,12 @@ Source: Zagoruyko and Komodakis, "Paying More Attention to Attention" (arXiv
 """
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from lakd_jax.distill import adapter, relation
+from lakd_jax.distill import adapter, method, relation, term
 
 
 def at_loss(
@@ -41,3 +42,21 @@ def at_loss(
 def _attention(features: jax.Array, p: float) -> jax.Array:
     energy = jnp.mean(relation.magnitude(features) ** p, axis=-1)
     return relation.unit(energy.reshape(len(energy), -1))
+
+
+class AT(term.Term):
+    """ce_weight CE + weight * `at_loss`, in each module its own stage's part.
+
+    Attributes:
+      p: power of the maps.
+    """
+
+    p: float
+
+    staged: ClassVar[bool] = True
+    teacher_reads: ClassVar[tuple[str, ...]] = ("joints",)
+
+    def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
+        """The term `at`, one a module."""
+        pairs = zip(signals.student_joints, signals.teacher_joints, strict=True)
+        return [{"at": at_loss([ours], [theirs], self.p)} for ours, theirs in pairs]

@@ -4,8 +4,13 @@ Source: Zhao et al., "Decoupled Knowledge Distillation" (arXiv 2203.08679), equa
 5 to 7; the public code's reduction.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+
+from lakd_jax.distill import method, term
 
 
 def dkd_loss(
@@ -58,3 +63,20 @@ def _others(logits: jax.Array, target: jax.Array) -> jax.Array:
 def _divergence(log_student: jax.Array, log_teacher: jax.Array) -> jax.Array:
     terms = jnp.exp(log_teacher) * (log_teacher - log_student)
     return jnp.mean(jnp.sum(terms, -1))
+
+
+class DKD(term.LogitTerm):
+    """ce_weight CE + weight * `dkd_loss`.
+
+    Attributes:
+      alpha, beta, temperature: see `dkd_loss`.
+    """
+
+    alpha: float
+    beta: float
+    temperature: float
+
+    def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
+        """The term `dkd`."""
+        options = (self.alpha, self.beta, self.temperature)
+        return [{"dkd": dkd_loss(*self.logits(signals), signals.labels, *options)}]

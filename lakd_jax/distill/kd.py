@@ -76,19 +76,40 @@ def kd_loss(
     return temperature**2 * jnp.mean(divergence + lift)
 
 
+def standardised(logits: jax.Array) -> jax.Array:
+    """Z-scores of each row: minus its mean, by its standard deviation (of N - 1).
+
+    Sun et al., "Logit Standardization in Knowledge Distillation" (arXiv 2403.01427),
+    algorithm 1; the temperature then is the paper's base temperature.
+
+    Args:
+      logits: (B, classes), any floating type.
+
+    Returns:
+      (B, classes) float32.
+    """
+    logits = logits.astype(jnp.float32)
+    centred = logits - jnp.mean(logits, -1, keepdims=True)
+    return centred / (jnp.std(logits, -1, keepdims=True, ddof=1) + 1e-7)
+
+
 def head_terms(
-    signals: method.Signals, ce_weight: float, kd_weight: float, temperature: float
+    signals: method.Signals,
+    ce_weight: float,
+    kd_weight: float,
+    temperature: float,
+    standardise: bool = False,
 ) -> tuple[dict[str, jax.Array], dict[str, float]]:
     """Terms and weights of ce_weight * CE(labels) + kd_weight * KD on the logits.
 
     Returns:
       `head_ce` and `head_kd`, scalars float32, and the two weights by these names.
     """
-    logits = signals.student.logits
-    terms = {
-        "head_ce": cross_entropy(logits, signals.labels),
-        "head_kd": kd_loss(logits, signals.teacher.logits, temperature),
-    }
+    logits, target = signals.student.logits, signals.teacher.logits
+    terms = {"head_ce": cross_entropy(logits, signals.labels)}
+    if standardise:
+        logits, target = standardised(logits), standardised(target)
+    terms["head_kd"] = kd_loss(logits, target, temperature)
     return terms, {"head_ce": ce_weight, "head_kd": kd_weight}
 
 
@@ -122,12 +143,14 @@ class KD(method.Method):
     Attributes:
       ce_weight, kd_weight, temperature: as above.
       label_smoothing: of the labels' part, see `smoothed_cross_entropy`.
+      standardise: of the divergence, see `standardised`.
     """
 
     ce_weight: float
     kd_weight: float
     temperature: float
     label_smoothing: float = 0.0
+    standardise: bool = False
 
     @nn.compact
     def __call__(
@@ -135,7 +158,11 @@ class KD(method.Method):
     ) -> tuple[method.ModuleLoss, ...]:
         """One `ModuleLoss` with the terms `head_ce` and `head_kd`."""
         terms, weights = head_terms(
-            signals, self.ce_weight, self.kd_weight, self.temperature
+            signals,
+            self.ce_weight,
+            self.kd_weight,
+            self.temperature,
+            self.standardise,
         )
         if self.label_smoothing:
             logits, labels = signals.student.logits, signals.labels

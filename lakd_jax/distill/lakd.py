@@ -79,6 +79,7 @@ class Options:
         sample's elements, mean over the batch.
       adapter: `always` at every joint | `shape` only where channels differ.
       temperature: of KD, in the head and wherever logits are compared.
+      standardise: the logits of KD in heads, see `kd.standardised`.
     """
 
     preset: str = "default"
@@ -92,6 +93,7 @@ class Options:
     ce_weight: float = 0.1
     kd_weight: float = 0.9
     temperature: float = 4.0
+    standardise: bool = False
     attention: str = "weight"
     power: str = "2"
     window: int = 3
@@ -242,6 +244,8 @@ class LAKD(method.Method):
     options: Options
 
     local: ClassVar[bool] = True
+    staged: ClassVar[bool] = True
+    cut_scale: ClassVar[float] = 0.0
     teacher_reads: ClassVar[tuple[str, ...]] = ("logits", "joints")
 
     @property
@@ -396,7 +400,10 @@ def _head_loss(
     if options.head_loss == "ce":
         return terms, {ce: weight}
     divergence = f"{prefix}_kd"
-    terms[divergence] = kd.kd_loss(logits, signals.teacher.logits, options.temperature)
+    target = signals.teacher.logits
+    if options.standardise:
+        logits, target = kd.standardised(logits), kd.standardised(target)
+    terms[divergence] = kd.kd_loss(logits, target, options.temperature)
     return terms, {
         ce: weight * options.ce_weight,
         divergence: weight * options.kd_weight,

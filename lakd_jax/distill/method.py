@@ -23,6 +23,10 @@ def _no_suffix(k: int, activation: jax.Array) -> jax.Array:
     )
 
 
+def _no_head(activation: jax.Array) -> jax.Array:
+    raise ValueError("the method needs Signals.student_head and teacher_head")
+
+
 @flax.struct.dataclass
 class Signals:
     """One step as a method sees it; K is the number of local modules.
@@ -42,6 +46,15 @@ class Signals:
       teacher_suffix: `(k, activation) -> logits (B, classes)`, the teacher from
         the end of its module k (counted from 0) to the logits, for methods with
         `needs_suffix`; else it raises ValueError.
+      student_head, teacher_head: `activation -> logits (N, classes)`, each network
+        from the end of its last stage on, for activations (N, H, W, C) of any size:
+        cells of 1x1 give logits position by position. The student's has a gradient
+        and moves no statistics. For methods with `needs_heads`; else ValueError.
+      student_preacts, teacher_preacts: the K joints before the next ReLU, for methods
+        with `needs_preacts`; else ().
+      examples: (B,) int32, the rows of the training split that the batch is made of.
+      count: how many rows that has.
+      key: of what the method draws in this step.
     """
 
     student: Any
@@ -54,13 +67,27 @@ class Signals:
     teacher_suffix: Callable[[int, jax.Array], jax.Array] = flax.struct.field(
         pytree_node=False, default=_no_suffix
     )
+    student_head: Callable[[jax.Array], jax.Array] = flax.struct.field(
+        pytree_node=False, default=_no_head
+    )
+    teacher_head: Callable[[jax.Array], jax.Array] = flax.struct.field(
+        pytree_node=False, default=_no_head
+    )
+    student_preacts: tuple[jax.Array, ...] = ()
+    teacher_preacts: tuple[jax.Array, ...] = ()
+    examples: jax.Array | None = None
+    count: int = flax.struct.field(pytree_node=False, default=0)
+    key: jax.Array | None = None
 
 
 class Method(nn.Module):
     """What all methods share; a subclass says how it sees `Signals`.
 
     Class facts (instance properties where they depend on options): `local`, whether
-    the student is cut for it; `needs_teacher`; `least_batch`, examples a batch must
+    its modules can be run one by one; `staged`, whether it has a loss in each module
+    of the student, so that this may be cut; `cut_scale`, how it is cut where the
+    config leaves it open; `needs_teacher`; `needs_heads` and `needs_preacts`, whether
+    it reads those of `Signals`; `least_batch`, examples a batch must
     have (2 where the method normalises vectors by the batch); `needs_uncut` and
     `needs_suffix`, whether it reads `Signals.student_uncut` and
     `Signals.teacher_suffix`; `teacher_reads`, what it reads of the teacher's outputs
@@ -70,8 +97,12 @@ class Method(nn.Module):
     """
 
     local: ClassVar[bool] = False
+    staged: ClassVar[bool] = False
+    cut_scale: ClassVar[float] = 1.0
     needs_teacher: ClassVar[bool] = True
     least_batch: ClassVar[int] = 1
+    needs_heads: ClassVar[bool] = False
+    needs_preacts: ClassVar[bool] = False
     teacher_reads: ClassVar[tuple[str, ...]] = ("logits",)
 
     @property

@@ -4,10 +4,13 @@ Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation" (arXiv
 1907.09682), equations 1 to 4.
 """
 
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
 import jax
 import jax.numpy as jnp
 
-from lakd_jax.distill import relation
+from lakd_jax.distill import method, relation, term
 
 
 def sp_loss(student_feature: jax.Array, teacher_feature: jax.Array) -> jax.Array:
@@ -30,3 +33,13 @@ def sp_loss(student_feature: jax.Array, teacher_feature: jax.Array) -> jax.Array
 def _similarities(feature: jax.Array) -> jax.Array:
     rows = relation.flat(feature)
     return relation.unit(rows @ rows.T)
+
+
+class SP(term.Term):
+    """ce_weight CE + weight * `sp_loss` of the last stage's features."""
+
+    teacher_reads: ClassVar[tuple[str, ...]] = ("joints",)
+
+    def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
+        """The term `sp`."""
+        return [{"sp": sp_loss(signals.student_joints[-1], signals.teacher_joints[-1])}]

@@ -69,7 +69,7 @@ def load(
     finished = config_lib.changed(config, {"student.init": str(directory)})
     student = runs.load_network("student", finished, bench)
     teacher = None
-    if distill.METHODS[config.method].needs_teacher:
+    if distill.facts(config.method).needs_teacher:
         teacher = teachers.make(config, bench)
     result = workdir.read_json(directory / networks.RESULT_FILE)
     pixels = build.pixels(config)

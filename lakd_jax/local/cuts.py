@@ -262,7 +262,9 @@ def module_of(path: Sequence[str], partition: Partition, student: chain.Chain) -
     Args:
       path: its keys in `{"student": chain variables, "method": method variables}`,
         such as ("student", "stage2", "block1", "conv1", "kernel") or
-        ("method", "module2", "adapter", "conv", "kernel").
+        ("method", "module2", "adapter", "conv", "kernel"), or, of the first method
+        of a sum, ("method", "parts_0", "module2", ...). What a method has in "head"
+        belongs to the last module.
       partition: of the student.
       student: the network that was cut.
 
@@ -271,6 +273,8 @@ def module_of(path: Sequence[str], partition: Partition, student: chain.Chain) -
     """
     part, unit = path[0], path[1]
     if part == "method":
+        unit = path[2] if unit.startswith("parts_") else unit
+        unit = partition.names[-1] if unit == "head" else unit
         return partition.names.index(unit) if unit in partition.names else _lost(path)
     if unit == "head":
         return len(partition.student_joints) - 1

@@ -14,14 +14,6 @@ from lakd_jax import config as config_lib
 from lakd_jax.report import table
 from lakd_jax.train import costs, hme_runs, look, networks, rows, runs, seeds, teachers
 
-TITLES = {
-    "none": "alone",
-    "kd": "KD",
-    "lakd": "LAKD",
-    "afd": "AFD",
-    "rtk": "RTK (our reading)",
-}
-
 
 def run(
     config: config_lib.ConfigDict,
@@ -63,7 +55,7 @@ def run(
         notify(_describe_data(bench))
         methods = [*config.baselines, config.method]
         teacher = None
-        if any(distill.METHODS[m].needs_teacher for m in methods):
+        if any(distill.facts(m).needs_teacher for m in methods):
             teacher = teachers.make(config, bench)
         results, by = {}, config.seeds_by
         for method in config.baselines:
@@ -95,8 +87,8 @@ def _of_seeds(config: config_lib.ConfigDict, directory: Path) -> list[seeds.Run]
 
 
 def _draw(one: seeds.Run, bench: runs.Bench, teacher: runs.Teacher | None) -> None:
-    folders = {TITLES[m]: one.directory / m for m in one.config.baselines}
-    folders[TITLES[one.config.method]] = one.directory
+    folders = {distill.title(m): one.directory / m for m in one.config.baselines}
+    folders[distill.title(one.config.method)] = one.directory
     draw = functools.partial(look.draw, one.config, one.directory, bench, teacher)
     hosts.first(lambda: draw(folders))
 
@@ -160,7 +152,7 @@ def _baselines(
 
 def _title(config: config_lib.ConfigDict, method: str) -> str:
     attention = " with VAM" if config.student.vam.enabled else ""
-    return f"{config.student.name}{attention}, {TITLES[method]}"
+    return f"{config.student.name}{attention}, {distill.title(method)}"
 
 
 def dry_run(
@@ -179,7 +171,7 @@ def dry_run(
     bench = runs.bench(config, guard, notify)
     notify(_describe_data(bench))
     teacher = None
-    if distill.METHODS[config.method].needs_teacher:
+    if distill.facts(config.method).needs_teacher:
         teacher = teachers.stand_in(config, bench) or teachers.make(config, bench)
     with tempfile.TemporaryDirectory() as scratch:
         own = hme_runs.parts(config, Path(scratch), bench, teacher, dry=True)

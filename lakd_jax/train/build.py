@@ -41,6 +41,7 @@ def learner(
     teacher_pixels: learner_lib.Pixels,
     image_shape: tuple[int, ...],
     steps_per_epoch: int,
+    examples: int,
     mesh: jax.sharding.Mesh,
     stage: hme_stages.Stage | None = None,
 ) -> tuple[learner_lib.Learner, Callable[[], state_lib.TrainState]]:
@@ -49,16 +50,17 @@ def learner(
     Args:
       config: resolved.
       image_shape: (H, W, 3) of the training images.
+      examples: how many those are.
       stage: of an HME's training; None for other students.
     """
-    method = _method(config)
-    is_local = distill.METHODS[config.method].local
+    facts, method = distill.facts(config.method), _method(config)
+    local, staged = config.local, facts.staged
     partition = cuts.modules(
         student.model,
         teacher.model if teacher else student.model,
-        config.local.granularity if is_local else "none",
-        config.local.cuts if is_local else (),
-        config.local.modules if is_local else 0,
+        local.granularity if staged else "none",
+        local.cuts if staged else (),
+        local.modules if staged else 0,
     )
     own = functools.partial(learning_rate, config)
     rate = (stage.learning_rate if stage else own)(steps_per_epoch)
@@ -67,18 +69,20 @@ def learner(
         teacher=teacher.model if teacher else None,
         method=method,
         partition=partition,
-        cut_scale=config.local.cut_scale if is_local else 1.0,
-        module_input=config.local.module_input if is_local else "student",
+        facts=facts,
+        cut_scale=facts.cut_scale if local.cut_scale < 0 else local.cut_scale,
+        module_input=local.module_input if facts.local else "student",
         uncut=method.needs_uncut,
         vam_gamma=config.student.vam.gamma,
-        starts=tuple(config.local.module_start_epochs) if is_local else (),
-        preact=is_local and config.lakd.preact,
+        starts=tuple(local.module_start_epochs) if facts.local else (),
+        preact=facts.local and config.lakd.preact,
         student_pixels=pixels(config),
         teacher_pixels=teacher_pixels,
         pad=config.data.pad,
         flip=config.data.flip,
         views=config.teacher.views if teacher else 0,
         steps_per_epoch=steps_per_epoch,
+        examples=examples,
         optimizer=optax.identity(),  # the real one needs the parameters' names
         optimizer_of=functools.partial(_optimizer, config, rate),
         learning_rate=rate,
@@ -106,7 +110,7 @@ def engine(
     compile_with: engines.CompileWith,
 ) -> engines.Engine:
     """What runs the steps: `local.engine` for methods that cut the student."""
-    kind = config.local.engine if distill.METHODS[config.method].local else "fused"
+    kind = config.local.engine if distill.facts(config.method).local else "fused"
     arguments = (learner, teacher_variables, data, compile_with)
     if kind == "fused":
         return engines.Fused(*arguments)
@@ -131,11 +135,17 @@ def _optimizer(
 def _method(config: config_lib.ConfigDict) -> method_lib.Method:
     """The method, in its form for the student's outputs."""
     if config.student.name != "hme" or config.hme.loss != "binary":
-        return distill.create(config.method, method_options(config))
+        names = distill.parts(config.method)
+        alone = {name: config_lib.changed(config, {"method": name}) for name in names}
+        options = {name: method_options(own) for name, own in alone.items()}
+        if len(names) > 1:
+            return distill.create_sum(options)
+        return distill.create(config.method, options[config.method])
     weight = config.hme.positive_weight
     if config.method == "none":
         return binary.BinaryPlain(weight)
-    return binary.BinaryKD(**config.kd, positive_weight=weight)
+    own = {n: v for n, v in config.kd.items() if n != "standardise"}
+    return binary.BinaryKD(**own, positive_weight=weight)
 
 
 def network_options(config: config_lib.ConfigDict) -> dict[str, Any]:
@@ -173,15 +183,17 @@ def learning_rate(
 
 
 def method_options(config: config_lib.ConfigDict) -> dict[str, Any]:
-    """The fields that `distill.create` takes for this method."""
-    smoothing = {"label_smoothing": config.label_smoothing}
-    if config.method == "none":
+    """The fields that `distill.create` takes for this method, which is no sum."""
+    name, smoothing = config.method, {"label_smoothing": config.label_smoothing}
+    if name == "none":
         return smoothing
     kd = config.kd.to_dict()
-    if config.method == "kd":
+    if name == "kd":
         return kd | smoothing
-    if config.method in ("afd", "rtk"):
-        return {**config[config.method], "temperature": config.kd.temperature}
+    if name in ("afd", "rtk"):
+        return {**config[name], "temperature": config.kd.temperature}
+    if name != "lakd":
+        return config[name].to_dict()
     own = {n: v for n, v in config.lakd.items() if n != "preact"}  # the step's
     starts = tuple(config.local.module_start_epochs)
     return {**own, **kd, "module_start_epochs": starts}
@@ -221,6 +233,7 @@ def _initialiser(
             labels,
             jnp.int32(0),
             key,
+            labels,
         )
         own = learner.method.init(keys["method"], signals, train=True)
         params["method"] = own.get("params", {})

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from lakd_jax import distill
 from lakd_jax.data import augment
 from lakd_jax.distill import method as method_lib
 from lakd_jax.local import cuts
@@ -48,6 +49,7 @@ class Learner:
     Attributes:
       student, teacher: the networks; the teacher may be None.
       method: Linen module that turns `Signals` into one loss a module.
+      facts: of the method.
       partition: the student's modules and the teacher's matching joints.
       cut_scale: gradient kept at each cut, 0 (isolated) to 1 (end to end).
       module_input: "student", or "teacher": each module is fed the teacher's
@@ -58,6 +60,7 @@ class Learner:
       views: augmented views of an example that come again and again, one an epoch; 0:
         every epoch has new ones.
       preact: joints before the last ReLU.
+      examples: of the training split.
       optimizer_of: makes the optimiser of any part of the parameters from the labels
         of that part; `optimizer` is that of all of them.
       anneal: temperature of the student's soft gates times the epoch, see
@@ -67,6 +70,7 @@ class Learner:
     student: chain.Chain
     teacher: chain.Chain | None
     method: method_lib.Method
+    facts: distill.Facts
     partition: cuts.Partition
     cut_scale: float
     module_input: str
@@ -80,6 +84,7 @@ class Learner:
     flip: bool
     views: int
     steps_per_epoch: int
+    examples: int
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
     weight_decay: float
@@ -97,7 +102,7 @@ class Learner:
         """
         if self.teacher is None or self.student.vam or self.anneal is not None:
             return False
-        if self.uncut or self.method.needs_logits:
+        if not self.facts.local or self.uncut or self.method.needs_logits:
             return False
         entry = self.student.PREACTIVATION or self.teacher.PREACTIVATION
         return self.cut_scale == 0 and not (self.preact and entry)
@@ -155,6 +160,13 @@ def joints(
     return tuple(
         chain.feature_at(outputs, model, n, preact=learner.preact) for n in names
     )
+
+
+def preacts(
+    model: chain.Chain, outputs: chain.Outputs, names: tuple[str, ...]
+) -> tuple[jax.Array, ...]:
+    """The joints `names` of a whole pass before the next ReLU, (B, H, W, C) each."""
+    return tuple(chain.feature_at(outputs, model, n, preact=True) for n in names)
 
 
 def span(joints: tuple[str, ...], k: int) -> tuple[str, str]:

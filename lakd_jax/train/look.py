@@ -100,7 +100,7 @@ def partition(
     granularity, at = config.local.granularity, config.local.cuts
     count = config.local.modules
     stages_differ = len(student.stage_sizes) != len(teacher.stage_sizes)
-    if stages_differ and not distill.METHODS[config.method].local:
+    if stages_differ and not distill.facts(config.method).staged:
         granularity, at, count = "none", (), 0
     return cuts.modules(student, teacher, granularity, at, count)
 

@@ -199,7 +199,7 @@ def parts(
 
     `dry` has zeros in place of stored outputs of the teacher (`teacher.views`).
     """
-    if not distill.METHODS[config.method].needs_teacher:
+    if not distill.facts(config.method).needs_teacher:
         teacher = None
     student = load_network("student", config, bench)
     student = gates.gated(student, build.vam_options(config))
@@ -212,6 +212,7 @@ def parts(
         teacher_pixels=teacher.pixels if teacher else build.pixels(config),
         image_shape=bench.dataset.train.images.shape[1:],
         steps_per_epoch=plan.steps_per_epoch,
+        examples=len(bench.dataset.train),
         mesh=bench.mesh,
         stage=stage,
     )
@@ -290,7 +291,7 @@ def _check_last_batch(config: config_lib.ConfigDict, examples: int) -> None:
 
     A whole batch is checked with the other fields, before there are any data.
     """
-    least = distill.METHODS[config.method].least_batch
+    least = distill.facts(config.method).least_batch
     left = examples % config.batch_size
     if left == 0 or left >= least or config.data.drop_last:
         return

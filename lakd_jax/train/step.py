@@ -80,6 +80,7 @@ def whole_step(
         labels,
         state.step,
         jax.random.fold_in(data.noise, state.step),
+        indices,
     )
     updates, opt_state = learner.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -103,6 +104,7 @@ def loss(
     labels: jax.Array,
     step: jax.Array,
     noise: jax.Array,
+    examples: jax.Array,
 ) -> tuple[jax.Array, tuple[PyTree, learner_lib.Metrics]]:
     """The summed loss of all modules; (new batch statistics, metrics) beside it.
 
@@ -111,7 +113,7 @@ def loss(
     `cut_scale` of it) through.
     """
     signals, new = observe(
-        learner, params, batch_stats, source, images, labels, step, noise
+        learner, params, batch_stats, source, images, labels, step, noise, examples
     )
     losses, method_state = learner.method.apply(
         _variables(params, batch_stats, "method"),
@@ -145,16 +147,22 @@ def observe(
     labels: jax.Array,
     step: jax.Array,
     noise: jax.Array,
+    examples: jax.Array,
 ) -> tuple[method_lib.Signals, PyTree]:
     """What the method sees of both networks, and what the student's pass leaves.
 
-    `noise` is the key of the student's dropout in this step, if it has any.
+    `noise` is the key of what is drawn in this step: the student's dropout, if it has
+    any, and by the method. `examples` (B,) are the rows of the batch.
     """
     teacher, teacher_joints, passed, extra = None, (), (), {}
     if learner.teacher is not None:
         asked = teaching.teacher(learner, source)
         teacher, teacher_joints, passed = asked.whole(images)
         extra["teacher_suffix"] = asked.suffix
+        if learner.facts.needs_heads:
+            extra["teacher_head"] = asked.head
+        if learner.facts.needs_preacts:
+            extra["teacher_preacts"] = asked.preacts(teacher)
     replace = None
     if learner.module_input == "teacher":
         replace = dict(zip(learner.partition.student_joints, passed, strict=True))
@@ -173,19 +181,39 @@ def observe(
         uncut = learner_lib.joints(
             learner, learner.student, run(1.0)[0], learner.partition.student_joints
         )
+    joints = learner.partition.student_joints
+    if learner.facts.needs_heads:
+        extra["student_head"] = functools.partial(_head, learner, variables)
+    if learner.facts.needs_preacts:
+        extra["student_preacts"] = learner_lib.preacts(learner.student, student, joints)
     signals = method_lib.Signals(
         student=student,
         teacher=teacher,
         labels=labels,
         epoch=step.astype(jnp.float32) / learner.steps_per_epoch,
-        student_joints=learner_lib.joints(
-            learner, learner.student, student, learner.partition.student_joints
-        ),
+        student_joints=learner_lib.joints(learner, learner.student, student, joints),
         teacher_joints=teacher_joints,
         student_uncut=uncut,
+        examples=examples,
+        count=learner.examples,
+        key=noise,
         **extra,
     )
     return signals, new
+
+
+def _head(
+    learner: learner_lib.Learner, variables: PyTree, activation: jax.Array
+) -> jax.Array:
+    """The student's logits (N, classes) from activations (N, H, W, C) of its end."""
+    outputs, _ = learner.student.apply(
+        variables,
+        activation.astype(learner.student_pixels.dtype),
+        train=True,
+        after=learner.student.unit_names[-1],
+        mutable=_LEFT,
+    )
+    return outputs.logits
 
 
 def _student(learner: learner_lib.Learner, step: jax.Array) -> chain.Chain:

@@ -50,6 +50,14 @@ class Teacher(Protocol):
         """Logits (B, classes) of the teacher run on from the end of its module `k`."""
         ...
 
+    def head(self, activation: jax.Array) -> jax.Array:
+        """Logits (N, classes) of the teacher run on from the end of its last stage."""
+        ...
+
+    def preacts(self, outputs: Any) -> Joints:
+        """The joints before the next ReLU, from what `whole` gave first."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Live:
@@ -89,6 +97,16 @@ class Live:
         )
         return outputs.logits
 
+    def head(self, activation: jax.Array) -> jax.Array:
+        """See `Teacher`."""
+        return self.suffix(-1, activation)
+
+    def preacts(self, outputs: chain.Outputs) -> Joints:
+        """See `Teacher`."""
+        model: Any = self.learner.teacher
+        names = self.learner.partition.teacher_joints
+        return learner_lib.preacts(model, outputs, names)
+
     def _run(self, inputs: jax.Array, **part: str) -> chain.Outputs:
         model: Any = self.learner.teacher
         outputs = model.apply(self.variables, inputs, train=False, **part)
@@ -122,6 +140,14 @@ class Answers:
         """Raises ValueError: outputs cannot be run on."""
         raise ValueError("a method that runs the teacher on needs teacher.views=0")
 
+    def head(self, activation: jax.Array) -> jax.Array:
+        """Raises ValueError: outputs cannot be run on."""
+        return self.suffix(-1, activation)
+
+    def preacts(self, outputs: Any) -> Joints:
+        """Raises ValueError: pre-activations are not stored."""
+        raise ValueError("a method on pre-activations needs teacher.views=0")
+
 
 Source = PyTree | Answers | None
 
@@ -154,7 +180,7 @@ def ask(
     Raises:
       ValueError: the method reads more of the teacher than is stored.
     """
-    reads = learner.method.teacher_reads
+    reads = learner.facts.teacher_reads
     stored = method_lib.STORABLE
     if learner.method.needs_suffix or not set(reads) <= set(stored):
         raise ValueError(f"of {', '.join(reads)} only {', '.join(stored)} are stored")

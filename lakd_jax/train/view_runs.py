@@ -80,7 +80,7 @@ def require_room(
     shapes = chain.variable_shapes(teacher.model)
     image_shape = dataset.train.images.shape[1:]
     for method in (config.method, *config.baselines):
-        if not distill.METHODS[method].needs_teacher:
+        if not distill.facts(method).needs_teacher:
             continue
         learner, _ = build.learner(
             config_lib.changed(config, {"method": method}),
@@ -89,6 +89,7 @@ def require_room(
             teacher_pixels=pixels,
             image_shape=image_shape,
             steps_per_epoch=1,
+            examples=len(dataset.train),
             mesh=mesh,
         )
         wanted = views.shapes(learner, shapes, image_shape, len(dataset.train))
