@@ -34,6 +34,7 @@ def make(tmp_path, devices=8, **fields):
         teacher_pixels=build.pixels(config),
         image_shape=(8, 8, 3),
         steps_per_epoch=10,
+        examples=160,
         mesh=mesh,
     )
     data = state_lib.resident(tiny.split(160, 0), config.seed, mesh)

@@ -1,6 +1,7 @@
 """Toy chains and a tiny local training step for the tests of methods and cuts."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from lakd_jax.local import cuts
 from lakd_jax.models import chain
 
 CLASSES = 3
+EXAMPLES = 24  # of the training split that batches are said to be of
 
 LITERAL = {
     "preset": "literal",
@@ -135,6 +137,12 @@ class Lesson:
             after = self.partition.teacher_joints[k]
             return self.teacher.apply(variables, h, train=False, after=after).logits
 
+        def student_head(h):
+            after = self.partition.student_joints[-1]
+            variables = {"params": params, "batch_stats": stats}
+            apply = functools.partial(self.student.apply, mutable=["batch_stats"])
+            return apply(variables, h, train=True, after=after)[0].logits
+
         out, joints, new = run(self.cut_scale)
         signals = method.Signals(
             student=out,
@@ -145,8 +153,22 @@ class Lesson:
             teacher_joints=tuple(theirs),
             student_uncut=run(1.0)[1] if self.method.needs_uncut else (),
             teacher_suffix=suffix if self.method.needs_suffix else None,
+            student_head=student_head,
+            teacher_head=lambda h: suffix(-1, h),
+            student_preacts=self._preacts(self.student, out, "student_joints"),
+            teacher_preacts=self._preacts(self.teacher, teacher, "teacher_joints"),
+            examples=jnp.arange(len(y)),
+            count=EXAMPLES,
+            key=jax.random.key(3),
         )
         return signals, new
+
+    def _preacts(self, model, outputs, joints):
+        names = getattr(self.partition, joints)
+        if any(not name.endswith(f"block{model.stage_sizes[0]}") for name in names):
+            return ()  # only the ends of stages have them
+        at = functools.partial(chain.feature_at, outputs, model, preact=True)
+        return tuple(at(name) for name in names)
 
     def init(self, x, y, seed=1):
         """`{"student": ..., "method": ...}` parameters and batch statistics."""
