@@ -63,6 +63,12 @@ def _data() -> ConfigDict:
     d.std = (0.2675, 0.2565, 0.2761)
     d.pad = 4  # zero pixels around the image before the random crop
     d.flip = True  # random horizontal mirror image
+    # Read and decode images when they are needed, instead of keeping all in memory. A
+    # random part of each is cut out and resized to image_size; pad must be 0.
+    d.streaming = False
+    d.crop_scale = (0.08, 1.0)  # streaming: share of the area that is cut out
+    d.test_resize = 256  # streaming, tests: the shorter side, before the centre is cut
+    d.workers = 0  # streaming: processes that decode; 0: threads
     d.drop_last = False  # leave out the short last batch of an epoch
     return d
 

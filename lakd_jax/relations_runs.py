@@ -73,6 +73,43 @@ def _engine_isolated(c: relations.Config, _: int) -> str:
     )
 
 
+@relations.reads(
+    "data.streaming", "data.source", "data.image_size", "data.pad", "data.test_resize"
+)
+def _streaming(c: relations.Config, _: int) -> str:
+    d = c.data
+    if not d.streaming:
+        return ""
+    if d.source == "digits":
+        return "data.streaming is for image files; data.source=digits needs it False"
+    if not d.image_size:
+        return "data.streaming cuts images to one size: set data.image_size, e.g. 224"
+    if d.pad:
+        return f"data.streaming cuts images at random: set data.pad to 0, not {d.pad}"
+    if d.test_resize < d.image_size:
+        return (
+            f"data.test_resize is {d.test_resize}, less than data.image_size "
+            f"({d.image_size}), which is cut out of it"
+        )
+    return ""
+
+
+@relations.reads("data.streaming", "teacher.views")
+def _streaming_views(c: relations.Config, _: int) -> str:
+    if not (c.data.streaming and c.teacher.views):
+        return ""
+    return (
+        "teacher.views is for data in memory: set it to 0, or data.streaming to False"
+    )
+
+
+@relations.reads("data.streaming", "seeds_by")
+def _streaming_seeds(c: relations.Config, _: int) -> str:
+    if not c.data.streaming or c.seeds_by in ("auto", "turn"):
+        return ""
+    return f"seeds_by={c.seeds_by} is for data in memory: use seeds_by=turn"
+
+
 @relations.reads("seeds")
 def _seeds(c: relations.Config, _: int) -> str:
     again = [seed for i, seed in enumerate(c.seeds) if seed in c.seeds[:i]]

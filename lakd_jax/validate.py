@@ -88,6 +88,13 @@ def each(check: Check) -> Check:
     return lambda values: next(filter(None, map(check, values)), "")
 
 
+def shares(values: tuple) -> str:
+    """Two shares, the smaller first and above 0."""
+    if len(values) == 2 and 0 < values[0] <= values[1] <= 1:
+        return ""
+    return f"must be (least, most) with 0 < least <= most <= 1, is {values!r}"
+
+
 def channels(check: Check, *, empty: bool) -> Check:
     """Three numbers, one a colour channel, or none where `empty` allows it."""
 
@@ -136,6 +143,9 @@ def _run_ranges() -> dict[str, Check]:
         "data.mean": channels(between(0, 1), empty=False),
         "data.std": channels(above(0), empty=False),
         "data.pad": at_least(0),
+        "data.crop_scale": shares,
+        "data.test_resize": at_least(1),
+        "data.workers": at_least(0),
         "label_smoothing": below(1),
         "checkpoint.every_steps": at_least(0),
         "checkpoint.keep": at_least(1),

@@ -18,7 +18,7 @@ def test_digits_are_the_real_scans_and_always_split_alike():
     assert digits.classes == tuple("0123456789")
     assert digits.minival is None
     # The fingerprint pins pixels and split for every machine and version.
-    assert data.fingerprint(digits) == "77a6e09a272fd9f9"
+    assert digits.fingerprint() == "77a6e09a272fd9f9"
     share = np.bincount(digits.test.labels) / np.bincount(digits.train.labels)
     np.testing.assert_allclose(share, 360 / 1437, atol=0.005)
 
@@ -87,7 +87,7 @@ def test_negative_size_is_refused():
 
 def test_fingerprint_sees_pixels_labels_classes_and_splits():
     digits = data.load("digits")
-    prints = {data.fingerprint(digits)}
+    prints = {digits.fingerprint()}
 
     def changed(role: str, field: str) -> data.Dataset:
         array = getattr(getattr(digits, role), field).copy()
@@ -97,10 +97,10 @@ def test_fingerprint_sees_pixels_labels_classes_and_splits():
 
     for role in ("train", "test"):
         for field in ("images", "labels", "ids"):
-            prints.add(data.fingerprint(changed(role, field)))
+            prints.add(changed(role, field).fingerprint())
     renamed = dataclasses.replace(digits, classes=("zero", *digits.classes[1:]))
-    prints.add(data.fingerprint(renamed))
-    prints.add(data.fingerprint(data.load("digits", minival=0.1)))
+    prints.add(renamed.fingerprint())
+    prints.add(data.load("digits", minival=0.1).fingerprint())
     assert len(prints) == 9 and all(len(text) == 16 for text in prints)
     elsewhere = dataclasses.replace(digits, name="other")
-    assert data.fingerprint(elsewhere) == data.fingerprint(digits)
+    assert elsewhere.fingerprint() == digits.fingerprint()

@@ -178,7 +178,7 @@ def test_downloads_once_and_reads_every_pixel(name, site, tmp_path):
     assert requests == len(tfds_builders.URLS[name])
     second = data.load(name, data_dir=str(tmp_path))
     assert len(site.seen) == requests
-    assert data.fingerprint(first) == data.fingerprint(second)
+    assert first.fingerprint() == second.fingerprint()
     assert first.name == name and first.classes == tuple(NAMES[name])
     for role in COUNTS:
         split = getattr(first, role)
@@ -322,7 +322,7 @@ def test_tfrecords_are_read_alike(site, tmp_path):
     first = data.load("cifar10", data_dir=str(tmp_path))
     as_tfrecords(tmp_path)
     second = data.load("cifar10", data_dir=str(tmp_path))
-    assert data.fingerprint(first) == data.fingerprint(second)
+    assert first.fingerprint() == second.fingerprint()
     assert len(site.seen) == 1
 
 

@@ -4,7 +4,7 @@ Everything random here is a pure function: the order of (seed, step), the
 augmentation of (key, epoch, example), the held-out split of the labels alone.
 """
 
-from lakd_jax.data.dataset import Dataset, Split, fingerprint
+from lakd_jax.data.dataset import Dataset, Split
 from lakd_jax.data.sources import load
 
-__all__ = ["Dataset", "Split", "fingerprint", "load"]
+__all__ = ["Dataset", "Split", "load"]

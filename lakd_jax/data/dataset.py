@@ -26,6 +26,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W, 3) of an image."""
+        return self.images.shape[1:]
+
     def take(self, chosen: np.ndarray) -> "Split":
         """Returns the examples that `chosen`, a mask or indices, names."""
         return Split(self.images[chosen], self.labels[chosen], self.ids[chosen])
@@ -40,6 +45,27 @@ class Dataset:
     train: Split
     minival: Split | None
     test: Split
+
+    @property
+    def preview(self) -> "Dataset":
+        """What pictures and reports look at: all of it."""
+        return self
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits of the pixels, labels, ids, splits and class names.
+
+        The name of the data set is left out: the same images from another path
+        have the same fingerprint.
+        """
+        digest = hashlib.blake2b(repr(self.classes).encode(), digest_size=8)
+        for role in ("train", "minival", "test"):
+            split = getattr(self, role)
+            if split is None:
+                continue
+            digest.update(f"{role}{split.images.shape}".encode())
+            for array in (split.images, split.labels, split.ids):
+                digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
 
 def new_split(images: np.ndarray, labels: np.ndarray) -> Split:
@@ -85,20 +111,3 @@ def hold_out(train: Split, fraction: float) -> tuple[Split, Split]:
             "every class."
         )
     return train.take(~mask), train.take(mask)
-
-
-def fingerprint(dataset: Dataset) -> str:
-    """Returns 16 hex digits of the pixels, labels, ids, splits and class names.
-
-    The name of the data set is left out: the same images from another path
-    have the same fingerprint.
-    """
-    digest = hashlib.blake2b(repr(dataset.classes).encode(), digest_size=8)
-    for role in ("train", "minival", "test"):
-        split = getattr(dataset, role)
-        if split is None:
-            continue
-        digest.update(f"{role}{split.images.shape}".encode())
-        for array in (split.images, split.labels, split.ids):
-            digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()

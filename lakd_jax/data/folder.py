@@ -28,12 +28,9 @@ def load(
         differ between the splits, sizes differ, an image is undecodable.
     """
     root = pathlib.Path(path).expanduser()
-    files = {role: _list(root, role) for role in ("train", "test")}
-    classes = tuple(files["train"])
-    _check_classes(root, set(classes), set(files["test"]))
-    train, test = (
-        _read(root / role, files[role], image_size) for role in ("train", "test")
-    )
+    classes, listed_files = listed(path)
+    files = dict(zip(("train", "test"), listed_files, strict=True))
+    train, test = (_read(root / role, files[role], image_size) for role in files)
     if train.images.shape[1:] != test.images.shape[1:]:
         sizes = [f"{s.images.shape[2]}x{s.images.shape[1]}" for s in (train, test)]
         first = [next(iter(files[role].values()))[0] for role in ("train", "test")]
@@ -42,6 +39,20 @@ def load(
             f"{sizes[1]} (width x height). Set data.image_size to resize all of them."
         )
     return classes, train, test
+
+
+def listed(
+    path: str,
+) -> tuple[tuple[str, ...], list[dict[str, list[pathlib.Path]]]]:
+    """(classes, {class: its files} of train and of test), in the order of `load`.
+
+    Raises:
+      DataError: as `load`, but no image is opened.
+    """
+    root = pathlib.Path(path).expanduser()
+    train, test = (_list(root, role) for role in ("train", "test"))
+    _check_classes(root, set(train), set(test))
+    return tuple(train), [train, test]
 
 
 def _list(root: pathlib.Path, role: str) -> dict[str, list[pathlib.Path]]:

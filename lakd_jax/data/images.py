@@ -1,6 +1,7 @@
 """Decoding image files to uint8 RGB arrays of one size."""
 
 import concurrent.futures
+import contextlib
 import io
 import os
 import sys
@@ -33,6 +34,24 @@ def resize(image: Image.Image, size: int) -> Image.Image:
     return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
 
 
+@contextlib.contextmanager
+def opened(source: str | bytes, name: str) -> Iterator[Image.Image]:
+    """An encoded image, given as its path or its bytes, whose pixels are not read yet.
+
+    Raises:
+      DataError: it cannot be decoded, which may show only when the pixels are read.
+    """
+    try:
+        with Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else source
+        ) as image:
+            yield image
+    except Exception as error:  # Pillow's codecs raise a dozen different types
+        raise errors.DataError(
+            f"{name}: not a readable image ({error}). Delete or replace it."
+        ) from error
+
+
 def decode(source: str | bytes, image_size: int, name: str) -> np.ndarray:
     """Decodes one file, given as its path or its bytes, to (H, W, 3) uint8.
 
@@ -44,15 +63,8 @@ def decode(source: str | bytes, image_size: int, name: str) -> np.ndarray:
     Raises:
       DataError: the image cannot be decoded.
     """
-    try:
-        with Image.open(
-            io.BytesIO(source) if isinstance(source, bytes) else source
-        ) as f:
-            image = to_rgb(f)
-    except Exception as error:  # Pillow's codecs raise a dozen different types
-        raise errors.DataError(
-            f"{name}: not a readable image ({error}). Delete or replace it."
-        ) from error
+    with opened(source, name) as file:
+        image = to_rgb(file)
     return np.asarray(resize(image, image_size) if image_size else image)
 
 

@@ -34,20 +34,35 @@ def load(
       DataError: unknown name, not prepared and not preparable here, not an
         image classification set, or broken files.
     """
-    builder = _open(name, data_dir)
-    if not builder.is_prepared():
-        _prepare(builder, name, data_dir)
-        builder = _open(name, data_dir)
-    _check_format(builder, name)
-    classes = _classes(builder, name)
+    builder = prepared(name, data_dir)
+    names = classes(builder, name)
     train = _read(builder, "train", image_size)
-    test = _read(builder, _test_split(builder, name), image_size)
+    test = _read(builder, test_split(builder, name), image_size)
     if train.images.shape[1:] != test.images.shape[1:]:
         raise errors.DataError(
             f"{name}: training images are {train.images.shape[1:3]} pixels, test "
             f"images {test.images.shape[1:3]}. Set data.image_size to resize them."
         )
-    return classes, train, test
+    return names, train, test
+
+
+def prepared(name: str, data_dir: str) -> Any:
+    """The builder of a set, which is prepared first if need be.
+
+    Args:
+      name: as for `load`.
+      data_dir: tfds's data directory, "" for its default.
+
+    Raises:
+      DataError: unknown name, not prepared and not preparable here, or prepared in a
+        form that cannot be read.
+    """
+    builder = _open(name, data_dir)
+    if not builder.is_prepared():
+        _prepare(builder, name, data_dir)
+        builder = _open(name, data_dir)
+    _check_format(builder, name)
+    return builder
 
 
 def has_tensorflow() -> bool:
@@ -101,7 +116,8 @@ def _prepare(builder: Any, name: str, data_dir: str) -> None:
         ) from error
 
 
-def _formats(builder: Any) -> set[str]:
+def formats(builder: Any) -> set[str]:
+    """In which a prepared set lies on disk."""
     return {form.value for form in builder.info.available_file_formats()}
 
 
@@ -110,17 +126,18 @@ def _check_format(builder: Any, name: str) -> None:
         raise errors.DataError(
             f"{builder.data_dir} holds no complete data set: delete it and start again."
         )
-    formats = _formats(builder)
-    if not formats & {"array_record", "tfrecord"}:
+    found = formats(builder)
+    if not found & {"array_record", "tfrecord"}:
         raise errors.DataError(
             f"{name} is prepared in {builder.data_dir} as "
-            f"{', '.join(sorted(formats))}, which cannot be read.\nDelete it or give "
+            f"{', '.join(sorted(found))}, which cannot be read.\nDelete it or give "
             "another data.data_dir, and prepare it by\n"
             f"`tfds build {name} --file_format=array_record`."
         )
 
 
-def _classes(builder: Any, name: str) -> tuple[str, ...]:
+def classes(builder: Any, name: str) -> tuple[str, ...]:
+    """Names of the classes; DataError where it is no set of labelled images."""
     import tensorflow_datasets as tfds
 
     features = builder.info.features
@@ -138,7 +155,8 @@ def _classes(builder: Any, name: str) -> tuple[str, ...]:
     return tuple(label.names)
 
 
-def _test_split(builder: Any, name: str) -> str:
+def test_split(builder: Any, name: str) -> str:
+    """The labelled split to test on: `test`, else `validation`; else DataError."""
     for split in ("test", "validation"):
         if split in builder.info.splits:
             _, labels = _records(builder, split, limit=1)
@@ -157,7 +175,7 @@ def _examples(builder: Any, split: str) -> Iterator[dict[str, Any]]:
     # The stored bytes are decoded here: tfds's decoder depends on whether
     # OpenCV happens to be installed, and knows nothing of image_size.
     raw = {"image": tfds.decode.SkipDecoding()}
-    if "array_record" in _formats(builder):
+    if "array_record" in formats(builder):
         source = builder.as_data_source(split, decoders=raw, file_format="array_record")
         for start in range(0, len(source), _READ_BATCH):
             stop = min(start + _READ_BATCH, len(source))

@@ -59,7 +59,7 @@ def run(
 def _summary(s: subject.Subject) -> list[str]:
     last, result = s.result["test_last"], s.result
     rows = [
-        ["data", f"{s.bench.dataset.name}, {result['classes']} classes"],
+        ["data", f"{s.bench.dataset.preview.name}, {result['classes']} classes"],
         ["student", f"{result['student']}, {result['parameters']:,} parameters"],
         ["method", result["method"]],
         ["epochs, seed", f"{result['epochs']}, {result['seed']}"],
@@ -85,7 +85,9 @@ def _attention(
     notify("attention maps")
     path = scratch / "attention.png"
     chosen = measure.right_and_wrong(s, _SHOWN)
-    look.attention(path, s.config, s.bench.dataset, s.student, s.teacher, chosen)
+    look.attention(
+        path, s.config, s.bench.dataset.preview, s.student, s.teacher, chosen
+    )
     words = (
         "For test images that the student gets right (first) and wrong (after them): "
         "where teacher and student respond at the end of each module, as the sum of "
@@ -157,7 +159,7 @@ def _experts(s: subject.Subject, scratch: Path, _: Callable[[str], None]) -> lis
     if not isinstance(s.student.model, hme.HME):
         return []
     variables: Any = s.student.variables
-    dataset = s.bench.dataset
+    dataset = s.bench.dataset.preview
     return experts.section(variables["params"], dataset.classes, dataset.name, scratch)
 
 

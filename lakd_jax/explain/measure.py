@@ -116,7 +116,10 @@ def _partition(s: subject.Subject) -> Any:
 
 def _probe_images(s: subject.Subject) -> list[tuple[np.ndarray, np.ndarray]]:
     """(images, labels) to train the probes and to test them, the same every time."""
-    splits = (s.bench.dataset.train, PROBE_TRAIN), (s.bench.dataset.test, PROBE_TEST)
+    splits = (
+        (s.bench.dataset.preview.train, PROBE_TRAIN),
+        (s.bench.dataset.preview.test, PROBE_TEST),
+    )
     out = []
     for split, count in splits:
         chosen = np.random.default_rng(0).permutation(len(split))[:count]
@@ -130,7 +133,7 @@ def right_and_wrong(s: subject.Subject, count: int) -> np.ndarray:
     The first of either kind in the test split's order, at most one of a class until
     there are no other classes.
     """
-    test = s.bench.dataset.test
+    test = s.bench.dataset.preview.test
     order = np.random.default_rng(0).permutation(len(test))[:2000]
     logits, _ = subject.observe(
         s.student.model, s.student.variables, s.pixels, test.images[order], ()
@@ -172,7 +175,7 @@ def conflicts(s: subject.Subject) -> dict[str, dict[str, float]]:
 
     Of the run itself and of its baselines, on the same training images.
     """
-    split = s.bench.dataset.train
+    split = s.bench.dataset.preview.train
     generator = np.random.default_rng(0)
     classes = np.unique(split.labels)
     classes = np.sort(generator.permutation(classes)[:CONFLICT_CLASSES])

@@ -72,7 +72,7 @@ def _entropy(s: subject.Subject, attention: np.ndarray) -> float:
 def over_training(s: subject.Subject) -> list[tuple[float, np.ndarray]]:
     """(epoch, attention (n, student taps, teacher taps)) of every checkpoint."""
     method = distill.create(s.config.method, build.method_options(s.config))
-    test = s.bench.dataset.test
+    test = s.bench.dataset.preview.test
     images, labels = (jnp.asarray(x[:IMAGES]) for x in (test.images, test.labels))
     assert s.teacher is not None
     teacher, pixels = s.teacher.network, s.teacher.pixels

@@ -180,7 +180,7 @@ def dry_run(
 
 def _describe_data(bench: runs.Bench) -> str:
     d = bench.dataset
-    height, width, _ = d.train.images.shape[1:]
+    height, width, _ = d.train.shape
     minival = f", {len(d.minival):,} minival" if d.minival else ""
     return (
         f"data {d.name}: {len(d.train):,} training{minival}, {len(d.test):,} test "

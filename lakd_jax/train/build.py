@@ -15,7 +15,7 @@ from lakd_jax.distill import binary
 from lakd_jax.distill import method as method_lib
 from lakd_jax.local import cuts
 from lakd_jax.models import vam
-from lakd_jax.train import engines, gates, hme_stages, networks, optim
+from lakd_jax.train import engines, feeds, gates, hme_stages, networks, optim
 from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
 from lakd_jax.train import step as step_lib
@@ -106,7 +106,7 @@ def engine(
     config: config_lib.ConfigDict,
     learner: learner_lib.Learner,
     teacher_variables: PyTree,
-    data: state_lib.Resident,
+    data: state_lib.Resident | feeds.Run,
     compile_with: engines.CompileWith,
 ) -> engines.Engine:
     """What runs the steps: `local.engine` for methods that cut the student."""

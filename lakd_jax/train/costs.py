@@ -1,13 +1,12 @@
 """What a run will cost, told from its compiled step before it starts."""
 
-import dataclasses
 from typing import Any
 
 import jax
 
 from lakd_jax import config as config_lib
 from lakd_jax.report import summary
-from lakd_jax.train import build, engines, runs, track
+from lakd_jax.train import build, engines, feeds, runs, track
 from lakd_jax.train import state as state_lib
 
 
@@ -21,9 +20,7 @@ def one_step(
     job = runs.job(own, bench)
     state, metrics, costs = job.one_step()
     size = config.eval_batch_size
-    some = dataclasses.replace(
-        bench.test, images=bench.test.images[:size], labels=bench.test.labels[:size]
-    )
+    some = feeds.first(bench.test, size)
     evaluator = runs.evaluator(config, own.student, build.pixels(config), bench)
     score = evaluator(track.student_variables(state), some)
     plan = job.plan

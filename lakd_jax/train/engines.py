@@ -19,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lakd_jax import backend
 from lakd_jax.models import chain
+from lakd_jax.train import feeds, modules, step
 from lakd_jax.train import learner as learner_lib
-from lakd_jax.train import modules, step
 from lakd_jax.train import state as state_lib
 
 PyTree = Any
@@ -61,6 +61,15 @@ class Engine(Protocol):
         """Of the last step that ran."""
         ...
 
+    def close(self) -> None:
+        """Lets go of what reads data ahead."""
+        ...
+
+
+def first_step(state: state_lib.TrainState) -> int:
+    """The number of the step that comes next; of stacked seeds, of all of them."""
+    return int(np.ravel(jax.device_get(state_lib.on_one_device(state.step)))[0])
+
 
 class Fused:
     """One program for the whole step."""
@@ -69,19 +78,25 @@ class Fused:
         self,
         learner: learner_lib.Learner,
         teacher_variables: PyTree,
-        data: state_lib.Resident,
+        data: state_lib.Resident | feeds.Run,
         compile_with: CompileWith,
         run_steps: Callable | None = None,
     ):
         """`run_steps` stands in for `step.run_steps` of the learner."""
-        self._learner, self._teacher, self._data = learner, teacher_variables, data
+        self._learner, self._teacher = learner, teacher_variables
+        self._feed = feeds.feed(data)
         self._compile_with = compile_with
         self._run_steps = run_steps or functools.partial(step.run_steps, learner)
         self._programs: dict[tuple[int, ...], Any] = {}
 
     def load(self, state: state_lib.TrainState) -> None:
         """See `Engine`."""
+        self._feed.begin(first_step(state))
         self._state = state
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self._feed.close()
 
     def state(self) -> state_lib.TrainState:
         """See `Engine`."""
@@ -89,7 +104,7 @@ class Fused:
 
     def run(self, rows: np.ndarray) -> Sequence[learner_lib.Metrics]:
         """See `Engine`."""
-        arguments = (self._state, self._teacher, self._data, rows)
+        arguments = (self._state, self._teacher, self._feed.next(rows), rows)
         if rows.shape not in self._programs:
             program = jax.jit(
                 self._run_steps,
@@ -115,7 +130,7 @@ class Modules:
         self,
         learner: learner_lib.Learner,
         teacher_variables: PyTree,
-        data: state_lib.Resident,
+        data: state_lib.Resident | feeds.Run,
         compile_with: CompileWith,
         devices: Sequence[Any] = (),
     ):
@@ -133,13 +148,16 @@ class Modules:
         if devices:
             places = [devices[k * len(devices) // count] for k in range(count)]
             self._meshes = [Mesh(np.array([d]), ("data",)) for d in places]
-        self._data = jax.device_put(data, _whole(self._meshes[0]))
+        if isinstance(data, state_lib.Resident):
+            data = jax.device_put(data, _whole(self._meshes[0]))
+        self._feed = feeds.feed(data)
         self._teacher = teacher_variables
         self._programs: dict[Any, tuple[Any, list[Any]]] = {}
 
     def load(self, state: state_lib.TrainState) -> None:
         """See `Engine`."""
         learner = self._learner
+        self._feed.begin(first_step(state))
         self._like = jax.eval_shape(lambda: state)
         numbers = range(len(self._meshes))
         states = [modules.module_state(learner, state, k) for k in numbers]
@@ -158,6 +176,10 @@ class Modules:
             )
             self._teachers.append(state_lib.replicate(part, mesh))
 
+    def close(self) -> None:
+        """See `Engine`."""
+        self._feed.close()
+
     def state(self) -> state_lib.TrainState:
         """See `Engine`."""
         parts = []
@@ -170,12 +192,15 @@ class Modules:
     def run(self, rows: np.ndarray) -> Sequence[learner_lib.Metrics]:
         """See `Engine`; one row at a time."""
         (row,) = rows
+        data = self._feed.next(rows)
+        if self._meshes[0] != self._learner.mesh:  # a no-op for what is there already
+            data = jax.device_put(data, _whole(self._meshes[0]))
         if row.shape not in self._programs:
             # All before the first one runs: a stop while compiling finds whole steps.
-            self._programs[row.shape] = self._compile(row)
+            self._programs[row.shape] = self._compile(row, data)
         begin, programs = self._programs[row.shape]
         self._ran = [begin, *programs]
-        passed = begin(self._states[0].step, self._data, row)
+        passed = begin(self._states[0].step, data, row)
         told = []
         for k, program in enumerate(programs):
             passed = jax.device_put(passed, self._sharding(k, len(row)))
@@ -189,14 +214,16 @@ class Modules:
         """See `Engine`."""
         return _costs(self._ran)
 
-    def _compile(self, row: np.ndarray) -> tuple[Any, list[Any]]:
+    def _compile(
+        self, row: np.ndarray, data: state_lib.Resident
+    ) -> tuple[Any, list[Any]]:
         """The programs for a batch of this size: what feeds the modules, and theirs."""
         first_learner = dataclasses.replace(self._learner, mesh=self._meshes[0])
         begin = jax.jit(
             functools.partial(modules.start, first_learner),
             out_shardings=self._sharding(0, len(row)),
         )
-        arguments = (self._states[0].step, self._data, row)
+        arguments = (self._states[0].step, data, row)
         passed = jax.eval_shape(begin, *arguments)
         start = _compiled(begin, arguments, self._compile_with)
         compiled: dict[Any, Any] = {}

@@ -12,6 +12,7 @@ import optax
 
 from lakd_jax import backend
 from lakd_jax.models import chain, hme
+from lakd_jax.train import feeds
 from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
 
@@ -33,7 +34,7 @@ class Score:
 
 
 class Evaluator:
-    """Scores a network on a resident split, each example exactly once.
+    """Scores a network on a split, each example exactly once.
 
     The last batch is filled up with the first example and masked, so that one
     compiled program serves all batches. `check` is called between batches and
@@ -58,19 +59,17 @@ class Evaluator:
     def __call__(
         self,
         variables: PyTree,
-        data: state_lib.Resident,
+        data: feeds.Data,
         temperature: jax.Array | None = None,
     ) -> Score:
         """The score of `variables` on all of `data`.
 
         `temperature` is that of the network's soft gates, see `models.hme.soften`.
         """
-        examples = data.labels.shape[0]
+        examples = feeds.count(data)
         totals = []
-        for start in range(0, examples, self._batch_size):
-            rows = np.arange(start, start + self._batch_size)
-            mask = rows < examples
-            arguments = (variables, data, np.where(mask, rows, 0), mask, temperature)
+        for held, rows, mask in feeds.testing(data, self._batch_size):
+            arguments = (variables, held, rows, mask, temperature)
             totals.append(self._program(arguments)(*arguments))
             self._check()
         right, loss = np.sum(jax.device_get(totals), axis=0)
@@ -95,8 +94,8 @@ class Evaluator:
         temperature: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         sharding = state_lib.over_batch(self._mesh)
-        images = jax.lax.with_sharding_constraint(data.images[rows], sharding)
-        labels = data.labels[rows]
+        images, labels, _ = data.at(rows)
+        images = jax.lax.with_sharding_constraint(images, sharding)
         model = self._model
         if temperature is not None:
             model = hme.soften(model, temperature)

@@ -18,7 +18,7 @@ from lakd_jax.train import state as state_lib
 
 @dataclasses.dataclass
 class Fit:
-    """The runs of some seeds in lockstep, on resident data; `run` does all of it.
+    """The runs of some seeds in lockstep; `run` does all of it.
 
     Attributes:
       tracks: one a seed, with the same plan.
@@ -48,6 +48,7 @@ class Fit:
         """
         plan = self.plan
         with contextlib.ExitStack() as stack:
+            stack.callback(self.team.close)
             start = self._restore(stack)
             for one in self.tracks:
                 one.begin(stack, start)

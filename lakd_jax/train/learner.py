@@ -129,17 +129,18 @@ def batch(
     the batch it comes in.
     """
     images = augmented(learner, data, indices, learner.view(step))
-    return shared(learner, (images, data.labels[indices]))
+    return shared(learner, (images, data.at(indices)[1]))
 
 
 def augmented(
     learner: Learner, data: state_lib.Resident, indices: jax.Array, view: jax.Array
 ) -> jax.Array:
     """One augmented view of the examples at `indices` (B,), (B,H,W,3) uint8."""
+    images, _, ids = data.at(indices)
     return augment.augment(
         data.key,
-        data.images[indices],
-        data.ids[indices],
+        images,
+        ids,
         view,
         pad=learner.pad,
         flip=learner.flip,

@@ -42,9 +42,14 @@ def draw(
     if teacher:
         finished = config_lib.changed(config, {"student.init": str(directory)})
         student = runs.load_network("student", finished, bench)
-        chosen = _one_a_class(bench.dataset.test.labels)
+        chosen = _one_a_class(bench.dataset.preview.test.labels)
         attention(
-            directory / "attention.png", config, bench.dataset, student, teacher, chosen
+            directory / "attention.png",
+            config,
+            bench.dataset.preview,
+            student,
+            teacher,
+            chosen,
         )
 
 

@@ -10,11 +10,12 @@ import jax
 
 from lakd_jax import backend, data, distill, errors, hosts, interrupt, workdir
 from lakd_jax import config as config_lib
-from lakd_jax.data import order
+from lakd_jax.data import order, stream
 from lakd_jax.train import (
     build,
     engines,
     evaluate,
+    feeds,
     fit,
     gates,
     hme_stages,
@@ -38,13 +39,14 @@ class Bench:
     """What all runs of one command share: the data and the devices.
 
     Attributes:
-      train, minival, test: the splits of `dataset` on the devices of `mesh`.
+      train, minival, test: the splits of `dataset` on the devices of `mesh`, or what
+        brings them there batch by batch.
     """
 
-    dataset: data.Dataset
-    train: state_lib.Resident
-    minival: state_lib.Resident | None
-    test: state_lib.Resident
+    dataset: data.Dataset | stream.Dataset
+    train: feeds.Data
+    minival: feeds.Data | None
+    test: feeds.Data
     mesh: jax.sharding.Mesh
     guard: interrupt.Guard
     notify: Notify
@@ -65,16 +67,16 @@ def bench(
 ) -> Bench:
     """Loads the data that `config` names."""
     d = config.data
-    load = functools.partial(
-        data.load,
-        d.source,
-        image_size=d.image_size,
-        minival=d.minival,
-        data_dir=d.data_dir,
-    )
+    common = {"minival": d.minival, "data_dir": d.data_dir}
+    load = functools.partial(data.load, d.source, image_size=d.image_size, **common)
+    if d.streaming:
+        views = stream.Views(d.image_size, tuple(d.crop_scale), d.test_resize)
+        load = functools.partial(
+            stream.load, d.source, views, workers=d.workers, **common
+        )
     # A download may take long, and two of them into one folder would clash.
     dataset = guard.run(hosts.in_turn, load)
-    hosts.agree({f"images of data.source {d.source}": data.fingerprint(dataset)})
+    hosts.agree({f"images of data.source {d.source}": dataset.fingerprint()})
     if len(dataset.train) < config.batch_size:
         raise errors.DataError(
             f"data.source {d.source}: {len(dataset.train)} training images "
@@ -84,17 +86,20 @@ def bench(
 
 
 def on_mesh(
-    dataset: data.Dataset,
+    dataset: data.Dataset | stream.Dataset,
     mesh: jax.sharding.Mesh,
     guard: interrupt.Guard,
     notify: Notify,
 ) -> Bench:
     """The bench of these devices."""
-    train = state_lib.resident(dataset.train, 0, mesh)
-    minival = None
-    if dataset.minival:
-        minival = state_lib.resident(dataset.minival, 0, mesh)
-    test = state_lib.resident(dataset.test, 0, mesh)
+
+    def placed(split: data.Split | stream.Streamed) -> feeds.Data:
+        if isinstance(split, stream.Streamed):
+            return feeds.Stream(split, mesh)
+        return state_lib.resident(split, 0, mesh)
+
+    train, test = placed(dataset.train), placed(dataset.test)
+    minival = placed(dataset.minival) if dataset.minival else None
     return Bench(dataset, train, minival, test, mesh, guard, notify)
 
 
@@ -112,7 +117,7 @@ class Parts:
     learner: learner_lib.Learner
     student: networks.Loaded
     source: teaching.Source
-    data: state_lib.Resident
+    data: state_lib.Resident | feeds.Run
 
 
 def train_one(
@@ -160,7 +165,7 @@ def conclude(
         result["kept_step"] = result["best_step"] if best else end
         result |= stage.told
     pixels = build.pixels(own.config)
-    height, width, _ = bench.dataset.train.images.shape[1:]
+    height, width, _ = bench.dataset.train.shape
     seen = dataclasses.replace(
         student,
         mean=pixels.mean,
@@ -210,7 +215,7 @@ def parts(
         student,
         teacher.network if teacher else None,
         teacher_pixels=teacher.pixels if teacher else build.pixels(config),
-        image_shape=bench.dataset.train.images.shape[1:],
+        image_shape=bench.dataset.train.shape,
         steps_per_epoch=plan.steps_per_epoch,
         examples=len(bench.dataset.train),
         mesh=bench.mesh,
@@ -218,12 +223,20 @@ def parts(
     )
     scored = evaluator(config, student, build.pixels(config), bench)
     minival, seed = bench.minival, config.seed
-    resident = state_lib.rekeyed(bench.train, seed, bench.mesh)
+    own = feeds.of_run(
+        bench.train,
+        seed,
+        bench.mesh,
+        bench.notify,
+        batch_size=plan.batch_size,
+        drop_last=plan.drop_last,
+        steps=plan.total_steps,
+    )
     source = view_runs.source(
         config,
         learner,
         teacher.network.variables if teacher else None,
-        resident,
+        own,
         bench.dataset,
         guard=bench.guard,
         notify=bench.notify,
@@ -235,7 +248,7 @@ def parts(
         learner,
         student,
         source,
-        resident,
+        own,
     )
 
 
@@ -308,7 +321,8 @@ def _plan(config: config_lib.ConfigDict, examples: int) -> track.Plan:
     steps_per_epoch = order.steps_per_epoch(
         examples, config.batch_size, config.data.drop_last
     )
-    one = backend.on_cpu() or config.local.engine != "fused"
+    apart = config.local.engine != "fused" or config.data.streaming
+    one = backend.on_cpu() or apart
     several = 1 if one else STEPS_PER_DISPATCH
     return track.Plan(
         batch_size=config.batch_size,
@@ -344,8 +358,8 @@ def _result(
         "teacher": config.teacher.name if teacher else None,
         "classes": len(bench.dataset.classes),
         "class_names": list(bench.dataset.classes),
-        "image_shape": list(bench.dataset.train.images.shape[1:]),
-        "data": data.fingerprint(bench.dataset),
+        "image_shape": list(bench.dataset.train.shape),
+        "data": bench.dataset.fingerprint(),
         "seed": config.seed,
         "epochs": config.epochs,
         "test_last": _counts(last),

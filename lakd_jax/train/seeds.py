@@ -72,6 +72,7 @@ def _together(waiting: Sequence[Run], by: str) -> tuple[str, int | None]:
         by = "device" if jax.device_count() > 1 else "program"
         alone = hme_runs.has_stages(config) or config.local.engine != "fused"
         alone = alone or config.teacher.views or hosts.count() > 1
+        alone = alone or config.data.streaming
         if backend.on_cpu() or alone:
             by = "turn"
     saved = [
@@ -96,7 +97,7 @@ def _in_one_program(
     team = teams.Stacked(
         parts[0].learner,
         parts[0].source,
-        [own.data for own in parts],
+        [own.data for own in parts if isinstance(own.data, state_lib.Resident)],
         bench.guard.run,
     )
     _fit(parts, team, until, [bench] * len(parts), teacher)

@@ -37,7 +37,7 @@ class Resident:
 
     `key` is the augmentation's, `noise` that of what networks draw themselves
     (dropout); they travel with the data, so that runs of several seeds share one
-    compiled program.
+    compiled program. With `whole` it is a batch, already cut, of which all is used.
     """
 
     images: jax.Array
@@ -45,6 +45,15 @@ class Resident:
     ids: jax.Array
     key: jax.Array
     noise: jax.Array
+    whole: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def at(self, rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Images, labels and ids of the examples at `rows` (B,)."""
+        everything = self.images, self.labels, self.ids
+        if self.whole:
+            return everything
+        images, labels, ids = (x[rows] for x in everything)
+        return images, labels, ids
 
 
 # What random numbers are for; folded into the run's seed.
@@ -54,15 +63,16 @@ INITIALISE, AUGMENT, NOISE, INITIALISE_AGAIN = range(4)
 def resident(split: data.Split, seed: int, mesh: Mesh) -> Resident:
     """A split whole on every device, with the keys of `seed`."""
     host: Any = (split.images, split.labels, split.ids)
-    return replicate(Resident(*host, **_keys(seed)), mesh)
+    return replicate(Resident(*host, **keys(seed)), mesh)
 
 
 def rekeyed(data: Resident, seed: int, mesh: Mesh) -> Resident:
     """The same arrays with the keys of another seed."""
-    return dataclasses.replace(data, **replicate(_keys(seed), mesh))
+    return dataclasses.replace(data, **replicate(keys(seed), mesh))
 
 
-def _keys(seed: int) -> dict[str, jax.Array]:
+def keys(seed: int) -> dict[str, jax.Array]:
+    """The fields `key` and `noise` of `Resident`."""
     root = jax.random.key(seed)
     purposes = {"key": AUGMENT, "noise": NOISE}
     return {name: jax.random.fold_in(root, p) for name, p in purposes.items()}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lakd_jax import config as config_lib
-from lakd_jax import data, errors, hosts, workdir
+from lakd_jax import errors, hosts, workdir
 from lakd_jax.models import folding
 from lakd_jax.train import build, evaluate, networks, runs, view_runs
 from lakd_jax.train import learner as learner_lib
@@ -74,7 +74,7 @@ def stand_in(config: config_lib.ConfigDict, bench: runs.Bench) -> runs.Teacher |
     if config.teacher.init or hosts.first(trained.exists):
         return None
     loaded = runs.load_network("teacher", config, bench)
-    images = jnp.zeros((1, *bench.dataset.train.images.shape[1:]), jnp.float32)
+    images = jnp.zeros((1, *bench.dataset.train.shape), jnp.float32)
     variables = loaded.model.init(jax.random.key(0), images, train=False)
     loaded = dataclasses.replace(loaded, variables=variables)
     loaded, parameters = _frozen(config, loaded, bench)
@@ -86,7 +86,7 @@ def stand_in(config: config_lib.ConfigDict, bench: runs.Bench) -> runs.Teacher |
 def _cached(config: config_lib.ConfigDict, bench: runs.Bench) -> Path:
     """Where the teacher that this config would train on these images is kept."""
     key = config_lib.digest(config_lib.teacher_config(config))
-    images = data.fingerprint(bench.dataset)[:6]  # a folder may have changed
+    images = bench.dataset.fingerprint()[:6]  # a folder may have changed
     return Path(config.teacher.cache) / f"{config.teacher.name}-{key}-{images}"
 
 

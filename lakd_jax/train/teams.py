@@ -41,6 +41,10 @@ class Team(Protocol):
         """Of the last step that ran."""
         ...
 
+    def close(self) -> None:
+        """Lets go of what reads data ahead."""
+        ...
+
 
 class Apart:
     """An engine a seed; on devices of their own they work at the same time."""
@@ -68,6 +72,11 @@ class Apart:
     def costs(self) -> engines.Costs:
         """See `Team`; of one seed."""
         return self._members[0].costs()
+
+    def close(self) -> None:
+        """See `Team`."""
+        for engine in self._members:
+            engine.close()
 
 
 class Stacked:
@@ -129,3 +138,7 @@ class Stacked:
     def costs(self) -> engines.Costs:
         """See `Team`; of all seeds together."""
         return self._engine.costs()
+
+    def close(self) -> None:
+        """See `Team`."""
+        self._engine.close()

@@ -14,7 +14,7 @@ import numpy as np
 from lakd_jax import checkpoint, errors
 from lakd_jax.data import order
 from lakd_jax.report import metrics as metrics_lib
-from lakd_jax.train import evaluate
+from lakd_jax.train import evaluate, feeds
 from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
 
@@ -93,7 +93,7 @@ class Track:
         seed: int,
         learner: learner_lib.Learner,
         first_state: Callable[[], state_lib.TrainState],
-        minival: state_lib.Resident | None,
+        minival: feeds.Data | None,
         evaluator: evaluate.Evaluator,
     ):
         self.plan, self.directory, self.seed = plan, directory, seed

@@ -8,8 +8,9 @@ import jax
 
 from lakd_jax import config as config_lib
 from lakd_jax import data, distill, interrupt
+from lakd_jax.data import stream
 from lakd_jax.models import chain
-from lakd_jax.train import build, networks, teaching, views
+from lakd_jax.train import build, feeds, networks, teaching, views
 from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
 
@@ -20,8 +21,8 @@ def source(
     config: config_lib.ConfigDict,
     learner: learner_lib.Learner,
     variables: PyTree,
-    resident: state_lib.Resident,
-    dataset: data.Dataset,
+    resident: state_lib.Resident | feeds.Run,
+    dataset: data.Dataset | stream.Dataset,
     *,
     guard: interrupt.Guard,
     notify: views.Notify,
@@ -45,6 +46,9 @@ def source(
     """
     if not learner.views:
         return variables
+    # Streamed images are refused with `teacher.views`, see `relations_runs`.
+    assert isinstance(resident, state_lib.Resident)
+    assert isinstance(dataset, data.Dataset)
     asker = views.Asker(learner, variables, resident, config.eval_batch_size, guard)
     wanted = asker.shapes()
     views.require_room(wanted, config.teacher.views_mib)
@@ -56,7 +60,7 @@ def source(
         variables,
         wanted,
         teacher=config.teacher.name,
-        data=data.fingerprint(dataset),
+        data=dataset.fingerprint(),
         seed=config.seed,
     )
     cache, labels = Path(config.teacher.cache), dataset.train.labels
@@ -67,7 +71,7 @@ def require_room(
     config: config_lib.ConfigDict,
     teacher: networks.Loaded,
     pixels: learner_lib.Pixels,
-    dataset: data.Dataset,
+    dataset: data.Dataset | stream.Dataset,
     mesh: jax.sharding.Mesh,
 ) -> None:
     """Raises errors.ConfigError where stored outputs would exceed their limit.
@@ -78,7 +82,7 @@ def require_room(
     if not config.teacher.views:
         return
     shapes = chain.variable_shapes(teacher.model)
-    image_shape = dataset.train.images.shape[1:]
+    image_shape = dataset.train.shape
     for method in (config.method, *config.baselines):
         if not distill.facts(method).needs_teacher:
             continue

@@ -1,0 +1,101 @@
+"""Crops of large images as the field's ImageNet recipe cuts them, while decoding.
+
+Training: a random part of the image, resized (Szegedy et al., arXiv 1409.4842, as
+torchvision's RandomResizedCrop draws it). Testing: the shorter side resized, the centre
+cut out. The mirror image is left to the compiled step.
+"""
+
+import math
+
+import numpy as np
+from PIL import Image
+
+from lakd_jax.data import images
+
+_RATIOS = (3 / 4, 4 / 3)  # width by height of a random crop
+_TRIES = 10
+
+
+def generator(seed: int, epoch: int, example: int) -> np.random.Generator:
+    """Of one view of one example: nothing else decides what is drawn."""
+    key = np.array([seed % 2**32 << 32 | epoch % 2**32, example], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+def random_box(
+    rng: np.random.Generator, width: int, height: int, scale: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """A part of the image with an area in `scale` and a width of 3/4 to 4/3 heights.
+
+    Args:
+      rng: draws at most four numbers a try, of which there are ten.
+      width: of the image, pixels.
+      height: of the image, pixels.
+      scale: least and largest share of the area, in 0..1.
+
+    Returns:
+      (left, top, right, bottom) in pixels; without success the largest centred part
+      whose shape is allowed.
+    """
+    area = width * height
+    low, high = (math.log(ratio) for ratio in _RATIOS)
+    for _ in range(_TRIES):
+        wanted = area * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(low, high))
+        w, h = round(math.sqrt(wanted * ratio)), round(math.sqrt(wanted / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
+            return int(left), int(top), int(left) + w, int(top) + h
+    w = min(width, round(height * _RATIOS[1]))
+    h = min(height, round(width / _RATIOS[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def train_view(
+    source: str | bytes,
+    name: str,
+    rng: np.random.Generator,
+    size: int,
+    scale: tuple[float, float],
+) -> np.ndarray:
+    """A random part of an encoded image, (size, size, 3) uint8; bilinear.
+
+    JPEGs are decoded at a half, a quarter or an eighth where the crop still has more
+    pixels than are asked for, which saves most of the work in large images.
+
+    Raises:
+      DataError: the image cannot be decoded.
+    """
+    with images.opened(source, name) as image:
+        width, height = image.size
+        box = random_box(rng, width, height, scale)
+        least = min(box[2] - box[0], box[3] - box[1])
+        if least > size:
+            image.draft("RGB", (width * size // least + 1, height * size // least + 1))
+        x, y = image.size[0] / width, image.size[1] / height
+        box = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
+        rgb = images.to_rgb(image)
+        return np.asarray(rgb.resize((size, size), Image.Resampling.BILINEAR, box))
+
+
+def test_view(source: str | bytes, name: str, size: int, shorter: int) -> np.ndarray:
+    """The centre of an encoded image, (size, size, 3) uint8.
+
+    Args:
+      source: path, or the encoded bytes.
+      name: what an error calls the image.
+      size: side of what is cut out.
+      shorter: the shorter side is resized to this first (bilinear), at least `size`.
+
+    Raises:
+      DataError: the image cannot be decoded.
+    """
+    with images.opened(source, name) as image:
+        rgb = images.to_rgb(image)
+    width, height = rgb.size
+    short = min(width, height)
+    w, h = (int(shorter * side / short) for side in (width, height))
+    resized = rgb.resize((w, h), Image.Resampling.BILINEAR)
+    left, top = round((w - size) / 2), round((h - size) / 2)
+    return np.asarray(resized.crop((left, top, left + size, top + size)))

@@ -1,0 +1,342 @@
+"""Streamed input: what a step sees, whoever decodes it and wherever it starts."""
+
+import dataclasses
+import itertools
+import time
+
+import jax
+import numpy as np
+import pytest
+import test_data_tfds as cifar
+import test_data_tfds_other as other
+import test_train_resume as resume
+import tiny
+from jax.sharding import Mesh
+from PIL import Image
+
+from lakd_jax import data, errors, interrupt, validate
+from lakd_jax.data import crops, records, stream
+from lakd_jax.train import feeds, runs
+from lakd_jax.train import state as state_lib
+
+VIEWS = stream.Views(size=8, scale=(0.3, 1.0), shorter=10)
+COUNTS = {"train": 30, "test": 7}
+LONG = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three classes of JPEGs of various sizes, grey ones among them."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for role, count in COUNTS.items():
+        for i, name in zip(range(3 * count), itertools.cycle(tiny.CLASSES)):
+            folder = root / role / name
+            folder.mkdir(parents=True, exist_ok=True)
+            shape = tuple(rng.integers(9, 40, 2))
+            pixels = rng.integers(0, 90, (*shape, 3)).astype(np.uint8)
+            pixels[:, : shape[1] // 2] += 100 if name == "left" else 0
+            pixels[:, shape[1] // 2 :] += 100 if name == "right" else 0
+            image = Image.fromarray(pixels)
+            image = image.convert("L") if i % 10 == 9 else image
+            image.save(folder / f"{i:03d}.jpg", quality=95)
+    return root
+
+
+def loaded(photos, workers=0, minival=0.1, views=VIEWS):
+    source = f"folder:{photos}"
+    return stream.load(source, views, minival=minival, data_dir="", workers=workers)
+
+
+ALONE = stream.Share(0, 1, 1)
+
+
+def training(split, share=ALONE, steps=30):
+    return stream.Training(split, 3, 16, False, steps, share)
+
+
+def alike(one, other):
+    for field in ("images", "labels", "ids"):
+        np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
+
+
+# ------------------------------------------------------------------- crops
+
+
+def test_a_random_box_has_the_area_and_the_shape_asked_for():
+    rng, shares = np.random.default_rng(1), []
+    for _ in range(400):
+        left, top, right, bottom = crops.random_box(rng, 300, 200, (0.1, 0.5))
+        w, h = right - left, bottom - top
+        assert 0 <= left < right <= 300 and 0 <= top < bottom <= 200
+        assert 3 / 4 - 0.02 < w / h < 4 / 3 + 0.02
+        shares.append(w * h / 60_000)
+    assert 0.098 < min(shares) < 0.12 and 0.48 < max(shares) < 0.505
+    assert 0.28 < np.mean(shares) < 0.32  # uniform in the area
+
+
+def test_a_narrow_image_gets_the_largest_part_of_an_allowed_shape():
+    box = crops.random_box(np.random.default_rng(0), 1000, 10, (1.0, 1.0))
+    assert box == (493, 0, 506, 10)
+
+
+def test_a_view_depends_on_seed_epoch_and_example_alone(photos):
+    path = str(next((photos / "train" / "left").iterdir()))
+
+    def view(*key):
+        return crops.train_view(path, path, crops.generator(*key), 8, (0.3, 1.0))
+
+    same = view(0, 1, 2)
+    np.testing.assert_array_equal(view(0, 1, 2), same)
+    for key in ((1, 1, 2), (0, 2, 2), (0, 1, 3)):
+        assert np.any(view(*key) != same)
+
+
+def test_large_photos_are_decoded_small_and_look_the_same(tmp_path):
+    """Decoding at a fraction of the size changes rounding, not the picture."""
+    y, x = np.mgrid[:600, :800]
+    pixels = np.stack([x // 4, y // 3, (x + y) // 8], -1).astype(np.uint8)
+    path = tmp_path / "large.jpg"
+    Image.fromarray(pixels).save(path, quality=98)
+    box = crops.random_box(crops.generator(0, 0, 0), 800, 600, (0.5, 1.0))
+    fast = crops.train_view(str(path), "x", crops.generator(0, 0, 0), 32, (0.5, 1.0))
+    slow = Image.open(path).resize((32, 32), Image.Resampling.BILINEAR, box)
+    assert np.abs(fast.astype(int) - np.asarray(slow)).max() <= 6
+
+
+def test_the_centre_is_cut_as_torchvision_cuts_it(tmp_path):
+    """Resize(10) of 30x21 gives 14x10; CenterCrop(8) begins at 3 and 1."""
+    pixels = np.random.default_rng(0).integers(0, 255, (21, 30, 3)).astype(np.uint8)
+    path = tmp_path / "x.png"
+    Image.fromarray(pixels).save(path)
+    view = crops.test_view(str(path), "x", size=8, shorter=10)
+    whole = Image.fromarray(pixels).resize((14, 10), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(view, np.asarray(whole)[1:9, 3:11])
+
+
+# ------------------------------------------------------------------- batches
+
+
+def test_a_batch_is_the_same_wherever_reading_starts(photos):
+    """Promise 14: step k without the steps before it."""
+    batches = training(loaded(photos).train)
+    some = list(itertools.islice(stream.read(batches, 0, 0), 12))
+    alike(next(stream.read(batches, 11, 0)), some[11])
+    assert len({b.images.tobytes() for b in some}) == len(some)
+    seen = np.sort(np.concatenate([b.ids for b in some[:6]]))  # 81 images, 6 batches
+    np.testing.assert_array_equal(seen, loaded(photos).train.chosen)
+
+
+@LONG
+def test_processes_decode_what_threads_decode(photos):
+    batches = training(loaded(photos).train)
+    one, two = (stream.read(batches, 4, workers) for workers in (0, 2))
+    for _ in range(5):
+        alike(next(one), next(two))
+
+
+def test_processes_share_a_batch_and_lose_nothing(photos):
+    split = loaded(photos).train
+    whole = training(split)
+    parts = [training(split, stream.Share(i, 2, 4)) for i in (0, 1)]
+    for step in (0, 5):  # the last of an epoch has 1 example, which all decode
+        found = [part[step] for part in parts]
+        joined = found if len(whole[step]) % 4 else [_joined(found)]
+        for one in joined:
+            alike(one, whole[step])
+
+
+def _joined(parts):
+    fields = ("images", "labels", "ids")
+    return data.Split(*(np.concatenate([getattr(p, f) for p in parts]) for f in fields))
+
+
+def test_every_test_image_counts_exactly_once(photos):
+    """Promise 27, its half on streamed input: 21 images in batches of 16."""
+    split = loaded(photos).test
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    seen = []
+    for held, rows, mask in feeds.testing(feeds.Stream(split, mesh), 16):
+        assert held.whole and len(held.labels) == len(rows) == 16
+        seen += [int(i) for i in np.asarray(held.ids)[mask]]
+    assert seen == list(range(21))
+
+
+def test_held_out_images_are_never_trained_on(photos):
+    found = loaded(photos, minival=0.2)
+    assert len(found.train) == 72 and len(found.minival) == 18
+    assert not set(found.train.chosen) & set(found.minival.chosen)
+    assert found.fingerprint() != loaded(photos).fingerprint()
+
+
+def test_an_image_that_cannot_be_read_is_named(photos, tmp_path):
+    paths = list(records.from_folder(str(photos))[1].paths)
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"not a JPEG")
+    paths[7] = str(broken)
+    files = records.Files(tuple(paths), np.zeros(len(paths), np.int32))
+    split = dataclasses.replace(loaded(photos).train, source=files)
+    with pytest.raises(errors.DataError, match="broken.jpg: not a readable image"):
+        list(stream.read(training(split, steps=6), 0, 0))
+
+
+# ------------------------------------------------------------------- tfds
+
+
+@pytest.mark.parametrize("form", ["array_record", "tfrecord"])
+def test_prepared_sets_are_read_without_tensorflow(form, tmp_path):
+    examples = other.grey_examples(12)
+    splits = {"train": examples, "test": other.grey_examples(5)}
+    other.prepare_own(tmp_path, other.FEATURES, splits)
+    if form == "tfrecord":
+        cifar.as_tfrecords(tmp_path)
+    views = stream.Views(6, (1.0, 1.0), 6)
+    found = stream.load("homemade", views, minival=0, data_dir=str(tmp_path), workers=0)
+    assert (len(found.train), len(found.test)) == (12, 5)
+    assert isinstance(found.train.source.places, np.ndarray) == (form == "tfrecord")
+    split = found.train.take(np.arange(12))
+    whole = data.load("homemade", data_dir=str(tmp_path)).train
+    np.testing.assert_array_equal(split.images, whole.images)
+    np.testing.assert_array_equal(split.labels, whole.labels)
+
+
+def test_half_a_tfrecord_is_refused_before_training(tmp_path):
+    splits = {"train": other.grey_examples(12), "test": other.grey_examples(5)}
+    other.prepare_own(tmp_path, other.FEATURES, splits)
+    cifar.as_tfrecords(tmp_path)
+    (shard,) = tmp_path.rglob("homemade-train.tfrecord*")
+    shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(errors.DataError, match="ends within a record"):
+        records.from_tfds("homemade", str(tmp_path))
+
+
+# ------------------------------------------------------------------- training
+
+
+def config(photos, tmp_path, **fields):
+    streaming = {
+        "data__source": f"folder:{photos}",
+        "data__streaming": True,
+        "data__image_size": 8,
+        "data__test_resize": 10,
+        "data__pad": 0,
+        "data__crop_scale": (0.3, 1.0),
+        "data__minival": 0.2,
+    }
+    return tiny.config(tmp_path, **streaming | fields)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    one = Mesh(np.array(jax.devices()[:1]), ("data",))
+    monkeypatch.setattr(state_lib, "data_mesh", lambda: one)
+    return lambda config, guard: runs.bench(config, guard, lambda text: None)
+
+
+@pytest.mark.parametrize(
+    ("method", "engine"),
+    [
+        ("none", "fused"),
+        pytest.param("lakd", "fused", marks=LONG),
+        pytest.param("lakd", "dispatch", marks=LONG),
+        pytest.param("lakd", "pipeline", marks=LONG),
+    ],
+)
+def test_a_stopped_run_ends_as_the_unbroken_one(
+    method, engine, photos, tmp_path, one_device
+):
+    fields = {"method": method, "local__engine": engine, "epochs": 2}
+    settings = config(photos, tmp_path, **fields)
+    teachers = tmp_path / "teachers"
+    arguments = (one_device, interrupt.Guard(), teachers)
+    resume.train(settings, tmp_path / "whole", *arguments)
+    with pytest.raises(interrupt.Interrupted):
+        guard = tiny.StopAfter(8)
+        resume.train(settings, tmp_path / "parts", one_device, guard, teachers)
+    resume.train(settings, tmp_path / "parts", *arguments)
+    one, two = (resume.finished(tmp_path / name) for name in ("whole", "parts"))
+    resume.assert_equal_runs(one, two)
+
+
+def test_a_streamed_split_is_scored_as_one_in_memory(photos, tmp_path, one_device):
+    settings = config(photos, tmp_path, method="none", epochs=1)
+    result = resume.train(
+        settings, tmp_path / "run", one_device, interrupt.Guard(), tmp_path
+    )
+    bench = one_device(settings, interrupt.Guard())
+    held = state_lib.resident(bench.dataset.preview.test, 0, bench.mesh)
+    network, _ = runs.networks.student(
+        tmp_path / "run" / runs.networks.STUDENT_FILE, "float32"
+    )
+    pixels = runs.build.pixels(settings)
+    score = runs.evaluator(settings, network, pixels, bench)(network.variables, held)
+    assert score.right == result["test_last"]["right"]
+    assert score.examples == result["test_last"]["examples"] == 21
+    assert result["image_shape"] == [8, 8, 3]
+    assert result["data"] == bench.dataset.fingerprint()
+
+
+def test_eight_devices_are_fed_like_one(photos):
+    split = loaded(photos).train
+    for devices in (1, 8):
+        mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+        run = feeds.of_run(
+            feeds.Stream(split, mesh),
+            3,
+            mesh,
+            print,
+            batch_size=16,
+            drop_last=False,
+            steps=12,
+        )
+        feed = feeds.feed(run)
+        feed.begin(4)
+        for step in (4, 5):  # step 5 has one image, which no devices can share
+            rows = np.zeros((1, 16 if step == 4 else 1), np.int32)
+            alike(feed.next(rows), training(split)[step])
+        feed.close()
+
+
+class Slow(stream.Training):
+    """Batches that take their time."""
+
+    def __getitem__(self, number):
+        time.sleep(0.01)
+        return super().__getitem__(number)
+
+
+def test_a_stall_is_told(photos, monkeypatch):
+    """Promise 33: once, with what is needed and what is delivered."""
+    monkeypatch.setattr(feeds, "WATCHED", 10)
+    split = loaded(photos).train
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    told = []
+    run = feeds.Run(
+        feeds.Stream(split, mesh),
+        Slow(split, 3, 16, True, 60, ALONE),
+        state_lib.replicate(state_lib.keys(0), mesh),
+        told.append,
+    )
+    feed = feeds.feed(run)
+    feed.begin(0)
+    for _ in range(45):
+        feed.next(np.zeros((1, 16), np.int32))
+    feed.close()
+    (line,) = told
+    assert "waiting for images" in line and "delivered; raise data.workers" in line
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"data__pad": 4}, "set data.pad to 0, not 4"),
+        ({"data__image_size": 0}, "set data.image_size"),
+        ({"data__test_resize": 7}, "data.test_resize is 7, less than"),
+        ({"data__source": "digits"}, "data.source=digits needs it False"),
+        ({"data__crop_scale": (0.0, 1.0)}, "data.crop_scale must be"),
+        ({"teacher__views": 2, "method": "kd"}, "teacher.views is for data in memory"),
+        ({"seeds": (0, 1), "seeds_by": "program"}, "use seeds_by=turn"),
+    ],
+)
+def test_what_cannot_be_streamed_is_said_first(fields, line, photos, tmp_path):
+    found = validate.problems(config(photos, tmp_path, **fields), 1)
+    assert len(found) == 1 and line in found[0]
