@@ -114,6 +114,7 @@ def _teacher() -> ConfigDict:
 def _optim() -> ConfigDict:
     o = ConfigDict()
     o.lr = 0.05
+    o.lr_batch = 0  # the batch_size that lr is for, others in proportion; 0: any
     o.momentum = 0.9
     o.nesterov = False
     o.weight_decay = 5e-4  # on every parameter, as the field does

@@ -182,6 +182,7 @@ def _optim_ranges() -> dict[str, Check]:
     """Of the optimiser."""
     return {
         "optim.lr": above(0),
+        "optim.lr_batch": at_least(0),
         "optim.momentum": between(0, 1),
         "optim.weight_decay": at_least(0),
         "optim.schedule": one_of(("step", "cosine", "constant")),

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import test_data_tfds as cifar
 import test_data_tfds_other as other
+import test_distributed as distributed
 import test_train_resume as resume
 import tiny
 from jax.sharding import Mesh
 from PIL import Image
 
-from lakd_jax import data, errors, interrupt, validate
+from lakd_jax import data, errors, interrupt, train, validate
 from lakd_jax.data import crops, records, stream
 from lakd_jax.train import feeds, runs
 from lakd_jax.train import state as state_lib
@@ -340,3 +341,30 @@ def test_a_stall_is_told(photos, monkeypatch):
 def test_what_cannot_be_streamed_is_said_first(fields, line, photos, tmp_path):
     found = validate.problems(config(photos, tmp_path, **fields), 1)
     assert len(found) == 1 and line in found[0]
+
+
+@LONG
+def test_two_processes_stream_as_two_devices_of_one(photos, tmp_path, monkeypatch):
+    """Promise 27: each decodes its half of every batch, and every image counts once."""
+    fields = {
+        "data__source": f"folder:{photos}",
+        "data__streaming": True,
+        "data__image_size": 8,
+        "data__test_resize": 10,
+        "data__pad": 0,
+        "data__minival": 0.2,
+    } | distributed.PLAIN
+    two = distributed.both(tmp_path / "two", fields)
+    assert two[0][0] == 0
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    monkeypatch.setattr(state_lib, "data_mesh", lambda: mesh)
+    settings = tiny.config(tmp_path / "one", **fields)
+    train.run(settings, tmp_path / "one" / "run", notify=lambda text: None)
+    one, other = (distributed.finished(tmp_path / name) for name in ("one", "two"))
+    assert one[1]["test_last"]["examples"] == other[1]["test_last"]["examples"] == 21
+    assert one[1]["test_last"]["right"] == other[1]["test_last"]["right"]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        one[0],
+        other[0],
+    )

@@ -171,9 +171,10 @@ def learning_rate(
 ) -> optax.Schedule:
     """The schedule that `config.optim` describes."""
     o = config.optim
+    scale = config.batch_size / o.lr_batch if o.lr_batch else 1.0
     return optim.schedule(
         o.schedule,
-        o.lr,
+        o.lr * scale,
         epochs=config.epochs,
         steps_per_epoch=steps_per_epoch,
         milestones=o.milestones,

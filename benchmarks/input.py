@@ -1,0 +1,157 @@
+"""Images a second that each way of reading JPEGs delivers, in turn, on this machine.
+
+    python -m benchmarks.input --images=DIR --records=2400
+
+DIR holds JPEGs, at any depth; they are repeated to so many records. Each way cuts
+random parts and resizes them to 224. Beside ours stand a loader as torchvision's users
+write it (the whole image decoded, then cut) and, where TensorFlow is installed, plain
+tf.data with its fused decode and cut. Ways are measured in turn, `--rounds` times, and
+the median counts.
+"""
+
+import argparse
+import concurrent.futures
+import importlib.util
+import itertools
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lakd_jax import workdir
+from lakd_jax.data import crops, records, stream
+
+SIZE, SCALE, BATCH = 224, (0.08, 1.0), 64
+RESULTS = Path(__file__).parent / "results" / "input.json"
+
+Way = Callable[[Sequence[str]], int]
+
+
+def ours(workers: int) -> Way:
+    """The trainer's own path: Grain with threads (0) or processes."""
+
+    def way(paths: Sequence[str]) -> int:
+        files = records.Files(tuple(paths), np.zeros(len(paths), np.int32))
+        views = stream.Views(SIZE, SCALE, 256)
+        split = stream.Streamed(files, np.arange(len(paths)), views, workers)
+        steps = len(paths) // BATCH
+        batches = stream.Training(split, 0, BATCH, True, steps, stream.Share(0, 1, 1))
+        return sum(len(batch) for batch in stream.read(batches, 0, workers))
+
+    return way
+
+
+def one_by_one(paths: Sequence[str]) -> int:
+    """Our decoding in this thread, nothing around it."""
+    for i, path in enumerate(paths):
+        crops.train_view(path, path, crops.generator(0, 0, i), SIZE, SCALE)
+    return len(paths)
+
+
+def _whole_then_cut(job: tuple[int, str]) -> np.ndarray:
+    i, path = job
+    rng = crops.generator(0, 0, i)
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    box = crops.random_box(rng, *image.size, SCALE)
+    cut = image.crop(box).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    return np.asarray(cut)
+
+
+def whole_then_cut(paths: Sequence[str]) -> int:
+    """As torchvision does it, in this thread."""
+    return sum(1 for _ in map(_whole_then_cut, enumerate(paths)))
+
+
+def whole_then_cut_processes(paths: Sequence[str]) -> int:
+    """As torchvision does it, in two processes that send arrays."""
+    with concurrent.futures.ProcessPoolExecutor(2) as pool:
+        jobs = enumerate(paths)
+        return sum(1 for _ in pool.map(_whole_then_cut, jobs, chunksize=BATCH))
+
+
+def tf_data(paths: Sequence[str]) -> int:
+    """tf.data with the fused decode and cut, stateless by example."""
+    import tensorflow as tf
+
+    def cut(number, path):
+        data = tf.io.read_file(path)
+        begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
+            tf.io.extract_jpeg_shape(data),
+            tf.zeros((1, 0, 4)),
+            seed=tf.stack([0, number]),
+            area_range=SCALE,
+        )
+        window = tf.concat([begin[:2], size[:2]], 0)
+        image = tf.image.decode_and_crop_jpeg(data, window, channels=3)
+        return tf.cast(tf.image.resize(image, (SIZE, SIZE)), tf.uint8)
+
+    numbers = tf.range(len(paths))
+    data = tf.data.Dataset.from_tensor_slices((numbers, list(paths)))
+    data = data.map(cut, tf.data.AUTOTUNE, deterministic=True).batch(BATCH).prefetch(2)
+    return sum(len(batch) for batch in data.as_numpy_iterator())
+
+
+WAYS: dict[str, Way] = {
+    "ours, one thread": one_by_one,
+    "ours, Grain, threads": ours(0),
+    "ours, Grain, 2 processes": ours(2),
+    "decode whole, then cut, one thread": whole_then_cut,
+    "decode whole, then cut, 2 processes": whole_then_cut_processes,
+    "tf.data, fused decode and cut": tf_data,
+}
+
+
+def measure(paths: Sequence[str], rounds: int) -> dict[str, list[float]]:
+    """Images a second of every way that can run, by round; the first is a warm-up."""
+    ways = dict(WAYS)
+    if importlib.util.find_spec("tensorflow") is None:
+        del ways["tf.data, fused decode and cut"]
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            count = way(paths)
+            speeds[name].append(count / (time.perf_counter() - began))
+            print(f"{name}: {speeds[name][-1]:,.0f} images/s", flush=True)
+    return speeds
+
+
+def repeated(folder: Path, count: int) -> Iterator[str]:
+    """Paths of the JPEGs below a folder, over and over."""
+    kinds = (".jpg", ".jpeg")
+    found = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in kinds)
+    if not found:
+        raise SystemExit(f"--images: {folder} holds no JPEGs")
+    return itertools.islice(itertools.cycle(found), count)
+
+
+def main() -> None:
+    """Measures and prints a table; keeps a record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", required=True, type=Path)
+    parser.add_argument("--records", default=2400, type=int)
+    parser.add_argument("--rounds", default=3, type=int)
+    chosen = parser.parse_args()
+    paths = list(repeated(chosen.images, chosen.records))
+    speeds = measure(paths, chosen.rounds)
+    kept = {
+        "command": f"python -m benchmarks.input --images=DIR --records={len(paths)}",
+        "cores": os.cpu_count(),
+        "machine": platform.processor() or platform.machine(),
+        "images_per_second": speeds,
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    workdir.write_json(RESULTS, kept)
+    print("| way | images/s |\n| :--- | ---: |")
+    for name, values in speeds.items():
+        print(f"| {name} | {statistics.median(values):,.0f} |")
+
+
+if __name__ == "__main__":
+    main()
