@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lakd_jax import errors
-from lakd_jax.data import dataset, images, tfds_builders
+from lakd_jax.data import dataset, images, tfds_builders, tfds_imagenet
 
 _READ_BATCH = 1024
 
@@ -96,6 +96,9 @@ def _prepare(builder: Any, name: str, data_dir: str) -> None:
 
     if builder.name in tfds_builders.URLS:
         tfds_builders.prepare(builder.name, data_dir or None)
+        return
+    if builder.name == tfds_imagenet.NAME:
+        tfds_imagenet.prepare(data_dir or None)
         return
     if not has_tensorflow():
         raise errors.DataError(

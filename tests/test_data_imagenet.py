@@ -1,0 +1,131 @@
+"""ImageNet's archives, prepared and trained on without TensorFlow."""
+
+import io
+import pathlib
+import tarfile
+
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+import test_stream
+from jax.sharding import Mesh
+from PIL import Image
+
+from lakd_jax import errors, train
+from lakd_jax.data import stream, tfds_imagenet
+from lakd_jax.train import state as state_lib
+
+LONG = pytest.mark.long
+CLASSES = ("n01440764", "n01443537", "n02105855")
+VIEWS = stream.Views(8, (0.3, 1.0), 10)
+
+
+def jpeg(rng, mode="RGB", form="JPEG") -> bytes:
+    height, width = rng.integers(20, 60, 2)
+    pixels = rng.integers(0, 255, (height, width, 4 if mode == "CMYK" else 3))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8), mode).save(buffer, form)
+    return buffer.getvalue()
+
+
+def tar(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """A tfds directory with archives like ILSVRC's: CMYK and PNG images among them."""
+    root, rng = tmp_path_factory.mktemp("tfds"), np.random.default_rng(0)
+    manual = root / "downloads" / "manual"
+    manual.mkdir(parents=True)
+    parts = {}
+    for name in CLASSES:
+        own = {f"{name}_{i}.JPEG": jpeg(rng) for i in range(20)}
+        parts[f"{name}.tar"] = tar(own)
+    odd = {
+        "n01739381_1309.JPEG": jpeg(rng, "CMYK"),
+        "n01739381_1.JPEG": jpeg(rng, form="PNG"),
+    }
+    parts["n01739381.tar"] = tar(odd)
+    (manual / tfds_imagenet.ARCHIVES["train"]).write_bytes(tar(parts))
+    images = {f"ILSVRC2012_val_{i:08d}.JPEG": jpeg(rng) for i in (3, 1, 2, 4, 5)}
+    (manual / tfds_imagenet.ARCHIVES["validation"]).write_bytes(tar(images))
+    return root
+
+
+@pytest.fixture(scope="module")
+def found(data_dir):
+    arguments = {"minival": 0, "data_dir": str(data_dir), "workers": 0}
+    return stream.load("imagenet2012", VIEWS, **arguments)
+
+
+def test_the_archives_are_prepared_as_tfds_would(found, data_dir):
+    assert (len(found.train), len(found.test)) == (62, 5)
+    assert found.classes[:2] == CLASSES[:2] and len(found.classes) == 1000
+    stock = tfds.builder("imagenet2012", data_dir=data_dir)
+    assert stock.is_prepared() and stock.info.splits["train"].num_examples == 62
+    split = found.train.take(np.arange(62))
+    counts = np.bincount(split.labels, minlength=1000)
+    wanted = {name: 20 for name in CLASSES} | {"n01739381": 2}
+    assert {found.classes[i]: int(counts[i]) for i in np.flatnonzero(counts)} == wanted
+
+
+def test_validation_labels_go_by_the_images_names(data_dir):
+    archive = data_dir / "downloads" / "manual" / tfds_imagenet.ARCHIVES["validation"]
+    labels = tfds_imagenet.validation_labels(archive)
+    told = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
+    first = told.read_text().split()[:5]
+    names = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in (1, 2, 3, 4, 5)]
+    assert labels == dict(zip(names, first, strict=True))
+
+
+def test_missing_archives_are_named(tmp_path):
+    with pytest.raises(errors.DataError) as caught:
+        stream.load("imagenet2012", VIEWS, minival=0, data_dir=str(tmp_path), workers=0)
+    text = str(caught.value)
+    assert "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar" in text
+    assert str(tmp_path / "downloads" / "manual") in text and text.count("\n") < 4
+
+
+def test_names_in_archives_lead_nowhere(tmp_path):
+    """Members are read where they lie: a path out of the folder is a name only."""
+    evil = tar({"../../evil.JPEG": b"x", "n01440764_1.JPEG": b"y"})
+    path = tmp_path / "inner" / "x.tar"
+    path.parent.mkdir()
+    path.write_bytes(evil)
+    assert len(list(tfds_imagenet.members(path.open("rb")))) == 2
+    assert [p.name for p in pathlib.Path(tmp_path).rglob("*")] == ["inner", "x.tar"]
+
+
+@pytest.mark.parametrize("engine", ["fused", "dispatch", "pipeline"])
+@LONG
+def test_it_is_trained_on_with_every_engine(
+    engine, found, data_dir, tmp_path, monkeypatch
+):
+    """Four steps, tested, saved, and told again by the same command."""
+    devices = 2 if engine == "pipeline" else 1
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+    monkeypatch.setattr(state_lib, "data_mesh", lambda: mesh)
+    fields = {
+        "data__source": "imagenet2012",
+        "data__data_dir": str(data_dir),
+        "data__minival": 0.0,
+        "local__engine": engine,
+        "epochs": 1,
+        "teacher__floor": 0.0,
+        "optim__lr": 0.001,
+    }
+    settings = test_stream.config("", tmp_path, **fields)
+    monkeypatch.setattr(train.teachers, "_check_floor", lambda *_: None)
+    told = []
+    result = train.run(settings, tmp_path / "run", notify=told.append)
+    assert result["test_last"]["examples"] == 5 and result["classes"] == 1000
+    assert result == train.run(settings, tmp_path / "run", notify=told.append)
+    assert (tmp_path / "run" / "attention.png").stat().st_size > 1000
