@@ -29,7 +29,8 @@ python main.py --mode=networks
   --dry_run     build everything, run one step and one evaluation batch, stop
   --config.X    changes one field; lakd_jax/config.py lists them with their meaning
   --coordinator where process 0 of N can be reached, each of which is given the same
-                command but its own --process_id, from 0; all share --workdir
+                command but its own --process_id, from 0; all share --workdir.
+                --coordinator=auto alone: as Slurm, a TPU pod or MPI says
   --mode        train (default); export: write the student of the finished run in
                 --workdir to DIR/export, with a model card; explain: write
                 DIR/report.html about it; networks: list them
@@ -233,7 +234,7 @@ def _attempt(
     flags.DEFINE_boolean("dry_run", False, "one step, then stop", values)
     flags.DEFINE_string("mode", "train", "what to do", values)
     flags.DEFINE_string("to", "", "what to export to", values)
-    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0", values)
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, or auto", values)
     flags.DEFINE_integer("num_processes", None, "how many", flag_values=values)
     flags.DEFINE_integer("process_id", None, "which of them", flag_values=values)
     try:

@@ -35,10 +35,15 @@ _CHECKS_AN_EXCHANGE = 8
 _LINGER_SECONDS = 2
 _PAD = 4096  # bytes; messages of like length share a compiled program
 _SHOWN = 6
+AUTO = "auto"  # as --coordinator: what Slurm, a TPU pod, Kubernetes or MPI says
 
 
 def fault(coordinator: str, num_processes: int | None, process_id: int | None) -> str:
     """What is wrong with the three flags, each empty or None if not given; or ""."""
+    if coordinator == AUTO:
+        alone = num_processes is None and process_id is None
+        fault = "--coordinator=auto finds --num_processes and --process_id: leave them"
+        return "" if alone else f"{fault} out"
     given = {
         "--coordinator": bool(coordinator),
         "--num_processes": num_processes is not None,
@@ -62,14 +67,19 @@ def fault(coordinator: str, num_processes: int | None, process_id: int | None) -
     return ""
 
 
-def connect(coordinator: str, num_processes: int, process_id: int) -> None:
+def connect(
+    coordinator: str, num_processes: int | None, process_id: int | None
+) -> None:
     """Waits for all processes; to be called before anything starts JAX's devices.
 
     Where one does not come in time, or is lost later, JAX aborts the others with a
     message and a stack.
 
     Args:
-      coordinator: HOST:PORT where process 0 can be reached.
+      coordinator: HOST:PORT where process 0 can be reached; `AUTO` asks what started
+        the processes (Slurm, a TPU pod, Kubernetes, Open MPI), as JAX does.
+      num_processes: how many there are; None with `AUTO`.
+      process_id: which of them this is; None with `AUTO`.
 
     Raises:
       errors.HostsError: JAX has started its devices, or refuses for another reason.
@@ -77,23 +87,30 @@ def connect(coordinator: str, num_processes: int, process_id: int) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would take SIGTERM from `Guard`, and Orbax asks it with numbers of its own.
     jax.config.update("jax_enable_preemption_service", False)
-    line = (
-        f"process {process_id} of {num_processes}: waiting for the others at "
-        f"{coordinator}, at most {_CONNECT_SECONDS} s"
-    )
+    auto = coordinator == AUTO
+    who = "" if auto else f"process {process_id} of {num_processes}: "
+    place = "" if auto else f" at {coordinator}"
+    line = f"{who}waiting for the others{place}, at most {_CONNECT_SECONDS} s"
     late = threading.Timer(_SAY_SECONDS, print, [line], {"file": sys.stderr})
     late.daemon = True
     late.start()
     try:
         jax.distributed.initialize(
-            coordinator,
+            None if auto else coordinator,
             num_processes,
             process_id,
-            cluster_detection_method="deactivate",
+            cluster_detection_method=None if auto else "deactivate",
             initialization_timeout=_CONNECT_SECONDS,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
         )
+    except ValueError as error:
+        if not auto:
+            raise
+        raise errors.HostsError(
+            "--coordinator=auto: JAX finds no Slurm, TPU pod, Kubernetes or MPI here "
+            f"({error}). Give --coordinator=HOST:PORT, --num_processes, --process_id."
+        ) from error
     except RuntimeError as error:
         raise errors.HostsError(
             f"the processes cannot meet: {error}\n"

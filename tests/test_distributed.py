@@ -217,6 +217,7 @@ def test_a_pipeline_over_processes_is_refused(tmp_path, monkeypatch):
         (["h:1", "2", "2"], "--process_id must be from 0 to 1"),
         (["h:1", "2", "-1"], "--process_id must be from 0 to 1"),
         (["h:1", "x", "0"], "num_processes"),
+        (["auto", "2", "0"], "--coordinator=auto finds --num_processes"),
     ],
 )
 def test_flags_are_checked_before_anything_waits(flags, word, main, tmp_path):
@@ -225,6 +226,46 @@ def test_flags_are_checked_before_anything_waits(flags, word, main, tmp_path):
         flags = [f"{name}={value}" for name, value in zip(names, flags, strict=True)]
     commands.refused(main(commands.DIGITS, f"--workdir={tmp_path}", *flags), word)
     assert not list(tmp_path.iterdir())
+
+
+def test_without_a_scheduler_auto_says_what_to_give(tmp_path):
+    command = [sys.executable, "main.py", commands.DIGITS, f"--workdir={tmp_path}"]
+    done = subprocess.run(
+        [*command, "--coordinator=auto"],
+        capture_output=True,
+        text=True,
+        cwd=commands.ROOT,
+    )
+    told = (done.returncode, done.stdout, done.stderr)
+    commands.refused(told, "finds no Slurm, TPU pod", "Give --coordinator=HOST:PORT")
+
+
+@LONG
+def test_slurm_is_asked_who_is_who(tmp_path):
+    """What Slurm tells its tasks, by hand: two tasks on this host."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        job = free.getsockname()[1]  # JAX makes a port of the job's number
+    command = [sys.executable, "main.py", commands.DIGITS, "--coordinator=auto"]
+    command += [f"--workdir={tmp_path}", "--config.method=none", "--config.epochs=1"]
+    command += ["--config.baselines=()", "--config.compile_cache="]
+    told = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost"}
+    told |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
+    processes = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=commands.ROOT,
+            env=os.environ | told | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+        )
+        for i in range(2)
+    ]
+    for code, _, err in ended(processes):
+        assert code == 0, err
+    settings = json.loads((tmp_path / "environment.json").read_text())
+    assert len(settings["devices"]) == 2
 
 
 def test_other_modes_take_no_processes(main, tmp_path):
