@@ -94,6 +94,8 @@ def _ctkd() -> ConfigDict:
 def _mlkd() -> ConfigDict:
     k = _block(0.9, ce=0.1)
     k.temperatures = (2.0, 3.0, 4.0, 5.0, 6.0)
+    k.batch_weight = 1 / 3  # of similarities of examples, as in the public code
+    k.class_weight = 1 / 3  # of those of classes; far less for few classes
     # z-scores of the logits; then temperatures=(2, 2, 3, 5, 6), weight=9
     k.standardise = False
     return k

@@ -234,6 +234,7 @@ _BLOCK_FIELDS: dict[str, Check] = {
     "temperatures": some(above(0)),
     "temperature_min": above(0),
     "temperature_span": at_least(0),
+    **dict.fromkeys(("batch_weight", "class_weight"), at_least(0)),
     **dict.fromkeys(("lambda_min", "lambda_max"), at_least(0)),
     "lambda_epochs": above(0),
     "exponent": above(0),

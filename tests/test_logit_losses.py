@@ -80,7 +80,11 @@ def _dist(**options):
 
 def _mlkd(standardise):
     return functools.partial(
-        mlkd.mlkd_loss, temperatures=(2.0, 3.0, 4.0), standardise=standardise
+        mlkd.mlkd_loss,
+        temperatures=(2.0, 3.0, 4.0),
+        batch_weight=1.0,
+        class_weight=1.0,
+        standardise=standardise,
     )
 
 
@@ -268,8 +272,8 @@ def test_mlkd_by_hand():
     for i in range(CLASSES):
         for j in range(CLASSES):
             classes += (p[:, i] @ p[:, j] - q[:, i] @ q[:, j]) ** 2 / CLASSES
-    got = mlkd.mlkd_loss(STUDENT, TEACHER, (2.0,), standardise=False)
-    np.testing.assert_allclose(got, examples + batch + classes, rtol=1e-5)
+    got = mlkd.mlkd_loss(STUDENT, TEACHER, (2.0,), 0.5, 0.25, standardise=False)
+    np.testing.assert_allclose(got, examples + batch / 2 + classes / 4, rtol=1e-5)
 
 
 def test_ctkd_climbs_with_the_temperature():
@@ -362,7 +366,7 @@ METHODS = {
     "nkd": {"gamma": 1.5, "temperature": 2.0},
     "ttm": TTM,
     "wttm": TTM,
-    "mlkd": {"temperatures": (2.0, 3.0)},
+    "mlkd": {"temperatures": (2.0, 3.0), "batch_weight": 0.5, "class_weight": 0.25},
     "ctkd": {
         "temperature_min": 1.0,
         "temperature_span": 20.0,
@@ -383,7 +387,7 @@ def raw_loss(name, student, teacher, standardise):
         case "nkd":
             return nkd.nkd_loss(student, teacher, LABELS, **own)
         case "mlkd":
-            return mlkd.mlkd_loss(student, teacher, (2.0, 3.0), standardise=standardise)
+            return mlkd.mlkd_loss(student, teacher, **own, standardise=standardise)
         case "ctkd":
             return _ctkd(student, teacher)
     loss = {"ttm": wttm.ttm_loss, "wttm": wttm.wttm_loss}[name]
