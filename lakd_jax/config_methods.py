@@ -17,6 +17,13 @@ def blocks() -> dict[str, ConfigDict]:
         "dkd": _dkd(),
         "at": _at(),
         "sp": _sp(),
+        "dist": _dist(),
+        "nkd": _nkd(),
+        "ttm": _ttm(45.0, 0.1),
+        "wttm": _ttm(4.0, 0.2),
+        "ctkd": _ctkd(),
+        "mlkd": _mlkd(),
+        "sdd": _sdd(),
     }
 
 
@@ -45,3 +52,64 @@ def _at() -> ConfigDict:
 
 def _sp() -> ConfigDict:
     return _block(3000.0)
+
+
+def _dist() -> ConfigDict:
+    k = _block(1.0)
+    k.beta = 1.0  # of the correlation between classes, in each example
+    k.gamma = 1.0  # of the correlation within each class, over the batch
+    k.temperature = 4.0
+    k.standardise = False  # z-scores of the logits
+    return k
+
+
+def _nkd() -> ConfigDict:
+    k = _block(1.0)
+    k.gamma = 1.5  # of the classes other than the label
+    k.temperature = 1.0  # of the same
+    k.standardise = False  # z-scores of the logits
+    return k
+
+
+def _ttm(weight: float, exponent: float) -> ConfigDict:
+    # Of the examples that the public code shows: TTM alone for VGG13 to VGG8, and WTTM
+    # beside CRD. The paper has other values for each pair.
+    k = _block(weight)
+    k.exponent = exponent  # of the teacher's probabilities; 1 / its temperature
+    k.standardise = False  # z-scores of the logits
+    return k
+
+
+def _ctkd() -> ConfigDict:
+    k = _block(0.9, ce=0.1)
+    k.temperature_min = 1.0  # the learned temperature is from here
+    k.temperature_span = 20.0  # to so much more
+    k.lambda_min = 0.0  # share of the temperature's gradient that is reversed, at first
+    k.lambda_max = 1.0  # and in the end
+    k.lambda_epochs = 10.0  # from the first to the last, along a cosine
+    k.standardise = False  # z-scores of the logits; then weight=9
+    return k
+
+
+def _mlkd() -> ConfigDict:
+    k = _block(0.9, ce=0.1)
+    k.temperatures = (2.0, 3.0, 4.0, 5.0, 6.0)
+    k.batch_weight = 1 / 3  # of similarities of examples, as in the public code
+    k.class_weight = 1 / 3  # of those of classes; far less for few classes
+    # z-scores of the logits; then temperatures=(2, 2, 3, 5, 6), weight=9
+    k.standardise = False
+    return k
+
+
+def _sdd() -> ConfigDict:
+    # base=dkd: ce_weight=1, weight=1, warmup_epochs=20
+    k = _block(0.9, ce=0.1)
+    k.base = "kd"  # kd | dkd | nkd: the loss of each part
+    k.scales = (1, 2)  # parts by side; (1, 2, 4) for networks of two families
+    k.complementary = 2.0  # weight of parts about which the teacher changes its mind
+    k.temperature = 4.0
+    k.alpha = 1.0  # base=dkd: of the label against all other classes
+    k.beta = 8.0  # base=dkd: of the others; 2 and 6 in some of the reference's pairs
+    k.gamma = 1.5  # base=nkd: of the classes other than the label
+    k.standardise = False  # z-scores of the logits of each part
+    return k

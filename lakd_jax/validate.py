@@ -9,7 +9,7 @@ from typing import Any
 
 from lakd_jax import choices, config_methods, distill, errors, models, relations_runs
 from lakd_jax import config as config_lib
-from lakd_jax.distill import lakd, rtk
+from lakd_jax.distill import lakd, rtk, sdd
 from lakd_jax.local import cuts
 from lakd_jax.models import hme, vam
 
@@ -93,6 +93,19 @@ def shares(values: tuple) -> str:
     if len(values) == 2 and 0 < values[0] <= values[1] <= 1:
         return ""
     return f"must be (least, most) with 0 < least <= most <= 1, is {values!r}"
+
+
+def some(check: Check) -> Check:
+    """At least one entry, and every one passes `check`."""
+    every = each(check)
+    return lambda values: every(values) if values else "must not be empty"
+
+
+def scale(value: float) -> str:
+    """Parts by side."""
+    if fault := at_least(1)(value):
+        return fault
+    return "" if isinstance(value, int) else f"must be whole numbers, is {value:g}"
 
 
 def channels(check: Check, *, empty: bool) -> Check:
@@ -226,9 +239,19 @@ def _method_ranges() -> dict[str, Check]:
 # Of the fields in the blocks of `config_methods`, by the name they all have.
 _BLOCK_FIELDS: dict[str, Check] = {
     "p": above(0),
-    **dict.fromkeys(("ce_weight", "weight", "alpha", "beta"), at_least(0)),
+    **dict.fromkeys(("ce_weight", "weight", "alpha", "beta", "gamma"), at_least(0)),
     "warmup_epochs": at_least(0),
     "temperature": above(0),
+    "temperatures": some(above(0)),
+    "temperature_min": above(0),
+    "temperature_span": at_least(0),
+    **dict.fromkeys(("batch_weight", "class_weight"), at_least(0)),
+    **dict.fromkeys(("lambda_min", "lambda_max"), at_least(0)),
+    "lambda_epochs": above(0),
+    "exponent": above(0),
+    "base": one_of(sdd.BASES),
+    "scales": some(scale),
+    "complementary": at_least(0),
 }
 
 

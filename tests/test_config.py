@@ -68,7 +68,7 @@ def wrong_values():
             entry = value
             if isinstance(value, tuple):
                 entry = "" if field in validate._WORDS else 0.0
-            wrong = "nonsense" if isinstance(entry, str) else type(entry)(-1)
+            wrong = "nonsense" if isinstance(entry, str) else type(entry)(-2)
             yield field, (wrong,) * 3 if isinstance(value, tuple) else wrong
 
 

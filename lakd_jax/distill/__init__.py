@@ -5,7 +5,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from lakd_jax import choices
-from lakd_jax.distill import afd, at, dkd, kd, lakd, method, rtk, sp, term
+from lakd_jax.distill import (
+    afd,
+    at,
+    ctkd,
+    dist,
+    dkd,
+    kd,
+    lakd,
+    method,
+    mlkd,
+    nkd,
+    rtk,
+    sdd,
+    sp,
+    term,
+    wttm,
+)
 
 METHODS: dict[str, type[method.Method]] = {
     "none": kd.Plain,
@@ -16,10 +32,18 @@ METHODS: dict[str, type[method.Method]] = {
     "dkd": dkd.DKD,
     "at": at.AT,
     "sp": sp.SP,
+    "dist": dist.DIST,
+    "nkd": nkd.NKD,
+    "ttm": wttm.TTM,
+    "wttm": wttm.WTTM,
+    "ctkd": ctkd.CTKD,
+    "mlkd": mlkd.MLKD,
+    "sdd": sdd.SDD,
 }
 TITLES = {  # where they are not the name in capital letters
     "none": "alone",
     "rtk": "RTK (our reading)",
+    "mlkd": "MLKD (one view)",
 }
 
 # The methods whose options are an object of their own.

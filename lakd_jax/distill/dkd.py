@@ -41,7 +41,7 @@ def dkd_loss(
     student = student_logits.astype(jnp.float32) / temperature
     teacher = jax.lax.stop_gradient(teacher_logits).astype(jnp.float32) / temperature
     tckd = _divergence(_target_or_not(student, target), _target_or_not(teacher, target))
-    nckd = _divergence(_others(student, target), _others(teacher, target))
+    nckd = _divergence(others(student, target), others(teacher, target))
     return temperature**2 * (alpha * tckd + beta * nckd)
 
 
@@ -52,8 +52,16 @@ def _target_or_not(logits: jax.Array, target: jax.Array) -> jax.Array:
     return jax.nn.log_softmax(jnp.stack([label, others], -1))
 
 
-def _others(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """Log-probabilities (B, classes) of the others alone; 0 in the label's place."""
+def others(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """Log-probabilities of the classes other than the label among themselves.
+
+    Args:
+      logits: (B, classes) float32.
+      target: (B, classes) bool, the label's place.
+
+    Returns:
+      (B, classes); 0 in the label's place.
+    """
     log_p = logits - jax.nn.logsumexp(
         jnp.where(target, -jnp.inf, logits), -1, keepdims=True
     )

@@ -51,12 +51,14 @@ def smoothed_cross_entropy(
 
 
 def kd_loss(
-    student_logits: jax.Array, teacher_logits: jax.Array, temperature: float
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    temperature: jax.Array | float,
 ) -> jax.Array:
     """T^2 * mean over the batch of KL(p_T || p_S), p = softmax(logits / T).
 
     T^2 keeps the gradient's size when T changes (Hinton, end of section 2). The
-    teacher gets no gradient.
+    teacher gets no gradient; T does if it is an array.
 
     Args:
       student_logits: (B, classes), any floating type.
@@ -80,7 +82,9 @@ def standardised(logits: jax.Array) -> jax.Array:
     """Z-scores of each row: minus its mean, by its standard deviation (of N - 1).
 
     Sun et al., "Logit Standardization in Knowledge Distillation" (arXiv 2403.01427),
-    algorithm 1; the temperature then is the paper's base temperature.
+    algorithm 1 and the public code; the temperature then is the paper's base
+    temperature. Rows of equal logits give zeros and, unlike there, no gradient, which
+    would be of the size of 1e7.
 
     Args:
       logits: (B, classes), any floating type.
@@ -90,7 +94,10 @@ def standardised(logits: jax.Array) -> jax.Array:
     """
     logits = logits.astype(jnp.float32)
     centred = logits - jnp.mean(logits, -1, keepdims=True)
-    return centred / (jnp.std(logits, -1, keepdims=True, ddof=1) + 1e-7)
+    variance = jnp.sum(centred**2, -1, keepdims=True) / (logits.shape[-1] - 1)
+    varied = variance > 0
+    deviation = jnp.sqrt(jnp.where(varied, variance, 1.0))
+    return jnp.where(varied, centred / (deviation + 1e-7), 0.0)
 
 
 def head_terms(

@@ -1,0 +1,65 @@
+"""NKD: the label's probability and the normalised others, as cross-entropies.
+
+Source: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation"
+(arXiv 2303.13005), the normalised loss, and the authors' public code. It has no
+temperature at the label and no warm-up.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lakd_jax.distill import dkd, method, relation, term
+
+
+def nkd_loss(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    labels: jax.Array,
+    gamma: float,
+    temperature: float,
+) -> jax.Array:
+    """-q_t log p_t - gamma T^2 sum of q log p over the others, means over the batch.
+
+    q is the teacher, p the student, t the label; the others' probabilities are
+    softened by T and sum to one. As these are cross-entropies the least value is not 0,
+    and a student that equals the teacher is the best only among the others. The teacher
+    gets no gradient.
+
+    Args:
+      student_logits: (B, classes), any floating type.
+      teacher_logits: (B, classes), any floating type.
+      labels: (B,) integers.
+      gamma: weight of the others.
+      temperature: T > 0 of the others.
+
+    Returns:
+      Scalar float32, never negative.
+    """
+    target = jax.nn.one_hot(labels, student_logits.shape[-1], dtype=bool)
+    student, teacher = relation.frozen(student_logits, teacher_logits)
+    log_p, q = jax.nn.log_softmax(student), jax.nn.softmax(teacher)
+    label = -jnp.sum(jnp.where(target, q * log_p, 0.0), -1)
+    log_p = dkd.others(student / temperature, target)
+    q = jnp.exp(dkd.others(teacher / temperature, target))
+    # Both logarithms are 0 in the label's place, which adds nothing.
+    others = -jnp.sum(q * log_p, -1)
+    return jnp.mean(label + gamma * temperature**2 * others)
+
+
+class NKD(term.LogitTerm):
+    """ce_weight CE + weight * `nkd_loss`.
+
+    Attributes:
+      gamma, temperature: see `nkd_loss`.
+    """
+
+    gamma: float
+    temperature: float
+
+    def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
+        """The term `nkd`."""
+        options = (signals.labels, self.gamma, self.temperature)
+        return [{"nkd": nkd_loss(*self.logits(signals), *options)}]

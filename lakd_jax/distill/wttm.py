@@ -1,0 +1,92 @@
+"""Transformed teacher matching, plain and weighted: a temperature for the teacher only.
+
+Source: Zheng and Yang, "Knowledge Distillation Based on Transformed Teacher Matching"
+(arXiv 2402.11148), TTM and its weighted form WTTM, and the authors' public code. The
+exponent is 1 / T of the paper. Here in logarithms, where the public code raises
+probabilities to a power: the same where those do not underflow.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lakd_jax.distill import method, relation, term
+
+
+def ttm_loss(
+    student_logits: jax.Array, teacher_logits: jax.Array, exponent: float
+) -> jax.Array:
+    """Mean over the batch of KL(q^e / sum q^e || p), with q the teacher.
+
+    There is no square of a temperature in front. The teacher gets no gradient.
+
+    Args:
+      student_logits: (B, classes), any floating type.
+      teacher_logits: (B, classes), any floating type.
+      exponent: e, above 0 and below 1 for targets softer than the teacher.
+
+    Returns:
+      Scalar float32, never negative but for rounding.
+    """
+    divergence, _ = _match(student_logits, teacher_logits, exponent)
+    return jnp.mean(divergence)
+
+
+def wttm_loss(
+    student_logits: jax.Array, teacher_logits: jax.Array, exponent: float
+) -> jax.Array:
+    """`ttm_loss` with each example weighed by sum q^e, more for smoother teachers.
+
+    Args:
+      student_logits: (B, classes), any floating type.
+      teacher_logits: (B, classes), any floating type; no gradient.
+      exponent: see `ttm_loss`.
+
+    Returns:
+      Scalar float32, never negative but for rounding.
+    """
+    divergence, power_sum = _match(student_logits, teacher_logits, exponent)
+    return jnp.mean(power_sum * divergence)
+
+
+def _match(
+    student_logits: jax.Array, teacher_logits: jax.Array, exponent: float
+) -> tuple[jax.Array, jax.Array]:
+    """Of each example the divergence and sum q^e, (B,) each."""
+    student, teacher = relation.frozen(student_logits, teacher_logits)
+    log_p = jax.nn.log_softmax(student)
+    powers = exponent * jax.nn.log_softmax(teacher)
+    log_sum = jax.nn.logsumexp(powers, -1, keepdims=True)
+    log_q = powers - log_sum
+    divergence = jnp.sum(jnp.exp(log_q) * (log_q - log_p), -1)
+    return divergence, jnp.exp(log_sum[:, 0])
+
+
+class TTM(term.LogitTerm):
+    """ce_weight CE + weight * `ttm_loss`.
+
+    Attributes:
+      exponent: see `ttm_loss`.
+    """
+
+    exponent: float
+
+    def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
+        """The term `ttm`."""
+        return [{"ttm": ttm_loss(*self.logits(signals), self.exponent)}]
+
+
+class WTTM(term.LogitTerm):
+    """ce_weight CE + weight * `wttm_loss`.
+
+    Attributes:
+      exponent: see `ttm_loss`.
+    """
+
+    exponent: float
+
+    def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
+        """The term `wttm`."""
+        return [{"wttm": wttm_loss(*self.logits(signals), self.exponent)}]
