@@ -68,7 +68,7 @@ def render(kept: Sequence[tuple[str, dict[str, Any]]]) -> str:
         right = [r["result"]["stage1"]["test_last"]["accuracy"] for r in group]
         own = _gates([r["gates"]["stage1"] for r in group])
         lines.append([name, _spread([100 * r for r in right], 2), *own])
-    return _aligned(lines)
+    return table.grid(lines[0], lines[1:], [0])
 
 
 def _gates(told: Sequence[Entropies]) -> list[str]:
@@ -76,17 +76,6 @@ def _gates(told: Sequence[Entropies]) -> list[str]:
     first = next(iter(told[0]))
     levels = zip(*(t[first]["levels"] for t in told), strict=True)
     return [_spread(values, 4) for values in (*means, *levels)]
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    """As Markdown, the first column to the left."""
-    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
-    rule = [":" + "-" * (first - 1), *("-" * (width - 1) + ":" for width in others)]
-    padded = [
-        [name.ljust(first), *map(str.rjust, values, others)] for name, *values in lines
-    ]
-    padded.insert(1, rule)
-    return "\n".join("| " + " | ".join(line) + " |" for line in padded)
 
 
 def _spread(values: Sequence[float], digits: int) -> str:

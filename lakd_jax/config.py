@@ -99,6 +99,7 @@ def _teacher() -> ConfigDict:
     t.mean = ()  # its own; empty (size: 0): as its finished run says, or the data's
     t.std = ()
     t.epochs = 0  # when it is trained here; 0: as many as the student
+    t.lr = 0.0  # when it is trained here; 0: optim.lr
     t.seed = 0  # when it is trained here; students of all seeds share it
     t.cache = "runs/teachers"  # where teachers trained here are kept, by hash
     t.fold = True  # batch norms into the convolutions: the same to rounding
@@ -317,5 +318,6 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
         c[name] = config[name]
     c.data = copy.deepcopy(config.data)
     c.optim = copy.deepcopy(config.optim)
+    c.optim.lr = t.lr or config.optim.lr
     c.student.update(name=t.name, shortcut=t.shortcut, image_size=t.image_size)
     return resolve(c)

@@ -184,6 +184,7 @@ def _network_ranges() -> dict[str, Check]:
         "teacher.mean": channels(between(0, 1), empty=True),
         "teacher.std": channels(above(0), empty=True),
         "teacher.epochs": at_least(0),
+        "teacher.lr": at_least(0),
         "teacher.seed": between(0, SEEDS - 1),
         "teacher.floor": between(0, 1),
         "teacher.views": at_least(0),

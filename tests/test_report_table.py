@@ -32,6 +32,16 @@ def test_no_note_no_column():
     assert len({len(line) for line in lines[:4]}) == 1
 
 
+def test_grid_escapes_and_aligns_any_columns():
+    text = table.grid(("a", "b"), [("x|y", "1"), ("z", "22")], [0])
+    assert text.splitlines() == [
+        "| a    |  b |",
+        "| :--- | -: |",
+        "| x\\|y |  1 |",
+        "| z    | 22 |",
+    ]
+
+
 def test_no_rows_leave_the_header():
     assert len(table.render([]).splitlines()) == 2
     assert len(table.render_seeds([]).splitlines()) == 2

@@ -2,7 +2,7 @@
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from lakd_jax.report import summary
 
@@ -117,22 +117,35 @@ def _examples(rows: Sequence[Row]) -> str:
 
 
 def _grid(body: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
-    lines = [list(_HEADER), *(list(line) for line in body)]
+    header, lines = list(_HEADER), [list(line) for line in body]
+    left = [0]
     if any(notes):
-        for line, note in zip(lines, ["note", *notes], strict=True):
-            line.append(note)
-    lines = [[_escape(cell) for cell in line] for line in lines]
+        left.append(len(header))
+        header.append("note")
+        lines = [[*line, note] for line, note in zip(lines, notes, strict=True)]
+    return grid(header, lines, left)
+
+
+def grid(
+    header: Sequence[str], body: Sequence[Sequence[str]], left: Collection[int]
+) -> str:
+    """Returns cells as Markdown whose columns are aligned in the text, too.
+
+    Args:
+      header: the names of the columns.
+      body: lines of as many cells.
+      left: which columns hold words, not numbers, and begin at the left.
+    """
+    lines = [[_escape(cell) for cell in line] for line in (header, *body)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    # Numbers to the right; the first column and the notes to the left.
-    left = [index in (0, len(_HEADER)) for index in range(len(widths))]
     rule = [
-        ":" + "-" * (width - 1) if is_left else "-" * (width - 1) + ":"
-        for width, is_left in zip(widths, left, strict=True)
+        ":" + "-" * (width - 1) if i in left else "-" * (width - 1) + ":"
+        for i, width in enumerate(widths)
     ]
     padded = [
         [
-            cell.ljust(width) if is_left else cell.rjust(width)
-            for cell, width, is_left in zip(line, widths, left, strict=True)
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
         for line in lines
     ]

@@ -1,0 +1,91 @@
+"""One training as a process of its own, which tells its memory and how it ended.
+
+    python -m benchmarks.one TOLD.json --config=FILE --workdir=DIR ...
+    python -m benchmarks.one check < COMMANDS.json
+
+`benchmarks.table` starts these: a run that crashes, or is killed for its memory, ends
+no other, and its peak of memory is its own. The second form trains nothing; it prints
+the device and what is wrong with each command, as the starter itself must not take
+hold of an accelerator.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lakd_jax import cli, errors, interrupt, train, validate, workdir
+
+_POLL_SECONDS = 1.0
+
+
+def check(commands: Sequence[list[str]]) -> dict[str, Any]:
+    """The device, and every fault of the commands' configurations, once each."""
+    devices, faults = jax.devices(), []
+    for command in commands:
+        try:
+            config, _, _ = cli.parse(command)
+            faults += validate.problems(config, len(devices))
+        except errors.ConfigError as error:
+            faults += error.problems
+    return {
+        "platform": devices[0].platform,
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "problems": list(dict.fromkeys(faults)),
+    }
+
+
+def memory() -> dict[str, int | None]:
+    """Peaks in bytes: of the first device where its backend counts, of the process."""
+    told = jax.local_devices()[0].memory_stats() or {}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"device": told.get("peak_bytes_in_use"), "process": peak * unit}
+
+
+def run(told: Path, command: list[str], guard: interrupt.Guard) -> None:
+    """Trains; `told` then holds the memory or the error, or is not there: stopped."""
+    try:
+        config, directory, _ = cli.parse(command)
+        train.run(config, directory, guard=guard)
+    except interrupt.Interrupted:
+        raise
+    except BaseException as error:
+        workdir.write_json(told, {"error": f"{type(error).__name__}: {error}"})
+        raise
+    workdir.write_json(told, {"memory": memory()})
+
+
+def _end_with(parent: int) -> None:
+    """Stops as a signal does once the starter is gone, which cannot pass one on."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_POLL_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> None:
+    """Reads the command line of either form."""
+    if sys.argv[1:] == ["check"]:
+        print(json.dumps(check(json.load(sys.stdin))))
+        return
+    _end_with(os.getppid())
+    told, command = Path(sys.argv[1]), sys.argv[2:]
+    cli.end_with(lambda guard: run(told, command, guard))
+
+
+if __name__ == "__main__":
+    main()
