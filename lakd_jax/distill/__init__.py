@@ -5,7 +5,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from lakd_jax import choices
-from lakd_jax.distill import afd, at, dkd, kd, lakd, method, rtk, sp, term
+from lakd_jax.distill import (
+    ab,
+    afd,
+    at,
+    cc,
+    dkd,
+    fitnet,
+    fsp,
+    ft,
+    kd,
+    kdsvd,
+    lakd,
+    method,
+    nst,
+    pkt,
+    rkd,
+    rtk,
+    sp,
+    term,
+    vid,
+)
 
 METHODS: dict[str, type[method.Method]] = {
     "none": kd.Plain,
@@ -16,9 +36,20 @@ METHODS: dict[str, type[method.Method]] = {
     "dkd": dkd.DKD,
     "at": at.AT,
     "sp": sp.SP,
+    "rkd": rkd.RKD,
+    "pkt": pkt.PKT,
+    "nst": nst.NST,
+    "cc": cc.CC,
+    "vid": vid.VID,
+    "fitnet": fitnet.FitNet,
+    "kdsvd": kdsvd.KDSVD,
+    "ab": ab.AB,
+    "fsp": fsp.FSP,
+    "ft": ft.FT,
 }
 TITLES = {  # where they are not the name in capital letters
     "none": "alone",
+    "fitnet": "FitNet",
     "rtk": "RTK (our reading)",
 }
 
