@@ -4,6 +4,7 @@ Golden values were computed with RepDistiller's and mdistiller's files in PyTorc
 """
 
 import dataclasses
+import functools
 import pathlib
 
 import golden_weights
@@ -21,6 +22,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 INPUTS = dict(np.load(GOLDEN / "losses_inputs.npz"))
 LOSSES = dict(np.load(GOLDEN / "losses.npz"))
 EPOCHS = 2.0
+KDSVD = functools.partial(kdsvd.kdsvd_loss, k=1)
 
 
 def inputs(name):
@@ -86,7 +88,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients_are_the_public_ones(name):
     loss, student, teacher = CASES[name]
-    value, (ours, theirs) = jax.value_and_grad(loss, argnums=(0, 1))(student, teacher)
+    both = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    value, (ours, theirs) = both(student, teacher)
     assert golden_weights.distance(value, LOSSES[name]) < 1e-4
     golden = np.moveaxis(LOSSES[f"{name}/grad_s"], 1, -1)
     assert golden_weights.distance(ours, golden) < 1e-4
@@ -167,18 +170,15 @@ def features(seed, batch=2):
 @pytest.mark.parametrize("k", [1, 2])
 def test_kdsvd_by_loops(k):
     students, teachers = features(0), features(1)
-    got = kdsvd.kdsvd_loss(students, teachers, k)
+    got = jax.jit(kdsvd.kdsvd_loss, static_argnums=2)(students, teachers, k)
     np.testing.assert_allclose(got, kdsvd_by_loops(students, teachers, k), rtol=1e-3)
 
 
 def test_kdsvd_is_least_at_the_teacher_and_trains_the_student_alone():
     students, teachers = features(0), features(1)
-
-    def loss(s, t):
-        return kdsvd.kdsvd_loss(s, t, 1)
-
+    loss = jax.jit(KDSVD)
     assert loss(teachers, teachers) < 1e-9 < loss(students, teachers)
-    ours, theirs = jax.grad(loss, argnums=(0, 1))(students, teachers)
+    ours, theirs = jax.jit(jax.grad(loss, (0, 1)))(students, teachers)
     assert all(np.any(g) for g in ours) and not any(np.any(g) for g in theirs)
     halves = [x.astype(jnp.bfloat16) for x in students]
     assert loss(halves, teachers).dtype == jnp.float32
@@ -209,7 +209,7 @@ def test_gradient_of_singular_vectors_is_that_of_differences(shape):
         step = np.zeros_like(x)
         step[place] = 1e-6
         wanted[place] = (loss(x + step) - loss(x - step)) / 2e-6
-    got = jax.grad(ours)(jnp.asarray(x, jnp.float32))
+    got = jax.jit(jax.grad(ours))(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=2e-4)
 
 
@@ -219,9 +219,10 @@ def test_dead_and_equal_directions_have_finite_gradients():
         [jnp.zeros_like(x) for x in teachers],
         [jnp.ones_like(x) for x in teachers],
     ):
-        grads = jax.grad(lambda s: kdsvd.kdsvd_loss(s, teachers, 1))(students)
+        grads = jax.jit(jax.grad(KDSVD))(students, teachers)
         assert all(np.all(np.isfinite(g)) for g in grads)
-    grad = jax.grad(lambda x: jnp.sum(kdsvd.right_vectors(x, 2)))(jnp.eye(4)[None])
+    same = jnp.eye(4)[None]
+    grad = jax.jit(jax.grad(lambda x: jnp.sum(kdsvd.right_vectors(x, 2))))(same)
     assert np.all(np.isfinite(grad))
 
 
@@ -321,17 +322,21 @@ def test_ab_halves_stage_by_stage_and_connects_other_widths():
 
 def test_cc_trains_both_embeddings():
     taught, given = made("cc"), signals(widths=(4, 6))
-    variables = taught.init(jax.random.key(0), given, train=True)
-    grads = jax.grad(lambda v: taught.apply(v, given, train=True)[0].terms["cc"])(
-        variables
-    )["params"]["head"]
+    variables = jax.jit(lambda g: taught.init(jax.random.key(0), g, train=True))(given)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(variables):
+        return taught.apply(variables, given, train=True)[0].terms["cc"]
+
+    got, grads = loss(variables)
+    grads = grads["params"]["head"]
     assert np.any(grads["student"]["kernel"]) and np.any(grads["teacher"]["kernel"])
     params = variables["params"]["head"]
     ours, theirs = (
         x.pooled @ params[n]["kernel"]
         for x, n in ((given.student, "student"), (given.teacher, "teacher"))
     )
-    got = taught.apply(variables, given, train=True)[0].terms["cc"]
     np.testing.assert_allclose(got, cc.cc_loss(ours, theirs), rtol=1e-5)
 
 
