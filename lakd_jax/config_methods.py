@@ -17,6 +17,7 @@ def blocks() -> dict[str, ConfigDict]:
         "dkd": _dkd(),
         "at": _at(),
         "sp": _sp(),
+<<<<<<< ours
         "dist": _dist(),
         "nkd": _nkd(),
         "ttm": _ttm(45.0, 0.1),
@@ -24,6 +25,18 @@ def blocks() -> dict[str, ConfigDict]:
         "ctkd": _ctkd(),
         "mlkd": _mlkd(),
         "sdd": _sdd(),
+=======
+        "rkd": _rkd(),
+        "pkt": _block(30000.0),
+        "nst": _block(50.0),
+        "cc": _cc(),
+        "vid": _vid(),
+        "fitnet": _fitnet(),
+        "kdsvd": _kdsvd(),
+        "ab": _ab(),
+        "fsp": _fsp(),
+        "ft": _ft(),
+>>>>>>> theirs
     }
 
 
@@ -54,6 +67,7 @@ def _sp() -> ConfigDict:
     return _block(3000.0)
 
 
+<<<<<<< ours
 def _dist() -> ConfigDict:
     k = _block(1.0)
     k.beta = 1.0  # of the correlation between classes, in each example
@@ -112,4 +126,55 @@ def _sdd() -> ConfigDict:
     k.beta = 8.0  # base=dkd: of the others; 2 and 6 in some of the reference's pairs
     k.gamma = 1.5  # base=nkd: of the classes other than the label
     k.standardise = False  # z-scores of the logits of each part
+=======
+def _rkd() -> ConfigDict:
+    k = _block(1.0)
+    k.distance_weight = 25.0  # of the distances between two examples
+    k.angle_weight = 50.0  # of the angles among three
+    return k
+
+
+def _cc() -> ConfigDict:
+    k = _block(0.02)
+    k.dim = 128  # of the embeddings
+    return k
+
+
+def _vid() -> ConfigDict:
+    k = _block(1.0)
+    k.init_variance = 5.0  # of every channel at first; trained
+    return k
+
+
+def _fitnet() -> ConfigDict:
+    k = _block(100.0)
+    k.hint_layer = 2  # number of the stage (the module) that is compared
+    return k
+
+
+def _kdsvd() -> ConfigDict:
+    k = _block(1.0)
+    k.k = 1  # singular vectors
+    return k
+
+
+def _ab() -> ConfigDict:
+    k = _block(0.003)
+    k.margin = 1.0  # distance from zero at which a response costs nothing
+    k.init_epochs = 30.0  # the first ones, in which it counts and the labels do not
+    return k
+
+
+def _fsp() -> ConfigDict:
+    k = _block(50.0)
+    k.init_epochs = 30.0  # the first ones, in which it counts and the labels do not
+    return k
+
+
+def _ft() -> ConfigDict:
+    k = _block(200.0)
+    k.rate = 0.5  # channels of a factor for each of the teacher's
+    k.init_epochs = 30.0  # the first ones, in which the paraphraser is trained
+    k.init_weight = 0.2  # of its loss then: the share of optim.lr that it has
+>>>>>>> theirs
     return k

@@ -104,8 +104,24 @@ def _block_weights(name: str) -> None:
         return _all_zero(name, c, ("ce_weight", "weight"))
 
 
-for block in config_methods.blocks():
+def _block_start(name: str) -> None:
+    """Enters the relation between `init_epochs` of such a block and all epochs."""
+
+    @reads(*METHODS, f"{name}.init_epochs", "epochs")
+    def relation(c: Config, _: int) -> str:
+        first = c[name].init_epochs
+        if name not in named(c) or first < c.epochs:
+            return ""
+        return (
+            f"{name}.init_epochs is {first:g}, but epochs is {c.epochs}: lower it, so "
+            "that some are left for what comes after"
+        )
+
+
+for block, fields in config_methods.blocks().items():
     _block_weights(block)
+    if "init_epochs" in fields:
+        _block_start(block)
 
 
 @reads(*METHODS, "local.cut_scale")
@@ -278,6 +294,52 @@ def _module_input(c: Config, devices: int) -> str:
                 f"local.module_input=teacher: at {joint!r} the student has "
                 f"{mine[-1]} channels and the teacher {other[-1]}; use "
                 "local.module_input=student"
+            )
+    return ""
+
+
+@reads(*METHODS, "fitnet.hint_layer", *_CUTS)
+def _hint(c: Config, devices: int) -> str:
+    if "fitnet" not in named(c) or _cuts(c, devices):
+        return ""
+    modules = len(_partition(c)[2].names)
+    if c.fitnet.hint_layer <= modules:
+        return ""
+    return (
+        f"fitnet.hint_layer is {c.fitnet.hint_layer}, but the student has {modules} "
+        "modules: choose one of them"
+    )
+
+
+@reads(*METHODS, *_CUTS)
+def _pairs(c: Config, devices: int) -> str:
+    found = [name for name in ("fsp", "kdsvd") if name in named(c)]
+    if not found or _cuts(c, devices):
+        return ""
+    student, teacher, partition = _partition(c)
+    if len(partition.names) == 1:
+        return f"method {found[0]} compares stages: use local.granularity=stage"
+    have = _shapes(student, partition.student_joints)
+    want = _shapes(teacher, partition.teacher_joints)
+    for joint, mine, other in zip(partition.student_joints, have, want, strict=True):
+        if mine[-1] != other[-1]:
+            return (
+                f"method {found[0]} needs networks of the same widths, but at "
+                f"{joint!r} the student has {mine[-1]} channels and the teacher "
+                f"{other[-1]}: choose another student, or another method"
+            )
+    return ""
+
+
+@reads(*METHODS, "local.granularity")
+def _preacts(c: Config, _: int) -> str:
+    if c.local.granularity in ("stage", "none"):
+        return ""
+    for name in methods(c):
+        if distill.facts(name).needs_preacts:
+            return (
+                f"method {name} compares what stages have before their last ReLU: set "
+                "local.granularity to stage or none"
             )
     return ""
 

@@ -241,7 +241,11 @@ def _method_ranges() -> dict[str, Check]:
 _BLOCK_FIELDS: dict[str, Check] = {
     "p": above(0),
     **dict.fromkeys(("ce_weight", "weight", "alpha", "beta", "gamma"), at_least(0)),
-    "warmup_epochs": at_least(0),
+    **dict.fromkeys(("distance_weight", "angle_weight", "init_weight"), at_least(0)),
+    **dict.fromkeys(("warmup_epochs", "init_epochs"), at_least(0)),
+    **dict.fromkeys(("dim", "k", "hint_layer"), at_least(1)),
+    **dict.fromkeys(("margin", "rate"), above(0)),
+    "init_variance": at_least(0.001),
     "temperature": above(0),
     "temperatures": some(above(0)),
     "temperature_min": above(0),

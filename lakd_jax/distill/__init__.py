@@ -6,20 +6,30 @@ from typing import Any
 
 from lakd_jax import choices
 from lakd_jax.distill import (
+    ab,
     afd,
     at,
+    cc,
     ctkd,
     dist,
     dkd,
+    fitnet,
+    fsp,
+    ft,
     kd,
+    kdsvd,
     lakd,
     method,
     mlkd,
     nkd,
+    nst,
+    pkt,
+    rkd,
     rtk,
     sdd,
     sp,
     term,
+    vid,
     wttm,
 )
 
@@ -39,9 +49,20 @@ METHODS: dict[str, type[method.Method]] = {
     "ctkd": ctkd.CTKD,
     "mlkd": mlkd.MLKD,
     "sdd": sdd.SDD,
+    "rkd": rkd.RKD,
+    "pkt": pkt.PKT,
+    "nst": nst.NST,
+    "cc": cc.CC,
+    "vid": vid.VID,
+    "fitnet": fitnet.FitNet,
+    "kdsvd": kdsvd.KDSVD,
+    "ab": ab.AB,
+    "fsp": fsp.FSP,
+    "ft": ft.FT,
 }
 TITLES = {  # where they are not the name in capital letters
     "none": "alone",
+    "fitnet": "FitNet",
     "rtk": "RTK (our reading)",
     "mlkd": "MLKD (one view)",
 }

@@ -5,10 +5,14 @@ Source: Peng et al., "Correlation Congruence for Knowledge Distillation" (arXiv
 multiplies the differences of neighbours in the batch, and so do we.
 """
 
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
-from lakd_jax.distill import relation
+from lakd_jax.distill import method, relation, term
 
 
 def cc_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
@@ -21,6 +25,51 @@ def cc_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
     Returns:
       Scalar float32, never negative.
     """
-    s, t = relation.frozen(student, teacher)
-    apart = relation.magnitude(s - t)
+    return _congruence(*relation.frozen(student, teacher))
+
+
+def _congruence(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    apart = relation.magnitude(student - teacher)
     return jnp.mean(jnp.sum(apart[:-1] * apart[1:], -1))
+
+
+class Embeddings(nn.Module):
+    """A linear map of each network's features to a common width.
+
+    Attributes:
+      dim: that width.
+    """
+
+    dim: int
+
+    @nn.compact
+    def __call__(
+        self, student: jax.Array, teacher: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """(B, C) and (B, C'), the teacher's without gradient -> (B, dim) float32."""
+        s, t = relation.frozen(student, teacher)
+        embed = nn.Dense(self.dim, name="student"), nn.Dense(self.dim, name="teacher")
+        return embed[0](s), embed[1](t)
+
+
+class CC(term.Term):
+    """ce_weight CE + weight * the mean of `cc_loss`, of embedded features.
+
+    The features are those that the classifiers read. Both embeddings are trained, the
+    teacher's too, as in RepDistiller; so its loss can also fall by bringing both
+    embeddings to one point.
+
+    Attributes:
+      dim: of the embeddings.
+    """
+
+    dim: int
+
+    least_batch: ClassVar[int] = 2
+    teacher_reads: ClassVar[tuple[str, ...]] = ("pooled",)
+
+    def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
+        """The term `cc`."""
+        embed = Embeddings(self.dim, name="head")
+        both = embed(signals.student.pooled, signals.teacher.pooled)
+        return [{"cc": _congruence(*both)}]

@@ -4,11 +4,12 @@ Source: Yim et al., "A Gift from Knowledge Distillation" (CVPR 2017), equations 
 """
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from lakd_jax.distill import adapter, relation
+from lakd_jax.distill import adapter, initial, method, relation
 
 
 def fsp_loss(
@@ -52,3 +53,21 @@ def _flows(features: Sequence[jax.Array]) -> list[jax.Array]:
         positions = below.shape[1] * below.shape[2]
         flows.append(jnp.einsum("bhwc,bhwd->bcd", below, above) / positions)
     return flows
+
+
+class FSP(initial.Initial):
+    """First weight * `fsp_loss` alone, then ce_weight CE alone; see `initial`.
+
+    A matrix belongs to the module of the later of its two stages, so that the first
+    module has none; its gradient reaches the stage before, too, whatever
+    `local.cut_scale`. Public code has one matrix more, of the stem and the first stage.
+    """
+
+    staged: ClassVar[bool] = True
+    teacher_reads: ClassVar[tuple[str, ...]] = ("joints",)
+
+    def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
+        """The term `fsp`, in every module but the first."""
+        ours, theirs = signals.student_joints, signals.teacher_joints
+        pairs = [slice(k - 1, k + 1) for k in range(1, len(ours))]
+        return [{}, *({"fsp": fsp_loss(ours[p], theirs[p])} for p in pairs)]

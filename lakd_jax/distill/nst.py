@@ -5,11 +5,12 @@ Transfer" (arXiv 1707.01219), equation 3 with the polynomial kernel (d = 2, c = 
 """
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from lakd_jax.distill import adapter, relation
+from lakd_jax.distill import adapter, method, relation, term
 
 
 def nst_loss(
@@ -44,3 +45,18 @@ def _channels(features: jax.Array) -> jax.Array:
 
 def _kernel(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.mean(jnp.einsum("bin,bjn->bij", a, b) ** 2)
+
+
+class NST(term.Term):
+    """ce_weight CE + weight * `nst_loss`, in each module its own stage's part.
+
+    The paper's loss is on the last stage alone; the public code has it on all.
+    """
+
+    staged: ClassVar[bool] = True
+    teacher_reads: ClassVar[tuple[str, ...]] = ("joints",)
+
+    def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
+        """The term `nst`, one a module."""
+        pairs = zip(signals.student_joints, signals.teacher_joints, strict=True)
+        return [{"nst": nst_loss([ours], [theirs])} for ours, theirs in pairs]

@@ -5,10 +5,13 @@ Transfer" (arXiv 1803.10837), equations 2 to 5 with the cosine kernel; the publi
 reduction.
 """
 
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
 import jax
 import jax.numpy as jnp
 
-from lakd_jax.distill import relation
+from lakd_jax.distill import method, relation, term
 
 _EPS = 1e-7
 
@@ -33,3 +36,14 @@ def _neighbours(x: jax.Array) -> jax.Array:
     unit = relation.unit(x)
     similarities = (unit @ unit.T + 1) / 2
     return similarities / jnp.sum(similarities, -1, keepdims=True)
+
+
+class PKT(term.Term):
+    """ce_weight CE + weight * `pkt_loss` of the features that the classifiers read."""
+
+    least_batch: ClassVar[int] = 2
+    teacher_reads: ClassVar[tuple[str, ...]] = ("pooled",)
+
+    def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
+        """The term `pkt`."""
+        return [{"pkt": pkt_loss(signals.student.pooled, signals.teacher.pooled)}]

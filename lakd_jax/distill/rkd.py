@@ -4,11 +4,14 @@ Source: Park et al., "Relational Knowledge Distillation" (arXiv 1904.05068), equ
 4 to 9; the public code's reduction.
 """
 
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from lakd_jax.distill import relation
+from lakd_jax.distill import method, relation, term
 
 _LEAST = 1e-12  # of a squared distance
 
@@ -55,3 +58,22 @@ def _angles(x: jax.Array) -> jax.Array:
     """(B, B, B) cosines at example i between the directions to j and k."""
     directions = relation.unit(x[None] - x[:, None])
     return jnp.einsum("ijc,ikc->ijk", directions, directions)
+
+
+class RKD(term.Term):
+    """ce_weight CE + weight * `rkd_loss` of the features that the classifiers read.
+
+    Attributes:
+      distance_weight, angle_weight: see `rkd_loss`.
+    """
+
+    distance_weight: float
+    angle_weight: float
+
+    least_batch: ClassVar[int] = 2
+    teacher_reads: ClassVar[tuple[str, ...]] = ("pooled",)
+
+    def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
+        """The term `rkd`."""
+        features = (signals.student.pooled, signals.teacher.pooled)
+        return [{"rkd": rkd_loss(*features, self.distance_weight, self.angle_weight)}]

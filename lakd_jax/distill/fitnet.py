@@ -1,0 +1,79 @@
+"""Hints: match the features of one stage through a regressor.
+
+Source: Romero et al., "FitNets: Hints for Thin Deep Nets" (arXiv 1412.6550), equation
+3; regressor and reduction of the public benchmark's code (RepDistiller).
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lakd_jax.distill import adapter, method, relation, term
+
+
+def hint_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Mean squared difference (the paper has half the sum).
+
+    Args:
+      student: (B, H, W, C), the regressor's.
+      teacher: (B, H, W, C); it gets no gradient.
+
+    Returns:
+      Scalar float32, never negative.
+    """
+    s, t = relation.frozen(student, teacher)
+    return jnp.mean((s - t) ** 2)
+
+
+class Regressor(nn.Module):
+    """1x1 convolution with bias, batch norm and perhaps a ReLU; float32.
+
+    That of the public code where both networks have one size. It strides or widens
+    its convolution where they have not; here the larger features are pooled before.
+
+    Attributes:
+      features: channels of the teacher's map.
+      relu: whether the result is rectified.
+    """
+
+    features: int
+    relu: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """(B, H, W, C) -> (B, H, W, features) float32."""
+        x = nn.Conv(self.features, (1, 1), name="conv")(x.astype(jnp.float32))
+        x = nn.BatchNorm(
+            use_running_average=not train, momentum=0.9, epsilon=1e-5, name="bn"
+        )(x)
+        return nn.relu(x) if self.relu else x
+
+
+class FitNet(term.Term):
+    """ce_weight CE + weight * `hint_loss` of one stage, through a `Regressor`.
+
+    The paper trains up to the hint first and with the labels afterwards; the public
+    code, and this, do both at once.
+
+    Attributes:
+      hint_layer: number of the stage (the module), from 1.
+    """
+
+    hint_layer: int
+
+    staged: ClassVar[bool] = True
+    teacher_reads: ClassVar[tuple[str, ...]] = ("joints",)
+
+    def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
+        """The term `fitnet` in the module of the hint, nothing in the others."""
+        k = self.hint_layer - 1
+        pair = signals.student_joints[k], signals.teacher_joints[k]
+        ours, theirs = adapter.match_size(*relation.frozen(*pair))
+        name = f"module{self.hint_layer}"
+        regress = Regressor(theirs.shape[-1], relu=True, name=name)
+        terms: list[Any] = [{} for _ in signals.student_joints]
+        terms[k]["fitnet"] = hint_loss(regress(ours, train=train), theirs)
+        return terms

@@ -1,0 +1,422 @@
+"""Methods of RepDistiller's zoo: golden values, values by hand, and their schedules.
+
+Golden values were computed with RepDistiller's and mdistiller's files in PyTorch.
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import golden_weights
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lakd_jax import config as config_lib
+from lakd_jax import config_methods, distill, validate
+from lakd_jax.distill import ab, cc, fitnet, ft, kdsvd, method, vid
+from lakd_jax.models import chain
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+INPUTS = dict(np.load(GOLDEN / "losses_inputs.npz"))
+LOSSES = dict(np.load(GOLDEN / "losses.npz"))
+EPOCHS = 2.0
+KDSVD = functools.partial(kdsvd.kdsvd_loss, k=1)
+
+
+def inputs(name):
+    return jnp.asarray(np.moveaxis(INPUTS[name], 1, -1))
+
+
+def weight(name, *shape):
+    """A golden tensor in our layout."""
+    x = golden_weights.tensor(name, shape)
+    return np.transpose(x, (2, 3, 1, 0)) if len(shape) == 4 else x
+
+
+def fitnet_of(student):
+    conv = {
+        "kernel": weight("fitnet.conv.weight", 48, 32, 1, 1),
+        "bias": weight("fitnet.conv.bias", 48),
+    }
+    norm = {
+        "scale": weight("fitnet.bn.weight", 48),
+        "bias": weight("fitnet.bn.bias", 48),
+    }
+    zeros = {"mean": jnp.zeros(48), "var": jnp.ones(48)}
+    variables = {"params": {"conv": conv, "bn": norm}, "batch_stats": {"bn": zeros}}
+    module = fitnet.Regressor(48, relu=True)
+    out, _ = module.apply(variables, student, train=True, mutable=["batch_stats"])
+    return out
+
+
+def vid_of(student):
+    params = {
+        "conv1": {"kernel": weight("vid.0.weight", 48, 32, 1, 1)},
+        "conv2": {"kernel": weight("vid.2.weight", 48, 48, 1, 1)},
+        "conv3": {"kernel": weight("vid.4.weight", 48, 48, 1, 1)},
+        "scale": 4 + weight("vid.log_scale", 48),
+    }
+    return vid.Regressor(48, 5.0).apply({"params": params}, student)
+
+
+def vid_loss(student, teacher):
+    mean, scale = vid_of(student)
+    return vid.vid_loss(mean, teacher, scale)
+
+
+CASES = {
+    "vid/feat_teacher_wide_1": (
+        vid_loss,
+        inputs("feat_student_1"),
+        inputs("feat_teacher_wide_1"),
+    ),
+    "fitnet/feat_teacher_wide_1": (
+        lambda s, t: fitnet.hint_loss(fitnet_of(s), t),
+        inputs("feat_student_1"),
+        inputs("feat_teacher_wide_1"),
+    ),
+    "ab_criterion": (  # the golden value is the sum over the batch, too
+        lambda s, t: 8 * ab.boundary_loss(s, t, 1.0),
+        inputs("ofd_student_connected"),
+        inputs("ofd_teacher_preact"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_the_public_ones(name):
+    loss, student, teacher = CASES[name]
+    both = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    value, (ours, theirs) = both(student, teacher)
+    assert golden_weights.distance(value, LOSSES[name]) < 1e-4
+    golden = np.moveaxis(LOSSES[f"{name}/grad_s"], 1, -1)
+    assert golden_weights.distance(ours, golden) < 1e-4
+    assert not np.any(theirs)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_is_taken_and_computed_in_float32(name):
+    loss, student, teacher = CASES[name]
+    halves = [x.astype(jnp.bfloat16) for x in (student, teacher)]
+    rounded = [x.astype(jnp.float32) for x in halves]
+    got = loss(*halves)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, loss(*rounded), rtol=1e-5)
+
+
+def test_boundary_loss_is_nothing_beyond_the_margin():
+    teacher = jnp.array([[0.1, -3.0, 0.0, 2.0]])
+    assert ab.boundary_loss(2 * jnp.sign(teacher - 1e-9), teacher, 1.0) == 0
+    student = jnp.array([[0.5, 0.5, -0.5, -1.0]])  # short by 0.5, 1.5, 0.5 and 2
+    got = ab.boundary_loss(student, teacher, 1.0)
+    np.testing.assert_allclose(got, 0.25 + 2.25 + 0.25 + 4)
+
+
+def test_hint_loss_is_least_at_the_teacher_and_vid_at_its_mean():
+    teacher = inputs("feat_teacher_1")
+    assert fitnet.hint_loss(teacher, teacher) == 0
+    assert fitnet.hint_loss(teacher + 2, teacher) == pytest.approx(4, rel=1e-5)
+    scale = jnp.zeros(32)
+    value, grad = jax.value_and_grad(vid.vid_loss)(teacher, teacher, scale)
+    variance = np.log(2) + 1e-5
+    np.testing.assert_allclose(value, np.log(variance) / 2, rtol=1e-5)
+    assert not np.any(grad)
+    assert vid.vid_loss(teacher + 1, teacher, scale) > value
+
+
+def test_vid_begins_with_the_variance_it_was_given():
+    variables = vid.Regressor(4, 5.0).init(jax.random.key(0), jnp.ones((1, 2, 2, 3)))
+    scale = variables["params"]["scale"]
+    np.testing.assert_allclose(jax.nn.softplus(scale) + 1e-5, 5.0, rtol=1e-6)
+
+
+def kdsvd_by_loops(students, teachers, k):
+    """From NumPy's decomposition, image by image and channel by channel."""
+    total, batch, stages = 0.0, len(students[0]), []
+    for s, t in zip(students, teachers, strict=True):
+        stage = []
+        for image in range(batch):
+            flat = [np.float64(x[image]).reshape(-1, x.shape[-1]) for x in (s, t)]
+            (_, _, mine), (_, values, other) = [
+                np.linalg.svd(x, full_matrices=False) for x in flat
+            ]
+            chosen = []
+            shares = values[:k] / np.linalg.norm(values[:k])
+            for row, share in zip(other[:k], shares, strict=True):
+                row = row if row.sum() > 0 else -row
+                best = max(mine[: k + 3], key=lambda v, r=row: abs(v @ r))
+                best = best if best @ row > 0 else -best
+                chosen.append((share * best, share * row))
+            stage.append(chosen)
+        stages.append(stage)
+    for before, after in zip(stages[:-1], stages[1:], strict=True):
+        for lower, upper in zip(before, after, strict=True):
+            for (s0, t0), (s1, t1) in zip(lower, upper, strict=True):
+                for i in range(len(s0)):
+                    ours = np.exp(-((s1 - s0[i]) ** 2) / 8)
+                    theirs = np.exp(-((t1 - t0[i]) ** 2) / 8)
+                    total += np.sum((ours - theirs) ** 2) / batch
+    return total
+
+
+def features(seed, batch=2):
+    rng = np.random.default_rng(seed)
+    shapes = [(batch, 4, 4, 5), (batch, 3, 3, 6), (batch, 2, 2, 7)]
+    return [jnp.asarray(rng.uniform(0, 1, s), jnp.float32) for s in shapes]
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_kdsvd_by_loops(k):
+    students, teachers = features(0), features(1)
+    got = jax.jit(kdsvd.kdsvd_loss, static_argnums=2)(students, teachers, k)
+    np.testing.assert_allclose(got, kdsvd_by_loops(students, teachers, k), rtol=1e-3)
+
+
+def test_kdsvd_is_least_at_the_teacher_and_trains_the_student_alone():
+    students, teachers = features(0), features(1)
+    loss = jax.jit(KDSVD)
+    assert loss(teachers, teachers) < 1e-9 < loss(students, teachers)
+    ours, theirs = jax.jit(jax.grad(loss, (0, 1)))(students, teachers)
+    assert all(np.any(g) for g in ours) and not any(np.any(g) for g in theirs)
+    halves = [x.astype(jnp.bfloat16) for x in students]
+    assert loss(halves, teachers).dtype == jnp.float32
+    with pytest.raises(ValueError, match="7 with 6"):
+        loss(students[2:], teachers[1:2])
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (5, 9), (6, 6)])
+def test_gradient_of_singular_vectors_is_that_of_differences(shape):
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((1, *shape))
+    towards = rng.standard_normal((shape[1], 2))
+
+    def loss(x):  # free of signs, in double precision
+        rows = np.linalg.svd(x[0], full_matrices=False)[2][:2]
+        return np.sum(towards[:, 0] * rows[0] * np.sum(rows[0] * towards[:, 1])) + (
+            np.sum(towards[:, 1] * rows[1]) ** 2
+        )
+
+    def ours(x):
+        v = kdsvd.right_vectors(x, 2)[0]
+        return (towards[:, 0] @ v[:, 0]) * (v[:, 0] @ towards[:, 1]) + (
+            towards[:, 1] @ v[:, 1]
+        ) ** 2
+
+    wanted = np.zeros_like(x)
+    for place in np.ndindex(*x.shape):
+        step = np.zeros_like(x)
+        step[place] = 1e-6
+        wanted[place] = (loss(x + step) - loss(x - step)) / 2e-6
+    got = jax.jit(jax.grad(ours))(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=2e-4)
+
+
+def test_dead_and_equal_directions_have_finite_gradients():
+    teachers = features(1)
+    for students in (
+        [jnp.zeros_like(x) for x in teachers],
+        [jnp.ones_like(x) for x in teachers],
+    ):
+        grads = jax.jit(jax.grad(KDSVD))(students, teachers)
+        assert all(np.all(np.isfinite(g)) for g in grads)
+    same = jnp.eye(4)[None]
+    grad = jax.jit(jax.grad(lambda x: jnp.sum(kdsvd.right_vectors(x, 2))))(same)
+    assert np.all(np.isfinite(grad))
+
+
+def outputs(seed, width):
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    joints = (draw(4, 8, 8, width), draw(4, 4, 4, width + 2))
+    made = chain.Outputs(
+        logits=draw(4, 3),
+        stem=None,
+        features=joints,
+        preacts=joints,
+        blocks=(),
+        pooled=draw(4, width),
+    )
+    return made, joints
+
+
+def signals(epoch=0.0, widths=(4, 4)):
+    (student, ours), (teacher, theirs) = map(outputs, (0, 1), widths)
+    return method.Signals(
+        student=student,
+        teacher=teacher,
+        labels=jnp.array([0, 1, 2, 0]),
+        epoch=jnp.float32(epoch),
+        student_joints=ours,
+        teacher_joints=theirs,
+        student_preacts=ours,
+        teacher_preacts=theirs,
+    )
+
+
+def made(name, **options):
+    block = config_methods.blocks()[name].to_dict()
+    return distill.create(name, block | options)
+
+
+def losses_of(taught, given):
+    """Of one program: op by op it would take long to compile."""
+
+    @jax.jit
+    def run(given):
+        return taught.init_with_output(jax.random.key(0), given, train=True)[0]
+
+    return run(given)
+
+
+@pytest.mark.parametrize(
+    ("name", "modules"),
+    [
+        ("rkd", ["rkd"]),
+        ("pkt", ["pkt"]),
+        ("nst", ["nst", "nst"]),
+        ("cc", ["cc"]),
+        ("vid", ["vid", "vid"]),
+        ("fitnet", ["", "fitnet"]),
+        ("kdsvd", ["", "kdsvd"]),
+        ("ab", ["ab", "ab"]),
+        ("fsp", ["", "fsp"]),
+        ("ft", ["ft"]),
+    ],
+)
+def test_each_module_has_the_loss_of_its_stage(name, modules):
+    answer = losses_of(made(name), signals())
+    own = [set(a.terms) - {"head_ce", "ft_rebuilt"} for a in answer]
+    assert own == [{m} - {""} for m in modules]
+    assert "head_ce" in answer[-1].terms
+
+
+@pytest.mark.parametrize("name", ["ab", "fsp"])
+def test_the_methods_loss_comes_first_and_the_labels_after(name):
+    taught = made(name, init_epochs=EPOCHS)
+    for epoch, first in ((0.0, True), (1.9, True), (2.0, False), (9.0, False)):
+        loss = losses_of(taught, signals(epoch))[-1]
+        assert float(loss.weights["head_ce"]) == (0 if first else taught.ce_weight)
+        assert float(loss.weights[name]) == (
+            pytest.approx(taught.weight) if first else 0
+        )
+
+
+def test_ab_halves_stage_by_stage_and_connects_other_widths():
+    given = signals()
+    below, above = losses_of(made("ab"), given)
+    for k, (share, loss) in enumerate(((0.5, below), (1.0, above))):
+        pair = given.student_preacts[k], given.teacher_preacts[k]
+        wanted = share * ab.boundary_loss(*pair, 1.0)
+        np.testing.assert_allclose(loss.terms["ab"], wanted, rtol=1e-6)
+    alone, wide = (
+        jax.eval_shape(lambda g: made("ab").init(jax.random.key(0), g, train=True), g)
+        for g in (given, signals(widths=(4, 6)))
+    )
+    assert "params" not in alone and set(wide["params"]) == {"module1", "module2"}
+
+
+def test_cc_trains_both_embeddings():
+    taught, given = made("cc"), signals(widths=(4, 6))
+    variables = jax.jit(lambda g: taught.init(jax.random.key(0), g, train=True))(given)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(variables):
+        return taught.apply(variables, given, train=True)[0].terms["cc"]
+
+    got, grads = loss(variables)
+    grads = grads["params"]["head"]
+    assert np.any(grads["student"]["kernel"]) and np.any(grads["teacher"]["kernel"])
+    params = variables["params"]["head"]
+    ours, theirs = (
+        x.pooled @ params[n]["kernel"]
+        for x, n in ((given.student, "student"), (given.teacher, "teacher"))
+    )
+    np.testing.assert_allclose(got, cc.cc_loss(ours, theirs), rtol=1e-5)
+
+
+def test_paraphraser_is_trained_first_and_then_stays():
+    taught = made("ft", init_epochs=EPOCHS, rate=0.5)
+    start = jax.jit(lambda g: taught.init(jax.random.key(0), g, train=True))
+    variables = start(signals())
+
+    @jax.jit
+    def step(variables, epoch):
+        given = dataclasses.replace(signals(), epoch=epoch)
+
+        def loss(params):
+            v = {**variables, "params": params}
+            answer, new = taught.apply(v, given, train=True, mutable=["batch_stats"])
+            return method.total(answer), (answer[0], new["batch_stats"])
+
+        grads, (answer, stats) = jax.grad(loss, has_aux=True)(variables["params"])
+        return grads["head"], answer, {**variables, "batch_stats": stats}
+
+    grads, answer, _ = step(variables, 0.0)
+    assert all(np.any(g) for g in jax.tree.leaves(grads["paraphraser"]))
+    assert not any(np.any(g) for g in jax.tree.leaves(grads["translator"]))
+    assert float(answer.weights["ft"]) == 0 != float(answer.weights["ft_rebuilt"])
+
+    moved = jax.tree.map(lambda x: x, variables)  # a copy
+    moved["params"]["head"]["paraphraser"] = jax.tree.map(
+        lambda x: 2 * x + 1, variables["params"]["head"]["paraphraser"]
+    )
+    kept = variables["batch_stats"]["head"]["kept"]
+    grads, later, after = step(moved, 2.0)  # as weight decay would move it
+    assert not any(np.any(g) for g in jax.tree.leaves(grads["paraphraser"]))
+    assert any(np.any(g) for g in jax.tree.leaves(grads["translator"]))
+    np.testing.assert_array_equal(later.terms["ft"], answer.terms["ft"])
+    jax.tree.map(
+        np.testing.assert_array_equal, after["batch_stats"]["head"]["kept"], kept
+    )
+    assert float(later.weights["ft"]) == 200 and later.weights["ft_rebuilt"] == 0
+    _, _, earlier = step(moved, 1.0)
+    given = moved["params"]["head"]["paraphraser"]
+    jax.tree.map(
+        np.testing.assert_array_equal, earlier["batch_stats"]["head"]["kept"], given
+    )
+
+
+def test_paraphraser_has_the_widths_it_should():
+    x = jnp.ones((1, 4, 4, 6))
+    (factor, rebuilt), variables = ft.Paraphraser(0.5).init_with_output(
+        jax.random.key(0), x
+    )
+    assert factor.shape == (1, 4, 4, 3) and rebuilt.shape == x.shape
+    assert len(jax.tree.leaves(variables)) == 12
+
+
+def problems(**fields):
+    c = config_lib.default()
+    c.student.name, c.teacher.name = "resnet8", "resnet20"
+    with c.unlocked():
+        c.update_from_flattened_dict(
+            {k.replace("__", "."): v for k, v in fields.items()}
+        )
+    return validate.problems(c, 1)
+
+
+@pytest.mark.parametrize("name", ["ab", "fsp", "ft"])
+def test_first_epochs_leave_some_for_the_rest(name):
+    assert problems(method=name, epochs=31) == []
+    assert problems(method="kd", epochs=30) == []
+    (line,) = problems(method=f"kd+{name}", epochs=30)
+    assert line.startswith(f"{name}.init_epochs is 30, but epochs is 30")
+
+
+def test_what_cannot_be_compared_is_refused():
+    for name in ("fsp", "kdsvd"):
+        assert problems(method=name) == []
+        (line,) = problems(method=name, teacher__name="resnet32x4")
+        assert "same widths" in line and "16 channels and the teacher 64" in line
+        (line,) = problems(method=name, local__granularity="none")
+        assert "local.granularity" in line
+    (line,) = problems(method="fitnet", fitnet__hint_layer=4)
+    assert line.startswith("fitnet.hint_layer is 4, but the student has 3")
+    (line,) = problems(method="ab", local__granularity="block")
+    assert "method ab" in line
