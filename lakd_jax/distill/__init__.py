@@ -5,7 +5,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from lakd_jax import choices
-from lakd_jax.distill import afd, at, dkd, kd, lakd, method, rtk, sp, term
+from lakd_jax.distill import (
+    afd,
+    at,
+    catkd,
+    cd,
+    dkd,
+    fam,
+    kd,
+    kdpp,
+    lakd,
+    method,
+    rtk,
+    sp,
+    term,
+)
 
 METHODS: dict[str, type[method.Method]] = {
     "none": kd.Plain,
@@ -16,10 +30,17 @@ METHODS: dict[str, type[method.Method]] = {
     "dkd": dkd.DKD,
     "at": at.AT,
     "sp": sp.SP,
+    "catkd": catkd.CATKD,
+    "kdpp": kdpp.KDPP,
+    "fam": fam.FAM,
+    "cd": cd.CD,
 }
 TITLES = {  # where they are not the name in capital letters
     "none": "alone",
     "rtk": "RTK (our reading)",
+    "catkd": "CAT-KD",
+    "kdpp": "KD++",
+    "fam": "FAM-KD",
 }
 
 # The methods whose options are an object of their own.
