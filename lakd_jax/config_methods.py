@@ -17,7 +17,6 @@ def blocks() -> dict[str, ConfigDict]:
         "dkd": _dkd(),
         "at": _at(),
         "sp": _sp(),
-<<<<<<< ours
         "dist": _dist(),
         "nkd": _nkd(),
         "ttm": _ttm(45.0, 0.1),
@@ -25,7 +24,6 @@ def blocks() -> dict[str, ConfigDict]:
         "ctkd": _ctkd(),
         "mlkd": _mlkd(),
         "sdd": _sdd(),
-=======
         "rkd": _rkd(),
         "pkt": _block(30000.0),
         "nst": _block(50.0),
@@ -36,7 +34,13 @@ def blocks() -> dict[str, ConfigDict]:
         "ab": _ab(),
         "fsp": _fsp(),
         "ft": _ft(),
->>>>>>> theirs
+        "crd": _crd(),
+        "ofd": _block(0.001),
+        "review": _review(),
+        "catkd": _catkd(),
+        "kdpp": _kdpp(),
+        "fam": _fam(),
+        "cd": _cd(),
     }
 
 
@@ -67,7 +71,6 @@ def _sp() -> ConfigDict:
     return _block(3000.0)
 
 
-<<<<<<< ours
 def _dist() -> ConfigDict:
     k = _block(1.0)
     k.beta = 1.0  # of the correlation between classes, in each example
@@ -126,7 +129,9 @@ def _sdd() -> ConfigDict:
     k.beta = 8.0  # base=dkd: of the others; 2 and 6 in some of the reference's pairs
     k.gamma = 1.5  # base=nkd: of the classes other than the label
     k.standardise = False  # z-scores of the logits of each part
-=======
+    return k
+
+
 def _rkd() -> ConfigDict:
     k = _block(1.0)
     k.distance_weight = 25.0  # of the distances between two examples
@@ -176,5 +181,56 @@ def _ft() -> ConfigDict:
     k.rate = 0.5  # channels of a factor for each of the teacher's
     k.init_epochs = 30.0  # the first ones, in which the paraphraser is trained
     k.init_weight = 0.2  # of its loss then: the share of optim.lr that it has
->>>>>>> theirs
+    return k
+
+
+def _crd() -> ConfigDict:
+    k = _block(0.8)
+    k.dim = 128  # of the embeddings; a memory of twice that many numbers an example
+    k.negatives = 16384  # for each example, with repetitions
+    k.temperature = 0.07  # of the scores
+    k.momentum = 0.5  # of the memories
+    return k
+
+
+def _review() -> ConfigDict:
+    k = _block(1.0, warmup=20.0)  # the weight is 5 for resnet32x4 -> resnet8x4
+    k.student_preact = False  # the student's maps before the ReLU; True on ImageNet
+    return k
+
+
+def _catkd() -> ConfigDict:
+    # Of pairs 56-20; 1.8 for 110-32, 15 for 32x4-8x4, 12 for WRN, 4.5 for VGG. To other
+    # families normalise=True and weight=40 or more, with resolution=4 to ShuffleNets.
+    k = _block(0.7)
+    k.resolution = 2  # side of the class activation maps that are compared
+    k.normalise = False  # the map of each class has L2 norm 1
+    k.binarise = False  # the teacher's map is 1 above its mean magnitude, else 0
+    return k
+
+
+def _kdpp() -> ConfigDict:
+    k = _block(2.0)  # of norm and direction; 1.5 or 0.5 for some pairs
+    k.kd_weight = 1.0  # of KD; 3.5 for 32x4-8x4, 2.5 to 4 to other families
+    k.temperature = 4.0
+    k.kd_warmup_epochs = 20.0  # of kd_weight
+    k.dropout = 0.5  # in front of the layer to a teacher of another width
+    return k
+
+
+def _fam() -> ConfigDict:
+    k = _block(0.8, warmup=20.0)  # 1 for 110-20 and 110-32, 5 for WRN
+    k.cutoff = 0.1  # share of the frequencies that counts as low and is dropped
+    return k
+
+
+def _cd() -> ConfigDict:
+    k = _block(6.0)
+    k.gkd_weight = 0.1  # of KD where the teacher is right; 1 on ImageNet
+    k.temperature = 1.0  # of the same
+    # Early decay is off. As published for 200 epochs: decay_epochs=(60,160),
+    # alone_epochs=60.
+    k.decay = 0.9  # of weight, at each of decay_epochs
+    k.decay_epochs = ()  # counted from 1
+    k.alone_epochs = 0.0  # before labels and logits count
     return k

@@ -257,6 +257,15 @@ _BLOCK_FIELDS: dict[str, Check] = {
     "base": one_of(sdd.BASES),
     "scales": some(scale),
     "complementary": at_least(0),
+    **dict.fromkeys(("ce_weight", "weight", "alpha", "beta"), at_least(0)),
+    **dict.fromkeys(("kd_weight", "gkd_weight"), at_least(0)),
+    **dict.fromkeys(("warmup_epochs", "kd_warmup_epochs"), at_least(0)),
+    "resolution": at_least(1),
+    "dropout": below(1),
+    "cutoff": between(0, 1),
+    "decay": between(0, 1),
+    "decay_epochs": each(above(0)),
+    "alone_epochs": at_least(0),
 }
 
 

@@ -22,6 +22,7 @@ SUMS = ("dkd+at", "kd+at+sp", "lakd+dkd")
 SETTINGS = {  # what the toys have not, or where the full weight needs many epochs
     "crd": {"negatives": 8},
     "fitnet": {"hint": 2},
+    "kdpp": {"kd_warmup_epochs": 0.0},
 }
 
 

@@ -9,14 +9,18 @@ from lakd_jax.distill import (
     ab,
     afd,
     at,
+    catkd,
     cc,
+    cd,
     ctkd,
     dist,
     dkd,
+    fam,
     fitnet,
     fsp,
     ft,
     kd,
+    kdpp,
     kdsvd,
     lakd,
     method,
@@ -59,12 +63,19 @@ METHODS: dict[str, type[method.Method]] = {
     "ab": ab.AB,
     "fsp": fsp.FSP,
     "ft": ft.FT,
+    "catkd": catkd.CATKD,
+    "kdpp": kdpp.KDPP,
+    "fam": fam.FAM,
+    "cd": cd.CD,
 }
 TITLES = {  # where they are not the name in capital letters
     "none": "alone",
     "fitnet": "FitNet",
     "rtk": "RTK (our reading)",
     "mlkd": "MLKD (one view)",
+    "catkd": "CAT-KD",
+    "kdpp": "KD++",
+    "fam": "FAM-KD",
 }
 
 # The methods whose options are an object of their own.

@@ -140,6 +140,16 @@ class ModuleLoss:
         zero = jnp.zeros((), jnp.float32)
         return sum((self.weights[n] * t for n, t in self.terms.items()), zero)
 
+    def plus(
+        self, name: str, term: jax.Array, weight: jax.Array | float
+    ) -> "ModuleLoss":
+        """The same with one term more."""
+        return ModuleLoss(
+            terms=self.terms | {name: term},
+            weights={**self.weights, name: weight},
+            diagnostics=self.diagnostics,
+        )
+
 
 def total(losses: Sequence[ModuleLoss]) -> jax.Array:
     """L_t = sum_k J_k, scalar float32: what a step differentiates and reports."""
