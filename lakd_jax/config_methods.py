@@ -17,6 +17,8 @@ def blocks() -> dict[str, ConfigDict]:
         "dkd": _dkd(),
         "at": _at(),
         "sp": _sp(),
+        "ofd": _block(0.001),
+        "review": _review(),
     }
 
 
@@ -45,3 +47,9 @@ def _at() -> ConfigDict:
 
 def _sp() -> ConfigDict:
     return _block(3000.0)
+
+
+def _review() -> ConfigDict:
+    k = _block(1.0, warmup=20.0)  # the weight is 5 for resnet32x4 -> resnet8x4
+    k.student_preact = False  # the student's maps before the ReLU; True on ImageNet
+    return k

@@ -5,7 +5,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from lakd_jax import choices
-from lakd_jax.distill import afd, at, dkd, kd, lakd, method, rtk, sp, term
+from lakd_jax.distill import (
+    afd,
+    at,
+    dkd,
+    kd,
+    lakd,
+    method,
+    ofd,
+    review,
+    rtk,
+    sp,
+    term,
+)
 
 METHODS: dict[str, type[method.Method]] = {
     "none": kd.Plain,
@@ -16,10 +28,13 @@ METHODS: dict[str, type[method.Method]] = {
     "dkd": dkd.DKD,
     "at": at.AT,
     "sp": sp.SP,
+    "ofd": ofd.OFD,
+    "review": review.Review,
 }
 TITLES = {  # where they are not the name in capital letters
     "none": "alone",
     "rtk": "RTK (our reading)",
+    "review": "ReviewKD",
 }
 
 # The methods whose options are an object of their own.
