@@ -17,6 +17,7 @@ def blocks() -> dict[str, ConfigDict]:
         "dkd": _dkd(),
         "at": _at(),
         "sp": _sp(),
+        "crd": _crd(),
         "ofd": _block(0.001),
         "review": _review(),
     }
@@ -47,6 +48,15 @@ def _at() -> ConfigDict:
 
 def _sp() -> ConfigDict:
     return _block(3000.0)
+
+
+def _crd() -> ConfigDict:
+    k = _block(0.8)
+    k.dim = 128  # of the embeddings; a memory of twice that many numbers an example
+    k.negatives = 16384  # for each example, with repetitions
+    k.temperature = 0.07  # of the scores
+    k.momentum = 0.5  # of the memories
+    return k
 
 
 def _review() -> ConfigDict:

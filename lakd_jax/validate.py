@@ -218,6 +218,9 @@ _BLOCK_FIELDS: dict[str, Check] = {
     **dict.fromkeys(("ce_weight", "weight", "alpha", "beta"), at_least(0)),
     "warmup_epochs": at_least(0),
     "temperature": above(0),
+    "dim": at_least(1),
+    "negatives": at_least(1),
+    "momentum": between(0, 1),
 }
 
 

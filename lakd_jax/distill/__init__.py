@@ -8,6 +8,7 @@ from lakd_jax import choices
 from lakd_jax.distill import (
     afd,
     at,
+    crd,
     dkd,
     kd,
     lakd,
@@ -28,6 +29,7 @@ METHODS: dict[str, type[method.Method]] = {
     "dkd": dkd.DKD,
     "at": at.AT,
     "sp": sp.SP,
+    "crd": crd.CRD,
     "ofd": ofd.OFD,
     "review": review.Review,
 }
