@@ -173,6 +173,7 @@ def _optim_ranges() -> dict[str, Check]:
     return {
         "optim.lr": above(0),
         "optim.momentum": between(0, 1),
+        "optim.dot_delta": below(1),
         "optim.weight_decay": at_least(0),
         "optim.schedule": one_of(("step", "cosine", "constant")),
         "optim.milestones": each(above(0)),
