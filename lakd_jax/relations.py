@@ -178,6 +178,17 @@ def _preact_suffix(c: Config, _: int) -> str:
     )
 
 
+@reads(*METHODS, "local.granularity")
+def _preacts(c: Config, _: int) -> str:
+    found = [m for m in methods(c) if distill.facts(m).needs_preacts]
+    if not found or c.local.granularity in ("stage", "none"):
+        return ""
+    return (
+        f"method {found[0]} reads pre-activations, which are recorded at the ends of "
+        "stages: it needs local.granularity=stage or none"
+    )
+
+
 @reads("lakd.att_global", "local.module_input", only_lakd=True)
 def _att_global_input(c: Config, _: int) -> str:
     if not c.lakd.att_global or c.local.module_input == "student":

@@ -110,6 +110,46 @@ def _streaming_seeds(c: relations.Config, _: int) -> str:
     return f"seeds_by={c.seeds_by} is for data in memory: use seeds_by=turn"
 
 
+@relations.reads("optim.dot_delta", "optim.momentum")
+def _dot_momenta(c: relations.Config, _: int) -> str:
+    delta, momentum = c.optim.dot_delta, c.optim.momentum
+    if not delta or (delta <= momentum and momentum + delta < 1):
+        return ""
+    return (
+        f"optim.dot_delta is {delta:g}: the momenta {momentum - delta:g} and "
+        f"{momentum + delta:g} must be at least 0 and below 1"
+    )
+
+
+@relations.reads(
+    *relations.METHODS,
+    "optim.dot_delta",
+    "optim.nesterov",
+    "optim.clip_norm",
+    "student.name",
+    "local.engine",
+    "local.cut_scale",
+)
+def _dot(c: relations.Config, _: int) -> str:
+    if not c.optim.dot_delta:
+        return ""
+    cut = [m for m in relations.methods(c) if distill.facts(m).local]
+    refused = {
+        "method none has no other losses than the labels'": c.method == "none",
+        "student.name=hme has optimisers of its own": c.student.name == "hme",
+        f"local.engine={c.local.engine} trains modules apart": c.local.engine
+        != "fused",
+        f"method {''.join(cut[:1])} trains modules apart unless local.cut_scale is "
+        "above 0": cut and c.local.cut_scale <= 0,
+        "optim.nesterov has no place in it": c.optim.nesterov,
+        "optim.clip_norm has no place in it": c.optim.clip_norm > 0,
+    }
+    found = [reason for reason, holds in refused.items() if holds]
+    if not found:
+        return ""
+    return f"optim.dot_delta is {c.optim.dot_delta:g}, but {found[0]}: set it to 0"
+
+
 @relations.reads("seeds")
 def _seeds(c: relations.Config, _: int) -> str:
     again = [seed for i, seed in enumerate(c.seeds) if seed in c.seeds[:i]]

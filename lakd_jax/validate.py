@@ -198,6 +198,7 @@ def _optim_ranges() -> dict[str, Check]:
         "optim.lr": above(0),
         "optim.lr_batch": at_least(0),
         "optim.momentum": between(0, 1),
+        "optim.dot_delta": below(1),
         "optim.weight_decay": at_least(0),
         "optim.schedule": one_of(("step", "cosine", "constant")),
         "optim.milestones": each(above(0)),
@@ -257,15 +258,16 @@ _BLOCK_FIELDS: dict[str, Check] = {
     "base": one_of(sdd.BASES),
     "scales": some(scale),
     "complementary": at_least(0),
-    **dict.fromkeys(("ce_weight", "weight", "alpha", "beta"), at_least(0)),
     **dict.fromkeys(("kd_weight", "gkd_weight"), at_least(0)),
-    **dict.fromkeys(("warmup_epochs", "kd_warmup_epochs"), at_least(0)),
+    "kd_warmup_epochs": at_least(0),
     "resolution": at_least(1),
     "dropout": below(1),
     "cutoff": between(0, 1),
     "decay": between(0, 1),
     "decay_epochs": each(above(0)),
     "alone_epochs": at_least(0),
+    "negatives": at_least(1),
+    "momentum": between(0, 1),
 }
 
 

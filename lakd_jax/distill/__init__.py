@@ -12,6 +12,7 @@ from lakd_jax.distill import (
     catkd,
     cc,
     cd,
+    crd,
     ctkd,
     dist,
     dkd,
@@ -27,7 +28,9 @@ from lakd_jax.distill import (
     mlkd,
     nkd,
     nst,
+    ofd,
     pkt,
+    review,
     rkd,
     rtk,
     sdd,
@@ -67,6 +70,9 @@ METHODS: dict[str, type[method.Method]] = {
     "kdpp": kdpp.KDPP,
     "fam": fam.FAM,
     "cd": cd.CD,
+    "crd": crd.CRD,
+    "ofd": ofd.OFD,
+    "review": review.Review,
 }
 TITLES = {  # where they are not the name in capital letters
     "none": "alone",
@@ -76,6 +82,7 @@ TITLES = {  # where they are not the name in capital letters
     "catkd": "CAT-KD",
     "kdpp": "KD++",
     "fam": "FAM-KD",
+    "review": "ReviewKD",
 }
 
 # The methods whose options are an object of their own.

@@ -1,17 +1,26 @@
-"""Knowledge review: the hierarchical context loss.
+"""Knowledge review: fused stages of the student, the hierarchical context loss.
 
 Source: Chen et al., "Distilling Knowledge via Knowledge Review" (arXiv 2104.09044),
-section 3.4; levels and weights of the public code.
+section 3.4; levels, weights and widths of the public code.
 """
 
+import functools
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
-from lakd_jax.distill import ndam, relation
+from lakd_jax.distill import method, ndam, relation, term
+from lakd_jax.models import layers
 
 _LEVELS = (4, 2, 1)  # sides of the pooled maps
+_WIDEST = 512  # of what is handed on between stages
+# He et al.'s uniform initialisation for what no ReLU follows.
+_STYLE = layers.Style(
+    kernel_init=nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
+)
 
 
 def hcl_loss(
@@ -43,3 +52,88 @@ def hcl_loss(
             value, weights = value + weight * jnp.mean((s - t) ** 2), weights + weight
         total += value / weights
     return total
+
+
+class Fusion(nn.Module):
+    """One stage fused with all later ones by attention (ABF); float32.
+
+    Attributes:
+      middle: channels of what is fused and handed on.
+      features: channels of the teacher's map.
+    """
+
+    middle: int
+    features: int
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        later: jax.Array | None,
+        size: Sequence[int],
+        *,
+        train: bool,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Of the student's map and of what the stage after it handed on.
+
+        Args:
+          x: (B, H, W, C).
+          later: (B, H', W', middle), or None: nothing comes after it.
+          size: of the teacher's map.
+          train: whether to normalise by the statistics of this batch.
+
+        Returns:
+          (B, *size, features) for the loss and (B, *size, middle) to hand on.
+        """
+        convolve = functools.partial(layers.conv_norm, style=_STYLE, train=train)
+        x = convolve(x.astype(jnp.float32), self.middle, 1, 1, name="conv1")
+        if later is not None:
+            later = ndam.resize_nearest(later, *x.shape[1:3])
+            attend = nn.Conv(2, (1, 1), kernel_init=layers.uniform_fan_in, name="att")
+            shares = nn.sigmoid(attend(jnp.concatenate([x, later], -1)))
+            x = x * shares[..., :1] + later * shares[..., 1:]
+        x = ndam.resize_nearest(x, *size)
+        return convolve(x, self.features, 3, 1, name="conv2"), x
+
+
+class Review(term.Term):
+    """ce_weight CE + weight * `hcl_loss` of the fused stages and pooled features.
+
+    Each module has the loss of its own stage, the last also that of the pooled
+    features. But a stage is fused with what later ones hand on, so that its loss
+    trains these, too: with `local.cut_scale` 0 no gradient crosses a cut downwards,
+    while later stages still learn from the losses of earlier ones.
+
+    As in the public code the stem takes no part, the student's maps are repeated or
+    thinned (nearest) to the teacher's sizes, and the teacher's are taken before the
+    ReLU. There, too, pooled features are a last stage of 1x1.
+
+    Attributes:
+      student_preact: take the student's before the ReLU as well.
+    """
+
+    student_preact: bool
+
+    staged: ClassVar[bool] = True
+    needs_preacts: ClassVar[bool] = True
+    teacher_reads: ClassVar[tuple[str, ...]] = ("preacts", "pooled")
+
+    def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
+        """The term `review`, one a module."""
+        joints = signals.student_joints
+        stages = signals.student_preacts if self.student_preact else joints
+        ours = [*stages, _as_map(signals.student.pooled)]
+        theirs = [*signals.teacher_preacts, _as_map(signals.teacher.pooled)]
+        names = [f"module{k}" for k in range(1, len(ours))] + ["head"]
+        middle, later, values = min(_WIDEST, ours[-1].shape[-1]), None, []
+        for name, mine, target in reversed(list(zip(names, ours, theirs, strict=True))):
+            fuse = Fusion(middle, target.shape[-1], name=name)
+            fused, later = fuse(mine, later, target.shape[1:3], train=train)
+            values.insert(0, hcl_loss([fused], [target]))
+        *stages, last, pooled = values
+        return [{"review": value} for value in (*stages, last + pooled)]
+
+
+def _as_map(pooled: jax.Array) -> jax.Array:
+    """(B, C) as (B, 1, 1, C)."""
+    return pooled[:, None, None]

@@ -15,7 +15,7 @@ from lakd_jax.distill import binary
 from lakd_jax.distill import method as method_lib
 from lakd_jax.local import cuts
 from lakd_jax.models import vam
-from lakd_jax.train import engines, feeds, gates, hme_stages, networks, optim
+from lakd_jax.train import dot, engines, feeds, gates, hme_stages, networks, optim
 from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
 from lakd_jax.train import step as step_lib
@@ -89,6 +89,7 @@ def learner(
         weight_decay=config.optim.weight_decay,
         labels=None,
         mesh=mesh,
+        apart=config.optim.dot_delta > 0,
         anneal=stage.anneal if stage else None,
     )
     init = _initialiser(draft, teacher, _seed_key(config, stage), image_shape)
@@ -122,6 +123,13 @@ def _optimizer(
     config: config_lib.ConfigDict, rate: optax.Schedule, labels: PyTree
 ) -> optax.GradientTransformation:
     """What `config.optim` describes."""
+    if config.optim.dot_delta:
+        return dot.sgd(
+            rate,
+            momentum=config.optim.momentum,
+            delta=config.optim.dot_delta,
+            weight_decay=config.optim.weight_decay,
+        )
     return optim.sgd(
         rate,
         momentum=config.optim.momentum,

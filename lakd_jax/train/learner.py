@@ -63,6 +63,8 @@ class Learner:
       examples: of the training split.
       optimizer_of: makes the optimiser of any part of the parameters from the labels
         of that part; `optimizer` is that of all of them.
+      apart: the optimiser takes the gradient of the labels' losses apart from that of
+        all others, see `dot`.
       anneal: temperature of the student's soft gates times the epoch, see
         `temperature`; None where it has none, or where they are hard.
     """
@@ -91,6 +93,7 @@ class Learner:
     labels: PyTree  # module index of every parameter
     mesh: Mesh
     optimizer_of: Callable[[PyTree], optax.GradientTransformation]
+    apart: bool = False
     anneal: float | None = None
 
     @property

@@ -11,7 +11,7 @@ from lakd_jax import backend
 from lakd_jax.distill import method as method_lib
 from lakd_jax.local import cuts
 from lakd_jax.models import chain, hme
-from lakd_jax.train import gates, modules, teaching
+from lakd_jax.train import dot, gates, modules, teaching
 from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
 
@@ -69,9 +69,13 @@ def whole_step(
     data: state_lib.Resident,
     indices: jax.Array,
 ) -> tuple[state_lib.TrainState, learner_lib.Metrics]:
-    """`train_step` by one gradient of the sum of all modules' losses."""
+    """`train_step` by one gradient of the sum of all modules' losses.
+
+    Or by two, of the labels' losses and of all others, see `dot`.
+    """
     images, labels = learner_lib.batch(learner, state.step, data, indices)
-    grads, (stats, metrics) = jax.grad(loss, argnums=1, has_aux=True)(
+    whole = jax.grad(loss, argnums=1, has_aux=True)
+    grads, (stats, metrics) = (_gradients_apart if learner.apart else whole)(
         learner,
         state.params,
         state.batch_stats,
@@ -84,6 +88,8 @@ def whole_step(
     )
     updates, opt_state = learner.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    if learner.apart:
+        grads = jax.tree.map(jnp.add, *grads)
     metrics |= learner_lib.norms(learner, grads, params, learner.labels)
     metrics["learning_rate"] = jnp.float32(learner.learning_rate(state.step))
     new = state_lib.TrainState(
@@ -95,7 +101,34 @@ def whole_step(
     return new, metrics
 
 
+def _gradients_apart(
+    learner: learner_lib.Learner, params: PyTree, *arguments: Any
+) -> tuple[dot.Apart, tuple[PyTree, learner_lib.Metrics]]:
+    """Two gradients from one forward pass, and what `losses` has beside the losses."""
+
+    def both(params: PyTree) -> tuple[tuple[jax.Array, jax.Array], Any]:
+        found, beside = losses(learner, params, *arguments)
+        return dot.losses(found), beside
+
+    _, backward, beside = jax.vjp(both, params, has_aux=True)
+    one, zero = jnp.float32(1), jnp.float32(0)
+    (task,), (others,) = backward((one, zero)), backward((zero, one))
+    return dot.Apart(task, others), beside
+
+
 def loss(
+    learner: learner_lib.Learner, params: PyTree, *arguments: Any
+) -> tuple[jax.Array, tuple[PyTree, learner_lib.Metrics]]:
+    """The sum of `losses`, and what these have beside them.
+
+    The gradient of the sum for a module's parameters is that of its own loss, since
+    the cuts let nothing (or `cut_scale` of it) through.
+    """
+    _, beside = losses(learner, params, *arguments)
+    return beside[1]["loss"], beside
+
+
+def losses(
     learner: learner_lib.Learner,
     params: PyTree,
     batch_stats: PyTree,
@@ -105,37 +138,35 @@ def loss(
     step: jax.Array,
     noise: jax.Array,
     examples: jax.Array,
-) -> tuple[jax.Array, tuple[PyTree, learner_lib.Metrics]]:
-    """The summed loss of all modules; (new batch statistics, metrics) beside it.
+) -> tuple[tuple[method_lib.ModuleLoss, ...], tuple[PyTree, learner_lib.Metrics]]:
+    """The losses of all modules; (new batch statistics, metrics) beside them.
 
-    Images are (B,H,W,3) uint8, already augmented. The gradient of the sum for a
-    module's parameters is that of its own loss, since the cuts let nothing (or
-    `cut_scale` of it) through.
+    Images are (B,H,W,3) uint8, already augmented.
     """
     signals, new = observe(
         learner, params, batch_stats, source, images, labels, step, noise, examples
     )
-    losses, method_state = learner.method.apply(
+    found, method_state = learner.method.apply(
         _variables(params, batch_stats, "method"),
         signals,
         train=True,
         mutable=["batch_stats"],
     )
-    losses = gates.with_entropy(
-        losses,
+    found = gates.with_entropy(
+        found,
         new.get("intermediates", {}),
         gamma=learner.vam_gamma,
         owner=lambda path: cuts.module_of(path, learner.partition, learner.student),
         epoch=signals.epoch,
         starts=learner.starts,
     )
-    total = method_lib.total(losses)
     correct = jnp.argmax(signals.student.logits, -1) == labels
+    total = method_lib.total(found)
     metrics = {"loss": total, "accuracy": jnp.mean(correct, dtype=jnp.float32)}
-    metrics |= method_lib.flatten_metrics(losses)
+    metrics |= method_lib.flatten_metrics(found)
     own = method_state.get("batch_stats", {})
     new_stats = {"student": new["batch_stats"], "method": own}
-    return total, (new_stats, metrics)
+    return found, (new_stats, metrics)
 
 
 def observe(

@@ -1,0 +1,202 @@
+"""The distillation-oriented trainer against loops by hand, and what it refuses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from jax.sharding import Mesh
+
+from lakd_jax import config as config_lib
+from lakd_jax import validate
+from lakd_jax.distill import method
+from lakd_jax.train import build, dot, networks, optim, step
+from lakd_jax.train import state as state_lib
+
+RNG = np.random.default_rng(0)
+# Of three steps: what both losses reach, the labels alone, the others alone.
+REACHED = {"both": (True, True), "head": (True, False), "connector": (False, True)}
+
+
+def drawn(reached):
+    return [RNG.standard_normal(3) * r for r in reached]
+
+
+STEPS = [{name: drawn(reached) for name, reached in REACHED.items()} for _ in range(3)]
+START = {name: RNG.standard_normal(3) for name in REACHED}
+
+
+def apart(grads):
+    sides = [
+        {n: jnp.asarray(g[i], jnp.float32) for n, g in grads.items()} for i in (0, 1)
+    ]
+    return dot.Apart(*sides)
+
+
+def trained(delta, steps=STEPS):
+    optimizer = dot.sgd(
+        optax.constant_schedule(0.1), momentum=0.5, delta=delta, weight_decay=0.01
+    )
+    params = {name: jnp.asarray(x, jnp.float32) for name, x in START.items()}
+    state = optimizer.init(params)
+    for grads in steps:
+        updates, state = optimizer.update(apart(grads), state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def test_two_momenta_by_hand():
+    """Momenta 0.3 and 0.7 where both losses reach, 0.5 elsewhere; decay once."""
+    momenta = {"both": (0.3, 0.7), "head": (0.5, 0.0), "connector": (0.0, 0.5)}
+    got = trained(0.2)
+    for name, (task_momentum, others_momentum) in momenta.items():
+        p, task, others = START[name].copy(), 0.0, 0.0
+        for grads in STEPS:
+            g_task, g_others = grads[name]
+            decay = 0.01 * p
+            if name == "connector":
+                g_others = g_others + decay
+            else:
+                g_task = g_task + decay
+            task = task_momentum * task + g_task
+            others = others_momentum * others + g_others
+            p = p - 0.1 * (task + others)
+        np.testing.assert_allclose(got[name], p, rtol=1e-5)
+
+
+def test_without_a_difference_it_is_gradient_descent_with_momentum():
+    optimizer = optim.sgd(
+        optax.constant_schedule(0.1),
+        momentum=0.5,
+        nesterov=False,
+        weight_decay=0.01,
+        clip_norm=0.0,
+        labels=dict.fromkeys(START, 0),
+    )
+    params = {name: jnp.asarray(x, jnp.float32) for name, x in START.items()}
+    state = optimizer.init(params)
+    for grads in STEPS:
+        summed = jax.tree.map(jnp.add, *apart(grads))
+        updates, state = optimizer.update(summed, state, params)
+        params = optax.apply_updates(params, updates)
+    got = trained(0.0)
+    for name, wanted in params.items():
+        np.testing.assert_allclose(got[name], wanted, rtol=1e-5)
+
+
+def test_labels_terms_are_told_from_others():
+    first = method.ModuleLoss(
+        {"task_ce": jnp.float32(1), "feature": jnp.float32(2)},
+        {"task_ce": 3.0, "feature": 5.0},
+        {"entropy": jnp.float32(100)},
+    )
+    last = method.ModuleLoss(
+        {"head_ce": jnp.float32(7), "head_kd": jnp.float32(11)},
+        {"head_ce": 0.5, "head_kd": 2.0},
+        {},
+    )
+    assert [float(x) for x in dot.losses([first, last])] == [6.5, 32.0]
+
+
+def made(tmp_path, **fields):
+    """(learner, first state, teacher variables, data) on one device."""
+    config = config_lib.resolve(tiny.config(tmp_path, **fields))
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    student = networks.load(
+        "student", "resnet8", "", shortcut="projection", dtype="float32", num_classes=3
+    )
+    variables = state_lib.replicate(tiny.variables(student.model), mesh)
+    teacher = dataclasses.replace(student, variables=variables)
+    learner, first = build.learner(
+        config,
+        student,
+        teacher,
+        teacher_pixels=build.pixels(config),
+        image_shape=(8, 8, 3),
+        steps_per_epoch=10,
+        examples=160,
+        mesh=mesh,
+    )
+    data = state_lib.resident(tiny.split(160, 0), config.seed, mesh)
+    return learner, first(), teacher.variables, data
+
+
+def two_steps(learner, state, teacher, data):
+    """The state and the metrics after each of them."""
+    rows = np.arange(32, dtype=np.int32).reshape(2, 16)
+    one = jax.jit(lambda s, t, d, r: step.train_step(learner, s, t, d, r))
+    quickly = {"xla_backend_optimization_level": 0}
+    program = one.lower(state, teacher, data, rows[0]).compile(quickly)
+    found = []
+    for row in rows:
+        state, metrics = program(state, teacher, data, row)
+        found.append((state, metrics))
+    return found
+
+
+def test_steps_take_the_two_gradients(tmp_path):
+    """The first is as without, since there are no momenta yet, and the second not."""
+    (plain, told), (later, _) = two_steps(*made(tmp_path, method="kd"))
+    fields = {"method": "kd", "optim__dot_delta": 0.09}
+    (ours, same), (moved, _) = two_steps(*made(tmp_path, **fields))
+    assert told.keys() == same.keys()
+    for name, value in told.items():
+        np.testing.assert_allclose(same[name], value, rtol=1e-4, err_msg=name)
+
+    def distance(x, y):
+        return float(optax.tree.norm(optax.tree.sub(x, y)))
+
+    step_length = distance(later.params, plain.params)
+    assert distance(ours.params, plain.params) < 1e-4 * step_length
+    assert distance(moved.params, later.params) > 1e-2 * step_length
+    buffers = ours.opt_state[0]
+    for tree in buffers:
+        assert np.any(tree["student"]["head"]["dense"]["bias"])
+    (trace,) = (x.trace for x in plain.opt_state if hasattr(x, "trace"))
+    summed = jax.tree.map(jnp.add, *buffers)
+    assert distance(summed, trace) < 1e-4 * float(optax.tree.norm(trace))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"method": "kd", "optim.momentum": 0.95}, "momenta 0.85 and 1.05"),
+        ({"method": "kd", "optim.momentum": 0.05}, "momenta -0.05 and 0.15"),
+        ({"method": "none"}, "method none has no other losses"),
+        ({"method": "kd", "student.name": "hme"}, "hme has optimisers of its own"),
+        ({"method": "lakd"}, "method lakd trains modules apart unless"),
+        ({"method": "kd", "optim.nesterov": True}, "optim.nesterov has no place"),
+        ({"method": "kd", "optim.clip_norm": 1.0}, "optim.clip_norm has no place"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(fields, says):
+    c = config_lib.changed(
+        config_lib.default(), {"optim.momentum": 0.8, "optim.dot_delta": 0.1, **fields}
+    )
+    (line,) = validate.problems(c, 1)
+    assert line.startswith("optim.dot_delta is 0.1") and says in line
+
+
+def test_modules_run_apart_are_refused():
+    fields = {"local.engine": "dispatch", "optim.dot_delta": 0.05}
+    found = validate.problems(config_lib.changed(config_lib.default(), fields), 1)
+    assert any("local.engine=dispatch trains modules apart" in line for line in found)
+
+
+def test_methods_with_a_teacher_and_cuts_that_let_through_are_allowed():
+    for fields in ({"method": "dkd+at"}, {"method": "lakd", "local.cut_scale": 0.5}):
+        c = config_lib.changed(
+            config_lib.default(), {"optim.dot_delta": 0.05, **fields}
+        )
+        assert validate.problems(c, 1) == []
+
+
+def test_a_teacher_is_trained_without_it():
+    c = config_lib.changed(config_lib.default(), {"optim.dot_delta": 0.05})
+    without = config_lib.teacher_config(config_lib.default())
+    assert config_lib.digest(config_lib.teacher_config(c)) == (
+        config_lib.digest(without)
+    )
