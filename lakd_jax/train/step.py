@@ -160,8 +160,8 @@ def losses(
         epoch=signals.epoch,
         starts=learner.starts,
     )
-    correct = jnp.argmax(signals.student.logits, -1) == labels
     total = method_lib.total(found)
+    correct = jnp.argmax(signals.student.logits, -1) == labels
     metrics = {"loss": total, "accuracy": jnp.mean(correct, dtype=jnp.float32)}
     metrics |= method_lib.flatten_metrics(found)
     own = method_state.get("batch_stats", {})
