@@ -21,7 +21,7 @@ STAGED = [name for name in METHODS if distill.facts(name).staged]
 SUMS = ("dkd+at", "kd+at+sp", "lakd+dkd")
 SETTINGS = {  # what the toys have not, or where the full weight needs many epochs
     "crd": {"negatives": 8},
-    "fitnet": {"hint": 2},
+    **dict.fromkeys(("ab", "fsp"), {"init_epochs": 100.0}),  # in which they count
     "kdpp": {"kd_warmup_epochs": 0.0},
 }
 
@@ -36,7 +36,7 @@ def options(name, **fields):
 
 def teacher_of(name):
     """Another width than the student's, where the method allows it."""
-    return toys.Toy() if name == "fsp" else toys.Toy(width=6)
+    return toys.Toy() if name in ("fsp", "kdsvd") else toys.Toy(width=6)
 
 
 def taught(name, **fields):
@@ -133,7 +133,7 @@ def test_a_cut_student_learns_its_stages_from_their_own_terms(name):
     grads = jax.jit(jax.grad(total))(params)["student"]
     own = toys.by_module(grads, lesson.labels({"student": grads}), 3)
     trained = [any(np.any(np.asarray(g)) for g in module) for module in own]
-    hint = options(name).get("hint")
+    hint = options(name).get("hint_layer")
     assert trained == [k == hint for k in (1, 2, 3)] if hint else all(trained[:-1])
 
 
@@ -149,7 +149,7 @@ def test_weights_warm_up_epoch_by_epoch(name):
 
     at = {epoch: weights(epoch) for epoch in (0.9, 1.0, 3.0, 40.0)}
     full = at[40.0]
-    assert full.pop("head_ce") == 0.5 and full
+    assert full.pop("head_ce") == (0.0 if name in ("ab", "fsp") else 0.5) and full
     for epoch, share in {0.9: 0.25, 1.0: 0.5, 3.0: 1.0}.items():
         for term, weight in full.items():
             np.testing.assert_allclose(at[epoch][term], share * weight, rtol=1e-6)
