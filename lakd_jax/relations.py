@@ -342,19 +342,6 @@ def _pairs(c: Config, devices: int) -> str:
     return ""
 
 
-@reads(*METHODS, "local.granularity")
-def _preacts(c: Config, _: int) -> str:
-    if c.local.granularity in ("stage", "none"):
-        return ""
-    for name in methods(c):
-        if distill.facts(name).needs_preacts:
-            return (
-                f"method {name} compares what stages have before their last ReLU: set "
-                "local.granularity to stage or none"
-            )
-    return ""
-
-
 def _shortcut(field: str, block: Config) -> str:
     offered = models.family(block.name).OPTIONS.get("shortcut", ("projection",))
     if block.shortcut in offered:
