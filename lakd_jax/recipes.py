@@ -8,6 +8,7 @@ mdistiller and Scale Decoupled Distillation (the others).
 import math
 
 from lakd_jax import config as config_lib
+from lakd_jax import config_methods
 
 EPOCHS = 240  # what the methods' warm-ups are counted in
 
@@ -65,7 +66,7 @@ def shortened(config: config_lib.ConfigDict, epochs: int) -> dict[str, object]:
     """The fields that make `config` one of `epochs` epochs, all else in proportion.
 
     Milestones and the learning rate's warm-up keep their share of the training; the
-    methods' warm-ups keep their share of the recipe's 240 epochs, whatever the config.
+    methods' own durations keep their share of the recipe's 240, whatever the config.
     """
     share = epochs / config.epochs
     fields: dict[str, object] = {
@@ -73,12 +74,10 @@ def shortened(config: config_lib.ConfigDict, epochs: int) -> dict[str, object]:
         "optim.milestones": tuple(m * share for m in config.optim.milestones),
         "optim.warmup_epochs": config.optim.warmup_epochs * share,
     }
-    warm = {
-        name: value * epochs / EPOCHS
-        for name, value in config_lib.flat(config).items()
-        if name.endswith(".warmup_epochs") and not name.startswith("optim.")
-    }
-    fields |= warm
+    for method in config_methods.blocks():
+        for name, value in config[method].items():
+            if name.endswith("_epochs"):
+                fields[f"{method}.{name}"] = _scaled(value, epochs / EPOCHS)
     now = config_lib.flat(config)
     return {
         name: value
@@ -86,3 +85,10 @@ def shortened(config: config_lib.ConfigDict, epochs: int) -> dict[str, object]:
         if not (isinstance(value, float) and math.isclose(value, now[name]))
         and value != now[name]
     }
+
+
+def _scaled(value: float | tuple[float, ...], share: float) -> object:
+    """A duration, or several, times `share`."""
+    if isinstance(value, tuple):
+        return tuple(each * share for each in value)
+    return value * share
