@@ -369,6 +369,8 @@ def _structure(config: config_lib.ConfigDict) -> dict[str, str]:
     for field, default in known.items():
         if field not in given:
             found[field] = f"{field} is missing from the configuration"
+            if field.partition(".")[0] in config_lib.added_blocks():
+                found[field] += ": call default() after registering the method"
         elif fault := _type_fault(field, default, given[field]):
             found[field] = fault
     return found

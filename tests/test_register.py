@@ -73,6 +73,14 @@ def test_a_method_has_its_block_its_ranges_and_its_place_in_sums(tmp_path):
         assert words in line
 
 
+def test_a_config_from_before_is_told_to_be_made_anew(tmp_path):
+    config = tiny.config(tmp_path)
+    register.method("mine", Mine)
+    lines = validate.problems(config, 1)
+    assert len(lines) == 4
+    assert all("default() after registering" in line for line in lines)
+
+
 def test_a_registered_method_changes_no_other_run(tmp_path):
     before = config_lib.resolve(tiny.config(tmp_path, method="kd"))
     teacher = config_lib.digest(config_lib.teacher_config(before))
