@@ -72,7 +72,7 @@ def test_all_cells_run_in_the_small_setting(notebook, tmp_path):
         env={**os.environ, "PYTHONPATH": str(commands.ROOT)},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for kind in ("Markdown", "Image", "HTML"):
