@@ -27,7 +27,7 @@ def test_arrays_come_back_as_they_are(tmp_path):
     for role, split in (("train", found.train), ("test", found.test)):
         np.testing.assert_array_equal(split.images, made[f"{role}_images"])
         np.testing.assert_array_equal(split.labels, made[f"{role}_labels"])
-    assert data.fingerprint(found) == data.fingerprint(loaded(tmp_path, made))
+    assert found.fingerprint() == loaded(tmp_path, made).fingerprint()
 
 
 def test_classes_without_names_are_numbers_and_sizes_can_be_changed(tmp_path):
