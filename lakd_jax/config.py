@@ -8,6 +8,7 @@ A tuple that is empty means "not given" where its comment says so.
 import copy
 import hashlib
 import json
+import re
 from typing import Any
 
 import ml_collections
@@ -15,6 +16,8 @@ import ml_collections
 from lakd_jax import config_methods
 
 ConfigDict = ml_collections.ConfigDict
+
+_ADDED: dict[str, dict[str, Any]] = {}  # blocks of registered methods, by name
 
 
 def default() -> ConfigDict:
@@ -45,7 +48,7 @@ def default() -> ConfigDict:
     c.lakd = _lakd()
     c.afd = _afd()
     c.rtk = _rtk()
-    for name, block in config_methods.blocks().items():
+    for name, block in method_blocks().items():
         c[name] = block
     c.hme = _hme()
     c.local = _local()
@@ -53,9 +56,32 @@ def default() -> ConfigDict:
     return c
 
 
+def method_blocks() -> dict[str, ConfigDict]:
+    """Those of `config_methods` and of the methods that were registered."""
+    return config_methods.blocks() | added_blocks()
+
+
+def added_blocks() -> dict[str, ConfigDict]:
+    """Those of the methods that were registered."""
+    return {name: ConfigDict(block) for name, block in _ADDED.items()}
+
+
+def add_block(name: str, block: dict[str, Any]) -> None:
+    """Gives every config from now on a block; see `lakd_jax.register.method`.
+
+    Raises:
+      ValueError: a built-in field or block has the name, or it is no word.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"method {name!r}: the name must be a word in small letters")
+    if name == "none" or (name in default() and name not in _ADDED):
+        raise ValueError(f"method {name!r}: the config has this name already")
+    _ADDED[name] = block
+
+
 def _data() -> ConfigDict:
     d = ConfigDict()
-    d.source = "cifar100"  # digits | folder:PATH | a tfds name
+    d.source = "cifar100"  # digits | folder:PATH | npz:PATH | a tfds name
     d.data_dir = ""  # where tfds keeps its sets; empty: its own default
     d.image_size = 0  # resize and centre crop to this; 0: as they are
     d.minival = 0.1  # share of the training split kept to choose the best epoch
@@ -248,10 +274,14 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
     `lakd.preset="literal"` pins the fields in `LITERAL`; `teacher.epochs=0` and
     `hme.stage1_epochs=0` become the student's epochs; `baselines` loses `method` and
-    repetitions.
+    repetitions. Of registered methods only the blocks of those that run are kept, so
+    that registering one changes no other run and no teacher's hash.
     """
     c = copy.deepcopy(config)
+    named = {part for m in (c.method, *c.baselines) for part in m.split("+")}
     with c.unlocked():
+        for name in _ADDED.keys() - named:
+            del c[name]
         others = dict.fromkeys(m for m in c.baselines if m != c.method)
         c.baselines = tuple(others)
         if c.lakd.preset == "literal":
@@ -278,7 +308,10 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
     fields, given = flat(config), flat(ConfigDict(values))
     unknown = ", ".join(sorted(given.keys() - fields.keys()))
     if unknown:
-        raise ValueError(f"fields that this version does not know: {unknown}")
+        raise ValueError(
+            f"fields that this version does not know: {unknown}; a method of your own "
+            "must be registered first"
+        )
     return changed(
         config,
         {f: tuple(v) if type(fields[f]) is tuple else v for f, v in given.items()},

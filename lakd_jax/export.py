@@ -42,8 +42,7 @@ def run(
     if fault := choices.fault(to, ENDINGS):
         raise errors.ConfigError([f"--to {fault}"])
     directory = Path(directory)
-    settings = networks.settings(directory)
-    network, card = _student(directory / networks.STUDENT_FILE, settings["dtype"])
+    network, card, settings = student(directory)
     if network.model.vam is not None and to != "stablehlo":
         raise errors.ExportError(
             f"{directory}: its gates depend on the image (student.vam.gate=dynamic), "
@@ -82,15 +81,11 @@ def program(network: networks.Loaded, image_shape: tuple[int, ...]) -> bytes:
       network: with variables, mean and std.
       image_shape: (H, W, 3).
     """
-    if network.mean is None or network.std is None:
-        raise ValueError(f"{network.source}: mean and std of its images are not known")
-    pixels = learner_lib.Pixels(
-        network.mean, network.std, network.model.dtype, network.size
-    )
+    see = pixels(network)
     variables: Any = network.variables
 
     def logits(images: jax.Array) -> jax.Array:
-        outputs: Any = network.model.apply(variables, pixels(images), train=False)
+        outputs: Any = network.model.apply(variables, see(images), train=False)
         return outputs.logits
 
     (batch,) = jax.export.symbolic_shape("b")
@@ -99,9 +94,26 @@ def program(network: networks.Loaded, image_shape: tuple[int, ...]) -> bytes:
     return bytes(exported.serialize())
 
 
-def _student(path: Path, dtype: str) -> tuple[networks.Loaded, dict[str, Any]]:
+def pixels(network: networks.Loaded) -> learner_lib.Pixels:
+    """How uint8 images become its input; ValueError where that is not known."""
+    if network.mean is None or network.std is None:
+        raise ValueError(f"{network.source}: mean and std of its images are not known")
+    dtype = network.model.dtype
+    return learner_lib.Pixels(network.mean, network.std, dtype, network.size)
+
+
+def student(
+    directory: Path,
+) -> tuple[networks.Loaded, dict[str, Any], dict[str, Any]]:
+    """A finished run's student, the card in its file, and the run's settings.
+
+    Raises:
+      errors.ExportError: no finished run, or damaged.
+    """
+    settings = networks.settings(directory)
+    path = directory / networks.STUDENT_FILE
     try:
-        return networks.student(path, dtype)
+        return *networks.student(path, settings["dtype"]), settings
     except errors.TeacherError as error:
         raise errors.ExportError(f"{path}\n{error}") from error
 

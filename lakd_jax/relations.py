@@ -96,8 +96,8 @@ def _rtk_weights(c: Config, _: int) -> str:
     return _all_zero("rtk", c)
 
 
-def _block_weights(name: str) -> None:
-    """Enters the relation between the weights of a block of `config_methods`."""
+def weights(name: str) -> None:
+    """Enters the relation between `ce_weight` and `weight` of a method's block."""
 
     @reads(*METHODS, f"{name}.ce_weight", f"{name}.weight")
     def relation(c: Config, _: int) -> str:
@@ -119,7 +119,7 @@ def _block_start(name: str) -> None:
 
 
 for block, fields in config_methods.blocks().items():
-    _block_weights(block)
+    weights(block)
     if "init_epochs" in fields:
         _block_start(block)
 

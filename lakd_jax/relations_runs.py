@@ -80,8 +80,10 @@ def _streaming(c: relations.Config, _: int) -> str:
     d = c.data
     if not d.streaming:
         return ""
-    if d.source == "digits":
-        return "data.streaming is for image files; data.source=digits needs it False"
+    if d.source == "digits" or d.source.startswith("npz:"):
+        return (
+            f"data.streaming is for image files; data.source={d.source} needs it False"
+        )
     if not d.image_size:
         return "data.streaming cuts images to one size: set data.image_size, e.g. 224"
     if d.pad:

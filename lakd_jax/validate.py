@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-from lakd_jax import choices, config_methods, distill, errors, models, relations_runs
+from lakd_jax import choices, distill, errors, models, relations_runs
 from lakd_jax import config as config_lib
 from lakd_jax.distill import lakd, rtk, sdd
 from lakd_jax.local import cuts
@@ -35,6 +35,12 @@ def below(high: float) -> Check:
     """Numbers from 0 to below `high`."""
     fault = f"must be from 0 to below {high:g}, is "
     return lambda v: "" if 0 <= v < high else fault + _number(v)
+
+
+def finite(value: Any) -> str:
+    """No infinity and no NaN; what is no number is fine."""
+    fine = not isinstance(value, float) or math.isfinite(value)
+    return "" if fine else f"must be finite, is {value:g}"
 
 
 def between(low: float, high: float) -> Check:
@@ -272,13 +278,20 @@ _BLOCK_FIELDS: dict[str, Check] = {
 
 
 def _block_ranges() -> dict[str, Check]:
-    """Of the methods in `config_methods`: every field but those that are on or off."""
+    """Of the methods with such blocks: every field but those that are on or off."""
+    own = config_lib.added_blocks()
     return {
-        f"{method}.{field}": _BLOCK_FIELDS[field]
-        for method, block in config_methods.blocks().items()
+        f"{method}.{field}": _added(field) if method in own else _BLOCK_FIELDS[field]
+        for method, block in config_lib.method_blocks().items()
         for field, value in block.items()
         if not isinstance(value, bool)
     }
+
+
+def _added(field: str) -> Check:
+    """Of a registered method: other names may mean something else there."""
+    shared = ("ce_weight", "weight", "warmup_epochs", "temperature")
+    return _BLOCK_FIELDS[field] if field in shared else finite
 
 
 def _hme_ranges() -> dict[str, Check]:
@@ -356,6 +369,8 @@ def _structure(config: config_lib.ConfigDict) -> dict[str, str]:
     for field, default in known.items():
         if field not in given:
             found[field] = f"{field} is missing from the configuration"
+            if field.partition(".")[0] in config_lib.added_blocks():
+                found[field] += ": call default() after registering the method"
         elif fault := _type_fault(field, default, given[field]):
             found[field] = fault
     return found

@@ -4,6 +4,7 @@ from lakd_jax import errors
 from lakd_jax.data import dataset
 
 _FOLDER = "folder:"
+_ARRAYS = "npz:"
 
 
 def load(
@@ -13,7 +14,8 @@ def load(
 
     Args:
       source: "digits" (built in), "folder:PATH" (PATH/train/CLASS/x.png and
-        PATH/test/CLASS/x.png), or a tfds name such as "cifar10".
+        PATH/test/CLASS/x.png), "npz:PATH" (see `arrays.load`), or a tfds name such as
+        "cifar10".
       image_size: height and width in pixels, by resizing the shorter side
         and cropping the centre; 0 keeps the images' own (digits: 16).
       minival: fraction of the training split, 0 <= minival < 1, held out as
@@ -46,11 +48,15 @@ def _read(
         from lakd_jax.data import folder
 
         return folder.load(source.removeprefix(_FOLDER), image_size)
-    if source and not source.startswith(_FOLDER):
+    if source.startswith(_ARRAYS) and source != _ARRAYS:
+        from lakd_jax.data import arrays
+
+        return arrays.load(source.removeprefix(_ARRAYS), image_size)
+    if source and source not in (_FOLDER, _ARRAYS):
         from lakd_jax.data import tfds_source
 
         return tfds_source.load(source, image_size, data_dir)
     raise errors.DataError(
-        f"data.source={source!r} names no data: give digits, folder:PATH or "
-        "a tfds name."
+        f"data.source={source!r} names no data: give digits, folder:PATH, npz:PATH "
+        "or a tfds name."
     )

@@ -91,6 +91,11 @@ def faults(expected: Shapes, found: Shapes) -> list[str]:
     return lines
 
 
+def forget() -> None:
+    """Traces networks anew: a name may mean another one now."""
+    _traced.cache_clear()
+
+
 @functools.cache  # tracing a deep network takes a good part of a second
 def _traced(
     name: str, options: tuple[tuple[str, Any], ...]

@@ -2,8 +2,10 @@
 
 A family is one file with a `chain.Chain` subclass and a table `NETWORKS` from name
 to a partial of it; adding the file to `_FAMILIES` is all it takes to register it.
+`register` is for networks that are kept elsewhere.
 """
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +17,33 @@ _FAMILIES = (resnet, wrn, vgg, mobilenet, shufflenet, hme)
 _NETWORKS: dict[str, Any] = {  # partials of Chain classes
     name: build for family in _FAMILIES for name, build in family.NETWORKS.items()
 }
+
+
+_BUILT_IN = frozenset(_NETWORKS)
+
+
+def register(name: str, build: Any) -> None:
+    """Enters a network; an earlier one of that name that was no built-in one goes.
+
+    Args:
+        name: for `student.name` and `create`.
+        build: a `chain.Chain` subclass, or a `functools.partial` of one, that takes
+            `num_classes` and `dtype`.
+
+    Raises:
+        ValueError: the name is a built-in network's, or `build` makes no chain.
+    """
+    if name in _BUILT_IN or wrn.from_name(name):
+        raise ValueError(f"network {name!r} is built in: register another name")
+    partial = (
+        build if isinstance(build, functools.partial) else functools.partial(build)
+    )
+    if not (isinstance(partial.func, type) and issubclass(partial.func, chain.Chain)):
+        raise ValueError(
+            f"network {name!r}: {build!r} must be a subclass of lakd_jax.models.chain."
+            "Chain, or a functools.partial of one"
+        )
+    _NETWORKS[name] = partial
 
 
 def names() -> list[str]:

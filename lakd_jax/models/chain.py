@@ -135,8 +135,11 @@ class Chain(nn.Module, kw_only=True):
 
     @nn.nowrap
     def torch_block_name(self, stage: int, index: int, layer: str) -> str:
-        """The same of a layer in a block; stage and index are counted from 0."""
-        raise NotImplementedError
+        """The same of a layer in a block; stage and index are counted from 0.
+
+        Ours, unless the family has been published under other names.
+        """
+        return f"stage{stage + 1}.block{index + 1}.{layer}"
 
     @classmethod
     def tree_options(cls) -> list[dict[str, str]]:

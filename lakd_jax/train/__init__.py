@@ -1,8 +1,13 @@
-"""Training: `run(config, workdir)` does all that a command line asks for."""
+"""Training: `run(config, workdir)` does all that a command line asks for.
+
+It can be called as well: `lakd_jax.train(config, workdir)` is `lakd_jax.api.train`.
+"""
 
 import contextlib
 import functools
+import sys
 import tempfile
+import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -197,3 +202,15 @@ def _table(
     if teacher:
         lines.insert(0, rows.teacher_row(config, teacher))
     return table.render_seeds(lines) if config.seeds else table.render(lines)
+
+
+class _Callable(types.ModuleType):
+    """This package: its name is also that of the function people look for."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from lakd_jax import api  # which imports this package
+
+        return api.train(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable

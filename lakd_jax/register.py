@@ -1,0 +1,66 @@
+"""Networks and methods of your own, by name, beside the built-in ones.
+
+docs/your_own.md has worked examples. Register in the file that has `get_config`, and
+the command line knows the name as well. Registering a name again replaces what was
+there, so that a notebook's cell may run twice.
+"""
+
+import dataclasses
+from typing import Any
+
+from lakd_jax import config as config_lib
+from lakd_jax import distill, models, relations
+from lakd_jax.distill import method as method_lib
+from lakd_jax.interop import layout
+
+
+def network(name: str, build: Any) -> None:
+    """Makes a network known as `student.name` and `teacher.name`.
+
+    Args:
+      name: of the network.
+      build: a `models.chain.Chain` subclass whose fields have defaults but for those of
+        `Chain`, or a `functools.partial` that sets them.
+
+    Raises:
+      ValueError: a built-in network's name, or `build` makes no chain.
+    """
+    models.register(name, build)
+    layout.forget()  # shapes of the one that had this name
+
+
+def method(name: str, cls: type[method_lib.Method]) -> None:
+    """Makes a method known as `method` and in sums, with its block of the config.
+
+    The block is called as the method is, and has the fields of the class with their
+    defaults. `ce_weight`, `weight`, `warmup_epochs` and `temperature` have the ranges
+    that they have in built-in methods; other numbers must be finite.
+
+    Args:
+      name: a word in small letters.
+      cls: a `distill.method.Method`, mostly a `distill.term.Term`; every field of it
+        has a default that is a bool, an int, a float, a str or a tuple.
+
+    Raises:
+      ValueError: the name is taken or no word; or a field without such a default.
+    """
+    block = _block(name, cls)
+    config_lib.add_block(name, block)  # first, as it may refuse the name
+    known = name in distill.names()
+    distill.METHODS[name] = cls
+    if not known and {"ce_weight", "weight"} <= block.keys():
+        relations.weights(name)
+
+
+def _block(name: str, cls: type[method_lib.Method]) -> dict[str, Any]:
+    """The fields of the class with their defaults."""
+    fields: Any = dataclasses.fields(cls)
+    block = {f.name: f.default for f in fields if f.name not in ("parent", "name")}
+    for field, default in block.items():
+        if not isinstance(default, bool | int | float | str | tuple):
+            raise ValueError(
+                f"method {name!r}: {cls.__name__}.{field} needs a default for the "
+                f"config's field {name}.{field}: write it in the class, as in "
+                f"`{field}: float = 1.0`"
+            )
+    return block

@@ -1,0 +1,161 @@
+"""Networks and methods of one's own: what the config, its checks and runs know."""
+
+import functools
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from lakd_jax import config as config_lib
+from lakd_jax import (
+    distill,
+    interop,
+    models,
+    register,
+    relations,
+    relations_runs,
+    validate,
+)
+from lakd_jax.distill import term
+from lakd_jax.models import vgg
+
+Narrow = functools.partial(vgg.VGG, stem_widths=(4,), stage_sizes=(1, 1), widths=(6, 8))
+
+
+class Mine(term.Term):
+    ce_weight: float = 1.0
+    weight: float = 2.0
+    warmup_epochs: float = 0.0
+    margin: float = -0.5
+
+    def losses(self, signals, *, train):
+        return [{"mine": jnp.mean(signals.student.logits**2) + self.margin}]
+
+
+class Bare(term.Term):
+    margin: float = 0.0
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch):
+    """What a test registers is gone after it."""
+    table = list(relations.TABLE)
+    for module in (relations, relations_runs):
+        monkeypatch.setattr(module, "TABLE", table)
+    monkeypatch.setattr(config_lib, "_ADDED", {})
+    monkeypatch.setattr(distill, "METHODS", dict(distill.METHODS))
+    monkeypatch.setattr(models, "_NETWORKS", dict(models._NETWORKS))
+
+
+def faults(tmp_path, **fields):
+    return validate.problems(tiny.config(tmp_path, **fields), 1)
+
+
+def test_a_method_has_its_block_its_ranges_and_its_place_in_sums(tmp_path):
+    register.method("mine", Mine)
+    config = config_lib.default()
+    assert config.mine.to_dict() == {
+        "ce_weight": 1.0,
+        "weight": 2.0,
+        "warmup_epochs": 0.0,
+        "margin": -0.5,
+    }
+    assert faults(tmp_path, method="mine+kd", mine__margin=-3.0) == []
+    for fields, words in (
+        ({"mine__weight": -1.0}, "mine.weight must be at least 0"),
+        ({"mine__margin": math.nan}, "mine.margin must be finite"),
+        ({"mine__weight": 0.0, "mine__ce_weight": 0.0}, "nothing is learnt"),
+        ({"method": "mime"}, "did you mean 'mine'"),
+    ):
+        (line,) = faults(tmp_path, **{"method": "mine", **fields})
+        assert words in line
+
+
+def test_a_config_from_before_is_told_to_be_made_anew(tmp_path):
+    config = tiny.config(tmp_path)
+    register.method("mine", Mine)
+    lines = validate.problems(config, 1)
+    assert len(lines) == 4
+    assert all("default() after registering" in line for line in lines)
+
+
+def test_a_registered_method_changes_no_other_run(tmp_path):
+    before = config_lib.resolve(tiny.config(tmp_path, method="kd"))
+    teacher = config_lib.digest(config_lib.teacher_config(before))
+    register.method("mine", Mine)
+    other = config_lib.resolve(tiny.config(tmp_path, method="kd"))
+    own = config_lib.resolve(tiny.config(tmp_path, method="kd+mine"))
+    assert config_lib.digest(other) == config_lib.digest(before)
+    assert config_lib.digest(config_lib.teacher_config(own)) == teacher
+    recorded = config_lib.to_dict(own)
+    assert recorded["mine"]["margin"] == -0.5
+    assert config_lib.from_dict(recorded).mine.margin == -0.5
+    config_lib._ADDED.clear()
+    with pytest.raises(ValueError, match="mine.margin.*must be registered first"):
+        config_lib.from_dict(recorded)
+
+
+def test_registering_again_replaces():
+    relations_before = len(relations.TABLE)
+    for number in (1.0, 3.0):
+
+        class Own(Mine):
+            margin: float = number
+
+        register.method("mine", Own)
+        assert config_lib.default().mine.margin == number
+        assert distill.METHODS["mine"] is Own
+    assert len(relations.TABLE) == relations_before + 1
+
+
+@pytest.mark.parametrize("name", ["kd", "none", "data", "epochs", "dkd"])
+def test_a_name_that_is_taken_is_refused(name):
+    with pytest.raises(ValueError, match=f"'{name}': the config has this name|'none'"):
+        register.method(name, Mine)
+    assert distill.METHODS.get(name) is not Mine
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "words"),
+    [
+        ("a+b", Mine, "must be a word in small letters"),
+        ("mine", Bare, "Bare.ce_weight needs a default"),
+    ],
+)
+def test_a_method_that_cannot_be_is_refused(name, cls, words):
+    with pytest.raises(ValueError, match=words):
+        register.method(name, cls)
+    assert name not in config_lib.default() and name not in distill.METHODS
+
+
+def test_a_network_is_known_everywhere_and_a_new_one_takes_its_place(tmp_path):
+    with pytest.raises(ValueError, match="network"):
+        models.family("narrow")
+    wide = functools.partial(Narrow, widths=(6, 12))
+    for build, width in ((Narrow, 8), (wide, 12)):
+        register.network("narrow", build)
+        assert faults(tmp_path, student__name="narrow", method="kd") == []
+        model = models.create("narrow", num_classes=3)
+        variables = tiny.variables(model)
+        weights = interop.to_torch("narrow", variables)
+        assert weights["classifier.weight"].shape == (3, width)
+        back = interop.from_torch("narrow", weights)
+        kernel = back["params"]["stage2"]["block1"]["conv"]["kernel"]
+        own = variables["params"]["stage2"]["block1"]["conv"]["kernel"]
+        np.testing.assert_array_equal(kernel, own)
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "words"),
+    [
+        ("resnet20", Narrow, "is built in"),
+        ("wrn_10_3", Narrow, "is built in"),
+        ("narrow", vgg.Stem, "must be a subclass"),
+        ("narrow", Narrow(num_classes=3), "must be a subclass"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused(name, build, words):
+    with pytest.raises(ValueError, match=words):
+        register.network(name, build)
