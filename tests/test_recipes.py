@@ -120,4 +120,5 @@ def test_shorter_training_keeps_its_proportions():
     warm = config_lib.changed(c, {"epochs": 10, "optim.warmup_epochs": 1.0})
     fields = recipes.shortened(warm, 5)
     assert fields["optim.warmup_epochs"] == 0.5
-    assert fields["dkd.warmup_epochs"] == 20 * 5 / 240
+    np.testing.assert_allclose(fields["dkd.warmup_epochs"], 20 * 5 / 240)
+    np.testing.assert_allclose(fields["ft.init_epochs"], 30 * 5 / 240)
