@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import multiprocessing
 import time
 
 import jax
@@ -133,6 +134,23 @@ def test_processes_decode_what_threads_decode(photos):
     one, two = (stream.read(batches, 4, workers) for workers in (0, 2))
     for _ in range(5):
         alike(next(one), next(two))
+
+
+@LONG
+def test_no_process_is_left_behind(photos):
+    split = loaded(photos, workers=2).train
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    sizes = {"batch_size": 16, "drop_last": True, "steps": 60}
+    feed = feeds.feed(feeds.of_run(feeds.Stream(split, mesh), 0, mesh, print, **sizes))
+    before = set(multiprocessing.active_children())
+    feed.begin(0)
+    feed.next(np.zeros((1, 16), np.int32))
+    started = set(multiprocessing.active_children()) - before
+    assert len(started) == 2
+    feed.close()
+    for process in started:
+        process.join(timeout=20)
+        assert not process.is_alive()
 
 
 def test_processes_share_a_batch_and_lose_nothing(photos):

@@ -8,7 +8,7 @@ or threads, a batch each, and hands batches over in order.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -186,7 +186,7 @@ class _Listed:
         return [_test(self.split, int(row)) for row in self.rows[number]]
 
 
-def read(batches: Batches, start: int, workers: int) -> Iterator[Any]:
+def read(batches: Batches, start: int, workers: int) -> Generator[Any, None, None]:
     """The batches from number `start` on, decoded ahead of time, in order.
 
     Args:

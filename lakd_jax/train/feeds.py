@@ -8,7 +8,7 @@ sent while a step runs.
 import concurrent.futures
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -129,7 +129,7 @@ class Ahead:
     def __init__(self, run: Run):
         self._run = run
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "lakd-feed")
-        self._batches: Iterator[Any] | None = None
+        self._batches: Generator[Any, None, None] | None = None
         self._waited, self._since, self._seen, self._told = 0.0, 0.0, 0, False
 
     def begin(self, step: int) -> None:
@@ -158,7 +158,8 @@ class Ahead:
     def close(self) -> None:
         """See `Feed`."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._batches = None
+        if self._batches is not None:
+            self._batches.close()  # ends the processes
 
     def _fetch(self) -> state_lib.Resident | None:
         assert self._batches is not None  # `begin` comes first

@@ -67,10 +67,11 @@ class Fit:
 
     def one_step(self) -> tuple[state_lib.TrainState, dict[str, float], engines.Costs]:
         """The first step alone, of the first seed: (state, its metrics, its costs)."""
-        self.team.load([one.first_state() for one in self.tracks])
-        told = self.team.run([one.rows(0, 1) for one in self.tracks])
-        metrics = {n: float(v[0]) for n, v in self.team.read(told)[0].items()}
-        return self.team.states()[0], metrics, self.team.costs()
+        with contextlib.closing(self.team) as team:
+            team.load([one.first_state() for one in self.tracks])
+            told = team.run([one.rows(0, 1) for one in self.tracks])
+            metrics = {n: float(v[0]) for n, v in team.read(told)[0].items()}
+            return team.states()[0], metrics, team.costs()
 
     # ------------------------------------------------------------ the loop
 
