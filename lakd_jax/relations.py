@@ -2,9 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-import jax
-import jax.numpy as jnp
-
 from lakd_jax import config as config_lib
 from lakd_jax import config_methods, distill, models
 from lakd_jax.distill import lakd
@@ -298,7 +295,7 @@ def _module_input(c: Config, devices: int) -> str:
     student, teacher, partition = _partition(c)
     inner = slice(len(partition.names) - 1)  # the last joint feeds no module
     ours, theirs = partition.student_joints[inner], partition.teacher_joints[inner]
-    have, want = _shapes(student, ours), _shapes(teacher, theirs)
+    have, want = chain.joint_shapes(student, ours), chain.joint_shapes(teacher, theirs)
     for joint, mine, other in zip(ours, have, want, strict=True):
         if mine != other:
             return (
@@ -330,8 +327,8 @@ def _pairs(c: Config, devices: int) -> str:
     student, teacher, partition = _partition(c)
     if len(partition.names) == 1:
         return f"method {found[0]} compares stages: use local.granularity=stage"
-    have = _shapes(student, partition.student_joints)
-    want = _shapes(teacher, partition.teacher_joints)
+    have = chain.joint_shapes(student, partition.student_joints)
+    want = chain.joint_shapes(teacher, partition.teacher_joints)
     for joint, mine, other in zip(partition.student_joints, have, want, strict=True):
         if mine[-1] != other[-1]:
             return (
@@ -398,15 +395,3 @@ def _partition(c: Config) -> tuple[chain.Chain, chain.Chain, cuts.Partition]:
     at = (local.granularity, local.cuts, local.modules)
     partition = cuts.modules(student, teacher, *at)
     return student, teacher, partition
-
-
-def _shapes(model: chain.Chain, joints: tuple[str, ...]) -> list[tuple[int, ...]]:
-    """Of the activations at `joints` for an image of 32x32; nothing is computed."""
-
-    def run(images: jax.Array) -> list[jax.Array]:
-        key = jax.random.key(0)
-        outputs, _ = model.init_with_output(key, images, train=False)
-        return [chain.feature_at(outputs, model, joint) for joint in joints]
-
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    return [x.shape for x in jax.eval_shape(run, images)]

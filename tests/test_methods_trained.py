@@ -1,5 +1,6 @@
 """Every method in `config_methods` in the real step: devices, seeds, a stop."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,8 @@ import test_train_resume as resume
 import test_train_step as steps
 import tiny
 
-from lakd_jax import config_methods
+from lakd_jax import config_methods, distill, models
+from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import step
 
 bench, teacher_dir = resume.bench, resume.teacher_dir
@@ -82,3 +84,17 @@ def test_a_stop_loses_nothing_of_its_state(name, tmp_path, bench, teacher_dir):
     resume.train(config, tmp_path / "b", bench, resume.interrupt.Guard(), teacher_dir)
     one, other = (resume.finished(tmp_path / folder) for folder in "ab")
     resume.assert_equal_runs(one, other)
+
+
+def test_features_of_two_shapes_are_told(tmp_path):
+    learner, *_ = steps.make(tmp_path, 1, method="at")
+    assert learner_lib.unlike(learner, 8) == []
+    wide = dataclasses.replace(
+        learner, teacher=models.create("resnet8x4", num_classes=3)
+    )
+    assert learner_lib.unlike(wide, 8)[0] == "stage1.block1 8x8x16 from 8x8x64"
+    larger = dataclasses.replace(learner.teacher_pixels, size=16)
+    large = dataclasses.replace(learner, teacher_pixels=larger)
+    assert learner_lib.unlike(large, 8)[2] == "stage3.block1 2x2x64 from 4x4x64"
+    blind = dataclasses.replace(wide, facts=distill.facts("kd"))
+    assert learner_lib.unlike(blind, 8) == []

@@ -421,3 +421,16 @@ def variable_shapes(model: Chain, side: int = 32) -> Any:
     return jax.eval_shape(
         lambda x: model.init(jax.random.key(0), x, train=False), images
     )
+
+
+def joint_shapes(
+    model: Chain, joints: collections.abc.Sequence[str], side: int = 32
+) -> list[tuple[int, ...]]:
+    """(1, H, W, C) at each of `joints` for images of `side`; nothing is computed."""
+
+    def run(images: jax.Array) -> list[jax.Array]:
+        outputs, _ = model.init_with_output(jax.random.key(0), images, train=False)
+        return [feature_at(outputs, model, joint) for joint in joints]
+
+    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    return [x.shape for x in jax.eval_shape(run, images)]

@@ -173,6 +173,27 @@ def preacts(
     return tuple(chain.feature_at(outputs, model, n, preact=True) for n in names)
 
 
+def unlike(learner: Learner, side: int) -> list[str]:
+    """The joints whose features differ in shape from the teacher's, one a line.
+
+    `side` is that of the data's images, which a network may be fed at another size.
+    """
+    if learner.teacher is None or "joints" not in learner.facts.teacher_reads:
+        return []
+    partition, lines = learner.partition, []
+    ours = chain.joint_shapes(
+        learner.student, partition.student_joints, learner.student_pixels.size or side
+    )
+    theirs = chain.joint_shapes(
+        learner.teacher, partition.teacher_joints, learner.teacher_pixels.size or side
+    )
+    for name, own, other in zip(partition.student_joints, ours, theirs, strict=True):
+        if own != other:
+            shapes = ("x".join(map(str, shape[1:])) for shape in (own, other))
+            lines.append(f"{name} {' from '.join(shapes)}")
+    return lines
+
+
 def span(joints: tuple[str, ...], k: int) -> tuple[str, str]:
     """(after, until) of module `k`, as a chain takes them; the last runs the head."""
     after = joints[k - 1] if k else ""

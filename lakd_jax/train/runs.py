@@ -221,6 +221,8 @@ def parts(
         mesh=bench.mesh,
         stage=stage,
     )
+    if found := learner_lib.unlike(learner, bench.dataset.train.shape[0]):
+        bench.notify(f"features of two shapes: {', '.join(found)}")
     scored = evaluator(config, student, build.pixels(config), bench)
     minival, seed = bench.minival, config.seed
     own = feeds.of_run(
