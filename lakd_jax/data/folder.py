@@ -11,7 +11,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def load(
-    path: str, image_size: int
+    path: str, image_size: int, max_bad: int = 0
 ) -> tuple[tuple[str, ...], dataset.Split, dataset.Split]:
     """Reads a folder of images into (classes, train, test).
 
@@ -22,6 +22,7 @@ def load(
       path: a folder with the subfolders `train` and `test`.
       image_size: height and width in pixels; 0 keeps the images' own, which
         then must all be equal.
+      max_bad: how many undecodable training images may be left out.
 
     Raises:
       DataError: a folder is missing or empty, classes are fewer than two or
@@ -31,9 +32,9 @@ def load(
     files = {role: _list(root, role) for role in ("train", "test")}
     classes = tuple(files["train"])
     _check_classes(root, set(classes), set(files["test"]))
-    train, test = (
-        _read(root / role, files[role], image_size) for role in ("train", "test")
-    )
+    train = _read(root / "train", files["train"], image_size, max_bad)
+    # A result is about all test images or about none.
+    test = _read(root / "test", files["test"], image_size, 0)
     if train.images.shape[1:] != test.images.shape[1:]:
         sizes = [f"{s.images.shape[2]}x{s.images.shape[1]}" for s in (train, test)]
         first = [next(iter(files[role].values()))[0] for role in ("train", "test")]
@@ -97,9 +98,14 @@ def _check_classes(root: pathlib.Path, train: set[str], test: set[str]) -> None:
 
 
 def _read(
-    folder: pathlib.Path, files: dict[str, list[pathlib.Path]], image_size: int
+    folder: pathlib.Path,
+    files: dict[str, list[pathlib.Path]],
+    image_size: int,
+    max_bad: int,
 ) -> dataset.Split:
     paths = [str(path) for of_class in files.values() for path in of_class]
     labels = np.repeat(np.arange(len(files)), [len(paths) for paths in files.values()])
-    pixels = images.decode_all(paths, paths.__getitem__, image_size, str(folder))
-    return dataset.new_split(pixels, labels)
+    pixels, good = images.decode_all(
+        paths, paths.__getitem__, image_size, str(folder), max_bad
+    )
+    return dataset.new_split(pixels, labels[good], good)

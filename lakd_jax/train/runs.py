@@ -71,6 +71,7 @@ def bench(
         image_size=d.image_size,
         minival=d.minival,
         data_dir=d.data_dir,
+        max_bad=d.max_bad,
     )
     # A download may take long, and two of them into one folder would clash.
     dataset = guard.run(hosts.in_turn, load)
@@ -115,6 +116,19 @@ class Parts:
     data: state_lib.Resident
 
 
+def prepare(
+    directory: Path, config: config_lib.ConfigDict, **options: Any
+) -> workdir.Workdir:
+    """Claims the directory of a run of `config`; see `workdir.prepare`.
+
+    A run that an earlier version began goes on: fields that it did not know have their
+    defaults.
+    """
+    defaults = config_lib.to_dict(config_lib.default())
+    settings = config_lib.to_dict(config)
+    return workdir.prepare(directory, settings, defaults=defaults, **options)
+
+
 def train_one(
     config: config_lib.ConfigDict,
     directory: Path,
@@ -124,7 +138,7 @@ def train_one(
 ) -> dict[str, Any]:
     """Trains `config`'s student in `directory`, or goes on, or returns its result.
 
-    `directory` has been prepared for this config (`workdir.prepare`). Leaves
+    `directory` has been prepared for this config (`prepare`). Leaves
     `metrics.jsonl`, `checkpoints/`, `student.safetensors` (the plain student, as
     of the last epoch) and `result.json` there. In stage 1 of an HME (see `hme_runs`)
     the student is that of the best epoch on minival, if there is a minival.
