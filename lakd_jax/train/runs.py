@@ -58,6 +58,7 @@ class Teacher:
     pixels: learner_lib.Pixels
     score: evaluate.Score
     parameters: int  # before its batch norms were folded
+    digest: str = ""  # of its variables, before that, too
 
 
 def bench(
