@@ -70,6 +70,7 @@ class Process:
             self.lines.append(line)
             if line.startswith(text):
                 return True
+        self._queue.put(None)  # it has ended, also for who asks next
         return False
 
     def time_to(self, text):
@@ -213,7 +214,7 @@ def killed(lab, method, directory, kills):
     steps = []
     while kills:
         process = lab.start(method, directory)
-        process.wait_for("resnet8, ")
+        assert process.wait_for("resnet8, "), process.end()[1]
         time.sleep(moments.uniform(0, 0.7 * lab.seconds))
         process.send(signal.SIGKILL)
         code, said = process.end()
