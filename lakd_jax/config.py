@@ -85,6 +85,7 @@ def _data() -> ConfigDict:
     d.data_dir = ""  # where tfds keeps its sets; empty: its own default
     d.image_size = 0  # resize and centre crop to this; 0: as they are
     d.minival = 0.1  # share of the training split kept to choose the best epoch
+    d.max_bad = 0  # undecodable training images that may be left out; more: an error
     d.mean = (0.5071, 0.4867, 0.4408)  # of the pixels in 0..1, per channel
     d.std = (0.2675, 0.2565, 0.2761)
     d.pad = 4  # zero pixels around the image before the random crop

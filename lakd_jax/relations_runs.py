@@ -74,7 +74,12 @@ def _engine_isolated(c: relations.Config, _: int) -> str:
 
 
 @relations.reads(
-    "data.streaming", "data.source", "data.image_size", "data.pad", "data.test_resize"
+    "data.streaming",
+    "data.source",
+    "data.image_size",
+    "data.pad",
+    "data.test_resize",
+    "data.max_bad",
 )
 def _streaming(c: relations.Config, _: int) -> str:
     d = c.data
@@ -88,6 +93,8 @@ def _streaming(c: relations.Config, _: int) -> str:
         return "data.streaming cuts images to one size: set data.image_size, e.g. 224"
     if d.pad:
         return f"data.streaming cuts images at random: set data.pad to 0, not {d.pad}"
+    if d.max_bad:
+        return "data.max_bad is for data in memory: set it to 0 with data.streaming"
     if d.test_resize < d.image_size:
         return (
             f"data.test_resize is {d.test_resize}, less than data.image_size "

@@ -159,6 +159,7 @@ def _run_ranges() -> dict[str, Check]:
         "seeds_by": one_of(("auto", "turn", "program", "device")),
         "data.image_size": at_least(0),
         "data.minival": between(0, 0.5),
+        "data.max_bad": at_least(0),
         "data.mean": channels(between(0, 1), empty=False),
         "data.std": channels(above(0), empty=False),
         "data.pad": at_least(0),

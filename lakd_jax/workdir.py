@@ -61,6 +61,7 @@ def prepare(
     *,
     allow_resume: bool = True,
     may_change: Collection[str] = (),
+    defaults: Mapping[str, Any] | None = None,
 ) -> Workdir:
     """Makes, tests and locks the folder of a run, before step 1.
 
@@ -71,6 +72,8 @@ def prepare(
       config: the resolved configuration, nested, of values JSON can hold.
       allow_resume: whether a folder that already has a run is accepted.
       may_change: dotted fields in which the run here may differ from `config`.
+      defaults: nested like `config`; what a field is taken to have been in a run that
+        an earlier version began, before there was the field.
 
     Returns:
       The folder; its `resumed` says whether it already had a run.
@@ -85,7 +88,9 @@ def prepare(
     made = Workdir(path, resumed=False, lock=-1)
 
     def make() -> bool:
-        made.lock, resumed = _claim(path, config, allow_resume, may_change)
+        made.lock, resumed = _claim(
+            path, config, allow_resume, may_change, defaults or {}
+        )
         return resumed
 
     made.resumed = hosts.first(make)
@@ -102,6 +107,7 @@ def _claim(
     config: Mapping[str, Any],
     allow_resume: bool,
     may_change: Collection[str],
+    defaults: Mapping[str, Any],
 ) -> tuple[int, bool]:
     """(the lock, whether the folder already had a run); see `prepare`."""
     try:
@@ -111,7 +117,7 @@ def _claim(
     except OSError as error:
         raise _unwritable(path, error) from error
     try:
-        resumed = _check_config(path, config, allow_resume, may_change)
+        resumed = _check_config(path, config, allow_resume, may_change, defaults)
         _record(path, config, resumed)
     except OSError as error:
         os.close(lock)
@@ -201,6 +207,7 @@ def _check_config(
     config: Mapping[str, Any],
     allow_resume: bool,
     may_change: Collection[str],
+    defaults: Mapping[str, Any],
 ) -> bool:
     """Whether the folder has a run that may go on under `config`."""
     if not (path / CONFIG).exists():
@@ -214,6 +221,8 @@ def _check_config(
     except ValueError as error:
         raise errors.WorkdirError(f"{path / CONFIG}: not readable: {error}") from error
     new = _flat(json.loads(json.dumps(config)))
+    filled = {k: v for k, v in _flat(defaults).items() if k in new}
+    old = filled | old
     changed = _changes(old, new, may_change)
     if changed:
         more = f" (first {_SHOWN} shown)" if len(changed) > _SHOWN else ""

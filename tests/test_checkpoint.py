@@ -102,6 +102,7 @@ def test_host_array_may_change_right_after_save(tmp_path):
 
 
 def test_keeps_the_newest_and_ignores_a_second_save_of_a_step(tmp_path):
+    """Promise 5: of `keep` checkpoints no more are left."""
     with checkpoint.Checkpointer(tmp_path, keep=2) as saver:
         for step in (1, 2, 3, 10):
             saver.save(step, states.make_state(step), extra={})
@@ -153,6 +154,7 @@ def _other_name(state):
     ],
 )
 def test_other_structure_is_refused_and_nothing_renamed(copied, change, expected):
+    """Promise 4: the leaves that differ are listed."""
     template = states.make_state()
     change(template)
     (copied / "9").mkdir()  # damaged, and newer: stays where it is as well
@@ -165,6 +167,7 @@ def test_other_structure_is_refused_and_nothing_renamed(copied, change, expected
 
 
 def test_long_list_of_differences_is_cut(tmp_path):
+    """Promise 4: eight leaves are enough."""
     with checkpoint.Checkpointer(tmp_path, keep=1) as saver:
         saver.save(1, {f"w{i}": np.zeros(1) for i in range(30)}, extra={})
         with pytest.raises(errors.WorkdirError) as caught:
@@ -194,6 +197,7 @@ def _fail_to_write(monkeypatch):
 def test_failed_background_write_is_an_error_at_the_next_call(
     copied, monkeypatch, capfd, call
 ):
+    """Promise 6: nobody takes an unfinished save for a finished one."""
     state = states.make_state(8)
     calls = {"save": ((9, state), {"extra": {}}), "restore": ((state,), {})}
     args, options = calls.get(call, ((), {}))

@@ -26,6 +26,7 @@ def _flip(folder, files, rng):
 
 @pytest.mark.parametrize("part", ["data", "other"])
 def test_no_flipped_bit_is_restored_silently(two_steps, tmp_path, part):
+    """Promise 2: in a hundred trials what is restored is what was saved."""
     rng = random.Random(part)
     template, older, newest = map(states.make_state, range(3))
     detected = 0
@@ -93,6 +94,7 @@ def _swap_step(step):
     ],
 )
 def test_damaged_newest_is_set_aside_and_the_older_used(copied, harm, capfd):
+    """Promise 3: renamed, told in a line, and the older one restored."""
     harm(copied / "2")
     lines = []
     with checkpoint.Checkpointer(copied, keep=3, notify=lines.append) as saver:
@@ -141,6 +143,7 @@ with checkpoint.Checkpointer(sys.argv[1], keep=2) as saver:
 
 
 def test_damage_is_told_in_one_line_on_the_terminal(tmp_path):
+    """Promise 3: and Orbax's own pages of text are not there."""
     state = {f"w{i}": np.random.rand(60, 60) for i in range(40)}
     with checkpoint.Checkpointer(tmp_path, keep=2) as saver:
         saver.save(1, state, extra={})
@@ -169,6 +172,7 @@ with checkpoint.Checkpointer(sys.argv[1], keep=2) as saver:
 
 
 def test_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
+    """Promise 1: also where a save is under way nearly always."""
     rng = random.Random(0)
     folder, last = tmp_path / "checkpoints", 0
     for trial in range(4):

@@ -70,6 +70,7 @@ def test_help_is_quick():
 
 
 def test_configuration_faults_are_quick_and_all_told():
+    """Promise 20: in five seconds, all at once, without a traceback."""
     *result, seconds = process(
         DIGITS,
         "--config.optim.lrr=0.1",
@@ -161,6 +162,7 @@ def test_fault_in_the_config_file(main, text, words, tmp_path):
 
 
 def test_long_errors_are_cut_to_ten_lines(main, tmp_path):
+    """Promise 20: the last line says how many more there are."""
     wrong = [f"--config.kd.field{i}=1" for i in range(20)]
     err = refused(main(DIGITS, *wrong))
     assert err.splitlines()[-1] == "... and 11 more"
@@ -247,6 +249,7 @@ def no_better_than_chance(path):
     ],
 )
 def test_fault_in_the_teacher(tiny_main, fault, tmp_path):
+    """Promises 15, 17, 21: missing, torn, of other keys or classes, or useless."""
     init, words = fault(tmp_path / "other")
     run = tmp_path / "run"
     args = (f"--config.teacher.init={init}", "--config.teacher.floor=0")
@@ -320,6 +323,7 @@ def test_signal_while_the_data_is_loaded(main, monkeypatch, number, tmp_path):
 
 
 def test_dry_run_tells_the_costs_and_writes_nothing(tiny_main, tmp_path, monkeypatch):
+    """Promise 23: a step, an evaluation batch, and what they cost."""
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     code, out, err = tiny_main("--dry_run", f"--workdir={tmp_path / 'run'}")
@@ -342,6 +346,7 @@ FILES = [
 
 
 def test_whole_run(main, tiny_main, tmp_path, monkeypatch):
+    """Promise 8: the same command again resumes; another config is refused."""
     run, args = tmp_path / "run", (f"--workdir={tmp_path / 'run'}",)
     # A path mistyped at first does not spoil the directory.
     refused(tiny_main(*args, "--config.teacher.init=mistyped"), "does not exist")

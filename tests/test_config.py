@@ -110,6 +110,7 @@ def test_whole_number_is_a_float():
 
 
 def test_unknown_field_names_the_nearest():
+    """Promise 20: a suggestion for what was mistyped."""
     (line,) = problems(optim__milestone=(1.0,))
     assert line.endswith("did you mean optim.milestones?")
     (line,) = problems(lr=0.1)
@@ -127,6 +128,7 @@ def test_missing_field_is_named():
 
 
 def test_all_faults_at_once():
+    """Promise 20: a person wants to mend all in one go."""
     found = problems(
         devices=8,
         unheard=1,
@@ -234,6 +236,7 @@ def test_all_faults_at_once():
     ],
 )
 def test_relation_between_fields(fields, says):
+    """Promise 21: what must hold between fields is checked before any work."""
     fields = dict(fields)
     (line,) = problems(fields.pop("devices", 1), **fields)
     assert says in line

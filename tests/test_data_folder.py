@@ -165,6 +165,7 @@ def test_many_differing_classes_stay_a_short_message(root):
 
 @pytest.mark.parametrize("content", [b"", b"not an image", "cut"])
 def test_an_undecodable_image_is_named(root, content):
+    """Promise 31: by its path."""
     path = root / "train" / "cat" / "2.png"
     path.write_bytes(path.read_bytes()[:60] if content == "cut" else content)
     assert str(path) in failure(root)
@@ -182,7 +183,7 @@ def test_more_files_than_one_task_are_all_read_in_order(tmp_path, capsys, monkey
     for index, array in enumerate(expected):
         write(tmp_path / f"{index:03d}.png", array)
     paths = sorted(str(path) for path in tmp_path.iterdir())
-    found = images.decode_all(paths, paths.__getitem__, 0, "many")
+    found, good = images.decode_all(paths, paths.__getitem__, 0, "many")
     np.testing.assert_array_equal(found, expected)
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["many: decoding images, 128 of 300"]

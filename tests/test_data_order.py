@@ -36,6 +36,7 @@ def test_every_epoch_is_another_permutation(drop_last):
 
 
 def test_order_depends_on_seed_and_step_alone():
+    """Promise 14: whatever was asked for before."""
     forwards = [order.batch_indices(3, s, 50, 8, True).copy() for s in range(40)]
     order._permutation.cache_clear()
     for step in (39, 0, 17, 6, 5):

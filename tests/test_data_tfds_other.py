@@ -93,8 +93,12 @@ def test_sets_without_images_and_labels_are_refused(tmp_path):
     assert "`image`" in (message := failure("homemade", tmp_path)) and "text" in message
 
 
-def test_undecodable_examples_are_named(tmp_path):
+def test_undecodable_examples_are_named(tmp_path, capsys):
+    """Promise 31: by data set, split and number."""
     parts = {"train": grey_examples(8), "test": grey_examples(2)}
     parts["train"][3]["image"] = b"broken"
     prepare_own(tmp_path, FEATURES, parts)
     assert "homemade train, example" in failure("homemade", tmp_path)
+    found = data.load("homemade", data_dir=str(tmp_path), max_bad=1)
+    assert len(found.train) == 7 and len(set(found.train.ids)) == 7
+    assert "1 of 8 images left out (data.max_bad=1)" in capsys.readouterr().err

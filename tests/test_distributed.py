@@ -111,7 +111,7 @@ def assert_close(one, other):
 
 @LONG
 def test_two_processes_train_as_two_devices_of_one(tmp_path, alone):
-    """Ten steps, and 45 test images in batches of 16."""
+    """Promises 27, 30: ten steps, and 45 test images in batches of 16."""
     (_, out, _), (_, other_out, other_err) = both(tmp_path / "two", PLAIN)
     assert_close(finished(tmp_path / "two"), alone(tmp_path / "one", PLAIN))
     assert "Pictures, metrics and the student are in" in out
@@ -120,6 +120,7 @@ def test_two_processes_train_as_two_devices_of_one(tmp_path, alone):
 
 
 def test_differing_configs_stop_all(tmp_path):
+    """Promise 28: with both values, and no hang."""
     found = ended(start(tmp_path, PLAIN, {**PLAIN, "epochs": 2}), timeout=60)
     for code, _, err in found:
         assert code == 2, err
@@ -130,6 +131,7 @@ def test_differing_configs_stop_all(tmp_path):
 
 @LONG
 def test_what_stops_the_first_process_stops_all(tmp_path):
+    """Promise 30: every process says why it ends."""
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (code, _, err), (other, _, other_err) = ended(start(tmp_path, PLAIN, PLAIN), 60)
     assert code == other == 2
@@ -145,6 +147,7 @@ def test_they_cannot_meet_once_jax_has_devices():
 
 @LONG
 def test_a_signal_to_one_stops_both_and_both_go_on(tmp_path, alone):
+    """Promise 10: after the same step, with one checkpoint."""
     fields = PLAIN | {"epochs": 4}
     both(tmp_path / "whole", fields)
     processes = start(tmp_path / "parts", fields, fields)
@@ -182,6 +185,7 @@ def until(condition, processes):
 @LONG
 @pytest.mark.parametrize("killed", [0, 1])
 def test_the_loss_of_one_ends_the_other(killed, tmp_path):
+    """Promise 29: with a message, and no hang."""
     fields = PLAIN | {"epochs": 400}
     processes = start(tmp_path, fields, fields)
     until(lambda: metrics.read(tmp_path / "run"), processes)

@@ -73,7 +73,7 @@ def whole(tmp_path_factory, bench):
 
 
 def test_both_stages_stopped_and_gone_on(whole, tmp_path, bench):
-    """Once inside each stage, and during the first evaluation of stage 1."""
+    """Promise 12: once inside each stage, and in the first evaluation of stage 1."""
     # Beside the steps and minival, a stage's end takes 3 checks a split that is kept.
     ends = 2 * 3
     settings, parts = config(whole.parent), tmp_path / "parts"

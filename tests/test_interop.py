@@ -112,12 +112,14 @@ def misfit(name, weights):
 
 
 def test_missing_key_is_named():
+    """Promise 17: no warning, but an error."""
     weights = dict(torch_weights())
     del weights["layer3.0.conv2.weight"]
     assert "1 missing: layer3.0.conv2.weight" in misfit("resnet8", weights)
 
 
 def test_surplus_key_is_named_as_it_is_spelled_in_the_file():
+    """Promise 17: no warning, but an error."""
     weights = {"module." + key: value for key, value in torch_weights().items()}
     weights["module.linear.weight"] = weights["module.fc.weight"]
     assert "1 surplus: linear.weight" in misfit("resnet8", weights)

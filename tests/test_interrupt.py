@@ -18,6 +18,7 @@ def _send(number):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_first_signal_sets_the_flag_and_says_so(number, capfd):
+    """Promise 11: SIGTERM and Ctrl-C alike."""
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     with interrupt.Guard() as guard:
         guard.check()
@@ -144,6 +145,7 @@ with interrupt.Guard() as guard:
     ],
 )
 def test_second_signal_kills(first, second):
+    """Promise 11: who asks twice does not want to wait."""
     process = _start(_STUBBORN)
     process.stdout.readline()
     process.send_signal(first)

@@ -60,6 +60,7 @@ def test_kd_loss_by_hand():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_losses_are_float32_and_never_negative(dtype):
+    """Promise 24: in either compute type."""
     keys = jax.random.split(jax.random.key(0), 20)
     for key in keys:
         logits = (3 * jax.random.normal(key, (4, 10))).astype(dtype)

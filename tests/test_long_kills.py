@@ -70,6 +70,7 @@ class Process:
             self.lines.append(line)
             if line.startswith(text):
                 return True
+        self._queue.put(None)  # it has ended, also for who asks next
         return False
 
     def time_to(self, text):
@@ -156,6 +157,7 @@ def stop(process, number=signal.SIGTERM):
 
 @pytest.mark.parametrize("method", ["none", "kd", "lakd"])
 def test_stopped_process_goes_on_to_the_same_end(lab, method, tmp_path):
+    """Promises 6, 9, 12: its last save is whole, its end the same to the bit."""
     # A save is under way nearly always.
     args = (method, tmp_path / "run", "--config.checkpoint.every_steps=1")
     process = lab.start(*args)
@@ -170,6 +172,7 @@ def test_stopped_process_goes_on_to_the_same_end(lab, method, tmp_path):
 
 
 def test_stop_during_an_evaluation(lab, tmp_path):
+    """Promise 9: the step before it is saved, and the end is the same."""
     process = lab.start("none", tmp_path / "run")
     assert process.wait_for(f"step {EPOCH}/")
     stop(process)  # nearly always in the evaluation that follows that line
@@ -181,6 +184,7 @@ def test_stop_during_an_evaluation(lab, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("share", [0.1, 0.6])
 def test_stop_during_the_compilation(lab, number, share, tmp_path):
+    """Promises 9, 11: SIGTERM and Ctrl-C end it within 30 s, with code 0."""
     # With nothing in the cache this takes most of the time before the first step.
     cold = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
     process = lab.start("none", tmp_path / "run", **cold)
@@ -193,6 +197,7 @@ def test_stop_during_the_compilation(lab, number, share, tmp_path):
 
 
 def test_killed_at_random_moments(lab, tmp_path):
+    """Promise 1: twenty kills, and each start goes on from a whole checkpoint."""
     kills = {"none": 10, "kd": 5, "lakd": 5}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         jobs = [
@@ -209,7 +214,7 @@ def killed(lab, method, directory, kills):
     steps = []
     while kills:
         process = lab.start(method, directory)
-        process.wait_for("resnet8, ")
+        assert process.wait_for("resnet8, "), process.end()[1]
         time.sleep(moments.uniform(0, 0.7 * lab.seconds))
         process.send(signal.SIGKILL)
         code, said = process.end()

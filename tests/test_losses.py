@@ -111,6 +111,7 @@ def test_teacher_gets_no_gradient_and_the_student_one(name):
     "name", [n for n in CASES if not n.endswith(("wide", "small"))]
 )
 def test_least_where_student_is_teacher(name):
+    """Promise 26: the known minimum, with a finite gradient."""
     loss, student, teacher = CASES[name]
     shapes = [jnp.shape(x) for x in jax.tree.leaves((student, teacher))]
     same = student if len(set(shapes)) > 1 else teacher
@@ -124,6 +125,7 @@ def test_least_where_student_is_teacher(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_bfloat16_is_taken_and_computed_in_float32(name):
+    """Promise 24: values are those of the rounded inputs in float32."""
     loss, student, teacher = CASES[name]
     halves = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), (student, teacher))
     rounded = jax.tree.map(lambda x: x.astype(jnp.float32), halves)

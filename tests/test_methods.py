@@ -75,6 +75,7 @@ def observed(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_its_terms_alone_train_the_student_and_never_the_teacher(name):
+    """Promises 16, 26: the teacher's gradient is exactly 0, the student's is not."""
     *_, value, (losses, _), (ours, theirs) = observed(name)
     terms = {n: t for loss in losses for n, t in loss.terms.items() if n != "head_ce"}
     assert terms and all(t.dtype == jnp.float32 for t in terms.values())

@@ -115,6 +115,7 @@ class _Full:
 
 @pytest.mark.parametrize("victim", ["_lines", "_events"])
 def test_full_disk_warns_once_and_lets_training_go_on(tmp_path, victim):
+    """Promise 34: metrics are not worth a run."""
     warnings = []
     with metrics.MetricWriter(
         tmp_path, resume_step=None, warn=warnings.append

@@ -88,6 +88,7 @@ def student_of_nan(directory):
 
 
 def test_learning_rate_too_high_stops_the_run(run):
+    """Promise 25: exit code 4, the step, the term, the last good checkpoint."""
     # Absurd from step 20 on: the parameters overflow in step 21, whose losses are
     # still good. It is due to be saved and must not be.
     fields = {"optim__schedule": "step", "optim__milestones": (2.0,)}
@@ -110,6 +111,7 @@ def test_learning_rate_too_high_stops_the_run(run):
 
 
 def test_term_that_is_not_finite_is_named(run, tmp_path):
+    """Promise 25: before the totals that it makes infinite."""
     init = student_of_nan(tmp_path / "init")
     teacher = teacher_of(tmp_path)
     with pytest.raises(errors.NonFiniteError) as caught:
@@ -124,6 +126,7 @@ def test_term_that_is_not_finite_is_named(run, tmp_path):
 
 
 def test_save_that_fails_ends_the_run_and_the_next_goes_on(run, whole, monkeypatch):
+    """Promise 34: exit code 5, and older checkpoints stay."""
     manager = orbax.checkpoint.CheckpointManager
     save = manager.save
 
@@ -153,6 +156,7 @@ def damage(checkpoint_folder):
 
 
 def test_broken_newest_checkpoint_is_set_aside(run, whole):
+    """Promise 3: the run goes on from the older one to the same end."""
     with pytest.raises(interrupt.Interrupted):
         train(run, guard=tiny.StopAfter(30))
     folder = run / "checkpoints"
@@ -165,6 +169,7 @@ def test_broken_newest_checkpoint_is_set_aside(run, whole):
 
 
 def test_no_usable_checkpoint_is_an_error(run):
+    """Promise 3: exit code 3, and never a start from scratch."""
     with pytest.raises(interrupt.Interrupted):
         train(run, guard=tiny.StopAfter(3))
     (step,) = checkpoint.list_steps(run / "checkpoints")
@@ -180,6 +185,7 @@ def test_no_usable_checkpoint_is_an_error(run):
 
 
 def test_teacher_is_the_same_before_and_after(run, tmp_path):
+    """Promise 16: its variables are the same bytes after training."""
     teacher = teacher_of(tmp_path)
     before = jax.tree.map(lambda x: np.array(x).tobytes(), teacher.network.variables)
     # A reading in which gradients run through the teacher's layers.
@@ -190,6 +196,7 @@ def test_teacher_is_the_same_before_and_after(run, tmp_path):
 
 @pytest.mark.parametrize("batch_size", [16, 48])
 def test_every_example_is_counted_once(batch_size):
+    """Promise 27: also where the batch does not divide the split."""
     model = models.create("resnet8", num_classes=3)
     variables = tiny.variables(model)
     test = tiny.split(45, 2)
@@ -229,6 +236,7 @@ def test_every_example_is_counted_once(batch_size):
     ],
 )
 def test_floor_of_the_teacher(tmp_path, classes, floor, right, good):
+    """Promise 15: the least number of right answers is accepted, one less not."""
     config = tiny.config(tmp_path, teacher__floor=floor)
     teacher = teacher_of(tmp_path)
     dataset = tiny.dataset()

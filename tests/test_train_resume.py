@@ -10,7 +10,7 @@ import tiny
 from jax.sharding import Mesh
 
 from lakd_jax import config as config_lib
-from lakd_jax import interop, interrupt, workdir
+from lakd_jax import distill, interop, interrupt, workdir
 from lakd_jax.report import metrics
 from lakd_jax.train import networks, runs, teachers
 from lakd_jax.train import state as state_lib
@@ -71,7 +71,7 @@ def assert_equal_runs(one, other):
         *(pytest.param("none", 17, marks=LONG), pytest.param("lakd", 20, marks=LONG)),
         *(
             pytest.param(method, stop, marks=LONG)
-            for method in ("kd", "afd", "rtk")
+            for method in sorted({*distill.names()} - {"none", "lakd"})
             for stop in (17, 20)
         ),
     ],
@@ -79,6 +79,7 @@ def assert_equal_runs(one, other):
 def test_stopped_run_ends_as_the_unbroken_one(
     method, stop, tmp_path, bench, teacher_dir
 ):
+    """Promise 12: every method, within an epoch and at its edge."""
     config = tiny.config(tmp_path, method=method)
     train(config, tmp_path / "whole", bench, interrupt.Guard(), teacher_dir)
     # One check a step and one an evaluation batch: 3 batches at each epoch's end.
@@ -95,6 +96,7 @@ def test_stopped_run_ends_as_the_unbroken_one(
 def test_other_engines_resume_alike(
     engine, devices, tmp_path, bench, teacher_dir, monkeypatch
 ):
+    """Promise 12: a program a module, and modules on devices."""
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
     monkeypatch.setattr(state_lib, "data_mesh", lambda: mesh)
     config = tiny.config(tmp_path, method="lakd", local__engine=engine)
@@ -120,6 +122,7 @@ def test_stop_during_an_evaluation_repeats_it(tmp_path, bench, teacher_dir):
 
 @LONG
 def test_every_reading_with_state_resumes(tmp_path, bench, teacher_dir):
+    """Promise 12: heads, starts of modules, gates, a clipped gradient."""
     config = tiny.config(
         tmp_path,
         lakd__task="aux_heads",
@@ -129,6 +132,8 @@ def test_every_reading_with_state_resumes(tmp_path, bench, teacher_dir):
         optim__clip_norm=1.0,
         checkpoint__every_steps=7,
         data__drop_last=False,
+        student__vam__enabled=True,
+        student__vam__init_std=0.1,
     )
     train(config, tmp_path / "whole", bench, interrupt.Guard(), teacher_dir)
     with pytest.raises(interrupt.Interrupted):

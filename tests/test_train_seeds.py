@@ -101,6 +101,7 @@ def stopped(config, directory, checks):
 
 @LONG
 def test_stopped_program_ends_as_the_unbroken_one(tmp_path, cache):
+    """Promise 12: several seeds in one program."""
     both = config(cache, seeds_by="program", checkpoint__every_steps=2)
     run(both, tmp_path / "whole")
     checks = 3 + 3  # the teacher's test of 3 batches, then steps

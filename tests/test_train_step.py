@@ -85,6 +85,7 @@ LONG = pytest.mark.long
     ],
 )
 def test_devices_train_as_one(method, devices, trained_on):
+    """Promise 13: within 1e-5 until rounding crosses a ReLU's zero."""
     one, losses_one = trained_on(method, 1)
     many, losses = trained_on(method, devices)
     np.testing.assert_allclose(losses[:10], losses_one[:10], rtol=1e-5)
@@ -116,6 +117,7 @@ def test_many_steps_in_a_dispatch_are_the_same_steps(tmp_path):
 
 
 def test_seed_decides_the_run(tmp_path):
+    """Promise 13: the same seed the same losses, another one others."""
     indices = rows(3)
     _, first = run_singly(make(tmp_path, 1, method="none"), indices)
     _, again = run_singly(make(tmp_path, 1, method="none"), indices)
@@ -186,6 +188,7 @@ def test_without_features_lakd_uncut_is_plain_training(tmp_path):
 
 
 def test_teacher_is_fed_with_its_own_normalisation(tmp_path):
+    """Promise 18: its logits are those of a direct call."""
     learner, state, teacher, data = make(tmp_path, 1, method="kd")
     own = learner_lib.Pixels((0.2, 0.3, 0.4), (0.5, 0.6, 0.7), jnp.float32)
     learner = dataclasses.replace(learner, teacher_pixels=own)
@@ -214,6 +217,7 @@ def test_teacher_is_fed_with_its_own_normalisation(tmp_path):
 
 
 def test_teacher_and_student_are_fed_at_their_own_sizes(tmp_path):
+    """Promise 18: each at its own."""
     made = make(tmp_path, 1, method="lakd", student__image_size=4)
     learner, state, teacher, data = made
     assert learner.student_pixels.size == 4

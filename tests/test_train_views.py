@@ -143,6 +143,7 @@ def test_answers_are_what_the_teacher_says_of_that_view(lakd):
 
 @LONG
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path, bench, teacher_dir):
+    """Promise 12: with stored answers of the teacher."""
     own = {"method": "lakd", "teacher__views": VIEWS, "eval_batch_size": 40}
     config = tiny.config(tmp_path, **own)
     config.teacher.cache = str(teacher_dir)
@@ -229,6 +230,7 @@ def tamper(folder, name, change):
     ],
 )
 def test_what_the_teacher_does_not_say_is_refused(name, change, says, copy):
+    """Promise 19: stored answers are held against it on 512 images."""
     made, cache, folder = copy
     tamper(folder, name, lambda x: x)
     kept(made, cache)

@@ -25,6 +25,7 @@ def _changed(**fields):
 
 
 def test_first_use_records_config_and_environment(tmp_path):
+    """Promise 22: versions, commit, devices and command, before step 1."""
     with workdir.prepare(tmp_path / "a" / "run", CONFIG) as run:
         assert not run.resumed
         assert run.path == tmp_path / "a" / "run"
@@ -43,6 +44,7 @@ def test_first_use_records_config_and_environment(tmp_path):
 
 
 def test_same_config_resumes_and_keeps_the_first_environment(tmp_path):
+    """Promise 8: without a flag."""
     workdir.prepare(tmp_path, CONFIG).close()
     before = (tmp_path / "environment.json").read_text()
     with workdir.prepare(tmp_path, CONFIG) as run:
@@ -53,6 +55,7 @@ def test_same_config_resumes_and_keeps_the_first_environment(tmp_path):
 
 
 def test_other_config_is_refused_field_by_field(tmp_path):
+    """Promises 4, 8: with the old and the new value of each."""
     workdir.prepare(tmp_path, CONFIG).close()
     other = _changed(seed=1, optim={"lr": 0.1, "momentum": 0.9}, empty={"x": 1})
     with pytest.raises(errors.WorkdirError) as caught:
@@ -116,6 +119,8 @@ def test_checkpoints_without_config_and_garbled_config_are_refused(tmp_path):
 
 @pytest.mark.parametrize("number", [28, 30])  # ENOSPC, EROFS
 def test_full_or_read_only_disk_is_found_at_the_start(tmp_path, monkeypatch, number):
+    """Promise 34: by writing a megabyte."""
+
     def fail(handle):
         raise OSError(number, os.strerror(number))
 

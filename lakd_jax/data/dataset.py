@@ -68,10 +68,13 @@ class Dataset:
         return digest.hexdigest()
 
 
-def new_split(images: np.ndarray, labels: np.ndarray) -> Split:
-    """Returns a split whose ids number the (N, H, W, 3) images in order."""
-    ids = np.arange(len(images), dtype=np.int32)
-    return Split(np.ascontiguousarray(images), labels.astype(np.int32), ids)
+def new_split(
+    images: np.ndarray, labels: np.ndarray, ids: np.ndarray | None = None
+) -> Split:
+    """Returns a split of (N, H, W, 3) images, whose `ids` are 0 to N - 1 by default."""
+    ids = np.arange(len(images)) if ids is None else ids
+    images = np.ascontiguousarray(images)
+    return Split(images, labels.astype(np.int32), ids.astype(np.int32))
 
 
 def stratified_mask(labels: np.ndarray, count: int) -> np.ndarray:

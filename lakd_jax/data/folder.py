@@ -11,7 +11,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def load(
-    path: str, image_size: int
+    path: str, image_size: int, max_bad: int = 0
 ) -> tuple[tuple[str, ...], dataset.Split, dataset.Split]:
     """Reads a folder of images into (classes, train, test).
 
@@ -22,15 +22,18 @@ def load(
       path: a folder with the subfolders `train` and `test`.
       image_size: height and width in pixels; 0 keeps the images' own, which
         then must all be equal.
+      max_bad: how many undecodable training images may be left out.
 
     Raises:
       DataError: a folder is missing or empty, classes are fewer than two or
         differ between the splits, sizes differ, an image is undecodable.
     """
     root = pathlib.Path(path).expanduser()
-    classes, listed_files = listed(path)
-    files = dict(zip(("train", "test"), listed_files, strict=True))
-    train, test = (_read(root / role, files[role], image_size) for role in files)
+    classes, (of_train, of_test) = listed(path)
+    train = _read(root / "train", of_train, image_size, max_bad)
+    # A result is about all test images or about none.
+    test = _read(root / "test", of_test, image_size, 0)
+    files = {"train": of_train, "test": of_test}
     if train.images.shape[1:] != test.images.shape[1:]:
         sizes = [f"{s.images.shape[2]}x{s.images.shape[1]}" for s in (train, test)]
         first = [next(iter(files[role].values()))[0] for role in ("train", "test")]
@@ -108,9 +111,14 @@ def _check_classes(root: pathlib.Path, train: set[str], test: set[str]) -> None:
 
 
 def _read(
-    folder: pathlib.Path, files: dict[str, list[pathlib.Path]], image_size: int
+    folder: pathlib.Path,
+    files: dict[str, list[pathlib.Path]],
+    image_size: int,
+    max_bad: int,
 ) -> dataset.Split:
     paths = [str(path) for of_class in files.values() for path in of_class]
     labels = np.repeat(np.arange(len(files)), [len(paths) for paths in files.values()])
-    pixels = images.decode_all(paths, paths.__getitem__, image_size, str(folder))
-    return dataset.new_split(pixels, labels)
+    pixels, good = images.decode_all(
+        paths, paths.__getitem__, image_size, str(folder), max_bad
+    )
+    return dataset.new_split(pixels, labels[good], good)

@@ -15,6 +15,10 @@ from lakd_jax import errors
 
 _CHUNK = 128  # images a task: small enough to share out, large enough to be cheap
 _PATIENCE = 2.0  # seconds of silence
+# A small file may claim to be huge; as RGB this is 192 MiB.
+MAX_PIXELS = 2**26
+# Of Pillow's readers some start other programs (EPS: Ghostscript). These do not.
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -41,10 +45,11 @@ def opened(source: str | bytes, name: str) -> Iterator[Image.Image]:
     Raises:
       DataError: it cannot be decoded, which may show only when the pixels are read.
     """
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with Image.open(
-            io.BytesIO(source) if isinstance(source, bytes) else source
-        ) as image:
+        with Image.open(file, formats=_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:  # known before it is decoded
+                raise ValueError(f"{image.width}x{image.height} pixels are too many")
             yield image
     except Exception as error:  # Pillow's codecs raise a dozen different types
         raise errors.DataError(
@@ -73,8 +78,9 @@ def decode_all(
     name: Callable[[int], str],
     image_size: int,
     what: str,
-) -> np.ndarray:
-    """Decodes many files in threads into one (N, H, W, 3) uint8 array.
+    max_bad: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes many files in threads into one array.
 
     Args:
       sources: paths or encoded bytes, at least one.
@@ -82,19 +88,43 @@ def decode_all(
       image_size: as for `decode`.
       what: the data set's name for the one line on stderr after two seconds.
 
+      max_bad: how many that cannot be decoded may be left out; a line on stderr then
+        says how many were.
+
+    Returns:
+      (N, H, W, 3) uint8, and (N,) the positions in `sources` of those decoded.
+
     Raises:
-      DataError: an image cannot be decoded, or sizes differ and `image_size`
-        is 0; the first such image in order is named.
+      DataError: more cannot be decoded, or sizes differ and `image_size` is 0; with
+        `max_bad` 0 the first such image in order is named.
     """
-    first = decode(sources[0], image_size, name(0))
+    bad: dict[int, str] = {}
+
+    def attempt(i: int) -> np.ndarray | None:
+        try:
+            return decode(sources[i], image_size, name(i))
+        except errors.DataError as error:
+            bad[i] = str(error)
+            if len(bad) > max_bad:
+                raise _too_many(error, what, max_bad) from error
+            return None
+
+    first, number = None, -1
+    while first is None:
+        number += 1
+        if number == len(sources):
+            raise errors.DataError(f"{what}: no image can be decoded. {bad[0]}")
+        first = attempt(number)
     images = np.empty((len(sources), *first.shape), np.uint8)
 
     def fill(start: int) -> int:
         stop = min(start + _CHUNK, len(sources))
-        for i in range(start, stop):
-            array = decode(sources[i], image_size, name(i))
+        for i in range(max(start, number), stop):
+            array = attempt(i)
+            if array is None:
+                continue
             if array.shape != first.shape:
-                raise _sizes_differ(name(0), first, name(i), array)
+                raise _sizes_differ(name(number), first, name(i), array)
             images[i] = array
         return stop
 
@@ -105,7 +135,23 @@ def decode_all(
         _announce(pool.map(fill, starts), len(sources), what)
     finally:
         pool.shutdown(cancel_futures=True)
-    return images
+    good = np.setdiff1d(np.arange(len(sources)), list(bad))
+    if bad:
+        print(
+            f"{what}: {len(bad)} of {len(sources)} images left out (data.max_bad="
+            f"{max_bad}), such as {bad[min(bad)]}",
+            file=sys.stderr,
+        )
+    return images[good] if bad else images, good
+
+
+def _too_many(error: errors.DataError, what: str, max_bad: int) -> errors.DataError:
+    if not max_bad:
+        return error
+    return errors.DataError(
+        f"{error}\n{what}: more images than data.max_bad={max_bad} allows cannot be "
+        "decoded."
+    )
 
 
 def _announce(done: Iterator[int], total: int, what: str) -> None:

@@ -8,7 +8,12 @@ _ARRAYS = "npz:"
 
 
 def load(
-    source: str, *, image_size: int = 0, minival: float = 0.0, data_dir: str = ""
+    source: str,
+    *,
+    image_size: int = 0,
+    minival: float = 0.0,
+    data_dir: str = "",
+    max_bad: int = 0,
 ) -> dataset.Dataset:
     """Loads a data set into memory.
 
@@ -21,6 +26,7 @@ def load(
       minival: fraction of the training split, 0 <= minival < 1, held out as
         `Dataset.minival`; stratified, the same in every run.
       data_dir: where tfds keeps its data sets; "" is tfds's default.
+      max_bad: how many training images that cannot be decoded may be left out.
 
     Raises:
       DataError: the data is missing, unfit or broken; the message says why.
@@ -29,7 +35,7 @@ def load(
         raise errors.DataError(f"data.minival={minival:g} must be at least 0, below 1.")
     if image_size < 0:
         raise errors.DataError(f"data.image_size={image_size} must not be negative.")
-    classes, train, test = _read(source, image_size, data_dir)
+    classes, train, test = _read(source, image_size, data_dir, max_bad)
     held_out = None
     if minival:
         train, held_out = dataset.hold_out(train, minival)
@@ -37,7 +43,7 @@ def load(
 
 
 def _read(
-    source: str, image_size: int, data_dir: str
+    source: str, image_size: int, data_dir: str, max_bad: int
 ) -> tuple[tuple[str, ...], dataset.Split, dataset.Split]:
     # Each source brings imports that the others do without.
     if source == "digits":
@@ -47,7 +53,7 @@ def _read(
     if source.startswith(_FOLDER) and source != _FOLDER:
         from lakd_jax.data import folder
 
-        return folder.load(source.removeprefix(_FOLDER), image_size)
+        return folder.load(source.removeprefix(_FOLDER), image_size, max_bad)
     if source.startswith(_ARRAYS) and source != _ARRAYS:
         from lakd_jax.data import arrays
 
@@ -55,7 +61,7 @@ def _read(
     if source and source not in (_FOLDER, _ARRAYS):
         from lakd_jax.data import tfds_source
 
-        return tfds_source.load(source, image_size, data_dir)
+        return tfds_source.load(source, image_size, data_dir, max_bad)
     raise errors.DataError(
         f"data.source={source!r} names no data: give digits, folder:PATH, npz:PATH "
         "or a tfds name."

@@ -16,7 +16,7 @@ _READ_BATCH = 1024
 
 
 def load(
-    name: str, image_size: int, data_dir: str
+    name: str, image_size: int, data_dir: str, max_bad: int = 0
 ) -> tuple[tuple[str, ...], dataset.Split, dataset.Split]:
     """Reads a tfds set into (classes, train, test), preparing it if needed.
 
@@ -29,6 +29,7 @@ def load(
       name: a tfds name, "set", "set/config" or "set:version".
       image_size: height and width in pixels, 0 for the images' own.
       data_dir: tfds's data directory, "" for its default.
+      max_bad: how many undecodable training images may be left out.
 
     Raises:
       DataError: unknown name, not prepared and not preparable here, not an
@@ -36,7 +37,8 @@ def load(
     """
     builder = prepared(name, data_dir)
     names = classes(builder, name)
-    train = _read(builder, "train", image_size)
+    train = _read(builder, "train", image_size, max_bad)
+    # A result is about all test images or about none.
     test = _read(builder, test_split(builder, name), image_size)
     if train.images.shape[1:] != test.images.shape[1:]:
         raise errors.DataError(
@@ -74,6 +76,12 @@ def _open(name: str, data_dir: str) -> Any:
     import tensorflow_datasets as tfds
 
     try:
+        parsed, _ = tfds.core.naming.parse_builder_name_kwargs(name)
+        if parsed.namespace:  # whose builders are programs that tfds would fetch
+            raise ValueError(
+                f"sets of a community ({parsed.namespace}:) bring code of their own, "
+                "which is not run here; prepare it elsewhere and give data.data_dir"
+            )
         return tfds.builder(name, data_dir=data_dir or None)
     except tfds.core.registered.DatasetNotFoundError as error:
         known = [*tfds.list_builders(with_community_datasets=False), "digits"]
@@ -209,7 +217,7 @@ def tfrecords(path: pathlib.Path) -> Iterator[bytes]:
             yield record[:length]
 
 
-def _read(builder: Any, split: str, image_size: int) -> dataset.Split:
+def _read(builder: Any, split: str, image_size: int, max_bad: int = 0) -> dataset.Split:
     """Reads one split whole."""
     what = f"{builder.name} {split}"
     if split not in builder.info.splits:
@@ -224,10 +232,10 @@ def _read(builder: Any, split: str, image_size: int) -> dataset.Split:
             f"{what}: {len(labels)} examples in {builder.data_dir} where {expected} "
             "were prepared: the directory is incomplete. Delete it and start again."
         )
-    pixels = images.decode_all(
-        encoded, lambda i: f"{what}, example {i}", image_size, what
+    pixels, good = images.decode_all(
+        encoded, lambda i: f"{what}, example {i}", image_size, what, max_bad
     )
-    return dataset.new_split(pixels, np.asarray(labels))
+    return dataset.new_split(pixels, np.asarray(labels)[good], good)
 
 
 def _records(

@@ -107,8 +107,15 @@ def load_variables(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, A
             f"{path} was not written by lakd_jax; read PyTorch weights with "
             "load_torch_file and from_torch"
         )
-    variables = flax.traverse_util.unflatten_dict(arrays, sep="/")
-    return variables, json.loads(header["metadata"])
+    try:
+        card = json.loads(header["metadata"])
+        if not isinstance(card, dict):
+            raise ValueError(f"its metadata is a {type(card).__name__}")
+        return flax.traverse_util.unflatten_dict(arrays, sep="/"), card
+    except (KeyError, ValueError, TypeError) as error:
+        raise errors.TeacherError(
+            f"{path}: what it says of itself cannot be read ({error}); copy it again"
+        ) from error
 
 
 def is_variables_file(path: str | os.PathLike) -> bool:

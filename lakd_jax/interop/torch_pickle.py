@@ -20,7 +20,7 @@ def load(path: pathlib.Path) -> collections.abc.Mapping[str, Any]:
 
     Raises:
         errors.TeacherError: unreadable, made to run code, no dictionary, or torch is
-            not installed.
+            not installed or too old.
     """
     try:
         import torch  # optional, and slow: only where a file needs it
@@ -29,6 +29,13 @@ def load(path: pathlib.Path) -> collections.abc.Mapping[str, Any]:
             f"reading {path} needs torch, which is not installed: pip install torch, "
             "or convert the file to .safetensors where it is"
         ) from error
+    # Before 2.6 a file could run code all the same (CVE-2025-32434).
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        raise errors.TeacherError(
+            f"reading {path} safely needs torch 2.6 or newer, here is "
+            f"{torch.__version__}: pip install -U torch, or convert the file to "
+            ".safetensors elsewhere"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the error below says it, or nothing does

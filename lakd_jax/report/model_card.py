@@ -1,5 +1,6 @@
 """The page that goes with an exported student: what it is, how to feed and load it."""
 
+import html
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -81,7 +82,9 @@ def render(
     ]
     if "class_names" in result:
         names = json.dumps(result["class_names"], ensure_ascii=False)
-        parts += ["## Classes", f"In the order of the logits: {names}"]
+        # Of a folder's making, so not to be taken for marks of this page.
+        names = f"```json\n{names}\n```"
+        parts += ["## Classes", f"In the order of the logits:\n\n{names}"]
     for file in files:
         parts += [f"## {file}", _loading(card, settings, file)]
     parts += ["## Settings that differ from the defaults", _table(_changed(settings))]
@@ -101,7 +104,8 @@ def _facts(card: Facts, settings: Facts, environment: Facts) -> dict[str, str]:
     if result["teacher"]:
         score = _score(result["teacher_test"])
         facts["teacher"] = f"{result['teacher']}, {score}"
-    facts["data"] = f"{settings['data']['source']}, fingerprint {result['data']}"
+    source = html.escape(settings["data"]["source"])
+    facts["data"] = f"{source}, fingerprint {result['data']}"
     facts["epochs"], facts["seed"] = str(result["epochs"]), str(result["seed"])
     facts["compute type"] = settings["dtype"]
     versions = dict(environment.get("versions", {}))

@@ -50,18 +50,17 @@ def run(
     config, directory, notify = _begin(config), Path(directory), hosts.notifier(notify)
     with contextlib.ExitStack() as stack:
         guard = guard or stack.enter_context(hosts.guard())
-        settings = config_lib.to_dict(config)
-        stack.enter_context(_claimed(directory, settings))
+        stack.enter_context(_claimed(directory, config))
         wanted = _of_seeds(config, directory)
         for one in wanted if config.seeds else ():
-            own = config_lib.to_dict(one.config)
-            stack.enter_context(workdir.prepare(one.directory, own))
+            stack.enter_context(runs.prepare(one.directory, one.config))
         bench = runs.bench(config, guard, notify)
         notify(_describe_data(bench))
         methods = [*config.baselines, config.method]
         teacher = None
         if any(distill.facts(m).needs_teacher for m in methods):
             teacher = teachers.make(config, bench)
+            hosts.first(functools.partial(teachers.require_same, directory, teacher))
         results, by = {}, config.seeds_by
         for method in config.baselines:
             notify(_title(config, method))
@@ -117,12 +116,12 @@ def _begin(config: config_lib.ConfigDict) -> config_lib.ConfigDict:
 
 
 @contextlib.contextmanager
-def _claimed(directory: Path, settings: dict[str, Any]) -> Iterator[None]:
+def _claimed(directory: Path, config: config_lib.ConfigDict) -> Iterator[None]:
     """The run's directory, free for another config if it fails before training.
 
     A path that was mistyped may then be corrected and the command given again.
     """
-    with workdir.prepare(directory, settings, may_change=("seeds", "seeds_by")):
+    with runs.prepare(directory, config, may_change=("seeds", "seeds_by")):
         try:
             yield
         except BaseException:
@@ -131,7 +130,8 @@ def _claimed(directory: Path, settings: dict[str, Any]) -> Iterator[None]:
             left = any((f / name).exists() for f in folders for name in begun)
             if hosts.is_first() and not left:
                 for folder in folders:
-                    (folder / workdir.CONFIG).unlink(missing_ok=True)
+                    for name in (workdir.CONFIG, teachers.NOTE):
+                        (folder / name).unlink(missing_ok=True)
             raise
 
 
@@ -150,8 +150,7 @@ def _baselines(
     ]
     with contextlib.ExitStack() as stack:
         for one in own:
-            settings = config_lib.to_dict(one.config)
-            stack.enter_context(workdir.prepare(one.directory, settings))
+            stack.enter_context(runs.prepare(one.directory, one.config))
         return seeds.train(own, by, bench, teacher)
 
 

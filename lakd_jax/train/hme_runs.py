@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lakd_jax import config as config_lib
-from lakd_jax import hosts, workdir
+from lakd_jax import hosts
 from lakd_jax.train import hme_stages, networks, runs
 
 STAGE1 = "stage1"  # the directory of the first training, in the run's
@@ -36,7 +36,7 @@ def train(
     if not hosts.first((folder / networks.RESULT_FILE).exists):
         bench.notify(f"stage 1 of 2, weights and gates, in {folder}")
     stage = hme_stages.first(config)
-    with workdir.prepare(folder, config_lib.to_dict(config)):
+    with runs.prepare(folder, config):
         result = runs.train_one(stage.config, folder, bench, teacher, stage)
     kept, _ = networks.student(folder / networks.STUDENT_FILE, config.dtype)
     bench.notify(f"stage 2 of 2, the tree of step {result['kept_step']} anew")

@@ -167,16 +167,24 @@ def student(path: Path, dtype: str) -> tuple[Loaded, dict[str, Any]]:
             **card["options"],
         )
         # For its check of every key and shape; gates are none of PyTorch's.
-        interop.to_torch(name, folding.without_gates(variables))
+        weights = interop.to_torch(name, folding.without_gates(variables))
+        classes = interop.options_from_torch(name, weights)["num_classes"]
+        if classes != model.num_classes:
+            raise ValueError(f"it has {classes} classes, its card {model.num_classes}")
         if card.get("vam"):  # dynamic gates, which stay
             model = model.clone(vam=vam.Options(**card["vam"]))
-    except ValueError as error:
+        mean, std = (_channels(card[name]) for name in ("mean", "std"))
+    except (ValueError, TypeError, AttributeError) as error:  # a card made up or torn
         raise errors.TeacherError(f"is no student of a run: {error}") from error
     remark = _remark(flax.traverse_util.flatten_dict(variables, sep="/"))
-    mean, std = tuple(card["mean"]), tuple(card["std"])
     variables = jax.tree.map(lambda x: x.astype(np.float32), variables)
     size = card.get("image_size", 0)  # runs before it was recorded resized nothing
     return Loaded(model, variables, str(path), mean, std, size, remark), card
+
+
+def _channels(values: list[float]) -> tuple[float, ...]:
+    red, green, blue = map(float, values)
+    return red, green, blue
 
 
 def _own(name: str, path: Path, dtype: str) -> Loaded:

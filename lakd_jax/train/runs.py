@@ -60,6 +60,7 @@ class Teacher:
     pixels: learner_lib.Pixels
     score: evaluate.Score
     parameters: int  # before its batch norms were folded
+    digest: str = ""  # of its variables, before that, too
 
 
 def bench(
@@ -68,7 +69,9 @@ def bench(
     """Loads the data that `config` names."""
     d = config.data
     common = {"minival": d.minival, "data_dir": d.data_dir}
-    load = functools.partial(data.load, d.source, image_size=d.image_size, **common)
+    load = functools.partial(
+        data.load, d.source, image_size=d.image_size, max_bad=d.max_bad, **common
+    )
     if d.streaming:
         views = stream.Views(d.image_size, tuple(d.crop_scale), d.test_resize)
         load = functools.partial(
@@ -120,6 +123,19 @@ class Parts:
     data: state_lib.Resident | feeds.Run
 
 
+def prepare(
+    directory: Path, config: config_lib.ConfigDict, **options: Any
+) -> workdir.Workdir:
+    """Claims the directory of a run of `config`; see `workdir.prepare`.
+
+    A run that an earlier version began goes on: fields that it did not know have their
+    defaults.
+    """
+    defaults = config_lib.to_dict(config_lib.default())
+    settings = config_lib.to_dict(config)
+    return workdir.prepare(directory, settings, defaults=defaults, **options)
+
+
 def train_one(
     config: config_lib.ConfigDict,
     directory: Path,
@@ -129,7 +145,7 @@ def train_one(
 ) -> dict[str, Any]:
     """Trains `config`'s student in `directory`, or goes on, or returns its result.
 
-    `directory` has been prepared for this config (`workdir.prepare`). Leaves
+    `directory` has been prepared for this config (`prepare`). Leaves
     `metrics.jsonl`, `checkpoints/`, `student.safetensors` (the plain student, as
     of the last epoch) and `result.json` there. In stage 1 of an HME (see `hme_runs`)
     the student is that of the best epoch on minival, if there is a minival.

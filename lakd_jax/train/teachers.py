@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from lakd_jax import config as config_lib
-from lakd_jax import errors, hosts, workdir
+from lakd_jax import errors, hosts, manifest, workdir
 from lakd_jax.models import folding
 from lakd_jax.train import build, evaluate, networks, runs, view_runs
 from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
+
+NOTE = "teacher.json"  # in a run's directory: whose weights it learns from
 
 
 def make(config: config_lib.ConfigDict, bench: runs.Bench) -> runs.Teacher:
@@ -31,7 +33,7 @@ def make(config: config_lib.ConfigDict, bench: runs.Bench) -> runs.Teacher:
         cached = str(_cached(config, bench))
         config = config_lib.changed(config, {"teacher.init": cached})
         loaded = runs.load_network("teacher", config, bench)
-    pixels = _pixels(config, loaded)
+    pixels, digest = _pixels(config, loaded), manifest.digest(loaded.variables)
     loaded, parameters = _frozen(config, loaded, bench)
     score = runs.evaluator(config, loaded, pixels, bench)(loaded.variables, bench.test)
     bench.notify(
@@ -39,7 +41,27 @@ def make(config: config_lib.ConfigDict, bench: runs.Bench) -> runs.Teacher:
         f"{score.examples} test images right ({100 * score.accuracy:.2f} %)"
     )
     _check_floor(config, bench, loaded, pixels, score)
-    return runs.Teacher(loaded, pixels, score, parameters)
+    return runs.Teacher(loaded, pixels, score, parameters, digest)
+
+
+def require_same(directory: Path, teacher: runs.Teacher) -> None:
+    """Notes whose weights a run begins with, and holds it to them when it goes on.
+
+    Raises:
+      errors.TeacherError: they are others than at the start.
+    """
+    now = {"weights": teacher.digest, "source": teacher.network.source}
+    note = directory / NOTE
+    if not note.exists():
+        workdir.write_json(note, now)
+        return
+    then = workdir.read_json(note)
+    if then["weights"] != now["weights"]:
+        raise errors.TeacherError(
+            f"teacher.init: {now['source']} has other weights ({now['weights']}) than "
+            f"{directory} was begun with ({then['weights']}, from {then['source']}).\n"
+            "Give the old ones back, or use another --workdir."
+        )
 
 
 def _pixels(
@@ -96,7 +118,7 @@ def _train_teacher(config: config_lib.ConfigDict, bench: runs.Bench) -> None:
     if hosts.first((directory / networks.RESULT_FILE).exists):
         return
     bench.notify(f"{config.teacher.name}, the teacher, in {directory}")
-    with workdir.prepare(directory, config_lib.to_dict(own)):
+    with runs.prepare(directory, own):
         runs.train_one(own, directory, bench, None)
 
 

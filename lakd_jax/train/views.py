@@ -171,7 +171,7 @@ def settings(
     pixels, leaves = learner.teacher_pixels, manifest.named_leaves(wanted)
     return {
         "teacher": teacher,
-        "weights": _hash(variables),
+        "weights": manifest.digest(variables),
         "mean": list(pixels.mean),
         "std": list(pixels.std),
         "dtype": pixels.dtype.name,
@@ -218,14 +218,6 @@ def kept(
             _make(folder, asker, answers, missing, notify)
     _verify(folder, asker, answers, labels)
     return _placed(answers, asker.learner.mesh)
-
-
-def _hash(variables: PyTree) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for name, leaf in sorted(manifest.host_leaves(variables).items()):
-        digest.update(f"{name}{leaf.dtype}{leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(leaf).data)
-    return digest.hexdigest()
 
 
 def _placed(answers: teaching.Answers, mesh: jax.sharding.Mesh) -> teaching.Answers:

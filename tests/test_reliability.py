@@ -1,0 +1,287 @@
+"""The page docs/reliability.md is kept to, and promises that no other file tests."""
+
+import ast
+import pathlib
+import re
+import shutil
+import time
+
+import earlier
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from lakd_jax import (
+    checkpoint,
+    data,
+    errors,
+    interop,
+    interrupt,
+    manifest,
+    train,
+    version,
+    workdir,
+)
+from lakd_jax import config as config_lib
+from lakd_jax.data import order
+from lakd_jax.distill import binary, dkd, kd
+from lakd_jax.report import metrics
+from lakd_jax.train import networks, runs, teachers, track
+from lakd_jax.train import state as state_lib
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "reliability.md"
+# Rows that are open, and the words in which the page says so.
+OPEN = {33: "streaming input: see tests/test_stream.py::test_a_stall_is_told"}
+
+# ------------------------------------------------------------------------- the page
+
+
+def rows():
+    """{number: its cells} of the page's table."""
+    lines = re.findall(r"^\| (\d+) \|(.*)\|$", PAGE.read_text(), re.MULTILINE)
+    numbers = [int(number) for number, _ in lines]
+    assert numbers == list(range(1, 35))
+    return {int(n): [c.strip() for c in rest.split(" | ")] for n, rest in lines}
+
+
+def docstrings(path):
+    """{test: its docstring} of a file."""
+    found = ast.parse(path.read_text()).body
+    functions = [f for f in found if isinstance(f, ast.FunctionDef)]
+    tests = [f for f in functions if f.name.startswith("test_")]
+    return {f.name: ast.get_docstring(f) or "" for f in tests}
+
+
+def promised(text):
+    """The numbers that a docstring names: "Promise 3: ..." or "Promises 3, 4: ..."."""
+    found = re.search(r"Promises? ((?:\d+(?:, )?)+):", text)
+    return {int(n) for n in found[1].split(", ")} if found else set()
+
+
+@pytest.mark.parametrize("number", range(1, 35))
+def test_the_page_names_a_test_of_every_promise(number):
+    """A test that the page names is there, and says itself which promise it tests."""
+    promise, tests, figure = rows()[number]
+    assert promise and figure
+    if number in OPEN:
+        assert tests == OPEN[number]
+        return
+    named = re.findall(r"`(test_\w+)::(test_\w+)`", tests)
+    assert named or tests.startswith("not promised: ")
+    for file, function in named:
+        found = docstrings(ROOT / "tests" / f"{file}.py")
+        assert function in found, f"{file} has no {function}"
+        assert number in promised(found[function]), f"{function} does not name it"
+
+
+def test_every_test_that_names_a_promise_is_on_the_page():
+    table = rows()
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        for function, text in docstrings(path).items():
+            for number in promised(text):
+                assert f"`{path.stem}::{function}`" in table[number][1]
+
+
+def test_security_page_names_tests_that_are_there():
+    text = (ROOT / "docs" / "security.md").read_text()
+    named = re.findall(r"`(test_\w+)::(test_\w+)`", text)
+    assert len(named) > 10
+    for file, function in named:
+        assert function in docstrings(ROOT / "tests" / f"{file}.py"), function
+
+
+# ------------------------------------------------------------ checkpoints, resume
+
+
+def size_of(folder):
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+@pytest.fixture
+def on_tiny(monkeypatch):
+    """Runs whole commands on the tiny data and one device."""
+    monkeypatch.setattr(runs.data, "load", lambda *a, **k: tiny.dataset())
+    one = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    monkeypatch.setattr(state_lib, "data_mesh", lambda: one)
+    quiet = {"guard": interrupt.Guard(), "notify": lambda text: None}
+    return lambda config, directory: train.run(config, directory, **quiet)
+
+
+@pytest.mark.long
+def test_a_run_keeps_few_checkpoints_and_no_teacher(on_tiny, tmp_path):
+    """Promises 5, 16: two checkpoints, a note of the teacher, held to it."""
+    # The teacher is larger than all that a run of resnet8 may keep.
+    teacher = {"teacher__name": "resnet14", "teacher__floor": 0.01}
+    config = tiny.config(tmp_path, method="kd", epochs=3, checkpoint__keep=2, **teacher)
+    run = tmp_path / "run"
+    on_tiny(config, run)
+    assert len(checkpoint.list_steps(run / "checkpoints")) == 2
+    _, arrays, _ = checkpoint.read_arrays(run / "checkpoints", None)
+    assert not [name for name in arrays if "teacher" in name]
+    weights = "train/params/student/", "train/batch_stats/student/"
+    mine = sum(x.nbytes for name, x in arrays.items() if name.startswith(weights))
+    assert (run / networks.STUDENT_FILE).stat().st_size < mine + 16_384
+    # Parameters, momentum and the best ones, twice, the student and small files.
+    assert size_of(run) < (2 * 3 + 1) * mine + 300_000
+    on_tiny(config, run)  # the same command tells the result again
+    note = workdir.read_json(run / teachers.NOTE)
+    file = pathlib.Path(note["source"])
+    variables, card = interop.load_variables(file)
+    assert note["weights"] == manifest.digest(variables)
+    variables["params"]["head"]["dense"]["bias"][0] += 1e-3
+    interop.save_variables(file, variables, card)
+    with pytest.raises(errors.TeacherError, match="has other weights"):
+        on_tiny(config, run)
+
+
+def test_another_teacher_than_at_the_start_is_refused(tmp_path):
+    """Promise 16: its weights are known by their content."""
+
+    def teacher(name, digest):
+        loaded = networks.Loaded(None, None, name)
+        return runs.Teacher(loaded, None, None, 1, digest)
+
+    teachers.require_same(tmp_path, teacher("a", "1"))
+    teachers.require_same(tmp_path, teacher("moved", "1"))
+    with pytest.raises(errors.TeacherError) as caught:
+        teachers.require_same(tmp_path, teacher("b", "2"))
+    assert "b has other weights (2) than" in str(caught.value)
+    assert "was begun with (1, from a)" in str(caught.value)
+
+
+def test_there_is_a_run_of_this_release():
+    """Promise 7: whoever raises the version writes its run."""
+    assert (earlier.FOLDER / version.VERSION).is_dir(), "run python tests/earlier.py"
+
+
+@pytest.mark.parametrize("release", sorted(p.name for p in earlier.FOLDER.iterdir()))
+def test_a_run_of_an_earlier_release_goes_on(release, tmp_path):
+    """Promise 7: its checkpoint, its metrics and its config are taken over."""
+    run = pathlib.Path(shutil.copytree(earlier.FOLDER / release, tmp_path / "run"))
+    before = metrics.read(run)
+    (step,) = checkpoint.list_steps(run / "checkpoints")
+    assert step == earlier.STOPPED
+    # The zeros of its kernels' momentum would not be there in a new run.
+    result = earlier.train(earlier.config(), run, interrupt.Guard())
+    assert result["epochs"] == earlier.FIELDS["epochs"]
+    after = metrics.read(run)
+    assert after[: len(before)] == before and len(after) > len(before)
+    assert [r["step"] for r in after if r["kind"] == "train"] == [4, 8, 10, 12, 16, 20]
+    assert all(np.isfinite(r["loss"]) for r in after)
+    assert checkpoint.list_steps(run / "checkpoints")[0] >= step
+
+
+def test_a_field_that_did_not_exist_has_its_default(tmp_path):
+    """Promises 7, 8: an earlier version's run goes on, unless the field says more."""
+    config = config_lib.default()
+    old = config_lib.to_dict(config)
+    del old["data"]["max_bad"], old["afd"]
+    workdir.prepare(tmp_path, old).close()
+    other = config_lib.changed(config, {"data.max_bad": 3})
+    with pytest.raises(errors.WorkdirError, match="data.max_bad: 0 -> 3"):
+        runs.prepare(tmp_path, other)
+    with runs.prepare(tmp_path, config) as run:
+        assert run.resumed
+    written = workdir.read_json(tmp_path / workdir.CONFIG)
+    assert written == config_lib.to_dict(config)
+
+
+def test_what_a_checkpoint_keeps_beside_arrays_may_grow():
+    """Promise 7: numbers that an earlier version did not keep have a default."""
+    assert track.Ledger(**{}) == track.Ledger()
+
+
+# -------------------------------------------------------------------- order, numbers
+
+
+def test_any_step_is_asked_for_in_a_second():
+    """Promise 14: of a data set of CIFAR's size, without the steps before it."""
+    begin = time.perf_counter()
+    found = order.batch_indices(123, 10**6 + 1, 50_000, 64, False)
+    assert time.perf_counter() - begin < 1.0
+    assert len(set(found.tolist())) == 64
+
+
+def _dkd(student, teacher, alpha, beta):
+    labels = jnp.zeros(len(student), jnp.int32)
+    return dkd.dkd_loss(student, teacher, labels, alpha, beta, 1.0)
+
+
+def _standardised(student, teacher):
+    return kd.kd_loss(kd.standardised(student), kd.standardised(teacher), 2.0)
+
+
+DIVERGENCES = {
+    "kd, T = 1": lambda s, t: kd.kd_loss(s, t, 1.0),
+    "kd, T = 4": lambda s, t: kd.kd_loss(s, t, 4.0),
+    "kd, standardised": _standardised,
+    "dkd, of the label": lambda s, t: _dkd(s, t, 1.0, 0.0),
+    "dkd, of the others": lambda s, t: _dkd(s, t, 0.0, 1.0),
+    "binary": lambda s, t: binary.binary_kd(s, t, 4.0),
+}
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("near", [False, True])
+def test_divergences_of_bfloat16_logits_are_not_negative(name, near):
+    """Promise 24: on 1,000 pairs up to 50, far from each other or nearly equal."""
+    keys = jax.random.split(jax.random.key(0))
+    shape = (1000, 1, 100)
+    teacher = jax.random.uniform(keys[0], shape, minval=-50.0, maxval=50.0)
+    drawn = jax.random.uniform(keys[1], shape, minval=-50.0, maxval=50.0)
+    student = teacher + 1e-2 * drawn if near else drawn
+    pairs = student.astype(jnp.bfloat16), teacher.astype(jnp.bfloat16)
+    values = jax.jit(jax.vmap(DIVERGENCES[name]))(*pairs)
+    assert values.dtype == jnp.float32 and values.shape == (1000,)
+    assert jnp.all(jnp.isfinite(values)) and jnp.min(values) >= -1e-6
+    assert jnp.max(values) > 0
+
+
+# --------------------------------------------------------------------------- images
+
+
+@pytest.fixture
+def some_broken(tmp_path):
+    """Five images of each of two classes; training images 1 and 5 are broken."""
+    for role in ("train", "test"):
+        for k, name in enumerate(("a", "b")):
+            (tmp_path / role / name).mkdir(parents=True)
+            for i in range(5):
+                image = Image.new("RGB", (8, 8), (10 * k, i, 0))
+                image.save(tmp_path / role / name / f"{i}.png")
+    for name in ("a/1.png", "b/0.png"):
+        (tmp_path / "train" / name).write_bytes(b"\x89PNG, no more")
+    return tmp_path
+
+
+def test_undecodable_images_are_left_out_up_to_a_count(some_broken, capsys):
+    """Promise 31: they are counted, and the others keep their numbers."""
+    found = data.load(f"folder:{some_broken}", max_bad=2)
+    assert found.train.ids.tolist() == [0, 2, 3, 4, 6, 7, 8, 9]
+    assert found.train.labels.tolist() == [0] * 4 + [1] * 4
+    assert found.train.images[:, 0, 0, 1].tolist() == [0, 2, 3, 4, 1, 2, 3, 4]
+    assert len(found.test) == 10
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "2 of 10 images left out (data.max_bad=2)" in line and "a/1.png" in line
+    for fewer in (0, 1):
+        with pytest.raises(errors.DataError, match=r"\.png: not a readable image"):
+            data.load(f"folder:{some_broken}", max_bad=fewer)
+
+
+def test_the_test_split_is_whole_or_an_error(some_broken):
+    """Promise 31: a result that left some out would not be of that data set."""
+    (some_broken / "test" / "b" / "3.png").write_bytes(b"")
+    with pytest.raises(errors.DataError, match="3.png: not a readable image"):
+        data.load(f"folder:{some_broken}", max_bad=10)
+
+
+def test_no_image_at_all_is_an_error(some_broken):
+    """Promise 31: however many may be left out."""
+    for file in (some_broken / "train").rglob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(errors.DataError, match="no image can be decoded"):
+        data.load(f"folder:{some_broken}", max_bad=100)
