@@ -74,6 +74,7 @@ def test_seeds_in_one_program_are_those_apart(name, tmp_path):
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=LONG) for n in STATEFUL])
 def test_a_stop_loses_nothing_of_its_state(name, tmp_path, bench, teacher_dir):
+    """Promise 12: memories, centres, margins and temperatures go on."""
     config = tiny.config(tmp_path, **fields(name))
     whole = resume.train(
         config, tmp_path / "a", bench, resume.interrupt.Guard(), teacher_dir

@@ -170,7 +170,7 @@ def _joined(parts):
 
 
 def test_every_test_image_counts_exactly_once(photos):
-    """Promise 27, its half on streamed input: 21 images in batches of 16."""
+    """Promise 27: on streamed input, 21 images in batches of 16."""
     split = loaded(photos).test
     mesh = Mesh(np.array(jax.devices()), ("data",))
     seen = []
@@ -263,6 +263,7 @@ def one_device(monkeypatch):
 def test_a_stopped_run_ends_as_the_unbroken_one(
     method, engine, photos, tmp_path, one_device
 ):
+    """Promise 12: to the last bit, with every engine."""
     fields = {"method": method, "local__engine": engine, "epochs": 2}
     settings = config(photos, tmp_path, **fields)
     teachers = tmp_path / "teachers"
