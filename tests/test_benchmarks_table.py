@@ -385,6 +385,7 @@ def test_estimate_is_from_the_same_method_else_from_the_pair(tmp_path):
     )
 
 
+@pytest.mark.long
 def test_methods_of_a_seed_see_the_same_images_in_the_same_order(tmp_path, monkeypatch):
     """The rows of every batch, and the keys that crops and mirrors follow from."""
     one = Mesh(np.array(jax.devices()[:1]), ("data",))

@@ -43,7 +43,7 @@ def two_steps_of_ours(made, rows):
     return losses, interop.to_torch("resnet8", jax.device_get(variables))
 
 
-@pytest.mark.parametrize("method", ["kd", "lakd"])
+@pytest.mark.parametrize("method", ["kd", pytest.param("lakd", marks=pytest.mark.long)])
 def test_the_baseline_takes_our_steps(method, monkeypatch):
     made = setup(method)
     rows = made.rows(2, 7)

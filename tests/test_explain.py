@@ -253,6 +253,7 @@ def finished(tmp_path_factory):
         yield run
 
 
+@pytest.mark.long
 def test_the_report_of_a_run(finished):
     text = (finished / "report.html").read_text()
     self_contained(text)
@@ -270,6 +271,7 @@ def test_the_report_of_a_run(finished):
     assert "<th>lakd</th><th>none</th>" in text
 
 
+@pytest.mark.long
 def test_a_baseline_without_teacher_has_a_report_too(finished):
     path = explain.run(
         finished / "none", guard=interrupt.Guard(), notify=lambda text: None
@@ -280,6 +282,7 @@ def test_a_baseline_without_teacher_has_a_report_too(finished):
     assert "<td>-</td>" in text
 
 
+@pytest.mark.long
 def test_right_and_wrong_images_are_what_they_are_called(finished):
     s = subject.load(finished, interrupt.Guard(), lambda text: None)
     chosen = measure.right_and_wrong(s, 4)

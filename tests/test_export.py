@@ -134,7 +134,12 @@ print(network.platforms)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "size"), [("float32", 0), ("bfloat16", 0), ("float32", 12)]
+    ("dtype", "size"),
+    [
+        ("float32", 0),
+        pytest.param("bfloat16", 0, marks=pytest.mark.long),
+        pytest.param("float32", 12, marks=pytest.mark.long),
+    ],
 )
 def test_stablehlo_in_a_process_with_jax_alone(finished, tmp_path, dtype, size):
     write_run(finished, RESULT, dtype=dtype, student__image_size=size)

@@ -42,6 +42,7 @@ def made(tmp_path, **fields):
         teacher_pixels=build.pixels(config),
         image_shape=(8, 8, 3),
         steps_per_epoch=10,
+        examples=160,
         mesh=MESH,
     )
     data = state_lib.resident(tiny.split(160, 0), config.seed, MESH)
