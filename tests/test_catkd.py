@@ -7,7 +7,7 @@ import pytest
 import toys
 
 from lakd_jax import config_methods
-from lakd_jax.distill import catkd
+from lakd_jax.distill import catkd, relation
 
 # (normalise, binarise) -> value and norm of the student's gradient, computed with the
 # public code of CAT-KD on the maps below.
@@ -66,7 +66,7 @@ def test_the_mean_of_the_maps_is_the_logits():
         (signals.student_head, signals.student_joints, signals.student),
         (signals.teacher_head, signals.teacher_joints, signals.teacher),
     ):
-        maps = catkd.class_maps(head, joints[-1])
+        maps = relation.logit_map(head, joints[-1])
         assert maps.shape == (*joints[-1].shape[:3], toys.CLASSES)
         np.testing.assert_allclose(
             jnp.mean(maps, (1, 2)), outputs.logits, rtol=1e-4, atol=1e-6

@@ -2,12 +2,12 @@
 
 import io
 import pathlib
-import tarfile
 
 import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+import test_data_tfds as cifar
 import test_stream
 from jax.sharding import Mesh
 from PIL import Image
@@ -29,16 +29,6 @@ def jpeg(rng, mode="RGB", form="JPEG") -> bytes:
     return buffer.getvalue()
 
 
-def tar(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
-
-
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     """A tfds directory with archives like ILSVRC's: CMYK and PNG images among them."""
@@ -48,15 +38,15 @@ def data_dir(tmp_path_factory):
     parts = {}
     for name in CLASSES:
         own = {f"{name}_{i}.JPEG": jpeg(rng) for i in range(20)}
-        parts[f"{name}.tar"] = tar(own)
+        parts[f"{name}.tar"] = cifar.tar(own)
     odd = {
         "n01739381_1309.JPEG": jpeg(rng, "CMYK"),
         "n01739381_1.JPEG": jpeg(rng, form="PNG"),
     }
-    parts["n01739381.tar"] = tar(odd)
-    (manual / tfds_imagenet.ARCHIVES["train"]).write_bytes(tar(parts))
+    parts["n01739381.tar"] = cifar.tar(odd)
+    (manual / tfds_imagenet.ARCHIVES["train"]).write_bytes(cifar.tar(parts))
     images = {f"ILSVRC2012_val_{i:08d}.JPEG": jpeg(rng) for i in (3, 1, 2, 4, 5)}
-    (manual / tfds_imagenet.ARCHIVES["validation"]).write_bytes(tar(images))
+    (manual / tfds_imagenet.ARCHIVES["validation"]).write_bytes(cifar.tar(images))
     return root
 
 
@@ -96,7 +86,7 @@ def test_missing_archives_are_named(tmp_path):
 
 def test_names_in_archives_lead_nowhere(tmp_path):
     """Members are read where they lie: a path out of the folder is a name only."""
-    evil = tar({"../../evil.JPEG": b"x", "n01440764_1.JPEG": b"y"})
+    evil = cifar.tar({"../../evil.JPEG": b"x", "n01440764_1.JPEG": b"y"})
     path = tmp_path / "inner" / "x.tar"
     path.parent.mkdir()
     path.write_bytes(evil)

@@ -44,14 +44,18 @@ def cifar_records(role: str, coarse: bool) -> bytes:
     return np.concatenate([*columns, planes], axis=1).tobytes()
 
 
-def tar_gz(files: dict[str, bytes]) -> bytes:
+def tar(files: dict[str, bytes], mode: str = "w") -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:
         for name, content in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def tar_gz(files: dict[str, bytes]) -> bytes:
+    return tar(files, "w:gz")
 
 
 def cifar10_archive() -> bytes:

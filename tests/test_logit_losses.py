@@ -20,6 +20,7 @@ from lakd_jax.distill import (
     method,
     mlkd,
     nkd,
+    relation,
     sdd,
     wttm,
 )
@@ -338,7 +339,7 @@ def test_sdd_logits_of_positions_average_to_those_of_parts():
 
     corner = features[:, :2, 2:]
     for head in (linear, rectified):
-        parts = sdd.cells(sdd.logit_map(head, features), (1, 2))
+        parts = sdd.cells(relation.logit_map(head, features), (1, 2))
         np.testing.assert_allclose(parts[:, 0], head(features), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(parts[:, 2], head(corner), rtol=1e-4, atol=1e-5)
 

@@ -1,20 +1,16 @@
 """The distillation-oriented trainer against loops by hand, and what it refuses."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
-from jax.sharding import Mesh
+import test_train_step as steps
 
 from lakd_jax import config as config_lib
 from lakd_jax import validate
 from lakd_jax.distill import method
-from lakd_jax.train import build, dot, networks, optim, step
-from lakd_jax.train import state as state_lib
+from lakd_jax.train import dot, optim, step
 
 RNG = np.random.default_rng(0)
 # Of three steps: what both losses reach, the labels alone, the others alone.
@@ -101,29 +97,6 @@ def test_labels_terms_are_told_from_others():
     assert [float(x) for x in dot.losses([first, last])] == [6.5, 32.0]
 
 
-def made(tmp_path, **fields):
-    """(learner, first state, teacher variables, data) on one device."""
-    config = config_lib.resolve(tiny.config(tmp_path, **fields))
-    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    student = networks.load(
-        "student", "resnet8", "", shortcut="projection", dtype="float32", num_classes=3
-    )
-    variables = state_lib.replicate(tiny.variables(student.model), mesh)
-    teacher = dataclasses.replace(student, variables=variables)
-    learner, first = build.learner(
-        config,
-        student,
-        teacher,
-        teacher_pixels=build.pixels(config),
-        image_shape=(8, 8, 3),
-        steps_per_epoch=10,
-        examples=160,
-        mesh=mesh,
-    )
-    data = state_lib.resident(tiny.split(160, 0), config.seed, mesh)
-    return learner, first(), teacher.variables, data
-
-
 def two_steps(learner, state, teacher, data):
     """The state and the metrics after each of them."""
     rows = np.arange(32, dtype=np.int32).reshape(2, 16)
@@ -139,9 +112,9 @@ def two_steps(learner, state, teacher, data):
 
 def test_steps_take_the_two_gradients(tmp_path):
     """The first is as without, since there are no momenta yet, and the second not."""
-    (plain, told), (later, _) = two_steps(*made(tmp_path, method="kd"))
+    (plain, told), (later, _) = two_steps(*steps.make(tmp_path, 1, method="kd"))
     fields = {"method": "kd", "optim__dot_delta": 0.09}
-    (ours, same), (moved, _) = two_steps(*made(tmp_path, **fields))
+    (ours, same), (moved, _) = two_steps(*steps.make(tmp_path, 1, **fields))
     assert told.keys() == same.keys()
     for name, value in told.items():
         np.testing.assert_allclose(same[name], value, rtol=1e-4, err_msg=name)

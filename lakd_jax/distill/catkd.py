@@ -4,7 +4,7 @@ Source: Guo et al., "Class Attention Transfer Based Knowledge Distillation" (arX
 2304.12777); binarisation, pooling and reduction of the public code.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -50,23 +50,6 @@ def _by_class(cams: jax.Array, side: int) -> jax.Array:
     return jnp.moveaxis(pooled.reshape(len(cams), side * side, -1), 1, 2)
 
 
-def class_maps(
-    head: Callable[[jax.Array], jax.Array], activation: jax.Array
-) -> jax.Array:
-    """What `head` makes of each position by itself.
-
-    Args:
-      head: `(N, 1, 1, C) -> (N, classes)`.
-      activation: (B, H, W, C), the end of the last stage.
-
-    Returns:
-      (B, H, W, classes).
-    """
-    shape = activation.shape
-    logits = head(activation.reshape(-1, 1, 1, shape[-1]))
-    return logits.reshape(*shape[:-1], -1)
-
-
 class CATKD(term.Term):
     """ce_weight CE + weight * `cam_loss` of the last stage.
 
@@ -87,8 +70,8 @@ class CATKD(term.Term):
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
         """The term `cam`."""
-        student = class_maps(signals.student_head, signals.student_joints[-1])
-        teacher = class_maps(signals.teacher_head, signals.teacher_joints[-1])
+        student = relation.logit_map(signals.student_head, signals.student_joints[-1])
+        teacher = relation.logit_map(signals.teacher_head, signals.teacher_joints[-1])
         cam = cam_loss(
             student,
             teacher,

@@ -56,7 +56,7 @@ def guided_kd_loss(
     """
     student, teacher = relation.frozen(student_logits, teacher_logits)
     log_s, log_t = (jax.nn.log_softmax(x / temperature) for x in (student, teacher))
-    divergence = jnp.sum(jnp.exp(log_t) * (log_t - log_s), -1)
+    divergence = relation.divergence(log_t, log_s)
     right = jnp.argmax(teacher, -1) == labels
     count = jnp.maximum(jnp.sum(right), 1)
     return temperature**2 * jnp.sum(jnp.where(right, divergence, 0.0)) / count

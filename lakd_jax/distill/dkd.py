@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lakd_jax.distill import method, term
+from lakd_jax.distill import method, relation, term
 
 
 def dkd_loss(
@@ -38,11 +38,13 @@ def dkd_loss(
       Scalar float32, never negative but for rounding.
     """
     target = jax.nn.one_hot(labels, student_logits.shape[-1], dtype=bool)
-    student = student_logits.astype(jnp.float32) / temperature
-    teacher = jax.lax.stop_gradient(teacher_logits).astype(jnp.float32) / temperature
-    tckd = _divergence(_target_or_not(student, target), _target_or_not(teacher, target))
-    nckd = _divergence(others(student, target), others(teacher, target))
-    return temperature**2 * (alpha * tckd + beta * nckd)
+    both = relation.frozen(student_logits, teacher_logits)
+    student, teacher = (logits / temperature for logits in both)
+    tckd = relation.divergence(
+        _target_or_not(teacher, target), _target_or_not(student, target)
+    )
+    nckd = relation.divergence(others(teacher, target), others(student, target))
+    return temperature**2 * jnp.mean(alpha * tckd + beta * nckd)
 
 
 def _target_or_not(logits: jax.Array, target: jax.Array) -> jax.Array:
@@ -66,11 +68,6 @@ def others(logits: jax.Array, target: jax.Array) -> jax.Array:
         jnp.where(target, -jnp.inf, logits), -1, keepdims=True
     )
     return jnp.where(target, 0.0, log_p)
-
-
-def _divergence(log_student: jax.Array, log_teacher: jax.Array) -> jax.Array:
-    terms = jnp.exp(log_teacher) * (log_teacher - log_student)
-    return jnp.mean(jnp.sum(terms, -1))
 
 
 class DKD(term.LogitTerm):

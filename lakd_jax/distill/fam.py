@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lakd_jax.distill import adapter, method, ndam, relation, term
+from lakd_jax.distill import adapter, method, ndam, relation, review, term
+from lakd_jax.models import layers
 
 _WINDOW = 3  # of the attention, in positions
-_HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-_TORCH_CONV = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def feature_loss(
@@ -97,7 +96,7 @@ class Filter(nn.Module):
         local = nn.Conv(
             self.features,
             (1, 1),
-            kernel_init=_TORCH_CONV,
+            kernel_init=layers.uniform_fan_in,
             bias_init=lambda *args: bound(*args) - 1 / channels**0.5,
             name="local",
         )
@@ -127,7 +126,11 @@ class Fusion(nn.Module):
 
     def _project(self, channels: int, name: str) -> nn.Conv:
         return nn.Conv(
-            channels, (1, 1), use_bias=False, kernel_init=_HE_FAN_OUT, name=name
+            channels,
+            (1, 1),
+            use_bias=False,
+            kernel_init=layers.he_normal_fan_out,
+            name=name,
         )
 
     def _places(self, channels: int) -> jax.Array:
@@ -225,18 +228,13 @@ class FAM(term.Term):
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
         """The term `fam`, one a module."""
-        ours = (*signals.student_joints, _one(signals.student.pooled))
-        theirs = (*signals.teacher_joints, _one(signals.teacher.pooled))
-        names = [f"module{k}" for k in range(1, len(ours))] + ["head"]
-        deeper, values = None, []
-        for name, x, target in reversed(list(zip(names, ours, theirs, strict=True))):
-            level = Level(target.shape[-1], self.cutoff, name=name)
-            filtered, deeper = level(x, deeper, target.shape[1:3], train=train)
-            values.insert(0, feature_loss([filtered], [target]))
-        *before, last, pooled = values
-        return [{"fam": value} for value in (*before, last + pooled)]
+        ours = (*signals.student_joints, review.as_map(signals.student.pooled))
+        theirs = (*signals.teacher_joints, review.as_map(signals.teacher.pooled))
 
+        def level(name: str, features: int) -> Level:
+            return Level(features, self.cutoff, name=name)
 
-def _one(pooled: jax.Array) -> jax.Array:
-    """(B, C) as a map of one position."""
-    return pooled[:, None, None]
+        filtered = review.from_the_last(level, ours, theirs, train=train)
+        pairs = zip(filtered, theirs, strict=True)
+        values = [feature_loss([x], [z]) for x, z in pairs]
+        return [{"fam": value} for value in review.by_module(values)]

@@ -22,6 +22,7 @@ from lakd_jax.distill import (
     tap_attention,
     term,
 )
+from lakd_jax.models import layers
 
 
 def factor_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
@@ -46,12 +47,11 @@ def _factor(features: jax.Array) -> jax.Array:
     return relation.unit(relation.flat(tap_attention.activation_map(features)))
 
 
-# PyTorch's default. With larger weights the paraphraser's training may not hold.
-_KERNEL = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
 class _Coder(nn.Module):
-    """3x3 convolutions with bias, each with a leaky ReLU (0.1) behind it; float32."""
+    """3x3 convolutions with bias, each with a leaky ReLU (0.1) behind it; float32.
+
+    With larger initial weights than these the paraphraser's training may not hold.
+    """
 
     widths: tuple[int, ...]
     norm: bool
@@ -59,7 +59,9 @@ class _Coder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         for i, width in enumerate(self.widths, 1):
-            x = nn.Conv(width, (3, 3), kernel_init=_KERNEL, name=f"conv{i}")(x)
+            x = nn.Conv(
+                width, (3, 3), kernel_init=layers.uniform_fan_in, name=f"conv{i}"
+            )(x)
             if self.norm:
                 x = nn.BatchNorm(
                     use_running_average=not train,

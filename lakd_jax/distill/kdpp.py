@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lakd_jax.distill import kd, method, relation, term
+from lakd_jax.models import layers
 
 _EPS = 1e-12  # the shortest vector that has a direction
-_TORCH_LINEAR = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def nd_loss(
@@ -102,7 +102,9 @@ class Embedding(nn.Module):
         )(x)
         if train:
             x = nn.Dropout(self.dropout, deterministic=False)(x, rng=key)
-        return nn.Dense(self.features, kernel_init=_TORCH_LINEAR, name="dense")(x)
+        return nn.Dense(self.features, kernel_init=layers.uniform_fan_in, name="dense")(
+            x
+        )
 
 
 class _Head(nn.Module):

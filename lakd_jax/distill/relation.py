@@ -1,4 +1,6 @@
-"""What several of the losses on features have in common: float32, |x|, norms."""
+"""What several of the losses have in common: float32, |x|, norms, divergence."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,26 @@ def unit(x: jax.Array) -> jax.Array:
     # The inner where keeps the gradient of zeros finite.
     scale = jax.lax.rsqrt(jnp.where(alive, squares, 1.0))
     return x * jnp.where(alive, scale, 0.0)
+
+
+def divergence(log_teacher: jax.Array, log_student: jax.Array) -> jax.Array:
+    """KL(teacher || student) of log-probabilities (..., N), (...,)."""
+    return jnp.sum(jnp.exp(log_teacher) * (log_teacher - log_student), -1)
+
+
+def logit_map(head: Callable[[jax.Array], jax.Array], features: jax.Array) -> jax.Array:
+    """The logits of each position alone; where a head is linear, their mean is its own.
+
+    Args:
+      head: activations (N, 1, 1, C) -> logits (N, classes).
+      features: (B, H, W, C).
+
+    Returns:
+      (B, H, W, classes) float32.
+    """
+    positions = features.reshape(-1, 1, 1, features.shape[-1])
+    logits = head(positions).astype(jnp.float32)
+    return logits.reshape(*features.shape[:3], -1)
 
 
 def flat(x: jax.Array) -> jax.Array:

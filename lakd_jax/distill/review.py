@@ -5,7 +5,7 @@ section 3.4; levels, weights and widths of the public code.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -122,18 +122,48 @@ class Review(term.Term):
         """The term `review`, one a module."""
         joints = signals.student_joints
         stages = signals.student_preacts if self.student_preact else joints
-        ours = [*stages, _as_map(signals.student.pooled)]
-        theirs = [*signals.teacher_preacts, _as_map(signals.teacher.pooled)]
-        names = [f"module{k}" for k in range(1, len(ours))] + ["head"]
-        middle, later, values = min(_WIDEST, ours[-1].shape[-1]), None, []
-        for name, mine, target in reversed(list(zip(names, ours, theirs, strict=True))):
-            fuse = Fusion(middle, target.shape[-1], name=name)
-            fused, later = fuse(mine, later, target.shape[1:3], train=train)
-            values.insert(0, hcl_loss([fused], [target]))
-        *stages, last, pooled = values
-        return [{"review": value} for value in (*stages, last + pooled)]
+        ours = (*stages, as_map(signals.student.pooled))
+        theirs = (*signals.teacher_preacts, as_map(signals.teacher.pooled))
+        middle = min(_WIDEST, ours[-1].shape[-1])
+
+        def fusion(name: str, features: int) -> Fusion:
+            return Fusion(middle, features, name=name)
+
+        fused = from_the_last(fusion, ours, theirs, train=train)
+        values = [hcl_loss([x], [z]) for x, z in zip(fused, theirs, strict=True)]
+        return [{"review": value} for value in by_module(values)]
 
 
-def _as_map(pooled: jax.Array) -> jax.Array:
+def from_the_last(
+    fusion: Callable[[str, int], Callable[..., tuple[jax.Array, jax.Array]]],
+    ours: Sequence[jax.Array],
+    theirs: Sequence[jax.Array],
+    *,
+    train: bool,
+) -> list[jax.Array]:
+    """The student's maps, each fused with what the one behind it hands on.
+
+    Args:
+      fusion: (name, channels of the teacher's map) -> what is called as `Fusion` is.
+      ours: (B, H, W, C) of every stage, then of the pooled features, see `as_map`.
+      theirs: as many of the teacher, whose sizes and widths the result has.
+      train: whether to normalise by the statistics of this batch.
+    """
+    names = [*(f"module{k}" for k in range(1, len(ours))), "head"]
+    later, fused = None, []
+    for name, mine, target in reversed(list(zip(names, ours, theirs, strict=True))):
+        fuse = fusion(name, target.shape[-1])
+        x, later = fuse(mine, later, target.shape[1:3], train=train)
+        fused.insert(0, x)
+    return fused
+
+
+def by_module(values: Sequence[jax.Array]) -> list[jax.Array]:
+    """One a stage and one of the pooled features -> one a module."""
+    *stages, last, pooled = values
+    return [*stages, last + pooled]
+
+
+def as_map(pooled: jax.Array) -> jax.Array:
     """(B, C) as (B, 1, 1, C)."""
     return pooled[:, None, None]

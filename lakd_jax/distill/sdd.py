@@ -20,24 +20,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lakd_jax.distill import dkd, kd, method, ndam, nkd, term
+from lakd_jax.distill import dkd, kd, method, ndam, nkd, relation, term
 
 BASES = ("kd", "dkd", "nkd")
-
-
-def logit_map(head: Callable[[jax.Array], jax.Array], features: jax.Array) -> jax.Array:
-    """The logits of each position alone.
-
-    Args:
-      head: activations (N, 1, 1, C) -> logits (N, classes).
-      features: (B, H, W, C).
-
-    Returns:
-      (B, H, W, classes) float32.
-    """
-    positions = features.reshape(-1, 1, 1, features.shape[-1])
-    logits = head(positions).astype(jnp.float32)
-    return logits.reshape(*features.shape[:3], -1)
 
 
 def cells(logits: jax.Array, scales: Sequence[int]) -> jax.Array:
@@ -115,8 +100,8 @@ class SDD(term.LogitTerm):
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
         """The term `sdd`."""
-        ours = logit_map(signals.student_head, signals.student_joints[-1])
-        theirs = logit_map(signals.teacher_head, signals.teacher_joints[-1])
+        ours = relation.logit_map(signals.student_head, signals.student_joints[-1])
+        theirs = relation.logit_map(signals.teacher_head, signals.teacher_joints[-1])
         ours, theirs = cells(ours, self.scales), cells(theirs, self.scales)
         if self.standardise:
             ours, theirs = kd.standardised(ours), kd.standardised(theirs)

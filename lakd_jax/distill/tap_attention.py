@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from lakd_jax import choices
 from lakd_jax.distill import ndam, relation
+from lakd_jax.models import layers
 
 Taps = Sequence[jax.Array]
 Groups = tuple[tuple[int, ...], ...]
@@ -23,7 +24,6 @@ Groups = tuple[tuple[int, ...], ...]
 REDUCTIONS = ("sum", "mean")
 
 # Uniform on +-1/sqrt(fan_in), torch's default for linear layers.
-_dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def descriptors(taps: Taps) -> tuple[jax.Array, ...]:
@@ -192,7 +192,7 @@ class Similarity(nn.Module):
         return joined.reshape(-1, len(parts), self.dim)
 
     def _dense(self, name: str, features: int) -> nn.Dense:
-        return nn.Dense(features, kernel_init=_dense_init, name=name)
+        return nn.Dense(features, kernel_init=layers.uniform_fan_in, name=name)
 
     def _norm(self, name: str, train: bool) -> nn.BatchNorm:
         return nn.BatchNorm(

@@ -60,8 +60,7 @@ def _match(
     powers = exponent * jax.nn.log_softmax(teacher)
     log_sum = jax.nn.logsumexp(powers, -1, keepdims=True)
     log_q = powers - log_sum
-    divergence = jnp.sum(jnp.exp(log_q) * (log_q - log_p), -1)
-    return divergence, jnp.exp(log_sum[:, 0])
+    return relation.divergence(log_q, log_p), jnp.exp(log_sum[:, 0])
 
 
 class TTM(term.LogitTerm):
