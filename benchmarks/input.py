@@ -43,7 +43,7 @@ def ours(workers: int) -> Way:
         split = stream.Streamed(files, np.arange(len(paths)), views, workers)
         steps = len(paths) // BATCH
         batches = stream.Training(split, 0, BATCH, True, steps, stream.Share(0, 1, 1))
-        yield from map(len, stream.read(batches, 0, workers))
+        yield from (part.total for part in stream.read(batches, 0, workers))
 
     return way
 

@@ -121,8 +121,8 @@ def test_the_centre_is_cut_as_torchvision_cuts_it(tmp_path):
 def test_a_batch_is_the_same_wherever_reading_starts(photos):
     """Promise 14: step k without the steps before it."""
     batches = training(loaded(photos).train)
-    some = list(itertools.islice(stream.read(batches, 0, 0), 12))
-    alike(next(stream.read(batches, 11, 0)), some[11])
+    some = [part.split for part in itertools.islice(stream.read(batches, 0, 0), 12)]
+    alike(next(stream.read(batches, 11, 0)).split, some[11])
     assert len({b.images.tobytes() for b in some}) == len(some)
     seen = np.sort(np.concatenate([b.ids for b in some[:6]]))  # 81 images, 6 batches
     np.testing.assert_array_equal(seen, loaded(photos).train.chosen)
@@ -133,7 +133,7 @@ def test_processes_decode_what_threads_decode(photos):
     batches = training(loaded(photos).train)
     one, two = (stream.read(batches, 4, workers) for workers in (0, 2))
     for _ in range(5):
-        alike(next(one), next(two))
+        alike(next(one).split, next(two).split)
 
 
 @LONG
@@ -158,10 +158,23 @@ def test_processes_share_a_batch_and_lose_nothing(photos):
     whole = training(split)
     parts = [training(split, stream.Share(i, 2, 4)) for i in (0, 1)]
     for step in (0, 5):  # the last of an epoch has 1 example, which all decode
-        found = [part[step] for part in parts]
-        joined = found if len(whole[step]) % 4 else [_joined(found)]
+        shares = [part[step] for part in parts]
+        assert {share.total for share in shares} == {whole[step].total}
+        found = [share.split for share in shares]
+        joined = found if whole[step].total % 4 else [_joined(found)]
         for one in joined:
-            alike(one, whole[step])
+            alike(one, whole[step].split)
+
+
+def test_a_batch_that_devices_cannot_share_is_whole_everywhere(photos):
+    """Six images for two processes of two devices each: all six for both."""
+    share = stream.Share(1, 2, 4)
+    part = stream.Training(loaded(photos).train, 3, 6, False, 9, share)[0]
+    assert len(part.split) == part.total == 6
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    keys = state_lib.replicate(state_lib.keys(0), mesh)
+    whole = feeds.Stream(loaded(photos).train, mesh).put(part, keys)
+    assert whole.images.shape[0] == 6 and whole.images.is_fully_replicated
 
 
 def _joined(parts):
@@ -312,7 +325,7 @@ def test_eight_devices_are_fed_like_one(photos):
         feed.begin(4)
         for step in (4, 5):  # step 5 has one image, which no devices can share
             rows = np.zeros((1, 16 if step == 4 else 1), np.int32)
-            alike(feed.next(rows), training(split)[step])
+            alike(feed.next(rows), training(split)[step].split)
         feed.close()
 
 

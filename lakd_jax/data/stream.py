@@ -117,6 +117,19 @@ class Share:
         return rows[self.index * part : (self.index + 1) * part]
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """This process's share of a batch.
+
+    Attributes:
+      split: its examples.
+      total: how many the whole batch has.
+    """
+
+    split: dataset.Split
+    total: int
+
+
 class Batches(Protocol):
     """Batches by number; travels to the processes that decode them."""
 
@@ -143,15 +156,14 @@ class Training:
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, number: int) -> dataset.Split:
-        """This process's part of the batch of a step."""
+    def __getitem__(self, number: int) -> Part:
+        """Of the batch of a step."""
         count = len(self.split)
         sizes = (count, self.batch_size, self.drop_last)
         rows = order.batch_indices(self.seed, number, *sizes)
         epoch = number // order.steps_per_epoch(*sizes)
-        return _split(
-            [_train(self.split, int(r), self.seed, epoch) for r in self.share(rows)]
-        )
+        own = [_train(self.split, int(r), self.seed, epoch) for r in self.share(rows)]
+        return Part(_split(own), len(rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,11 +177,11 @@ class Testing:
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)
 
-    def __getitem__(self, number: int) -> dataset.Split:
-        """This process's part of a batch."""
+    def __getitem__(self, number: int) -> Part:
+        """Of a batch."""
         rows = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
         rows = np.where(rows < len(self.split), rows, 0)
-        return self.split.take(self.share(rows))
+        return Part(self.split.take(self.share(rows)), len(rows))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,20 +29,21 @@ class Stream:
     split: stream.Streamed
     mesh: Mesh
 
-    def put(self, batch: Any, keys: dict[str, jax.Array]) -> state_lib.Resident:
-        """This process's part of a batch as the whole one, spread over all devices."""
-        share = self.share()
-        local = len(batch)
-        count = local if local % len(self.mesh.local_devices) else local * share.count
-        spread = count % self.mesh.size == 0
+    def put(self, part: stream.Part, keys: dict[str, jax.Array]) -> state_lib.Resident:
+        """The batch that this process has a part of, spread over all devices.
+
+        One that they cannot share equally is whole in each part, and on each device.
+        """
+        spread = part.total % self.mesh.size == 0
         spec = PartitionSpec("data") if spread else PartitionSpec()
         sharding = NamedSharding(self.mesh, spec)
 
         def array(x: np.ndarray) -> jax.Array:
-            shape = (count, *x.shape[1:])
+            shape = (part.total, *x.shape[1:])
             return jax.make_array_from_process_local_data(sharding, x, shape)
 
-        fields = (array(x) for x in (batch.images, batch.labels, batch.ids))
+        own = part.split
+        fields = (array(x) for x in (own.images, own.labels, own.ids))
         return state_lib.Resident(*fields, **keys, whole=True)
 
     def share(self) -> stream.Share:
