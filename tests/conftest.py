@@ -5,10 +5,15 @@ import pathlib
 import shutil
 
 # Compilation takes most of the time of these tests, and their networks are tiny: so
-# programs are compiled with little optimisation and kept between tests and runs. The
-# programs that tests start inherit all of this.
+# programs are compiled with little optimisation (the emitters of fused loops alone
+# take half of the time) and kept between tests and runs. The programs that tests
+# start inherit all of this.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0"
+    " --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1"
+)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
     pathlib.Path(__file__).parents[1] / ".pytest_cache" / "xla"
 )
@@ -22,6 +27,13 @@ from lakd_jax import checkpoint, cli, interrupt  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_programs():
+    """Without it a worker keeps every program of every module: several GiB."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
