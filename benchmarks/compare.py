@@ -3,6 +3,8 @@
     python -m benchmarks.compare digits
     python -m benchmarks.compare resnet8 --images=DIR --weights=DIR
     python -m benchmarks.compare experts --images=DIR --weights=DIR
+    python -m benchmarks.compare converged converged_more converged_resnet20 \\
+        converged_cifar100 --images=DIR --images100=DIR --weights=DIR
 
 Each arm is a command line of main.py, printed before it runs. A run that ends is
 added to benchmarks/results/PLAN.json with that command, the versions and the device;
@@ -15,9 +17,11 @@ SUBSET in a recorded command is the folder of links that `subset` makes of the i
 """
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +201,57 @@ def experts_undecayed() -> Plan:
     return dataclasses.replace(plan, arms=arms)
 
 
+def converged() -> Plan:
+    """CIFAR-10, resnet8 from a published resnet20 as long as the literature trains."""
+    arms = {"KD": ("kd", []), "LAKD cut": ("lakd", [])}
+    arms |= {"alone": ("none", []), "DKD": ("dkd", [])}
+    return _resnet8_at_length(arms)
+
+
+def converged_more() -> Plan:
+    """More arms of `converged`."""
+    heavy = [f"lakd.{x}_weight=10" for x in _WEIGHED]
+    arms = {
+        "LAKD cut, weights 10": ("lakd", heavy),
+        "LAKD uncut": ("lakd", ["local.cut_scale=1"]),
+        "AT+KD": ("at+kd", []),
+        "ReviewKD": ("review", []),
+    }
+    return _resnet8_at_length(arms)
+
+
+def _resnet8_at_length(arms: dict[str, tuple[str, list[str]]]) -> Plan:
+    common = [*cifar("resnet20-12fca82f.th"), "epochs=100"]
+    plan = {n: (f"resnet20,resnet8,{m}", common + o) for n, (m, o) in arms.items()}
+    return Plan("configs/cifar10_lakd.py", plan, range(3))
+
+
+def converged_resnet20() -> Plan:
+    """CIFAR-10, resnet20 from a published resnet56, 60 epochs."""
+    common = [*cifar("resnet56-4bfd9763.th"), "epochs=60"]
+    methods = {"KD": "kd", "LAKD cut": "lakd", "DKD": "dkd"}
+    arms = {n: (f"resnet56,resnet20,{m}", common) for n, m in methods.items()}
+    return Plan("configs/cifar10_lakd.py", arms, range(2))
+
+
+def converged_cifar100() -> Plan:
+    """CIFAR-100, resnet20 from a published resnet32, which has seen all its images."""
+    common = [
+        "data.source=folder:IMAGES_OF_100",
+        "teacher.init=WEIGHTS/cifar100_resnet32.safetensors",
+        "teacher.mean=(.5071,.4867,.4408)",
+        "teacher.std=(.2675,.2565,.2761)",
+        *SHORT,
+        "epochs=100",
+    ]
+    methods = {"KD": "kd", "LAKD cut": "lakd", "DKD": "dkd"}
+    arms = {n: (f"resnet32,resnet20,{m}", common) for n, m in methods.items()}
+    return Plan("configs/cifar100_lakd.py", arms, range(2))
+
+
 _PLANS = (digits, digits_weights, resnet8, resnet20, sweep, rates, attention)
 _PLANS += (vam, experts, experts_undecayed)
+_PLANS += (converged, converged_more, converged_resnet20, converged_cifar100)
 PLANS = {plan.__name__: plan for plan in _PLANS}
 
 
@@ -239,29 +292,66 @@ def run(
       places: what IMAGES and WEIGHTS stand for on this machine.
       out: where the runs' directories go.
       record: JSON file of the finished runs, kept up to date.
+
+    Returns:
+      The table; before the last run has ended, of those that have.
     """
-    kept = workdir.read_json(record) if record.exists() else {}
     keys = {
         f"{name}, seed {seed}": (name, seed)
         for seed in plan.seeds
         for name in plan.arms
     }
-    if plan.per_class and keys.keys() - kept.keys():
+    if plan.per_class and keys.keys() - _recorded(record).keys():
         folder = out / f"subset-{plan.per_class}"
         links = subset(Path(places["IMAGES"]), plan.per_class, folder)
         places = places | {"SUBSET": str(links)}
     for key, (name, seed) in keys.items():
-        if key in kept:
+        if key in _recorded(record):
             continue
         arg, overrides = plan.arms[name]
         fields = [*overrides, f"seed={seed}", "baselines=()"]
         command = [f"--config={plan.config}:{arg}"]
         command += [f"--config.{field}" for field in fields]
         directory = out / f"{name.replace(' ', '_')}-{seed}"
-        kept[key] = _run_one(command, places, directory, guard) | plan.tell(directory)
-        record.parent.mkdir(parents=True, exist_ok=True)
-        workdir.write_json(record, kept)
-    return plan.render([(name, kept[key]) for key, (name, _) in keys.items()])
+        with _claimed(directory) as is_free:
+            if is_free and key not in _recorded(record):
+                made = _run_one(command, places, directory, guard)
+                _add(record, {key: made | plan.tell(directory)})
+    kept = _recorded(record)
+    pairs = [(name, kept[key]) for key, (name, _) in keys.items() if key in kept]
+    return plan.render(pairs) if pairs else "no run has ended yet"
+
+
+def _recorded(record: Path) -> dict[str, Record]:
+    return workdir.read_json(record) if record.exists() else {}
+
+
+def _add(record: Path, made: dict[str, Record]) -> None:
+    """Adds a run to the records, between which another process may have added one."""
+    record.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(record.with_name(f".{record.name}.lock"), fcntl.LOCK_EX):
+        workdir.write_json(record, _recorded(record) | made)
+
+
+@contextlib.contextmanager
+def _claimed(directory: Path) -> Iterator[bool]:
+    """Yields whether no other process is at the run of this directory; then none is."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    path = directory.with_name(f".{directory.name}.lock")
+    with contextlib.ExitStack() as stack:
+        is_free = True
+        try:
+            stack.enter_context(_lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB))
+        except BlockingIOError:
+            is_free = False
+        yield is_free
+
+
+@contextlib.contextmanager
+def _lock(path: Path, how: int) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, how)
+        yield
 
 
 def _run_one(
@@ -281,16 +371,22 @@ def _run_one(
 def main() -> None:
     """Reads the command line and runs one plan."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("plan", choices=PLANS)
+    parser.add_argument("plans", choices=PLANS, nargs="+", metavar="PLAN")
     parser.add_argument("--images", default="", help="image folder of CIFAR-10")
+    parser.add_argument("--images100", default="", help="image folder of CIFAR-100")
     parser.add_argument("--weights", default="", help="folder of PyTorch checkpoints")
     parser.add_argument("--out", default="runs/compare", type=Path)
     parser.add_argument("--record", default=RESULTS, type=Path, help="results folder")
     chosen = parser.parse_args()
-    places = {"IMAGES": chosen.images, "WEIGHTS": chosen.weights}
-    record = chosen.record / f"{chosen.plan}.json"
-    plan, out = PLANS[chosen.plan](), chosen.out / chosen.plan
-    cli.end_with(lambda guard: print(run(plan, places, out, record, guard)))
+    places = {"IMAGES_OF_100": chosen.images100, "IMAGES": chosen.images}
+    places["WEIGHTS"] = chosen.weights
+
+    def work(guard: interrupt.Guard) -> None:
+        for name in chosen.plans:
+            out, record = chosen.out / name, chosen.record / f"{name}.json"
+            print(run(PLANS[name](), places, out, record, guard), flush=True)
+
+    cli.end_with(work)
 
 
 if __name__ == "__main__":

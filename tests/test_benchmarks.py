@@ -11,16 +11,18 @@ import pytest
 import tiny
 from jax.sharding import Mesh
 
+from lakd_jax import cli, interrupt, validate
 from lakd_jax import config as config_lib
-from lakd_jax import interrupt
 from lakd_jax.models import hme
 from lakd_jax.train import hme_runs, runs
 from lakd_jax.train import state as state_lib
 
+ROOT = pathlib.Path(__file__).parents[1]
+
 
 @pytest.fixture(autouse=True)
 def _benchmarks_are_importable(monkeypatch):
-    monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1])
+    monkeypatch.syspath_prepend(ROOT)
 
 
 def test_subset_links_some_training_images_and_all_of_the_test_split(tmp_path):
@@ -44,6 +46,45 @@ def test_subset_links_some_training_images_and_all_of_the_test_split(tmp_path):
         for name in ("cat", "dog")
         for i in range(count)
     }
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_every_arm_of_the_long_plans_is_a_config_without_faults():
+    from benchmarks import compare
+
+    for name in (n for n in compare.PLANS if n.startswith("converged")):
+        plan = compare.PLANS[name]()
+        for arm, (arg, fields) in plan.arms.items():
+            command = [f"--config={ROOT / plan.config}:{arg}"]
+            command += [f"--config.{field}" for field in [*fields, "seed=1"]]
+            config, _, _ = cli.parse(command)
+            assert validate.problems(config, 1) == [], (name, arm)
+
+
+def test_processes_share_the_runs_of_a_plan(tmp_path, monkeypatch):
+    from benchmarks import compare
+
+    def run_one(command, places, directory, guard):
+        if directory.name == "a-0":  # a second process comes meanwhile
+            done = compare.run(plan, {}, tmp_path / "out", record, guard)
+            assert done == "b 1, c 2"
+        made.append(directory.name)
+        return {"result": len(made)}
+
+    made, record = [], tmp_path / "results" / "plan.json"
+    monkeypatch.setattr(compare, "_run_one", run_one)
+    plan = compare.Plan(
+        "x.py",
+        {name: ("", []) for name in "abc"},
+        range(1),
+        render=lambda kept: ", ".join(f"{n} {r['result']}" for n, r in kept),
+    )
+    guard = interrupt.Guard()
+    text = compare.run(plan, {}, tmp_path / "out", record, guard)
+    assert text == "a 3, b 1, c 2"
+    assert made == ["b-0", "c-0", "a-0"]  # each once
+    assert compare.run(plan, {}, tmp_path / "out", record, guard) == text
+    assert len(made) == 3
 
 
 @pytest.mark.long
@@ -96,7 +137,7 @@ def test_largest_module_needs_less_memory_than_the_whole():
     flags = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
     done = subprocess.run(
         [*command, "--batch=16", "--modules=1,2,3"],
-        cwd=pathlib.Path(__file__).parents[1],
+        cwd=ROOT,
         env={**os.environ, "XLA_FLAGS": flags},
         capture_output=True,
         text=True,
