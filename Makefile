@@ -37,7 +37,7 @@ types: setup
 	$(BIN)/pyrefly check
 
 unit: setup
-	$(BIN)/python -m pytest -n 2 $(if $(LONG),,-m "not long") $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(LONG),,-m "not long") $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) runs

@@ -1,13 +1,9 @@
 """ImageNet's archives, prepared and trained on without TensorFlow."""
 
 import io
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
-import commands
 import jax
 import numpy as np
 import pytest
@@ -22,8 +18,6 @@ from lakd_jax.data import stream, tfds_imagenet
 from lakd_jax.train import state as state_lib
 
 LONG = pytest.mark.long
-# What only tfds's own preparation needs, where no other test sees it; see CONTRIBUTING.
-TENSORFLOW = commands.ROOT / ".tensorflow"
 CLASSES = ("n01440764", "n01443537", "n02105855")
 VIEWS = stream.Views(8, (0.3, 1.0), 10)
 
@@ -90,39 +84,6 @@ def test_tfrecords_of_it_are_read_alike(found, data_dir, tmp_path):
     again = stream.load("imagenet2012", VIEWS, **arguments)
     assert again.train.source.places.shape == (62, 3)
     test_stream.alike(again.train.take(np.arange(62)), found.train.take(np.arange(62)))
-
-
-STOCK = """
-import sys
-import tensorflow_datasets as tfds
-
-builder = tfds.builder("imagenet2012", data_dir=sys.argv[1], file_format=sys.argv[2])
-builder.download_and_prepare()
-"""
-
-
-@LONG
-@pytest.mark.parametrize("form", ["tfrecord", "array_record"])
-@pytest.mark.skipif(not TENSORFLOW.exists(), reason=f"no TensorFlow in {TENSORFLOW}")
-def test_what_tfds_prepares_with_tensorflow_is_read_without(
-    form, found, data_dir, tmp_path
-):
-    """The same images, but for those that tfds converts: 1 CMYK, by its name."""
-    shutil.copytree(data_dir / "downloads", tmp_path / "downloads")
-    command = [sys.executable, "-c", STOCK, str(tmp_path), form]
-    path = os.pathsep.join([str(TENSORFLOW), str(commands.ROOT)])
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path})
-    arguments = {"minival": 0, "data_dir": str(tmp_path), "workers": 0}
-    stock = stream.load("imagenet2012", VIEWS, **arguments)
-    assert "tensorflow" not in sys.modules
-    assert (stock.train.source.places is None) == (form == "array_record")
-    for ours, theirs in ((found.train, stock.train), (found.test, stock.test)):
-        splits = [split.take(np.arange(len(split))) for split in (ours, theirs)]
-        np.testing.assert_array_equal(*(split.labels for split in splits))
-        differ = [
-            np.any(a != b) for a, b in zip(*(s.images for s in splits), strict=True)
-        ]
-        assert sum(differ) <= (ours is found.train)
 
 
 def test_missing_archives_are_named(tmp_path):
