@@ -1,7 +1,5 @@
 """Batch order: a pure function of (seed, step)."""
 
-import time
-
 import numpy as np
 import pytest
 
@@ -65,15 +63,21 @@ def test_order_stays_what_it_was():
     assert order.batch_indices(-1, 3, 10, 5, True).tolist() == [5, 0, 6, 9, 3]
 
 
-def test_far_steps_cost_no_more_than_near_ones():
-    def seconds(step: int) -> float:
-        order._permutation.cache_clear()
-        begin = time.perf_counter()
-        order.batch_indices(0, step, 50_000, 100, True)
-        return time.perf_counter() - begin
+def test_a_far_step_draws_one_permutation(monkeypatch):
+    """Promise 14: nothing is drawn for the steps and epochs before it."""
+    drawn = []
 
-    near = min(seconds(0) for _ in range(5))
-    assert min(seconds(10**6) for _ in range(5)) < 5 * near
+    class Counting(np.random.Generator):
+        def permutation(self, x, axis=0):
+            drawn.append(len(x))
+            return super().permutation(x, axis)
+
+    monkeypatch.setattr(np.random, "Generator", Counting)
+    order._permutation.cache_clear()
+    found = order.batch_indices(0, 10**6, 50_000, 100, True)
+    assert drawn == [50_000] and len(set(found.tolist())) == 100
+    order.batch_indices(0, 10**6 + 1, 50_000, 100, True)
+    assert drawn == [50_000]  # the epoch's, kept
 
 
 def test_first_places_are_uniform():

@@ -54,14 +54,16 @@ def test_run_returns_and_raises_what_the_call_does():
 
 
 def test_run_is_left_as_soon_as_a_signal_comes():
-    release = threading.Event()
-    timer = threading.Timer(0.2, _send, [signal.SIGTERM])
-    with interrupt.Guard() as guard:
-        timer.start()
-        start = time.monotonic()
-        with pytest.raises(interrupt.Interrupted):
-            guard.run(release.wait, 30)
-        assert time.monotonic() - start < 2
+    release, returned = threading.Event(), threading.Event()
+
+    def work():
+        _send(signal.SIGTERM)
+        release.wait(30)
+        returned.set()
+
+    with interrupt.Guard() as guard, pytest.raises(interrupt.Interrupted):
+        guard.run(work)
+    assert not returned.is_set()
     release.set()
 
 
@@ -101,14 +103,18 @@ def slow(x):
     return x
 
 lowered = jax.jit(slow).lower(jnp.ones(64))
-with interrupt.Guard() as guard:
+
+def compile():
     print("compiling", flush=True)
+    lowered.compile()
+    print("compiled", flush=True)
+
+with interrupt.Guard() as guard:
     try:
-        guard.run(lowered.compile)
+        guard.run(compile)
     except interrupt.Interrupted:
         print("saved", end="")
         interrupt.exit_now(0)
-print("compiled")
 """
 
 
@@ -116,11 +122,9 @@ def test_signal_during_a_compilation_ends_it_at_once():
     process = _start(_COMPILE)
     assert process.stdout.readline() == "compiling\n"
     time.sleep(0.2)
-    start = time.monotonic()
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (0, "saved")
-    assert time.monotonic() - start < 2
+    assert (process.returncode, out) == (0, "saved")  # and never "compiled"
     assert err.count("\n") == 1
 
 

@@ -4,7 +4,6 @@ import ast
 import pathlib
 import re
 import shutil
-import time
 
 import earlier
 import jax
@@ -26,7 +25,6 @@ from lakd_jax import (
     workdir,
 )
 from lakd_jax import config as config_lib
-from lakd_jax.data import order
 from lakd_jax.distill import binary, dkd, kd
 from lakd_jax.report import metrics
 from lakd_jax.train import networks, runs, teachers, track
@@ -190,15 +188,22 @@ def test_what_a_checkpoint_keeps_beside_arrays_may_grow():
     assert track.Ledger(**{}) == track.Ledger()
 
 
-# -------------------------------------------------------------------- order, numbers
+# ------------------------------------------------------------------ faults, numbers
 
 
-def test_any_step_is_asked_for_in_a_second():
-    """Promise 14: of a data set of CIFAR's size, without the steps before it."""
-    begin = time.perf_counter()
-    found = order.batch_indices(123, 10**6 + 1, 50_000, 64, False)
-    assert time.perf_counter() - begin < 1.0
-    assert len(set(found.tolist())) == 64
+def test_a_faulty_config_reads_no_data_and_compiles_nothing(
+    monkeypatch, tmp_path, caplog
+):
+    """Promise 20: its faults are found before any work."""
+    monkeypatch.setattr(runs.data, "load", lambda *a, **k: pytest.fail("data was read"))
+    config = tiny.config(tmp_path, epochs=0, optim__lr=0.0)
+    with jax.log_compiles(), pytest.raises(errors.ConfigError) as caught:
+        train.run(config, tmp_path / "run", guard=interrupt.Guard(), notify=print)
+    assert len(caught.value.problems) == 2
+    assert not caplog.records and not (tmp_path / "run").exists()
+    with jax.log_compiles():
+        jax.jit(lambda x: x + 1)(1)
+    assert "Compiling" in caplog.text  # as it would have been above
 
 
 def _dkd(student, teacher, alpha, beta):
