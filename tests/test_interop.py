@@ -126,6 +126,7 @@ def test_surplus_key_is_named_as_it_is_spelled_in_the_file():
 
 
 def test_wrongly_shaped_key_is_named_with_both_shapes():
+    """Promise 17: no warning, but an error."""
     weights = torch_weights() | {"layer1.0.bn1.bias": np.zeros(17, np.float32)}
     message = misfit("resnet8", weights)
     assert "1 of another shape: layer1.0.bn1.bias (17,) instead of (16,)" in message

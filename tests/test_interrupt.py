@@ -119,6 +119,7 @@ with interrupt.Guard() as guard:
 
 
 def test_signal_during_a_compilation_ends_it_at_once():
+    """Promise 9: nobody waits for the compiler."""
     process = _start(_COMPILE)
     assert process.stdout.readline() == "compiling\n"
     time.sleep(0.2)

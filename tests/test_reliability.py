@@ -1,14 +1,17 @@
 """The page docs/reliability.md is kept to, and promises that no other file tests."""
 
 import ast
+import dataclasses
 import pathlib
 import re
 import shutil
+import types
 
 import earlier
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 from PIL import Image
@@ -17,6 +20,7 @@ from lakd_jax import (
     checkpoint,
     data,
     errors,
+    hosts,
     interop,
     interrupt,
     manifest,
@@ -25,9 +29,11 @@ from lakd_jax import (
     workdir,
 )
 from lakd_jax import config as config_lib
+from lakd_jax.data import order
 from lakd_jax.distill import binary, dkd, kd
 from lakd_jax.report import metrics
-from lakd_jax.train import networks, runs, teachers, track
+from lakd_jax.train import build, modules, networks, runs, teachers, track
+from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import state as state_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -239,6 +245,131 @@ def test_divergences_of_bfloat16_logits_are_not_negative(name, near):
     assert values.dtype == jnp.float32 and values.shape == (1000,)
     assert jnp.all(jnp.isfinite(values)) and jnp.min(values) >= -1e-6
     assert jnp.max(values) > 0
+
+
+def test_each_use_of_the_seed_follows_it(tmp_path):
+    """Promise 13: initial weights, augmentation, dropout and order, each by itself."""
+
+    def drawn(seed):
+        first = build._seed_key(tiny.config(tmp_path, seed=seed), None)
+        keys = [first, *state_lib.keys(seed).values()]
+        images = order.batch_indices(seed, 0, 50, 8, True)
+        return [tuple(x.tolist()) for x in (*map(jax.random.key_data, keys), images)]
+
+    zero, one = drawn(0), drawn(1)
+    assert drawn(0) == zero
+    assert len({*zero, *one}) == len(zero) + len(one)
+
+
+# ----------------------------------------------------------------------- the teacher
+
+
+def test_modules_hand_the_teacher_images_as_it_takes_them():
+    """Promise 18: where modules are trained one by one, too."""
+    split, rows = tiny.split(4, 0), np.array([2, 0])
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    own = learner_lib.Pixels((0.2, 0.3, 0.4), (0.5, 0.6, 0.7), jnp.float32)
+    other = dataclasses.replace(own, mean=(0.5,) * 3)
+    learner = types.SimpleNamespace(
+        student_pixels=other,
+        teacher_pixels=own,
+        view=lambda step: step,
+        pad=0,
+        flip=False,
+        mesh=mesh,
+    )
+    held = state_lib.resident(split, 0, mesh)
+    below, labels, _ = modules.start(learner, jnp.int32(0), held, rows)
+    for given, pixels in ((below.student, other), (below.teacher, own)):
+        wanted = (split.images[rows] / 255 - pixels.mean) / np.array(pixels.std)
+        np.testing.assert_allclose(given, wanted, atol=1e-6)
+    assert labels.tolist() == split.labels[rows].tolist()
+
+
+def test_what_the_teacher_sees_is_asked_of_the_config_its_file_and_the_data(tmp_path):
+    """Promise 18: in this order."""
+    config, bare = tiny.config(tmp_path), networks.Loaded(None, None, "")
+    known = dataclasses.replace(bare, mean=(0.1,) * 3, std=(0.9,) * 3, size=12)
+    fields = {"teacher.mean": (0.2,) * 3, "teacher.std": (0.8,) * 3}
+    given = config_lib.changed(config, fields | {"teacher.image_size": 16})
+    seen = {}
+    for name, arguments in {
+        "data": (config, bare),
+        "file": (config, known),
+        "config": (given, known),
+    }.items():
+        pixels = teachers._pixels(*arguments)
+        seen[name] = pixels.mean, pixels.std, pixels.size
+    assert seen == {
+        "data": (tuple(config.data.mean), tuple(config.data.std), 0),
+        "file": ((0.1,) * 3, (0.9,) * 3, 12),
+        "config": ((0.2,) * 3, (0.8,) * 3, 16),
+    }
+
+
+# ------------------------------------------------------------------------- processes
+
+
+def test_processes_compare_all_that_must_agree(monkeypatch, tmp_path):
+    """Promise 28: config, code, data, weights and the step restored."""
+    compared = {}
+    monkeypatch.setattr(hosts, "agree", compared.update)
+    monkeypatch.setattr(
+        hosts, "agree_on_arrays", lambda name, tree: compared.update({name: tree})
+    )
+    monkeypatch.setattr(runs.data, "load", lambda *a, **k: tiny.dataset())
+    config = tiny.config(tmp_path, compile_cache="", teacher__fold=False)
+    train._begin(config)
+    assert compared.pop("commit of the code") == workdir.code()["commit"]
+    versions = workdir.code()["versions"]
+    assert compared == config_lib.flat(config) | versions
+
+    compared.clear()
+    bench = runs.bench(config, interrupt.Guard(), print)
+    assert list(compared.values()) == [tiny.dataset().fingerprint()]
+
+    compared.clear()
+    model = networks.models.create("resnet8", num_classes=3)
+    loaded = networks.Loaded(model, tiny.variables(model), "")
+    teachers._frozen(config, loaded, bench)
+    assert compared["the teacher"]["params"]
+
+    drawn = {"student": {"w": jnp.ones(3)}}, {"student": {}}
+    plain = types.SimpleNamespace(optimizer=optax.identity(), mesh=bench.mesh)
+    state = build._first_state(plain, lambda: drawn, None, None)
+    assert compared["the first state"].params.keys() == state.params.keys()
+
+    compared.clear()
+    with checkpoint.Checkpointer(tmp_path, keep=2) as saver:
+        saver.save(7, {"w": np.zeros(3)}, extra={})
+        saver.restore({"w": np.zeros(3)})
+    assert compared == {f"step restored from {tmp_path}": 7}
+
+
+def test_other_processes_write_and_print_nothing(monkeypatch, tmp_path):
+    """Promise 30: neither lines nor metrics."""
+    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    lines = []
+    hosts.notifier(lines.append)("a line")
+    with metrics.MetricWriter(tmp_path, resume_step=None) as writer:
+        writer.write(1, "train", {"loss": 1.0})
+    assert not lines and not list(tmp_path.iterdir())
+
+
+def test_what_stops_the_first_process_is_the_reason_of_all(monkeypatch):
+    """Promise 30: they are sent its fault."""
+    sent = []
+    monkeypatch.setattr(hosts, "count", lambda: 2)
+    monkeypatch.setattr(hosts, "_gather", lambda text: [*sent, text, sent.append(text)])
+
+    def work():
+        raise errors.DataError("no images")
+
+    with pytest.raises(errors.DataError):
+        hosts.first(work)
+    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    with pytest.raises(errors.HostsError, match="process 0 stopped: no images"):
+        hosts.first(pytest.fail)
 
 
 # --------------------------------------------------------------------------- images
