@@ -25,8 +25,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gate_entropy
-from lakd_jax import cli, interrupt, train, workdir
+from benchmarks import flag_types, gate_entropy
+from lakd_jax import cli, interrupt, paths, train, workdir
 from lakd_jax.report import table
 from lakd_jax.train import rows
 
@@ -303,7 +303,9 @@ def run(
     }
     if plan.per_class and keys.keys() - _recorded(record).keys():
         folder = out / f"subset-{plan.per_class}"
-        links = subset(Path(places["IMAGES"]), plan.per_class, folder)
+        links = subset(
+            paths.local(places["IMAGES"], "--images"), plan.per_class, folder
+        )
         places = places | {"SUBSET": str(links)}
     for key, (name, seed) in keys.items():
         if key in _recorded(record):
@@ -375,8 +377,10 @@ def main() -> None:
     parser.add_argument("--images", default="", help="image folder of CIFAR-10")
     parser.add_argument("--images100", default="", help="image folder of CIFAR-100")
     parser.add_argument("--weights", default="", help="folder of PyTorch checkpoints")
-    parser.add_argument("--out", default="runs/compare", type=Path)
-    parser.add_argument("--record", default=RESULTS, type=Path, help="results folder")
+    parser.add_argument("--out", default="runs/compare", type=flag_types.path)
+    parser.add_argument(
+        "--record", default=RESULTS, type=flag_types.path, help="results folder"
+    )
     chosen = parser.parse_args()
     places = {"IMAGES_OF_100": chosen.images100, "IMAGES": chosen.images}
     places["WEIGHTS"] = chosen.weights

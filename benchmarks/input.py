@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks import flag_types
 from lakd_jax import workdir
 from lakd_jax.data import crops, records, stream
 
@@ -150,7 +151,7 @@ def repeated(folder: Path, count: int) -> Iterator[str]:
 def main() -> None:
     """Measures and prints a table; keeps a record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", required=True, type=Path)
+    parser.add_argument("--images", required=True, type=flag_types.path)
     parser.add_argument("--records", default=2400, type=int)
     parser.add_argument("--rounds", default=3, type=int)
     chosen = parser.parse_args()

@@ -30,7 +30,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import plan, records, table_text
+from benchmarks import flag_types, plan, records, table_text
 from lakd_jax import cli, errors, interrupt, workdir
 from lakd_jax.report import summary
 from lakd_jax.train import networks
@@ -228,7 +228,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", default=0, type=int, help="0: as in the recipe")
     parser.add_argument("--override", action="append", default=[], help="FIELD=VALUE")
     parser.add_argument("--teacher", action="append", default=[], help="NAME=PATH")
-    parser.add_argument("--out", required=True, type=Path, help="directory")
+    parser.add_argument("--out", required=True, type=flag_types.path, help="directory")
     parser.add_argument("--retry", action="store_true", help="failed runs, too")
     return parser.parse_args(argv)
 

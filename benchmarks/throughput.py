@@ -30,7 +30,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import ours, throughput_table, timing
+from benchmarks import flag_types, ours, throughput_table, timing
 from lakd_jax import backend, version, workdir
 
 RESULTS = Path(__file__).parent / "results" / "throughput"
@@ -55,7 +55,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", default=0, type=int, help="of each in a round")
     add("--matmul_side", default=0, type=int)
     add("--copy_mib", default=0, type=int)
-    add("--results", default=RESULTS, type=Path, help="folder of the records")
+    add("--results", default=RESULTS, type=flag_types.path, help="of the records")
     add("--table", action="store_true", help="only print what is recorded")
     chosen = parser.parse_args(arguments)
     for flag, known in (("method", METHODS), ("dtype", DTYPES), ("torch", KINDS)):

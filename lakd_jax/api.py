@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lakd_jax import cli, explain, export, hosts, workdir
+from lakd_jax import cli, explain, export, hosts, paths, workdir
 from lakd_jax import config as config_lib
 from lakd_jax import train as train_lib
 from lakd_jax.models import chain
@@ -119,7 +119,8 @@ def train(
         config, _, _ = cli.parse([f"--config={config}"])
     train_lib.run(config, directory)
     if config.seeds:
-        return [load(Path(directory) / f"seed{seed}") for seed in config.seeds]
+        directory = paths.local(directory, "--workdir")
+        return [load(directory / f"seed{seed}") for seed in config.seeds]
     return load(directory)
 
 
@@ -129,9 +130,10 @@ def load(directory: str | Path) -> Run:
     A network of your own must be registered first.
 
     Raises:
+      errors.ConfigError: it is no local path.
       errors.ExportError: there is no finished run, or it is damaged.
     """
-    directory = Path(directory)
+    directory = paths.local(directory, "--workdir")
     student, _, settings = export.student(directory)
     return Run(
         directory=directory,

@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from lakd_jax import paths
+
 # glibc's mallopt: what its parameters are called in malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 _MIB = 1 << 20
@@ -34,13 +36,15 @@ def prepare(cache: str) -> None:
 
     Args:
       cache: directory in which compiled programs are kept between runs, made where it
-        is missing; "" for none. What JAX was told already (JAX_COMPILATION_CACHE_DIR)
-        stays.
+        is missing; "" for none; a URL is left to JAX. What JAX was told already
+        (JAX_COMPILATION_CACHE_DIR) stays.
     """
     settings: Any = jax.config
     if cache and not settings.jax_compilation_cache_dir:
-        # Absolute, as a relative one would follow a change of directory.
-        jax.config.update("jax_compilation_cache_dir", os.path.abspath(cache))
+        if "://" not in cache:
+            # Absolute, as a relative one would follow a change of directory.
+            cache = os.path.abspath(paths.local(cache, "compile_cache"))
+        jax.config.update("jax_compilation_cache_dir", cache)
     if on_cpu():
         _keep_memory()
 

@@ -1,6 +1,7 @@
 """The command line: flags, error lines, exit codes."""
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Callable, Collection
@@ -10,9 +11,10 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import config_flags
 
-from lakd_jax import choices, errors, interrupt
+from lakd_jax import choices, errors, interrupt, paths
 from lakd_jax import config as config_lib
 
+_CONFIG = ("--config", "-config")
 _OVERRIDE = re.compile(r"--?(no)?config\.")
 
 USAGE = """\
@@ -188,6 +190,8 @@ def parse(argv: list[str]) -> tuple[config_lib.ConfigDict, str, bool]:
     values, problem = _attempt([*base, *good])
     if values is None:
         raise errors.ConfigError([problem])
+    if fault := paths.fault(values.workdir):
+        problems["--workdir"] = f"--workdir {fault}"
     if problems:
         raise errors.ConfigError([*problems.values(), *_others(values, problems)])
     file = config_flags.get_config_filename(values["config"])
@@ -214,12 +218,20 @@ def _split(argv: list[str]) -> tuple[list[list[str]], list[str]]:
     while rest:
         arg = rest.pop(0)
         if not _OVERRIDE.match(arg):
-            base.append(arg)
+            base.append(_expanded(arg))
         elif "=" not in arg and rest and not rest[0].startswith("-"):
             overrides.append([arg, rest.pop(0)])
         else:
             overrides.append([arg])
     return overrides, base
+
+
+def _expanded(arg: str) -> str:
+    """`arg` with the `~` of --config expanded: ml_collections opens the file itself."""
+    flag, equals, value = arg.partition("=")
+    if not equals:  # it may be the value of the flag before
+        return os.path.expanduser(arg)
+    return f"{flag}={os.path.expanduser(value)}" if flag in _CONFIG else arg
 
 
 def _attempt(

@@ -9,7 +9,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from lakd_jax import choices, errors, interop, workdir
+from lakd_jax import choices, errors, interop, paths, workdir
 from lakd_jax.report import model_card
 from lakd_jax.train import learner as learner_lib
 from lakd_jax.train import networks
@@ -34,14 +34,15 @@ def run(
       The file with the student.
 
     Raises:
-      errors.ConfigError: unknown `to`.
+      errors.ConfigError: unknown `to`, or `directory` is no local path.
       errors.ExportError: no finished run, damaged, or `to` needs a package that is
         missing.
       errors.WorkdirError: the files cannot be written.
     """
-    if fault := choices.fault(to, ENDINGS):
-        raise errors.ConfigError([f"--to {fault}"])
-    directory = Path(directory)
+    faults = {"--workdir": paths.fault(directory), "--to": choices.fault(to, ENDINGS)}
+    if found := [f"{flag} {fault}" for flag, fault in faults.items() if fault]:
+        raise errors.ConfigError(found)
+    directory = paths.local(directory, "--workdir")
     network, card, settings = student(directory)
     if network.model.vam is not None and to != "stablehlo":
         raise errors.ExportError(

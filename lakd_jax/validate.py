@@ -4,10 +4,11 @@ import difflib
 import functools
 import math
 import operator
+import os
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-from lakd_jax import choices, distill, errors, models, relations_runs
+from lakd_jax import choices, distill, errors, models, paths, relations_runs
 from lakd_jax import config as config_lib
 from lakd_jax.distill import lakd, rtk, sdd
 from lakd_jax.local import cuts
@@ -77,6 +78,16 @@ def method_name(name: str) -> str:
     except ValueError as e:
         return str(e).removeprefix("method ")
     return ""
+
+
+def source(value: str) -> str:
+    """The name of a data set, or its folder or file on this machine."""
+    return paths.fault(value.removeprefix("folder:").removeprefix("npz:"))
+
+
+def cache(value: str) -> str:
+    """A path, or a URL: JAX can keep compiled programs in a bucket."""
+    return "" if "://" in value else paths.fault(value)
 
 
 def _number(value: float) -> str:
@@ -323,6 +334,16 @@ def _local_ranges() -> dict[str, Check]:
     }
 
 
+_PATHS: dict[str, Check] = {
+    "data.source": source,
+    "data.data_dir": paths.fault,
+    "student.init": paths.fault,
+    "teacher.init": paths.fault,
+    "teacher.cache": paths.fault,
+    "compile_cache": cache,
+}
+
+
 def problems(
     config: config_lib.ConfigDict, devices: int, *, skip: Collection[str] = ()
 ) -> list[str]:
@@ -335,7 +356,7 @@ def problems(
     """
     faults = {field: "" for field in skip} | _structure(config)
     values = config_lib.flat(config)
-    for field, check in _ranges().items():
+    for field, check in (_ranges() | _PATHS).items():
         if field not in faults and (fault := check(values[field])):
             faults[field] = f"{field} {fault}"
     found = [fault for fault in faults.values() if fault]
@@ -346,9 +367,19 @@ def problems(
     return found
 
 
-def require(config: config_lib.ConfigDict, devices: int) -> None:
-    """Raises `errors.ConfigError` with all of `problems`, if there are any."""
+def require(
+    config: config_lib.ConfigDict, devices: int, workdir: str | os.PathLike = ""
+) -> None:
+    """Raises `errors.ConfigError` with all of `problems`, if there are any.
+
+    Args:
+      config: see `problems`.
+      devices: see `problems`.
+      workdir: where the run is kept, "" for none; checked with the fields.
+    """
     found = problems(config, devices)
+    if fault := paths.fault(workdir):
+        found.insert(0, f"--workdir {fault}")
     if found:
         raise errors.ConfigError(found)
 

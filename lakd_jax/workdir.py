@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 
-from lakd_jax import errors, hosts, version
+from lakd_jax import errors, hosts, paths, version
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
@@ -79,12 +79,11 @@ def prepare(
       The folder; its `resumed` says whether it already had a run.
 
     Raises:
+      ConfigError: it is no local path.
       WorkdirError: it cannot be written, is in use, or is of another configuration.
       HostsError: it is not the same folder for all processes.
     """
-    path = pathlib.Path(workdir).absolute()
-    if "://" in str(workdir):
-        raise errors.WorkdirError(f"{workdir}: must be a local folder, not a bucket")
+    path = paths.local(workdir, "--workdir").absolute()
     made = Workdir(path, resumed=False, lock=-1)
 
     def make() -> bool:

@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 from PIL import Image
 
-from lakd_jax import errors
+from lakd_jax import errors, paths
 from lakd_jax.data import dataset
 from lakd_jax.data import images as images_lib
 
@@ -25,9 +25,10 @@ def load(
       image_size: height and width in pixels; 0 keeps the images' own.
 
     Raises:
+      ConfigError: `path` is no local path.
       DataError: no such file, or an array is missing or unfit; the message says which.
     """
-    file = pathlib.Path(path).expanduser()
+    file = paths.local(path, "data.source")
     found = _read(file)
     if missing := [name for name in _NEEDED if name not in found]:
         raise errors.DataError(

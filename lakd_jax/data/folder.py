@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 
-from lakd_jax import errors
+from lakd_jax import errors, paths
 from lakd_jax.data import dataset, images
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -25,10 +25,11 @@ def load(
       max_bad: how many undecodable training images may be left out.
 
     Raises:
+      ConfigError: `path` is no local path.
       DataError: a folder is missing or empty, classes are fewer than two or
         differ between the splits, sizes differ, an image is undecodable.
     """
-    root = pathlib.Path(path).expanduser()
+    root = paths.local(path, "data.source")
     classes, (of_train, of_test) = listed(path)
     train = _read(root / "train", of_train, image_size, max_bad)
     # A result is about all test images or about none.
@@ -52,7 +53,7 @@ def listed(
     Raises:
       DataError: as `load`, but no image is opened.
     """
-    root = pathlib.Path(path).expanduser()
+    root = paths.local(path, "data.source")
     train, test = (_list(root, role) for role in ("train", "test"))
     _check_classes(root, set(train), set(test))
     return tuple(train), [train, test]
@@ -116,9 +117,9 @@ def _read(
     image_size: int,
     max_bad: int,
 ) -> dataset.Split:
-    paths = [str(path) for of_class in files.values() for path in of_class]
-    labels = np.repeat(np.arange(len(files)), [len(paths) for paths in files.values()])
+    names = [str(path) for of_class in files.values() for path in of_class]
+    labels = np.repeat(np.arange(len(files)), [len(own) for own in files.values()])
     pixels, good = images.decode_all(
-        paths, paths.__getitem__, image_size, str(folder), max_bad
+        names, names.__getitem__, image_size, str(folder), max_bad
     )
     return dataset.new_split(pixels, labels[good], good)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lakd_jax import errors
+from lakd_jax import errors, paths
 from lakd_jax.data import dataset, images, tfds_builders, tfds_imagenet
 
 _READ_BATCH = 1024
@@ -56,9 +56,12 @@ def prepared(name: str, data_dir: str) -> Any:
       data_dir: tfds's data directory, "" for its default.
 
     Raises:
+      ConfigError: `data_dir` is no local path.
       DataError: unknown name, not prepared and not preparable here, or prepared in a
         form that cannot be read.
     """
+    if data_dir:
+        data_dir = str(paths.local(data_dir, "data.data_dir"))
     builder = _open(name, data_dir)
     if not builder.is_prepared():
         _prepare(builder, name, data_dir)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lakd_jax import interrupt, workdir
+from lakd_jax import interrupt, paths, workdir
 from lakd_jax.explain import experts, measure, page, subject, taps
 from lakd_jax.models import hme
 from lakd_jax.report import pictures
@@ -32,10 +32,11 @@ def run(
         The page, one file that needs no network to be read.
 
     Raises:
+        errors.ConfigError: `directory` is no local path.
         errors.ExportError: no finished run.
         errors.LakdError: its images or its teacher cannot be had any more.
     """
-    s = subject.load(Path(directory), guard, notify)
+    s = subject.load(paths.local(directory, "--workdir"), guard, notify)
     with tempfile.TemporaryDirectory() as scratch:
         sections = [("The run", _summary(s))]
         for heading, make in (

@@ -12,7 +12,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from lakd_jax import errors, workdir
+from lakd_jax import errors, paths, workdir
 from lakd_jax.interop import state_dict as state_dicts
 from lakd_jax.interop import torch_pickle
 
@@ -27,6 +27,7 @@ def load_torch_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
     file runs. Values keep their type; bfloat16 is that of `jax.numpy`.
 
     Raises:
+        errors.ConfigError: `path` is no local path.
         errors.TeacherError: no such file, another ending, unreadable, made to run
             code, no tensors in it, or torch is needed and not installed.
     """
@@ -55,11 +56,12 @@ def save_torch_file(
         state_dict: key to float32 array.
 
     Raises:
+        errors.ConfigError: `path` is no local path.
         errors.ExportError: torch is needed and not installed.
         ValueError: another ending.
         OSError: it cannot be written.
     """
-    path = pathlib.Path(path)
+    path = paths.local(path, "path")
     tensors = dict(state_dict)
     for key in state_dict:
         if key.endswith(".running_mean"):
@@ -88,7 +90,7 @@ def save_variables(
         variables: nested dictionaries of arrays, in any dtype safetensors knows.
         metadata: anything JSON can hold (the network's name, options, ...).
     """
-    path = pathlib.Path(path)
+    path = paths.local(path, "path")
     flat = flax.traverse_util.flatten_dict(dict(variables), sep="/")
     arrays = {key: np.asarray(value, order="C") for key, value in flat.items()}
     header = {"format": _FORMAT, "metadata": json.dumps(dict(metadata))}
@@ -131,7 +133,7 @@ def is_variables_file(path: str | os.PathLike) -> bool:
 
 
 def _existing(path: str | os.PathLike) -> pathlib.Path:
-    path = pathlib.Path(path)
+    path = paths.local(path, "path")
     if not path.is_file():
         raise errors.TeacherError(f"no weights at {path}; check the path")
     return path

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from lakd_jax import backend, distill, hosts, interrupt, validate, workdir
+from lakd_jax import backend, distill, hosts, interrupt, paths, validate, workdir
 from lakd_jax import config as config_lib
 from lakd_jax.report import table
 from lakd_jax.train import costs, hme_runs, look, networks, rows, runs, seeds, teachers
@@ -47,7 +47,8 @@ def run(
     Raises:
       errors.LakdError: see `lakd_jax.errors` for the kinds.
     """
-    config, directory, notify = _begin(config), Path(directory), hosts.notifier(notify)
+    config, notify = _begin(config, directory), hosts.notifier(notify)
+    directory = paths.local(directory, "--workdir")
     with contextlib.ExitStack() as stack:
         guard = guard or stack.enter_context(hosts.guard())
         stack.enter_context(_claimed(directory, config))
@@ -105,9 +106,11 @@ def _where(wanted: Sequence[seeds.Run], directory: Path) -> str:
     return f"Pictures, metrics and students are in {names} of {directory}"
 
 
-def _begin(config: config_lib.ConfigDict) -> config_lib.ConfigDict:
+def _begin(
+    config: config_lib.ConfigDict, directory: str | Path = ""
+) -> config_lib.ConfigDict:
     """The config, resolved: it can be run here, and all processes have the same."""
-    validate.require(config, jax.device_count())
+    validate.require(config, jax.device_count(), directory)
     backend.prepare(config.compile_cache)
     code = workdir.code()
     own = {**code["versions"], "commit of the code": code["commit"]}

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lakd_jax import errors, interop, models, workdir
+from lakd_jax import errors, interop, models, paths, workdir
 from lakd_jax.models import chain, folding, vam
 
 PyTree = Any
@@ -65,7 +65,7 @@ def load(
             own["shortcut"] = shortcut
         model = models.create(name, num_classes=num_classes, **own)
         return Loaded(model, None, "random weights")
-    path = Path(init).expanduser()
+    path = paths.local(init, f"{field}.init")
     if not path.exists():
         raise errors.TeacherError(
             f"{field}.init: {path} does not exist. It must be a finished run's "

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lakd_jax import config as config_lib
-from lakd_jax import errors, hosts, manifest, workdir
+from lakd_jax import errors, hosts, manifest, paths, workdir
 from lakd_jax.models import folding
 from lakd_jax.train import build, evaluate, networks, runs, view_runs
 from lakd_jax.train import learner as learner_lib
@@ -109,7 +109,8 @@ def _cached(config: config_lib.ConfigDict, bench: runs.Bench) -> Path:
     """Where the teacher that this config would train on these images is kept."""
     key = config_lib.digest(config_lib.teacher_config(config))
     images = bench.dataset.fingerprint()[:6]  # a folder may have changed
-    return Path(config.teacher.cache) / f"{config.teacher.name}-{key}-{images}"
+    cache = paths.local(config.teacher.cache, "teacher.cache")
+    return cache / f"{config.teacher.name}-{key}-{images}"
 
 
 def _train_teacher(config: config_lib.ConfigDict, bench: runs.Bench) -> None:

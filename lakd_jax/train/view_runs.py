@@ -1,13 +1,12 @@
 """What a config's `teacher.views` asks for: the source of a run's steps, its room."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from lakd_jax import config as config_lib
-from lakd_jax import data, distill, interrupt
+from lakd_jax import data, distill, interrupt, paths
 from lakd_jax.data import stream
 from lakd_jax.models import chain
 from lakd_jax.train import build, feeds, networks, teaching, views
@@ -63,8 +62,8 @@ def source(
         data=dataset.fingerprint(),
         seed=config.seed,
     )
-    cache, labels = Path(config.teacher.cache), dataset.train.labels
-    return views.kept(cache, asker, key, labels, notify)
+    cache = paths.local(config.teacher.cache, "teacher.cache")
+    return views.kept(cache, asker, key, dataset.train.labels, notify)
 
 
 def require_room(

@@ -1,0 +1,322 @@
+"""Paths of every flag and field: `~` is the home folder, and a URL is refused."""
+
+import pathlib
+import sys
+import types
+
+import commands
+import numpy as np
+import pytest
+import tiny
+
+import lakd_jax
+from benchmarks import compare, flag_types, table, throughput
+from benchmarks import input as input_benchmark
+from lakd_jax import (
+    backend,
+    data,
+    errors,
+    explain,
+    export,
+    interop,
+    interrupt,
+    paths,
+    validate,
+    workdir,
+)
+from lakd_jax.data import stream, tfds_source
+from lakd_jax.train import networks, runs, teachers, view_runs
+from lakd_jax.train import state as state_lib
+
+# How ml_collections loads a config file is deprecated from Python 3.12 on.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+FIELDS = {
+    "data.source": "folder:gs://bucket/images",
+    "data.data_dir": "gs://bucket/sets",
+    "student.init": "s3://bucket/student.pth",
+    "teacher.init": "https://host/teacher.pth",
+    "teacher.cache": "gs://bucket/teachers",
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The current folder, empty; nothing may be made there."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def begun(*_):  # a test that fails must not train
+        raise errors.DataError("the run began")
+
+    monkeypatch.setattr(runs, "bench", begun)
+    yield folder
+    assert not list(folder.iterdir())
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch, here):
+    """The home folder of the user; the current folder is another."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.setenv("HOME", str(folder))
+    return folder
+
+
+def assert_lines(result, *names):
+    """Refused with one line for each name, which it begins with."""
+    lines = commands.refused(result).splitlines()
+    assert len(lines) == len(names)
+    for line, name in zip(sorted(lines), sorted(names), strict=True):
+        assert line.startswith(f"{name} must be a local path, is '")
+        assert "not supported yet; use a local folder, or mount the bucket" in line
+
+
+# ------------------------------------------------------------------------- URLs
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["gs://bucket/run", "file:///tmp/run", pathlib.Path("gs://bucket/run"), "s3:/b"],
+)
+def test_a_url_is_no_path(url):
+    assert "must be a local path" in paths.fault(url)
+    with pytest.raises(errors.ConfigError, match="^--out must be a local path, is '"):
+        paths.local(url, "--out")
+
+
+@pytest.mark.parametrize("path", ["", "run", "/tmp/a:b/run", "a/b:/c", "C:/run", "x:y"])
+def test_a_local_path_stays_as_it_is(path):
+    assert paths.local(path, "--out") == pathlib.Path(path)
+
+
+@pytest.mark.parametrize("more", [[], ["--dry_run"]])
+def test_workdir_in_a_bucket(main, here, more):
+    result = main(commands.DIGITS, "--workdir=gs://bucket/run", *more)
+    assert_lines(result, "--workdir")
+
+
+def test_urls_in_fields_are_told_with_all_other_faults(main, here):
+    flags = [f"--config.{field}={url}" for field, url in FIELDS.items()]
+    assert_lines(main(commands.DIGITS, *flags), *FIELDS)
+    flags += ["--config.epochs=0", "--workdir=gs://bucket/run"]
+    err = commands.refused(main(commands.DIGITS, *flags))
+    assert err.count("must be a local path") == len(FIELDS) + 1
+    assert "epochs must be at least 1" in err
+
+
+@pytest.mark.parametrize(
+    ("source", "faults"),
+    [
+        ("npz:gs://bucket/a.npz", 1),
+        ("gs://bucket/a", 1),
+        ("npz:/tmp/a.npz", 0),
+        ("folder:/tmp/images", 0),
+        ("cifar10:3.0.2", 0),
+    ],
+)
+def test_urls_of_data(tmp_path, source, faults):
+    config = tiny.config(tmp_path, data__source=source)
+    found = [f for f in validate.problems(config, 1) if f.startswith("data.source")]
+    assert len(found) == faults
+
+
+@pytest.mark.parametrize("mode", [["export", "--to=safetensors"], ["explain"]])
+def test_other_modes_in_a_bucket(main, here, mode):
+    result = main(f"--mode={mode[0]}", *mode[1:], "--workdir=gs://bucket/run")
+    assert_lines(result, "--workdir")
+
+
+def test_export_to_a_bucket(main, here):
+    args = ("--mode=export", "--to=gs://bucket/out")
+    (line,) = commands.refused(main(*args, "--workdir=run")).splitlines()
+    assert line == (
+        "--to is 'gs://bucket/out'; it must be one of safetensors, torch, stablehlo"
+    )
+    lines = commands.refused(main(*args, "--workdir=gs://bucket/run")).splitlines()
+    assert [text.split()[0] for text in lines] == ["--workdir", "--to"]
+
+
+def test_config_file_in_a_bucket(main, here):
+    result = main("--config=gs://bucket/config.py", "--workdir=run")
+    (line,) = commands.refused(result).splitlines()
+    assert line.startswith("gs://bucket/config.py: ")
+
+
+@pytest.mark.parametrize("kind", [str, pathlib.Path])
+def test_buckets_from_python(here, tmp_path, kind):
+    """A `Path` has lost a slash before it comes here."""
+    bucket = kind("gs://bucket/run")
+    config = tiny.config(tmp_path, epochs=0)
+    with pytest.raises(errors.ConfigError) as caught:
+        lakd_jax.train(config, bucket)
+    first, second = caught.value.problems
+    assert first.startswith("--workdir must be a local path")
+    assert second == "epochs must be at least 1, is 0"
+    guard = interrupt.Guard()
+    for door in (
+        lambda: lakd_jax.load(bucket),
+        lambda: export.run(bucket, "torch"),
+        lambda: explain.run(bucket, guard=guard),
+        lambda: workdir.prepare(bucket, {}),
+        lambda: interop.load_torch_file(bucket),
+        lambda: interop.save_torch_file(bucket, {}),
+        lambda: interop.save_variables(bucket, {}, {}),
+    ):
+        with pytest.raises(errors.ConfigError, match="must be a local path, is 'gs:/"):
+            door()
+
+
+@pytest.mark.parametrize("source", ["folder:gs://bucket/images", "npz:gs://bucket/a"])
+def test_data_in_a_bucket_from_python(here, source):
+    with pytest.raises(errors.ConfigError, match=r"data\.source must be a local"):
+        data.load(source)
+
+
+def test_streamed_data_in_a_bucket_from_python(here):
+    views = stream.Views(8, (0.1, 1.0), 8)
+    options = {"minival": 0.0, "data_dir": "", "workers": 0}
+    with pytest.raises(errors.ConfigError, match=r"data\.source must be a local"):
+        stream.load("folder:gs://bucket/images", views, **options)
+
+
+def test_benchmarks_in_a_bucket(here, capsys):
+    flags = ["--data=digits", "--pairs=a:b", "--methods=kd", "--budget=1"]
+    with pytest.raises(SystemExit) as caught:
+        table.main([*flags, "--out=gs://bucket/table"])
+    assert caught.value.code == 2
+    assert "argument --out: must be a local path" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------- the home folder
+
+
+def test_home_in_workdir(main, home):
+    result = main(commands.DIGITS, "--workdir=~/run")
+    commands.refused(result, "the run began")
+    assert (home / "run" / "environment.json").exists()
+
+
+@pytest.mark.parametrize("mode", [["export", "--to=torch"], ["explain"]])
+def test_home_in_other_modes(main, home, mode):
+    result = main(f"--mode={mode[0]}", *mode[1:], "--workdir=~/run")
+    commands.refused(result, f"{home / 'run'}: is no run")
+
+
+@pytest.mark.parametrize(
+    "flag", ["--config=~/c.py", "-config=~/c.py", "--config ~/c.py"]
+)
+def test_home_in_config(main, home, flag):
+    (home / "c.py").write_text("def get_config(): return 3")
+    commands.refused(main(*flag.split()), "--config: get_config() gave int")
+
+
+def test_home_of_nobody(main, here):
+    result = main(commands.DIGITS, "--workdir=~nobody-here/run")
+    (line,) = commands.refused(result).splitlines()
+    assert "~nobody-here has no home folder here: write the whole path" in line
+
+
+def test_home_from_python(home):
+    for door in (lakd_jax.load, lambda path: export.run(path, "torch")):
+        with pytest.raises(errors.ExportError, match=f"^{home / 'run'}: is no run"):
+            door("~/run")
+    weights = {"fc.weight": np.ones((2, 3), np.float32)}
+    interop.save_torch_file("~/a.safetensors", weights)
+    assert (home / "a.safetensors").exists()
+    assert interop.load_torch_file("~/a.safetensors").keys() == weights.keys()
+    interop.save_variables("~/b.safetensors", weights, {"a": 1})
+    assert interop.load_variables("~/b.safetensors")[1] == {"a": 1}
+    workdir.prepare("~/run", {}).close()
+    assert (home / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("source", ["folder:~/images", "npz:~/images"])
+def test_home_in_data_source(home, source):
+    with pytest.raises(errors.DataError, match=f"^{home / 'images'}"):
+        data.load(source)
+
+
+def test_home_in_data_dir(home, monkeypatch):
+    def opened(name, data_dir):
+        raise errors.DataError(data_dir)
+
+    monkeypatch.setattr(tfds_source, "_open", opened)
+    with pytest.raises(errors.DataError, match=f"^{home / 'sets'}$"):
+        data.load("cifar10", data_dir="~/sets")
+
+
+@pytest.mark.parametrize("field", ["student", "teacher"])
+def test_home_in_init(home, field):
+    options = {"shortcut": "projection", "dtype": "float32", "num_classes": 3}
+    words = f"{field}.init: {home / 'run'} does not exist"
+    with pytest.raises(errors.TeacherError, match=words):
+        networks.load(field, "resnet8", "~/run", **options)
+
+
+def test_home_in_teacher_cache(home, monkeypatch):
+    """The config, and with it the name of the teacher's folder, stay as they are."""
+    config = tiny.config(home)
+    bench = types.SimpleNamespace(dataset=tiny.dataset())
+    name = teachers._cached(config, bench).name
+    config.teacher.cache = "~/teachers"
+    assert teachers._cached(config, bench) == home / "teachers" / name
+    assert config.teacher.cache == "~/teachers"
+
+
+def test_home_in_teacher_cache_of_views(home, monkeypatch):
+    asker = types.SimpleNamespace(shapes=dict)
+    monkeypatch.setattr(view_runs.views, "Asker", lambda *_: asker)
+    monkeypatch.setattr(view_runs.views, "require_room", lambda *_: None)
+    monkeypatch.setattr(view_runs.views, "settings", lambda *_, **__: "key")
+    monkeypatch.setattr(view_runs.views, "kept", lambda cache, *_: cache)
+    config, dataset = tiny.config(home), tiny.dataset()
+    config.teacher.cache = "~/teachers"
+    found = view_runs.source(
+        config,
+        types.SimpleNamespace(views=2, mesh=None),
+        {},
+        state_lib.resident(dataset.train, 0, state_lib.data_mesh()),
+        dataset,
+        guard=interrupt.Guard(),
+        notify=print,
+        dry=False,
+    )
+    assert found == home / "teachers"
+
+
+@pytest.mark.parametrize(
+    ("cache", "kept"),
+    [
+        ("gs://bucket/programs", "gs://bucket/programs"),
+        ("~/programs", "HOME/programs"),
+        ("programs", "HERE/programs"),
+    ],
+)
+def test_compile_cache_is_a_path_or_left_to_jax(home, here, monkeypatch, cache, kept):
+    config = tiny.config(home, compile_cache=cache)
+    assert not [f for f in validate.problems(config, 1) if "compile_cache" in f]
+    settings = types.SimpleNamespace(jax_compilation_cache_dir=None)
+    settings.update = lambda name, value: setattr(settings, name, value)
+    fake = types.SimpleNamespace(config=settings, default_backend=lambda: "tpu")
+    monkeypatch.setattr(backend, "jax", fake)
+    backend.prepare(cache)
+    kept = kept.replace("HOME", str(home)).replace("HERE", str(here))
+    assert settings.jax_compilation_cache_dir == kept
+
+
+def test_home_in_benchmarks(home, monkeypatch):
+    assert flag_types.path("~/table") == home / "table"
+    assert throughput.parse(["--results=~/found"]).results == home / "found"
+    monkeypatch.setattr(sys, "argv", ["input", "--images=~/images"])
+    with pytest.raises(SystemExit, match=f"{home / 'images'} holds no JPEGs"):
+        input_benchmark.main()
+
+    places = []
+    monkeypatch.setattr(compare, "run", lambda *args: places.extend(args[2:4]))
+    monkeypatch.setattr(compare.cli, "end_with", lambda work: work(None))
+    flags = ["--out=~/runs", "--record=~/kept"]
+    monkeypatch.setattr(sys, "argv", ["compare", "digits", *flags])
+    compare.main()
+    assert places == [home / "runs" / "digits", home / "kept" / "digits.json"]
