@@ -128,6 +128,24 @@ def leave(code: int) -> None:
         time.sleep(_LINGER_SECONDS)
 
 
+def require_connected() -> None:
+    """Stops processes that JAX counts but has not connected; starts its devices.
+
+    On a TPU pod each would take itself for the first: all would write the same files.
+
+    Raises:
+      errors.HostsError: saying how they are connected.
+    """
+    if jax.distributed.is_initialized() or jax.process_count() == 1:
+        return
+    raise errors.HostsError(
+        f"JAX has {jax.process_count()} processes here, but they are not connected: "
+        "add --coordinator=auto to the command of each.\n"
+        "From Python, start anew and call jax.distributed.initialize() first, before "
+        "anything else of JAX."
+    )
+
+
 def count() -> int:
     """How many processes train together; does not start JAX's devices for one."""
     return jax.process_count() if jax.distributed.is_initialized() else 1

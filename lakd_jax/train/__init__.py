@@ -110,6 +110,7 @@ def _begin(
     config: config_lib.ConfigDict, directory: str | Path = ""
 ) -> config_lib.ConfigDict:
     """The config, resolved: it can be run here, and all processes have the same."""
+    hosts.require_connected()
     validate.require(config, jax.device_count(), directory)
     backend.prepare(config.compile_cache)
     code = workdir.code()

@@ -1,6 +1,7 @@
 """What training carries from step to step, and how it is spread over devices."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import flax
@@ -80,7 +81,16 @@ def keys(seed: int) -> dict[str, jax.Array]:
 
 def data_mesh() -> Mesh:
     """All devices of all processes in one axis, over which batches are split."""
-    return Mesh(np.array(jax.devices()), ("data",))
+    return Mesh(np.array(by_process(jax.devices())), ("data",))
+
+
+def by_process(devices: Iterable[Any]) -> list[Any]:
+    """Sorted so that those of a process are neighbours, process 0 first.
+
+    A process hands over one piece of a batch, the one with its number. Devices of a
+    TPU pod are numbered by their place in it, across processes.
+    """
+    return sorted(devices, key=lambda device: (device.process_index, device.id))
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
