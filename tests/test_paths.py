@@ -8,11 +8,13 @@ import commands
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 import lakd_jax
 from benchmarks import compare, flag_types, table, throughput
 from benchmarks import input as input_benchmark
 from lakd_jax import (
+    api,
     backend,
     data,
     errors,
@@ -195,7 +197,8 @@ def test_benchmarks_in_a_bucket(here, capsys):
 def test_home_in_workdir(main, home):
     result = main(commands.DIGITS, "--workdir=~/run")
     commands.refused(result, "the run began")
-    assert (home / "run" / "environment.json").exists()
+    names = {path.name for path in (home / "run").iterdir()}
+    assert names == {"environment.json", ".lock"}  # free for another config
 
 
 @pytest.mark.parametrize("mode", [["export", "--to=torch"], ["explain"]])
@@ -232,10 +235,26 @@ def test_home_from_python(home):
     assert (home / "run" / "config.json").exists()
 
 
+def test_home_of_several_seeds_from_python(home, monkeypatch):
+    monkeypatch.setattr(api.train_lib, "run", lambda *_: None)
+    monkeypatch.setattr(api, "load", lambda path: path)
+    config = tiny.config(home, seeds=(3, 1))
+    found = lakd_jax.train(config, "~/run")
+    assert found == [home / "run" / "seed3", home / "run" / "seed1"]
+
+
 @pytest.mark.parametrize("source", ["folder:~/images", "npz:~/images"])
 def test_home_in_data_source(home, source):
     with pytest.raises(errors.DataError, match=f"^{home / 'images'}"):
         data.load(source)
+
+
+def test_home_in_a_folder_of_images(home):
+    for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        folder = home / "images" / name
+        folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "a.png")
+    assert len(data.load("folder:~/images").train) == 2
 
 
 def test_home_in_data_dir(home, monkeypatch):
@@ -306,6 +325,12 @@ def test_compile_cache_is_a_path_or_left_to_jax(home, here, monkeypatch, cache, 
     assert settings.jax_compilation_cache_dir == kept
 
 
+def test_compile_cache_of_nobody(tmp_path):
+    config = tiny.config(tmp_path, compile_cache="~nobody-here/programs")
+    (fault,) = validate.problems(config, 1)
+    assert fault.startswith("compile_cache is '~nobody-here/programs', and ")
+
+
 def test_home_in_benchmarks(home, monkeypatch):
     assert flag_types.path("~/table") == home / "table"
     assert throughput.parse(["--results=~/found"]).results == home / "found"
@@ -320,3 +345,13 @@ def test_home_in_benchmarks(home, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare", "digits", *flags])
     compare.main()
     assert places == [home / "runs" / "digits", home / "kept" / "digits.json"]
+
+
+def test_home_in_a_subset_of_images(home, monkeypatch):
+    def subset(images, per_class, folder):
+        raise errors.DataError(images)
+
+    monkeypatch.setattr(compare, "subset", subset)
+    plan, places = compare.PLANS["experts"](), {"IMAGES": "~/images"}
+    with pytest.raises(errors.DataError, match=f"^{home / 'images'}$"):
+        compare.run(plan, places, home / "out", home / "record.json", None)
