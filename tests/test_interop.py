@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 
 import flax
 import golden_weights
@@ -21,24 +22,31 @@ torch_weights = resnet_weights.torch_weights
 assert_same_tree = resnet_weights.assert_same_tree
 TIMM = sorted(p.stem for p in (golden_weights.FOLDER / "timm").glob("*.json"))
 GOLDEN = sorted(p.stem for p in (golden_weights.FOLDER / "models").glob("*.json"))
+# A network of every family and kind of block, the deepest small one, and the widest.
+SOME = ["resnet8", "resnet110", "resnet8x4", "cifar_resnet18", "resnet18", "resnet50"]
+SOME += ["wrn_16_1", "wrn_16_2", "wrn_40_2", "vgg8", "vgg19", "mobilenet_v1"]
+SOME += ["mobilenet_v2", "mobilenet_v2_imagenet", "shuffle_v1", "shuffle_v2", "hme"]
+
+
+def others_long(names, quick):
+    """The `quick` ones always; tracing the others, or drawing them, takes long."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.long) for n in names]
 
 
 # from_torch
 
 
 @pytest.mark.parametrize("shortcut", ["projection", "identity"])
-@pytest.mark.parametrize("name", RESNETS)
+@pytest.mark.parametrize("name", others_long(RESNETS, ["resnet8", "resnet8x4"]))
 def test_every_resnet_takes_its_state_dict(name, shortcut):
     weights = torch_weights(name, shortcut)
     options = interop.options_from_torch(name, weights)
     assert options == {"num_classes": 7, "shortcut": shortcut}
     variables = interop.from_torch(name, weights)
     model = models.create(name, **options)
-    shapes = jax.eval_shape(
-        functools.partial(model.init, train=False),
-        jax.random.key(0),
-        jnp.zeros((1, 8, 8, 3)),
-    )
+    images = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+    init = functools.partial(model.init, train=False)
+    shapes = jax.eval_shape(init, jax.random.key(0), images)
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, shapes)
     leaves = flax.traverse_util.flatten_dict(variables).values()
     # Every number arrives exactly once.
@@ -200,7 +208,7 @@ def test_transposed_classifier_is_recognised():
 # timm's names
 
 
-@pytest.mark.parametrize("arch", TIMM)
+@pytest.mark.parametrize("arch", others_long(TIMM, ["resnet18", "mobilenetv2_100"]))
 def test_every_tensor_of_timm_finds_its_place(arch):
     spec = json.loads((golden_weights.FOLDER / "timm" / f"{arch}.json").read_text())
     weights = {
@@ -221,7 +229,7 @@ def test_every_tensor_of_timm_finds_its_place(arch):
 # to_torch
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", others_long(GOLDEN, set(SOME) - {"resnet110"}))
 def test_there_and_back_is_exact(name):
     weights = golden_weights.state_dict(name)
     variables = interop.from_torch(name, weights)
@@ -242,16 +250,19 @@ def test_back_with_either_shortcut(shortcut):
         np.testing.assert_array_equal(value, weights[key])
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", others_long(models.names(), SOME))
 def test_every_network_goes_there_and_back(name):
     options = {key: values[0] for key, values in models.family(name).OPTIONS.items()}
-    table = layout.table(name, {"num_classes": 1, **options})
-    rng = np.random.default_rng(0)
-    variables = flax.traverse_util.unflatten_dict(
-        {path: rng.standard_normal(shape, np.float32) for path, shape in table.values()}
-    )
+    # Where there are golden weights, so many classes: that network is traced already.
+    classes = golden_weights.classes(name) if name in GOLDEN else 1
+    options = {"num_classes": classes, **options}
+    variables = {
+        path: np.arange(math.prod(shape), dtype=np.float32).reshape(shape) + index
+        for index, (path, shape) in enumerate(layout.table(name, options).values())
+    }
+    variables = flax.traverse_util.unflatten_dict(variables)
     weights = interop.to_torch(name, variables)
-    assert interop.options_from_torch(name, weights) == {"num_classes": 1, **options}
+    assert interop.options_from_torch(name, weights) == options
     assert_same_tree(interop.from_torch(name, weights), variables)
 
 
