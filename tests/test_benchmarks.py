@@ -136,16 +136,16 @@ def test_largest_module_needs_less_memory_than_the_whole():
     command = [sys.executable, "-m", "benchmarks.memory", "--pair=resnet8,resnet8"]
     flags = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
     done = subprocess.run(
-        [*command, "--batch=16", "--modules=1,2,3"],
+        [*command, "--batch=16", "--modules=1,3"],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags},
+        env={**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flags}"},
         capture_output=True,
         text=True,
         check=True,
     )
     rows = [line.split("|") for line in done.stdout.splitlines() if "%" in line]
     fused, dispatched, student = ([float(r[i]) for r in rows] for i in (2, 4, 6))
-    assert len(rows) == 3
+    assert len(rows) == 2
     assert dispatched == sorted(dispatched, reverse=True)
     assert dispatched[-1] < dispatched[0] and dispatched[-1] < fused[0]
     assert fused[-1] <= fused[0]
