@@ -336,6 +336,7 @@ def test_tfrecords_are_read_alike(site, tmp_path):
 
 @pytest.mark.parametrize("lost", [1, 5, 3000])
 def test_truncated_tfrecords_are_an_error(site, tmp_path, lost):
+    """Promise 32: of the other form, too."""
     site.publish("cifar10", ARCHIVES["cifar10"]())
     data.load("cifar10", data_dir=str(tmp_path))
     as_tfrecords(tmp_path)

@@ -6,9 +6,11 @@ import pathlib
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+import test_data_tfds as cifar
 from PIL import Image
 
 from lakd_jax import data, errors
+from lakd_jax.data import records
 
 
 def failure(name: str, data_dir: pathlib.Path) -> str:
@@ -102,3 +104,40 @@ def test_undecodable_examples_are_named(tmp_path, capsys):
     found = data.load("homemade", data_dir=str(tmp_path), max_bad=1)
     assert len(found.train) == 7 and len(set(found.train.ids)) == 7
     assert "1 of 8 images left out (data.max_bad=1)" in capsys.readouterr().err
+
+
+def test_undecodable_test_images_are_never_left_out(tmp_path):
+    """Promise 31: a result that left some out would not be of that data set."""
+    parts = {"train": grey_examples(8), "test": grey_examples(2)}
+    parts["test"][1]["image"] = b"broken"
+    prepare_own(tmp_path, FEATURES, parts)
+    with pytest.raises(errors.DataError, match="homemade test, example"):
+        data.load("homemade", data_dir=str(tmp_path), max_bad=5)
+
+
+@pytest.mark.parametrize("form", ["array_record", "tfrecord"])
+def test_streamed_sets_lack_no_example(form, tmp_path):
+    """Promise 32: the count is that of the preparation."""
+    parts = {"train": grey_examples(8), "test": grey_examples(4)}
+    prepare_own(tmp_path, FEATURES, parts)
+    if form == "tfrecord":
+        cifar.as_tfrecords(tmp_path)
+    records.from_tfds("homemade", str(tmp_path))
+    (info,) = tmp_path.rglob("dataset_info.json")
+    text = info.read_text()
+    assert text.count('"8"') == 1  # the length of the shard of train
+    info.write_text(text.replace('"8"', '"9"'))
+    with pytest.raises(errors.DataError, match="8 examples .* where 9 were prepared"):
+        records.from_tfds("homemade", str(tmp_path))
+
+
+def test_a_streamed_shard_cut_short_is_an_error(tmp_path):
+    """Promise 32: before its first example is read."""
+    parts = {"train": grey_examples(8), "test": grey_examples(4)}
+    prepare_own(tmp_path, FEATURES, parts)
+    (shard,) = tmp_path.rglob("homemade-train.array_record*")
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    for _ in range(2):  # cut short, then lost
+        with pytest.raises(errors.DataError, match="0 examples .* where 8 were prep"):
+            records.from_tfds("homemade", str(tmp_path))
+        shard.unlink(missing_ok=True)

@@ -232,6 +232,7 @@ def test_prepared_sets_are_read_without_tensorflow(form, tmp_path):
 
 
 def test_half_a_tfrecord_is_refused_before_training(tmp_path):
+    """Promise 32: where records are streamed."""
     splits = {"train": other.grey_examples(12), "test": other.grey_examples(5)}
     other.prepare_own(tmp_path, other.FEATURES, splits)
     cifar.as_tfrecords(tmp_path)

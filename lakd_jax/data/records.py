@@ -171,18 +171,33 @@ def from_tfds(name: str, data_dir: str) -> tuple[tuple[str, ...], Prepared, Prep
 
 
 def _prepared(builder: Any, split: str) -> Prepared:
-    places = None
-    if "array_record" not in tfds_source.formats(builder):
-        places = tfrecord_places(builder.info.splits[split].filepaths)
-    found = Prepared(str(builder.data_dir), split, places)
+    paths, places = builder.info.splits[split].filepaths, None
+    if "array_record" in tfds_source.formats(builder):
+        # Counted in the files: tfds's own source repeats what was prepared.
+        count = sum(map(_array_record_count, paths))
+    else:
+        places = tfrecord_places(paths)
+        count = len(places)
     expected = builder.info.splits[split].num_examples
-    if len(found) < max(expected, 1):
+    if count < max(expected, 1):
         raise errors.DataError(
-            f"{builder.name} {split}: {len(found)} examples in {builder.data_dir} "
+            f"{builder.name} {split}: {count} examples in {builder.data_dir} "
             f"where {expected} were prepared: the directory is incomplete. Delete it "
             "and start again."
         )
-    return found
+    return Prepared(str(builder.data_dir), split, places)
+
+
+def _array_record_count(path: Any) -> int:
+    """How many records a file holds; 0 of one that is missing or cut short."""
+    from array_record.python import array_record_module
+
+    reader = array_record_module.ArrayRecordReader(str(path))
+    if not reader.ok():  # then closing it fails, too
+        return 0
+    count = reader.num_records()
+    reader.close()
+    return count
 
 
 def tfrecord_places(paths: list[Any]) -> np.ndarray:
