@@ -1,19 +1,19 @@
 """What holds for every method with a block in `config_methods`, on toy networks."""
 
+import dataclasses
 import functools
 import re
 
+import apart
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny
 import toys
 
 from lakd_jax import config as config_lib
 from lakd_jax import config_methods, distill, validate
-from lakd_jax.distill import method
 from lakd_jax.train import build
 
 METHODS = sorted(config_methods.blocks())
@@ -24,177 +24,172 @@ SETTINGS = {  # what the toys have not, or where the full weight needs many epoc
     **dict.fromkeys(("ab", "fsp"), {"init_epochs": 100.0}),  # in which they count
     "kdpp": {"kd_warmup_epochs": 0.0},
 }
+# Which modules of a cut student each module's terms train; others: their own.
+REACH = {
+    **dict.fromkeys(("fam", "review"), np.tri(3).T),  # fused with the later ones
+    **dict.fromkeys(("fsp", "kdsvd"), [[0, 0, 0], [1, 1, 0], [0, 1, 1]]),  # pairs
+    "fitnet": np.diag([0, 1, 0]),  # the module of its hint
+}
 
 
-def options(name, **fields):
-    """The block's defaults for a toy, without cross-entropy and warm-up."""
+def options(name):
+    """The block's defaults for a toy, with a warm-up and little cross-entropy."""
     block = config_methods.blocks()[name].to_dict()
-    wanted = {"ce_weight": 0.0, "warmup_epochs": 0.0, "init_epochs": 0}
+    wanted = {"ce_weight": 0.5, "warmup_epochs": 4.0, "init_epochs": 0}
     wanted |= SETTINGS.get(name, {})
-    return block | {n: v for n, v in wanted.items() if n in block} | fields
+    return block | {n: v for n, v in wanted.items() if n in block}
 
 
-def teacher_of(name):
+def networks(name, cut_scale=1.0):
     """Another width than the student's, where the method allows it."""
-    return toys.Toy() if name in ("fsp", "kdsvd") else toys.Toy(width=6)
+    width = 4 if name in ("fsp", "kdsvd") else 6
+    return apart.passes(teacher=toys.Toy(width=width), cut_scale=cut_scale)
 
 
-def taught(name, **fields):
-    cut = fields.pop("cut_scale", 1.0)
-    granularity = "stage" if distill.facts(name).staged else "none"
-    return toys.lesson(
-        options(name, **fields),
-        name=name,
-        teacher=teacher_of(name),
-        granularity=granularity,
-        cut_scale=cut,
-    )
+@functools.cache
+def compiled(name):
+    """The method's own terms: compiled once, for all tests here."""
+    passes = networks(name)
+    made = distill.create(name, options(name))
+    lesson = dataclasses.replace(passes.lesson, method=made)
+    joints = 3 if distill.facts(name).staged else 1
+    return apart.Losses(lesson, passes, joints, skip=("head_ce",))
+
+
+def student_gradient(name, grads, cut_scale=1.0):
+    """To the student's parameters, through what it shows and through its head."""
+    # What the student is does not depend on its teacher.
+    passes = apart.passes(teacher=toys.Toy(width=6), cut_scale=cut_scale)
+    return apart.add(passes.pull(grads.ours), grads.head)
 
 
 @functools.cache
 def observed(name):
-    """Losses and gradients of the method's own terms, to student and teacher."""
-    lesson, batch = taught(name), toys.images()
-    params, stats = lesson.init(*batch)
-
-    @jax.jit
-    def both(params, teacher):
-        def total(params, teacher):
-            losses, new = lesson.losses(
-                params, stats, *batch, epoch=40.0, teacher_variables=teacher
-            )
-            return method.total(losses), (losses, new)
-
-        return jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(params, teacher)
-
-    teacher = {"params": lesson.teacher_variables["params"]}
-    rest = {n: v for n, v in lesson.teacher_variables.items() if n != "params"}
-    (value, aux), grads = both(params, teacher | rest)
-    return lesson, params, stats, value, aux, grads
+    """Module losses, new statistics and gradients of the own terms in epoch 40."""
+    made = compiled(name)
+    ours, theirs, _ = networks(name).see()
+    return made(made.args(ours, theirs))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_its_terms_alone_train_the_student_and_never_the_teacher(name):
     """Promises 16, 26: the teacher's gradient is exactly 0, the student's is not."""
-    *_, value, (losses, _), (ours, theirs) = observed(name)
+    value, losses, _, grads = observed(name)
     terms = {n: t for loss in losses for n, t in loss.terms.items() if n != "head_ce"}
-    assert terms and all(t.dtype == jnp.float32 for t in terms.values())
-    assert np.isfinite(value)
-    grads = jax.tree.leaves(ours["student"])
-    assert all(np.all(np.isfinite(g)) for g in grads)
-    assert any(np.any(np.asarray(g)) for g in grads)
-    assert not any(np.any(np.asarray(g)) for g in jax.tree.leaves(theirs["params"]))
+    assert terms and np.isfinite(value) and apart.finite(terms)
+    ours = student_gradient(name, grads)
+    assert apart.finite(ours) and apart.nonzero(ours)
+    assert not apart.nonzero((grads.theirs, grads.teacher))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_variable_of_it_belongs_to_a_module(name):
-    lesson, params, stats, *_, (_, new), _ = observed(name)
-    count = len(lesson.partition.names)
-    assert set(jax.tree.leaves(lesson.labels(params))) <= set(range(count))
-    lesson.labels(stats)  # raises where a path belongs to none
-    assert jax.tree.structure(new) == jax.tree.structure(stats)
-    for before, after in zip(*map(jax.tree.leaves, (stats, new)), strict=True):
-        assert jnp.shape(before) == jnp.shape(after)
-        assert jnp.result_type(before) == jnp.result_type(after)
+    made = compiled(name)
+    new = observed(name)[2]
+    labels = made.lesson.labels({"method": made.params})
+    assert set(jax.tree.leaves(labels)) <= {0, 1, 2}
+    made.lesson.labels({"method": made.stats})  # raises where a path belongs to none
+    assert jax.tree.structure(new) == jax.tree.structure(made.stats)
+    for before, after in zip(*map(jax.tree.leaves, (made.stats, new)), strict=True):
+        assert np.shape(before) == np.shape(after)
+        assert before.dtype == after.dtype
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_it_can_be_learnt(name):
-    lesson, batch = taught(name, ce_weight=0.0), toys.images()
-    params, stats = lesson.init(*batch)
-    optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.05))
-
-    @jax.jit
-    def step(params, stats):
-        def total(params):
-            losses, new = lesson.losses(params, stats, *batch, epoch=40.0)
-            return method.total(losses), new
-
-        (value, new), grads = jax.value_and_grad(total, has_aux=True)(params)
-        updates, _ = optimizer.update(grads, optimizer.init(params), params)
-        return optax.apply_updates(params, updates), new, value
-
-    values = []
-    for _ in range(30):
-        params, stats, value = step(params, stats)
-        values.append(float(value))
-    assert min(values[-3:]) < values[0]
+def test_a_small_step_against_the_gradient_lowers_it_as_foretold(name):
+    """So it can be learnt: what falls is the value, by the step times the slope."""
+    made, passes = compiled(name), networks(name)
+    value, *_, grads = observed(name)
+    ours, own = student_gradient(name, grads), grads.own
+    if name == "ctkd":  # which climbs in its temperature on purpose
+        own = apart.zeros(own)
+    slope = apart.dot(ours, ours) + apart.dot(own, own)
+    length = 3e-3 * abs(value) / slope
+    params = apart.moved(passes.params, ours, length)
+    shown, theirs, _ = passes.see(params)
+    args = made.args(shown, theirs, apart.moved(made.params, own, length), params)
+    fall = value - made(args)[0]
+    assert fall == pytest.approx(length * slope, rel=0.2)
 
 
 @pytest.mark.parametrize("name", STAGED)
 def test_a_cut_student_learns_its_stages_from_their_own_terms(name):
-    """With the cut each module is trained by terms alone, whatever comes after."""
-    lesson, batch = taught(name, cut_scale=0.0), toys.images()
-    params, stats = lesson.init(*batch)
-
-    def total(params):
-        losses, _ = lesson.losses(params, stats, *batch, epoch=40.0)
-        return method.total(losses)
-
-    grads = jax.jit(jax.grad(total))(params)["student"]
-    own = toys.by_module(grads, lesson.labels({"student": grads}), 3)
-    trained = [any(np.any(np.asarray(g)) for g in module) for module in own]
-    hint = options(name).get("hint_layer")
-    assert trained == [k == hint for k in (1, 2, 3)] if hint else all(trained[:-1])
+    """With the cut each module is trained by its own terms, unless `REACH` has more."""
+    made = compiled(name)
+    args = made.args(*networks(name).see()[:2])
+    labels = made.lesson.labels({"student": made.head})["student"]
+    reached = []
+    for weights in np.eye(3):
+        *_, grads = made(args, weights=weights)
+        ours = student_gradient(name, grads, cut_scale=0.0)
+        reached.append([apart.nonzero(x) for x in toys.by_module(ours, labels, 3)])
+    np.testing.assert_array_equal(reached, REACH.get(name, np.eye(3)))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_weights_warm_up_epoch_by_epoch(name):
-    lesson, batch = taught(name, warmup_epochs=4.0, ce_weight=0.5), toys.images()
-    params, stats = lesson.init(*batch)
+    made = compiled(name)
+    args = made.args(*networks(name).see()[:2])
 
-    @jax.jit
     def weights(epoch):
-        losses, _ = lesson.losses(params, stats, *batch, epoch=epoch)
-        return {n: w + 0.0 for loss in losses for n, w in loss.weights.items()}
+        losses = made(args, epoch=epoch)[1]
+        return {n: float(w) for loss in losses for n, w in loss.weights.items()}
 
-    at = {epoch: weights(epoch) for epoch in (0.9, 1.0, 3.0, 40.0)}
-    full = at[40.0]
+    full = weights(40.0)
     assert full.pop("head_ce") == (0.0 if name in ("ab", "fsp") else 0.5) and full
     for epoch, share in {0.9: 0.25, 1.0: 0.5, 3.0: 1.0}.items():
+        at = weights(epoch)
         for term, weight in full.items():
-            np.testing.assert_allclose(at[epoch][term], share * weight, rtol=1e-6)
+            assert at[term] == pytest.approx(share * weight, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_bfloat16_networks_give_finite_float32_terms(name):
-    lesson, params, stats, *_ = observed(name)
+    """The types without a run; the values of activations rounded to bfloat16."""
+    made = compiled(name)
+    ours, theirs, _ = networks(name).see()
 
-    def half(x):
-        return x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x
+    def half(tree):
+        """Logits are always float32."""
+        whole = {n: tree[n] for n in ("student", "teacher") if n in tree}
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree) | whole
 
-    def losses(params, stats):
-        signals, _ = lesson.signals(
-            params["student"], stats["student"], *toys.images(), epoch=40.0
-        )
-        rounded = {
-            part: jax.tree.map(half, getattr(signals, part))
-            for part in ("student_joints", "teacher_joints")
-        }
-        own = {"params": params["method"], "batch_stats": stats["method"]}
-        signals = signals.replace(**rounded)
-        return lesson.method.apply(own, signals, train=True, mutable=["batch_stats"])
-
-    found, _ = jax.jit(losses)(params, stats)
-    for loss in found:
-        for term in loss.terms.values():
-            assert term.dtype == jnp.float32 and np.isfinite(term)
+    args = made.args(half(ours), half(theirs))
+    run = functools.partial(made.losses, epoch=40.0)
+    losses, _ = jax.eval_shape(run, made.stats, args=args)
+    types = {t.dtype for loss in losses for t in loss.terms.values()}
+    assert types == {jnp.dtype("float32")}
+    rounded = jax.tree.map(
+        lambda x: np.asarray(x, np.float32), (args.ours, args.theirs)
+    )
+    value, losses, _, grads = made(made.args(*rounded))
+    assert np.isfinite(value) and apart.finite([loss.terms for loss in losses])
+    assert apart.finite(grads)
 
 
 @pytest.mark.parametrize("name", SUMS)
 def test_a_sum_has_all_terms_once(name, tmp_path):
-    parts = distill.parts(name)
     config = tiny.config(tmp_path, method=name)
     made = {
         n: build.method_options(config_lib.changed(config, {"method": n}))
-        for n in parts
+        for n in distill.parts(name)
     }
-    lesson = toys.lesson({}, student=toys.Toy())
-    together = lesson_of(lesson, distill.create_sum(made))
-    alone = [lesson_of(lesson, distill.create(n, own)) for n, own in made.items()]
-    batch = toys.images()
-    sums, _ = together.losses(*together.init(*batch), *batch)
-    singles = [one.losses(*one.init(*batch), *batch)[0] for one in alone]
+    passes = networks(name)
+    alone = [distill.create(n, own) for n, own in made.items()]
+    *singles, sums = (
+        apart.Losses(dataclasses.replace(passes.lesson, method=m), passes)
+        for m in (*alone, distill.create_sum(made))
+    )
+    ours, theirs, _ = passes.see()
+
+    @jax.jit
+    def every():
+        return [
+            one.losses(one.stats, 40.0, one.args(ours, theirs))[0]
+            for one in (sums, *singles)
+        ]
+
+    sums, *singles = every()
     terms = [set(loss.terms) for loss in sums]
     wanted = [set() for _ in terms]
     for losses in singles:
@@ -208,17 +203,6 @@ def test_a_sum_has_all_terms_once(name, tmp_path):
         np.testing.assert_allclose(
             sums[-1].terms[term], singles[0][-1].terms[term], rtol=1e-5
         )
-
-
-def lesson_of(lesson, made):
-    return toys.Lesson(
-        lesson.student,
-        lesson.teacher,
-        lesson.teacher_variables,
-        made,
-        lesson.partition,
-        cut_scale=1.0,
-    )
 
 
 def test_sums_are_named_right():
@@ -261,15 +245,13 @@ def test_what_cannot_be_is_said_before_anything_runs(fields, line, tmp_path):
 
 
 def test_every_block_has_a_range_for_every_number():
-    assert set(config_methods.blocks()) <= set(distill.names())
-    for name, block in config_methods.blocks().items():
-        for field, value in block.items():
-            wrong = -1.0 if isinstance(value, float) else -1
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            config = config_lib.changed(
-                config_lib.default(), {f"{name}.{field}": wrong, "method": name}
-            )
-            assert any(
-                f"{name}.{field}" in line for line in validate.problems(config, 1)
-            )
+    blocks = config_methods.blocks()
+    assert set(blocks) <= set(distill.names())
+    wrong = {
+        f"{name}.{field}": -1.0 if isinstance(value, float) else -1
+        for name, block in blocks.items()
+        for field, value in block.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    found = validate.problems(config_lib.changed(config_lib.default(), wrong), 1)
+    assert set(wrong) <= {line.split()[0] for line in found}

@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 
@@ -23,6 +24,9 @@ LITERAL = {
     "adapter": "shape",
     "normalise": "none",
     "head_loss": "ce",
+    "alpha": 0.3,
+    "att_scale": 20.0,
+    "beta": 7.0,
 }
 # Settings of LAKD that change which tensors a loss reads.
 READINGS = {
@@ -87,6 +91,30 @@ def images(count=8, size=8, seed=0):
     return jax.random.normal(key, (count, size, size, 3)), jnp.arange(count) % CLASSES
 
 
+def drawn(shapes, seed):
+    """Variables of these shapes, by NumPy: XLA compiles random numbers slowly."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            return np.full(leaf.shape, -1, leaf.dtype)
+        if leaf.ndim > 1:
+            fan = max(math.prod(leaf.shape[:-1]), leaf.shape[-1])
+            noise = rng.standard_normal(leaf.shape) * math.sqrt(2 / fan)
+            return noise.astype(np.float32)
+        kind, name = path[0].key, path[-1].key
+        one = name != "bias" if kind == "params" else name == "var"
+        return np.full(leaf.shape, one, np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@functools.cache
+def network(model, seed, size=8):
+    """Weights of a network, always the same of a seed."""
+    return drawn(chain.variable_shapes(model, size), seed)
+
+
 @dataclasses.dataclass(frozen=True)
 class Lesson:
     """A student, its teacher, a method and how they are cut."""
@@ -98,20 +126,16 @@ class Lesson:
     partition: cuts.Partition
     cut_scale: float | None = 0.0  # None: no function at the joints at all
     module_input: str = "student"
-    # Module index -> what its target is replaced by.
-    targets: Mapping[int, Callable[[jax.Array], jax.Array]] = dataclasses.field(
-        default_factory=dict
-    )
 
-    def signals(self, params, stats, x, y, epoch=0.0, teacher_variables=None):
-        """Signals in training mode, and the student's new batch statistics."""
-        variables = teacher_variables or self.teacher_variables
+    def see(self, params, stats, x, variables=None, uncut=False):
+        """What a method sees: of the student, of the teacher; and new statistics.
+
+        The first two are by the names of `method.Signals`; with `uncut` they have
+        `student_uncut`, too.
+        """
+        variables = variables or self.teacher_variables
         teacher = self.teacher.apply(variables, x, train=False)
-        theirs = [
-            chain.feature_at(teacher, self.teacher, j)
-            for j in self.partition.teacher_joints
-        ]
-        theirs = [self.targets.get(k, lambda z: z)(z) for k, z in enumerate(theirs)]
+        theirs = self._joints(self.teacher, teacher, "teacher_joints")
         replace = None
         if self.module_input == "teacher":
             replace = dict(zip(self.partition.student_joints, theirs, strict=True))
@@ -120,18 +144,43 @@ class Lesson:
             joint = None
             if scale is not None:
                 joint = cuts.joint_function(self.partition, scale, replace)
-            out, new = self.student.apply(
+            return self.student.apply(
                 {"params": params, "batch_stats": stats},
                 x,
                 train=True,
                 joint=joint,
                 mutable=["batch_stats"],
             )
-            joints = [
-                chain.feature_at(out, self.student, j)
-                for j in self.partition.student_joints
-            ]
-            return out, tuple(joints), new["batch_stats"]
+
+        out, new = run(self.cut_scale)
+        whole = run(1.0)[0] if uncut else None
+        ours = {
+            "student": out,
+            "student_joints": self._joints(self.student, out, "student_joints"),
+            "student_preacts": self._preacts(self.student, out, "student_joints"),
+            "student_uncut": self._joints(self.student, whole, "student_joints"),
+        }
+        seen = {
+            "teacher": teacher,
+            "teacher_joints": theirs,
+            "teacher_preacts": self._preacts(self.teacher, teacher, "teacher_joints"),
+        }
+        return ours, seen, new["batch_stats"]
+
+    def _joints(self, model, outputs, joints):
+        names = getattr(self.partition, joints) if outputs is not None else ()
+        return tuple(chain.feature_at(outputs, model, name) for name in names)
+
+    def _preacts(self, model, outputs, joints):
+        names = getattr(self.partition, joints)
+        if any(not name.endswith(f"block{model.stage_sizes[0]}") for name in names):
+            return ()  # only the ends of stages have them
+        at = functools.partial(chain.feature_at, outputs, model, preact=True)
+        return tuple(at(name) for name in names)
+
+    def assemble(self, ours, theirs, params, stats, y, epoch=0.0, variables=None):
+        """`Signals` of what `see` gives; the networks' ends are run from here on."""
+        variables = variables or self.teacher_variables
 
         def suffix(k, h):
             after = self.partition.teacher_joints[k]
@@ -143,47 +192,49 @@ class Lesson:
             apply = functools.partial(self.student.apply, mutable=["batch_stats"])
             return apply(variables, h, train=True, after=after)[0].logits
 
-        out, joints, new = run(self.cut_scale)
-        signals = method.Signals(
-            student=out,
-            teacher=teacher,
+        return method.Signals(
+            **ours,
+            **theirs,
             labels=y,
             epoch=jnp.float32(epoch),
-            student_joints=joints,
-            teacher_joints=tuple(theirs),
-            student_uncut=run(1.0)[1] if self.method.needs_uncut else (),
             teacher_suffix=suffix if self.method.needs_suffix else None,
             student_head=student_head,
             teacher_head=lambda h: suffix(-1, h),
-            student_preacts=self._preacts(self.student, out, "student_joints"),
-            teacher_preacts=self._preacts(self.teacher, teacher, "teacher_joints"),
             examples=jnp.arange(len(y)),
             count=EXAMPLES,
             key=jax.random.key(3),
         )
-        return signals, new
 
-    def _preacts(self, model, outputs, joints):
-        names = getattr(self.partition, joints)
-        if any(not name.endswith(f"block{model.stage_sizes[0]}") for name in names):
-            return ()  # only the ends of stages have them
-        at = functools.partial(chain.feature_at, outputs, model, preact=True)
-        return tuple(at(name) for name in names)
+    def signals(self, params, stats, x, y, epoch=0.0, teacher_variables=None):
+        """Signals in training mode, and the student's new batch statistics."""
+        uncut = self.method.needs_uncut
+        ours, theirs, new = self.see(params, stats, x, teacher_variables, uncut)
+        given = (params, stats, y, epoch, teacher_variables)
+        return self.assemble(ours, theirs, *given), new
+
+    def assess(self, own, stats, signals):
+        """The K module losses, and the new statistics of the method."""
+        variables = {"params": own, "batch_stats": stats}
+        losses, mutated = self.method.apply(
+            variables, signals, train=True, mutable=["batch_stats"]
+        )
+        return losses, mutated.get("batch_stats", {})
 
     def init(self, x, y, seed=1):
         """`{"student": ..., "method": ...}` parameters and batch statistics."""
+        student = network(self.student, seed, x.shape[1])
+        params, stats = student["params"], student["batch_stats"]
 
         # The batch is an argument: a constant would have XLA fold the teacher's pass.
         @jax.jit
-        def variables(key, x, y):
-            student = self.student.init(key, x, train=False)
-            signals, _ = self.signals(student["params"], student["batch_stats"], x, y)
-            return student, self.method.init(key, signals, train=True)
+        def variables(key, params, stats, x, y):
+            signals, _ = self.signals(params, stats, x, y)
+            return self.method.init(key, signals, train=True)
 
-        student, ours = variables(jax.random.key(seed), x, y)
+        ours = variables(jax.random.key(seed), params, stats, x, y)
         return (
-            {"student": student["params"], "method": ours.get("params", {})},
-            {"student": student["batch_stats"], "method": ours.get("batch_stats", {})},
+            {"student": params, "method": ours.get("params", {})},
+            {"student": stats, "method": ours.get("batch_stats", {})},
         )
 
     def losses(self, params, stats, x, y, epoch=0.0, teacher_variables=None):
@@ -191,13 +242,8 @@ class Lesson:
         signals, new = self.signals(
             params["student"], stats["student"], x, y, epoch, teacher_variables
         )
-        losses, mutated = self.method.apply(
-            {"params": params["method"], "batch_stats": stats["method"]},
-            signals,
-            train=True,
-            mutable=["batch_stats"],
-        )
-        return losses, {"student": new, "method": mutated.get("batch_stats", {})}
+        losses, own = self.assess(params["method"], stats["method"], signals)
+        return losses, {"student": new, "method": own}
 
     def total(self, params, stats, x, y):
         """L_t; (module losses, new batch statistics) beside it."""
@@ -240,12 +286,10 @@ def lesson(
     """A `Lesson` of toys (4 channels from 6) with a method made from `options`."""
     student = student or Toy()
     teacher = teacher or Toy(width=6)
-    start = jax.jit(lambda key, x: teacher.init(key, x, train=False))
-    variables = start(jax.random.key(7), jnp.ones((1, size, size, 3)))
     return Lesson(
         student=student,
         teacher=teacher,
-        teacher_variables=variables,
+        teacher_variables=network(teacher, 7, size),
         method=distill.create(name, options),
         partition=cuts.modules(student, teacher, granularity, cut_points),
         **fields,
