@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lakd_jax.distill import method
@@ -15,23 +14,23 @@ STUDENT = ((8, 4), (4, 8), (4, 8))
 
 def taps(shapes, seed, batch=5):
     """Non-negative noise, (batch, side, side, channels) each."""
-    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    rng = np.random.default_rng(seed)
     return tuple(
-        jax.nn.relu(jax.random.normal(key, (batch, side, side, channels)))
-        for key, (side, channels) in zip(keys, shapes, strict=True)
+        np.maximum(rng.standard_normal((batch, side, side, channels)), 0).astype("f4")
+        for side, channels in shapes
     )
 
 
 def outputs(tapped, seed=0, classes=4):
     batch = len(tapped[0]) if tapped else 5
-    logits = jax.random.normal(jax.random.key(seed), (batch, classes))
+    logits = np.random.default_rng(seed).standard_normal((batch, classes))
     return chain.Outputs(
-        logits=logits,
+        logits=logits.astype(np.float32),
         stem=None,
         features=(),
         preacts=(),
         blocks=(),
-        pooled=jnp.zeros((batch, 1)),
+        pooled=np.zeros((batch, 1), np.float32),
         taps=tapped,
     )
 
@@ -39,13 +38,13 @@ def outputs(tapped, seed=0, classes=4):
 def signals(student, teacher):
     """Signals with the taps given and fixed random logits."""
     ours, theirs = outputs(student, 1), outputs(teacher, 2)
-    labels = jnp.arange(len(ours.logits)) % 4
+    labels = np.arange(len(ours.logits), dtype=np.int32) % 4
     return method.Signals(
         student=ours,
         teacher=theirs,
         labels=labels,
-        epoch=jnp.float32(0),
-        student_joints=(jnp.zeros((len(labels), 1, 1, 1)),),
+        epoch=np.float32(0),
+        student_joints=(np.zeros((len(labels), 1, 1, 1), np.float32),),
         teacher_joints=(),
     )
 
@@ -58,13 +57,14 @@ def variables(module, *args, seed=0):
 
     def draw(path, leaf):
         if len(leaf.shape) < 2:
-            return jnp.full(leaf.shape, float(path[-1].key in ("scale", "var")))
+            value = path[-1].key in ("scale", "var")
+            return np.full(leaf.shape, value, np.float32)
         noise = rng.standard_normal(leaf.shape) / np.sqrt(leaf.shape[0])
-        return jnp.asarray(noise, jnp.float32)
+        return noise.astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def largest(tree):
     """Largest absolute value of all leaves."""
-    return max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(tree))
+    return max(float(np.max(np.abs(x))) for x in jax.tree.leaves(tree))
