@@ -76,12 +76,12 @@ def drawn(model):
     def draw(path, leaf):
         name = path[-1].key
         if name in ("scale", "var"):
-            return jnp.ones(leaf.shape)
+            return np.ones(leaf.shape, np.float32)
         if name == "logits":
-            return jnp.asarray(rng.random(leaf.shape), jnp.float32)
+            return rng.random(leaf.shape).astype(np.float32)
         fan_in = np.prod(leaf.shape[-4:-1]) if leaf.ndim > 2 else 100
         noise = rng.standard_normal(leaf.shape) * np.sqrt(2 / fan_in)
-        return jnp.asarray(noise, jnp.float32)
+        return noise.astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes(model))
 
