@@ -1,9 +1,13 @@
 """The teacher's mask: values by hand and the properties it must have."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import precision
 import pytest
+import tap_toys
 
 from lakd_jax.distill import adapter, lakd, ndam
 
@@ -11,11 +15,22 @@ DEFAULT = {"f_sum": "abs", "a": 0.5, "b": 0.5, "window": 3, "stride": 1}
 
 
 def features(shape=(2, 6, 5, 3), seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", *DEFAULT))
+def jitted(x, **settings):
+    return ndam.mask(x, **settings)
 
 
 def mask(x, kind="mean", **changes):
-    return ndam.mask(x, **(DEFAULT | changes), kind=kind)
+    return np.asarray(jitted(x, **(DEFAULT | changes), kind=kind))
+
+
+attention_map = jax.jit(ndam.attention_map, static_argnums=1)
+pooled_map = jax.jit(ndam.pooled_map, static_argnums=(1, 2, 3, 4))
+attention_loss = jax.jit(lakd.attention_loss, static_argnums=(3, 4))
+feature_loss = jax.jit(lakd.feature_loss, static_argnums=2)
 
 
 def window_loop(s, reduce):
@@ -30,16 +45,14 @@ def window_loop(s, reduce):
 
 
 def test_attention_map_by_hand():
-    x = jnp.array([1.0, -2.0, 3.0]).reshape(1, 1, 1, 3)
-    got = {k: float(ndam.attention_map(x, k).item()) for k in ndam.F_SUMS}
+    x = np.array([1.0, -2.0, 3.0]).reshape(1, 1, 1, 3)
+    got = {k: float(attention_map(x, k).item()) for k in ndam.F_SUMS}
     assert got == {"abs": 6.0, "signed": 2.0, "square": 14.0}
 
 
 def test_attention_map_of_zero_has_zero_gradient():
-    grad = jax.grad(lambda x: ndam.attention_map(x, "abs").sum())(
-        jnp.zeros((1, 1, 1, 2))
-    )
-    assert not grad.any()
+    slope = jax.jit(jax.grad(lambda x: ndam.attention_map(x, "abs").sum()))
+    assert not np.any(slope(np.zeros((1, 1, 1, 2), np.float32)))
 
 
 @pytest.mark.parametrize("kind", ["mean", "l2", "max", "none"])
@@ -48,54 +61,60 @@ def test_property_07_mask_is_not_negative(kind):
 
 
 def test_property_07_mean_of_the_mask_is_one():
-    means = jnp.mean(mask(features((4, 8, 8, 16))), axis=(1, 2, 3))
+    means = np.mean(mask(features((4, 8, 8, 16))), axis=(1, 2, 3))
     np.testing.assert_allclose(means, 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("window,stride", [(3, 1), (2, 2), (3, 2), (0, 1), (0, 4)])
 def test_property_07_constant_map_gives_mask_one_up_to_the_borders(window, stride):
-    v = jnp.full((2, 7, 9, 4), 2.0)
+    v = np.full((2, 7, 9, 4), 2.0, np.float32)
     w = mask(v, window=window, stride=stride)
     assert w.shape == (2, 7, 9, 1)
     np.testing.assert_array_equal(w, 1)
-    u = features((2, 7, 9, 4))
+
+
+def test_property_07_mask_of_one_leaves_the_plain_distance():
+    u, v = features((2, 7, 9, 4)), np.full((2, 7, 9, 4), 2.0, np.float32)
+    plain, w = feature_loss(u, v, "mean"), np.ones((2, 7, 9, 1), np.float32)
     for power in ("2", "1"):
-        got = lakd.attention_loss(u, v, w, power, "mean")
-        assert got == lakd.feature_loss(u, v, "mean")
-    got = lakd.attention_loss(u, v, w, "softmax", "mean")
-    assert got == pytest.approx(float(lakd.feature_loss(u, v, "mean")), rel=1e-5)
+        assert attention_loss(u, v, w, power, "mean") == plain
+    got = attention_loss(u, v, w, "softmax", "mean")
+    assert got == pytest.approx(float(plain), rel=1e-5)
 
 
 def test_property_08_average_and_maximum_against_a_loop():
-    s = ndam.attention_map(features(), "abs")
-    average = ndam.pooled_map(s, 1.0, 0.0, 3, 1)
-    maximum = ndam.pooled_map(s, 0.0, 1.0, 3, 1)
+    s = np.abs(features()).sum(-1, keepdims=True)
+    np.testing.assert_allclose(attention_map(features(), "abs"), s, rtol=1e-6)
+    average = np.asarray(pooled_map(s, 1.0, 0.0, 3, 1))
+    maximum = np.asarray(pooled_map(s, 0.0, 1.0, 3, 1))
     np.testing.assert_allclose(average, window_loop(s, np.mean), rtol=1e-6)
     np.testing.assert_array_equal(maximum, window_loop(s, np.max))
-    both = ndam.pooled_map(s, 0.3, 2.0, 3, 1)
+    both = pooled_map(s, 0.3, 2.0, 3, 1)
     np.testing.assert_allclose(both, 0.3 * average + 2 * maximum, rtol=1e-6)
 
 
 def test_property_08_maximum_of_negative_maps_ignores_the_padding():
-    s = -1.0 - jnp.abs(features((1, 4, 4, 1)))
-    got = ndam.pooled_map(s, 0.0, 1.0, 3, 1)
+    s = -1.0 - np.abs(features((2, 6, 5, 1)))
+    got = pooled_map(s, 0.0, 1.0, 3, 1)
     np.testing.assert_array_equal(got, window_loop(s, np.max))
 
 
 def test_strided_and_global_pooling_by_hand():
-    s = jnp.arange(9.0).reshape(1, 3, 3, 1)
-    coarse = ndam.pooled_map(s, 1.0, 0.0, 2, 2)[0, :, :, 0]
+    s = np.arange(9.0).reshape(1, 3, 3, 1)
+    coarse = pooled_map(s, 1.0, 0.0, 2, 2)[0, :, :, 0]
     np.testing.assert_allclose(coarse, [[2, 2, 3.5], [2, 2, 3.5], [6.5, 6.5, 8]])
-    np.testing.assert_allclose(ndam.pooled_map(s, 1.0, 0.0, 0, 1), 4)
-    np.testing.assert_allclose(ndam.pooled_map(s, 0.0, 1.0, 0, 1), 8)
-    grid = ndam.pooled_map(s, 0.0, 1.0, 0, 2)[0, :, :, 0]
+    np.testing.assert_allclose(pooled_map(s, 1.0, 0.0, 0, 1), 4)
+    np.testing.assert_allclose(pooled_map(s, 0.0, 1.0, 0, 1), 8)
+    grid = pooled_map(s, 0.0, 1.0, 0, 2)[0, :, :, 0]
     # Cells 0..1 and 1..2 overlap; rows 0 and 1 take the first.
     np.testing.assert_allclose(grid, [[4, 4, 5], [4, 4, 5], [7, 7, 8]])
 
 
 def test_normalise_by_hand():
-    w = jnp.array([3.0, 4.0, 0.0, 5.0]).reshape(1, 2, 2, 1)
-    flat = {k: np.ravel(ndam.normalise(w, k)) for k in ndam.NORMALISATIONS}
+    w = np.array([3.0, 4.0, 0.0, 5.0]).reshape(1, 2, 2, 1)
+    kinds = ndam.NORMALISATIONS
+    found = jax.jit(lambda w: [ndam.normalise(w, k) for k in kinds])(w)
+    flat = {k: np.ravel(x) for k, x in zip(kinds, found, strict=True)}
     np.testing.assert_allclose(flat["mean"], [1, 4 / 3, 0, 5 / 3], rtol=1e-6)
     np.testing.assert_allclose(flat["l2"], np.ravel(w) / np.sqrt(50), rtol=1e-6)
     np.testing.assert_allclose(flat["max"], [0.6, 0.8, 0, 1], rtol=1e-6)
@@ -108,7 +127,7 @@ def test_property_09_mask_invariances(kind):
     x = features()
     w = mask(x, kind)
     for scale in (1e-3, 7.0, 1e3):
-        np.testing.assert_allclose(mask(scale * x, kind), w, rtol=1e-4)
+        np.testing.assert_allclose(mask(np.float32(scale) * x, kind), w, rtol=1e-4)
     np.testing.assert_allclose(mask(x[..., ::-1], kind), w, rtol=1e-6)
     flipped = mask(x[:, :, ::-1], kind)
     np.testing.assert_allclose(flipped, w[:, :, ::-1], rtol=1e-6)
@@ -116,85 +135,99 @@ def test_property_09_mask_invariances(kind):
 
 def test_property_10_signed_features_and_zero_maps():
     x = features()
-    signed = jnp.abs(ndam.attention_map(x, "signed"))
-    assert (ndam.attention_map(x, "abs") > signed).any()
-    positive = jnp.abs(x)
+    signed = np.abs(attention_map(x, "signed"))
+    assert np.any(attention_map(x, "abs") > signed)
+    positive = np.abs(x)
     np.testing.assert_allclose(
         mask(positive), mask(positive, f_sum="signed"), rtol=1e-6
     )
+    zeros = np.zeros_like(x)
 
     def loss(u, kind):
-        w = mask(jnp.zeros_like(x), kind)
-        return lakd.attention_loss(u, jnp.zeros_like(x), w, "2", "mean")
+        w = ndam.mask(zeros, **DEFAULT, kind=kind)
+        return lakd.attention_loss(u, zeros, w, "2", "mean")
 
-    for kind in ndam.NORMALISATIONS:
-        value, grad = jax.value_and_grad(loss)(x, kind)
-        assert jnp.isfinite(value) and jnp.isfinite(grad).all()
-    value, grad = jax.value_and_grad(lakd.map_loss)(
-        jnp.zeros((2, 4, 4, 1)), jnp.zeros((2, 4, 4, 1))
-    )
-    assert value == 0 and not grad.any()
+    @jax.jit
+    def of_zeros(x):
+        every = [jax.value_and_grad(loss)(x, kind) for kind in ndam.NORMALISATIONS]
+        empty = jnp.zeros((2, 4, 4, 1))
+        return every, jax.value_and_grad(lakd.map_loss)(empty, empty)
+
+    every, (value, grad) = of_zeros(x)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(every))
+    assert value == 0 and not np.any(grad)
 
 
-@pytest.mark.parametrize("power", ["2", "1", "softmax"])
-def test_property_11_no_gradient_reaches_the_teacher(power):
-    def loss(v):
-        return lakd.attention_loss(features(), v, mask(v), power, "mean")
+def test_property_11_no_gradient_reaches_the_teacher():
+    def loss(v, power):
+        return lakd.attention_loss(
+            features(), v, ndam.mask(v, **DEFAULT, kind="mean"), power, "mean"
+        )
 
-    assert not jax.grad(loss)(features(seed=1)).any()
-    assert not jax.grad(lambda v: mask(v).sum())(features()).any()
+    @jax.jit
+    def slopes(v):
+        of_losses = [jax.grad(loss)(v, power) for power in ("2", "1", "softmax")]
+        alone = jax.grad(lambda v: jnp.sum(ndam.mask(v, **DEFAULT, kind="mean")))(v)
+        return of_losses, alone
+
+    assert not any(np.any(g) for g in jax.tree.leaves(slopes(features(seed=1))))
 
 
 def test_mask_is_float32_under_jit_and_bfloat16():
-    x = features().astype(jnp.bfloat16)
-    got = jax.jit(mask)(x)
-    assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, mask(x.astype(jnp.float32)), rtol=1e-6)
+    x = features()
+    half = jnp.asarray(x, jnp.bfloat16)
+    call = functools.partial(ndam.mask, **DEFAULT, kind="mean")
+    assert precision.arithmetic(call, half) == {"float32"}
+    np.testing.assert_allclose(mask(half), mask(half.astype(np.float32)), rtol=1e-6)
 
 
 def test_student_map_gradient_by_finite_differences():
-    x, way = features((2, 4, 4, 3)), features((2, 4, 4, 3), seed=1)
-    teacher = ndam.attention_map(features((2, 4, 4, 3), seed=2), "abs")
+    x, way, other = (features((2, 4, 4, 3), seed=seed) for seed in range(3))
+    teacher = np.abs(other).sum(-1, keepdims=True)
 
+    @jax.jit
+    @jax.value_and_grad
     def loss(x):
         s = ndam.activation_map(x, **(DEFAULT | {"f_sum": "square"}), kind="none")
         return lakd.map_loss(s, teacher)
 
-    step = 1e-3
-    slope = (loss(x + step * way) - loss(x - step * way)) / (2 * step)
-    assert jnp.vdot(jax.grad(loss)(x), way) == pytest.approx(float(slope), rel=1e-2)
+    step = np.float32(1e-3)
+    (high, _), (low, _) = loss(x + step * way), loss(x - step * way)
+    slope = float(high - low) / (2 * step)
+    assert np.vdot(loss(x)[1], way) == pytest.approx(slope, rel=1e-2)
 
 
 def test_match_size_pools_the_larger_one_like_adaptive_average_pooling():
     u, v = features((1, 5, 4, 2)), features((1, 3, 8, 6))
-    small_u, small_v = adapter.match_size(u, v)
+    small_u, small_v = jax.jit(adapter.match_size)(u, v)
     assert small_u.shape == (1, 3, 4, 2) and small_v.shape == (1, 3, 4, 6)
     # Cells of 5 rows pooled to 3: 0..1, 1..3, 3..4.
     rows = [u[:, 0:2].mean(1), u[:, 1:4].mean(1), u[:, 3:5].mean(1)]
-    np.testing.assert_allclose(small_u, jnp.stack(rows, 1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(small_u, np.stack(rows, 1), rtol=1e-5, atol=1e-6)
     pairs = v.reshape(1, 3, 4, 2, 6).mean(3)
     np.testing.assert_allclose(small_v, pairs, rtol=1e-5, atol=1e-6)
 
 
 def test_match_size_leaves_equal_sizes_alone():
     u, v = features((1, 4, 4, 2)), features((1, 4, 4, 6))
-    got = adapter.match_size(u, v)
+    got = jax.jit(adapter.match_size)(u, v)
     np.testing.assert_array_equal(got[0], u)
     np.testing.assert_array_equal(got[1], v)
 
 
 def test_resize_like_repeats_or_averages():
-    x = jnp.arange(4.0).reshape(1, 2, 2, 1)
-    big = adapter.resize_like(x, jnp.zeros((1, 4, 4, 7)))[0, :, :, 0]
+    x = np.arange(4.0).reshape(1, 2, 2, 1)
+    resize = jax.jit(adapter.resize_like)
+    big = resize(x, np.zeros((1, 4, 4, 7)))[0, :, :, 0]
     np.testing.assert_array_equal(big, np.kron([[0, 1], [2, 3]], np.ones((2, 2))))
-    small = adapter.resize_like(x, jnp.zeros((1, 1, 1, 7)))
+    small = resize(x, np.zeros((1, 1, 1, 7)))
     np.testing.assert_allclose(small, 1.5)
 
 
 def test_adapter_second_pass_keeps_statistics():
     module = adapter.Adapter(5)
     x = features()
-    variables = module.init(jax.random.key(0), x, train=True)
+    variables = tap_toys.variables(module, x)
     assert set(variables["params"]) == {"conv", "bn"}
     assert "bias" not in variables["params"]["conv"]
 
@@ -202,9 +235,11 @@ def test_adapter_second_pass_keeps_statistics():
         first = module(x, train=True)
         return first, adapter.again(module, x, train=True)
 
-    (first, second), new = module.apply(
-        variables, x, mutable=["batch_stats"], method=twice
-    )
+    @jax.jit
+    def run(variables, x):
+        apply = functools.partial(module.apply, variables, x, mutable=["batch_stats"])
+        return apply(method=twice), apply(train=True)
+
+    ((first, second), new), (_, once) = run(variables, x)
     np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-6)
-    _, once = module.apply(variables, x, train=True, mutable=["batch_stats"])
     jax.tree.map(np.testing.assert_array_equal, new, once)
