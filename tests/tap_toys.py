@@ -1,7 +1,5 @@
 """Made-up taps and signals for the tests of the methods that compare taps."""
 
-import functools
-
 import jax
 import numpy as np
 
@@ -51,8 +49,9 @@ def signals(student, teacher):
 
 def variables(module, *args, seed=0):
     """Training-mode variables drawn by NumPy: XLA compiles random numbers slowly."""
-    init = functools.partial(module.init, train=True)
-    shapes = jax.eval_shape(init, jax.random.key(0), *args)
+    shapes = jax.eval_shape(
+        lambda key: module.init(key, *args, train=True), jax.random.key(0)
+    )
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):

@@ -53,7 +53,7 @@ def whole(variables, teacher, student, dim=8):
 def similarity(teacher, student, dim=8, seed=0):
     """Variables of the attention network for these taps."""
     ours, theirs = (
-        [jax.ShapeDtypeStruct((len(t), t.shape[-1]), "float32") for t in taps]
+        [np.zeros((len(t), t.shape[-1]), np.float32) for t in taps]
         for taps in (student, teacher)
     )
     return tap_toys.variables(attention_lib.Similarity(dim), theirs, ours, seed=seed)

@@ -1,5 +1,6 @@
 """Knowledge review: the public fusion's values, which stage's loss trains which."""
 
+import functools
 import pathlib
 import types
 
@@ -7,7 +8,9 @@ import golden_weights
 import jax
 import jax.numpy as jnp
 import numpy as np
+import precision
 import pytest
+import tap_toys
 
 from lakd_jax.distill import method, review
 
@@ -21,9 +24,7 @@ def nhwc(x):
 
 
 def oihw(name, *shape):
-    return jnp.asarray(
-        golden_weights.tensor(f"abf.{name}", shape).transpose(2, 3, 1, 0)
-    )
+    return golden_weights.tensor(f"abf.{name}", shape).transpose(2, 3, 1, 0)
 
 
 def norm(name, width):
@@ -47,7 +48,7 @@ def published():
         },
     }
     widths = {"bn1": 64, "bn2": 40}
-    state = {n: {"mean": jnp.zeros(w), "var": jnp.ones(w)} for n, w in widths.items()}
+    state = {n: {"mean": np.zeros(w), "var": np.ones(w)} for n, w in widths.items()}
     return {"params": params, "batch_stats": state}
 
 
@@ -72,19 +73,19 @@ def test_fusion_is_the_public_one():
 
 def test_other_sizes_are_repeated_or_thinned():
     x, later = jnp.ones((2, 4, 4, 3)), jnp.ones((2, 1, 1, 5))
-    module = review.Fusion(5, 6)
     for size in ((8, 8), (2, 2), (3, 3)):
-        (out, on), _ = module.init_with_output(
-            jax.random.key(0), x, later, size, train=True
+        start = functools.partial(review.Fusion(5, 6).init_with_output, train=True)
+        (out, on), _ = jax.eval_shape(
+            lambda key, n=size, run=start: run(key, x, later, n), jax.random.key(0)
         )
         assert out.shape == (2, *size, 6) and on.shape == (2, *size, 5)
 
 
-def maps(widths, seed, dtype=jnp.float32):
+def maps(widths, seed):
     """Two stages and the pooled features."""
     rng = np.random.default_rng(seed)
     shapes = [(4, 8, 8, widths[0]), (4, 4, 4, widths[1]), (4, widths[2])]
-    return [jnp.asarray(rng.standard_normal(s), dtype) for s in shapes]
+    return [jnp.asarray(rng.standard_normal(s), jnp.float32) for s in shapes]
 
 
 STUDENT, TEACHER = maps((3, 5, 5), 1), maps((6, 7, 8), 2)
@@ -95,7 +96,7 @@ def signals(student, teacher, epoch=0.0, preacts=()):
         student=types.SimpleNamespace(logits=jnp.zeros((4, 3)), pooled=student[2]),
         teacher=types.SimpleNamespace(pooled=teacher[2]),
         labels=jnp.zeros(4, jnp.int32),
-        epoch=jnp.float32(epoch),
+        epoch=jnp.asarray(epoch, jnp.float32),
         student_joints=tuple(student[:2]),
         teacher_joints=(),
         student_preacts=tuple(preacts),
@@ -111,13 +112,25 @@ def made(student_preact=False):
 
 @pytest.fixture(scope="module")
 def variables():
-    seen = signals(STUDENT, TEACHER)
-    return jax.jit(lambda key: made().init(key, seen, train=True))(jax.random.key(0))
+    return tap_toys.variables(made(), signals(STUDENT, TEACHER))
 
 
-def run(variables, seen, **fields):
+def run(variables, student, teacher, epoch=0.0, preacts=(), **fields):
+    seen = signals(student, teacher, epoch, preacts)
     apply = made(**fields).apply
     return apply(variables, seen, train=True, mutable=["batch_stats"])[0]
+
+
+def loss(student, teacher, k, variables, epoch):
+    losses = run(variables, student, teacher, epoch)
+    return losses[k].terms["review"], losses
+
+
+@functools.cache
+def program(k):
+    """(student, teacher, variables, epoch) -> ((loss k, all), both gradients)."""
+    both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    return jax.jit(lambda s, t, *more: both(s, t, k, *more))
 
 
 def test_parts_have_their_modules_names_and_only_the_last_does_not_fuse(variables):
@@ -130,57 +143,59 @@ def test_parts_have_their_modules_names_and_only_the_last_does_not_fuse(variable
 def test_stages_are_reviewed_from_the_last_to_the_first(variables):
     """The same by applying each fusion in turn."""
 
-    def fuse(name, x, later, size):
+    def fuse(variables, name, x, later, size):
         own = {kind: tree[name] for kind, tree in variables.items()}
         module = review.Fusion(5, own["params"]["conv2"]["kernel"].shape[-1])
         out = module.apply(own, x, later, size, train=True, mutable=["batch_stats"])
         return out[0]
 
-    head, later = fuse("head", STUDENT[2][:, None, None], None, (1, 1))
-    second, later = fuse("module2", STUDENT[1], later, (4, 4))
-    first, _ = fuse("module1", STUDENT[0], later, (8, 8))
-    theirs = TEACHER[2][:, None, None]
-    last = review.hcl_loss([second, head], [TEACHER[1], theirs])
-    losses = run(variables, signals(STUDENT, TEACHER))
+    @jax.jit
+    def in_turn(variables, student, teacher):
+        ours, theirs = (maps[2][:, None, None] for maps in (student, teacher))
+        head, later = fuse(variables, "head", ours, None, (1, 1))
+        second, later = fuse(variables, "module2", student[1], later, (4, 4))
+        first, _ = fuse(variables, "module1", student[0], later, (8, 8))
+        last = review.hcl_loss([second, head], [teacher[1], theirs])
+        return review.hcl_loss([first], [teacher[0]]), last
+
+    first, last = in_turn(variables, STUDENT, TEACHER)
+    (_, losses), _ = program(0)(STUDENT, TEACHER, variables, 0.0)
     assert len(losses) == 2 and list(losses[0].terms) == ["review"]
-    first = review.hcl_loss([first], [TEACHER[0]])
     np.testing.assert_allclose(losses[0].terms["review"], first, rtol=1e-5)
     np.testing.assert_allclose(losses[1].terms["review"], last, rtol=1e-5)
 
 
 def test_the_first_stages_loss_trains_later_stages_and_no_loss_the_teacher(variables):
-    def loss(k, params, student, teacher):
-        whole = {**variables, "params": params}
-        return run(whole, signals(student, teacher))[k].terms["review"]
-
-    def touched(k, where):
-        arguments = (k, variables["params"], STUDENT, TEACHER)
-        grads = jax.jit(jax.grad(loss, argnums=where), static_argnums=0)(*arguments)
-        return [bool(np.any(np.asarray(g))) for g in jax.tree.leaves(grads)]
-
-    assert touched(0, 2) == [True, True, True]
-    assert touched(1, 2) == [False, True, True]
-    assert not any(touched(0, 3) + touched(1, 3))
+    ours, theirs = zip(
+        *(program(k)(STUDENT, TEACHER, variables, 0.0)[1] for k in (0, 1)), strict=True
+    )
+    touched = [[bool(np.any(np.asarray(g))) for g in of_loss] for of_loss in ours]
+    assert touched == [[True, True, True], [False, True, True]]
+    assert not any(np.any(np.asarray(g)) for g in jax.tree.leaves(theirs))
 
 
 def test_weight_grows_in_twenty_epochs(variables):
     for epoch, share in ((0.0, 0.05), (9.5, 0.5), (30.0, 1.0)):
-        first = run(variables, signals(STUDENT, TEACHER, epoch))[0]
+        (_, (first, _)), _ = program(0)(STUDENT, TEACHER, variables, epoch)
         np.testing.assert_allclose(first.weights["review"], 5.0 * share, rtol=1e-6)
 
 
 def test_preactivations_of_the_student_where_asked(variables):
     others = maps((3, 5, 5), 3)
-    mixed = [*others[:2], STUDENT[2]]
-    wanted = run(variables, signals(mixed, TEACHER))
-    seen = signals(STUDENT, TEACHER, preacts=others[:2])
-    got = run(variables, seen, student_preact=True)
+    (_, wanted), _ = program(0)([*others[:2], STUDENT[2]], TEACHER, variables, 0.0)
+
+    @jax.jit
+    def asked(variables, student, teacher, preacts):
+        return run(variables, student, teacher, preacts=preacts, student_preact=True)
+
+    got = asked(variables, STUDENT, TEACHER, others[:2])
     for a, b in zip(got, wanted, strict=True):
-        np.testing.assert_array_equal(a.terms["review"], b.terms["review"])
+        np.testing.assert_allclose(a.terms["review"], b.terms["review"], rtol=1e-6)
 
 
-def test_bfloat16_gives_finite_float32(variables):
-    halves = [[x.astype(jnp.bfloat16) for x in own] for own in (STUDENT, TEACHER)]
-    for loss in run(variables, signals(*halves)):
-        value = loss.terms["review"]
-        assert value.dtype == jnp.float32 and np.isfinite(value) and value > 0
+def test_bfloat16_is_computed_in_float32(variables):
+    def terms(student, teacher):
+        return [x.terms["review"] for x in run(variables, student, teacher)]
+
+    halves = precision.halves((STUDENT, TEACHER))
+    assert precision.arithmetic(terms, *halves) == {"float32"}
