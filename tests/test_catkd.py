@@ -1,9 +1,12 @@
 """CAT-KD: the public code's values, and the maps themselves."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
+import precision
 import pytest
+import tap_toys
 import toys
 
 from lakd_jax import config_methods
@@ -20,7 +23,7 @@ PUBLIC = {
 
 
 def draw(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 STUDENT, TEACHER = draw(0, 4, 5, 5, 3), draw(1, 4, 6, 6, 3)
@@ -30,44 +33,64 @@ def loss(student, teacher, normalise=False, binarise=False):
     return catkd.cam_loss(student, teacher, 2, normalise=normalise, binarise=binarise)
 
 
+# Of STUDENT and TEACHER alone: the value, and both gradients.
+program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=(2, 3))
+# For maps of one size.
+value_of = jax.jit(loss, static_argnames=("normalise", "binarise"))
+
+
 @pytest.mark.parametrize("options", PUBLIC)
 def test_values_and_gradients_are_the_public_ones(options):
-    value, grad = jax.value_and_grad(loss)(STUDENT, TEACHER, *options)
+    value, (grad, _) = program(STUDENT, TEACHER, *options)
     np.testing.assert_allclose(
-        [value, jnp.linalg.norm(grad)], PUBLIC[options], rtol=1e-4
+        [value, np.linalg.norm(grad)], PUBLIC[options], rtol=1e-4
     )
 
 
 @pytest.mark.parametrize("options", PUBLIC)
 def test_teacher_gets_no_gradient(options):
-    grad = jax.grad(loss, argnums=1)(STUDENT, TEACHER, *options)
+    _, (_, grad) = program(STUDENT, TEACHER, *options)
     assert not np.any(np.asarray(grad))
 
 
 def test_least_where_maps_agree_and_scale_matters_only_unless_normalised():
-    assert loss(TEACHER, TEACHER) == 0
-    assert loss(2 * TEACHER, TEACHER, normalise=True) < 1e-12
-    assert loss(2 * TEACHER, TEACHER) > 0.01
+    assert value_of(TEACHER, TEACHER) == 0
+    assert value_of(2 * TEACHER, TEACHER, normalise=True) < 1e-12
+    assert value_of(2 * TEACHER, TEACHER) > 0.01
 
 
-def test_maps_of_zeros_and_bfloat16_are_finite():
-    value, grad = jax.value_and_grad(loss)(0 * STUDENT, TEACHER, normalise=True)
+def test_maps_of_zeros_are_finite_and_bfloat16_is_computed_in_float32():
+    value, (grad, _) = program(0 * STUDENT, TEACHER, True, False)
     assert np.isfinite(value) and np.all(np.isfinite(grad))
-    halves = STUDENT.astype(jnp.bfloat16), TEACHER.astype(jnp.bfloat16)
-    value = loss(*halves, normalise=True, binarise=True)
-    assert value.dtype == jnp.float32 and np.isfinite(value)
+    halves = precision.halves((STUDENT, TEACHER))
+    for normalise, binarise in PUBLIC:
+        run = functools.partial(loss, normalise=normalise, binarise=binarise)
+        assert precision.arithmetic(run, *halves) == {"float32"}
 
 
 def test_the_mean_of_the_maps_is_the_logits():
     options = config_methods.blocks()["catkd"].to_dict()
-    lesson, params, stats, batch = toys.made(options, name="catkd", cut_scale=1.0)
-    signals, _ = lesson.signals(params["student"], stats["student"], *batch)
-    for head, joints, outputs in (
-        (signals.student_head, signals.student_joints, signals.student),
-        (signals.teacher_head, signals.teacher_joints, signals.teacher),
+    lesson, batch = toys.lesson(options, name="catkd", cut_scale=1.0), toys.images()
+    student = tap_toys.variables(lesson.student, batch[0])
+
+    @jax.jit
+    def run(student, x, y):
+        signals, _ = lesson.signals(student["params"], student["batch_stats"], x, y)
+        maps = [
+            relation.logit_map(head, joints[-1])
+            for head, joints in (
+                (signals.student_head, signals.student_joints),
+                (signals.teacher_head, signals.teacher_joints),
+            )
+        ]
+        return signals, maps
+
+    signals, maps = run(student, *batch)
+    for joints, outputs, found in (
+        (signals.student_joints, signals.student, maps[0]),
+        (signals.teacher_joints, signals.teacher, maps[1]),
     ):
-        maps = relation.logit_map(head, joints[-1])
-        assert maps.shape == (*joints[-1].shape[:3], toys.CLASSES)
+        assert found.shape == (*joints[-1].shape[:3], toys.CLASSES)
         np.testing.assert_allclose(
-            jnp.mean(maps, (1, 2)), outputs.logits, rtol=1e-4, atol=1e-6
+            np.mean(found, (1, 2)), outputs.logits, rtol=1e-4, atol=1e-6
         )

@@ -1,5 +1,6 @@
 """Contrastive representation distillation: golden values, memories, negatives."""
 
+import functools
 import pathlib
 import types
 
@@ -7,6 +8,7 @@ import golden_weights
 import jax
 import jax.numpy as jnp
 import numpy as np
+import precision
 import pytest
 
 from lakd_jax.distill import crd, method
@@ -32,28 +34,26 @@ def embedding(side, width):
 PARAMS = {"head": {"student": embedding("s", 64), "teacher": embedding("t", 96)}}
 STATE = {
     "head": {
-        **{name: jnp.asarray(x) for name, x in MEMORIES.items()},
-        "student_constant": jnp.zeros(()),
-        "teacher_constant": jnp.zeros(()),
-        "classes": jnp.full((COUNT,), -1),
+        **MEMORIES,
+        "student_constant": np.zeros((), np.float32),
+        "teacher_constant": np.zeros((), np.float32),
+        "classes": np.full((COUNT,), -1, np.int32),
     }
 }
 POOLED = INPUTS["pooled_student"], INPUTS["pooled_teacher"]
 
 
-def signals(student, teacher, key=0, rows=None):
-    labels = jnp.asarray(INPUTS["labels"], jnp.int32)
-    rows = INPUTS["crd_index"] if rows is None else rows
+def signals(student, teacher, key, rows):
     return method.Signals(
         student=types.SimpleNamespace(logits=jnp.zeros((8, 3)), pooled=student),
         teacher=types.SimpleNamespace(pooled=teacher),
-        labels=labels % 3,
+        labels=jnp.asarray(INPUTS["labels"], jnp.int32) % 3,
         epoch=jnp.float32(0),
         student_joints=(),
         teacher_joints=(),
-        examples=jnp.asarray(rows, jnp.int32),
+        examples=rows,
         count=COUNT,
-        key=jax.random.key(key),
+        key=key,
     )
 
 
@@ -68,11 +68,27 @@ METHOD = crd.CRD(
 )
 
 
-def run(student, teacher, state=STATE, params=PARAMS, train=True, **fields):
+def losses(student, teacher, params, state, seen, train):
     variables = {"params": params, "batch_stats": state}
-    seen = signals(student, teacher, **fields)
+    seen = signals(student, teacher, *seen)
     losses, new = METHOD.apply(variables, seen, train=train, mutable=["batch_stats"])
     return losses[0].terms["crd"], new["batch_stats"]
+
+
+_losses = jax.jit(
+    jax.value_and_grad(losses, argnums=(0, 1, 2), has_aux=True), static_argnums=5
+)
+
+
+def answer(student, teacher, state=STATE, params=PARAMS, key=0, rows=None, train=True):
+    """((value, state), gradients of student, teacher and parameters)."""
+    rows = INPUTS["crd_index"] if rows is None else rows
+    seen = jax.random.key(key), rows.astype(np.int32)
+    return _losses(student, teacher, params, state, seen, train)
+
+
+def run(*args, **fields):
+    return answer(*args, **fields)[0]
 
 
 @pytest.fixture
@@ -83,10 +99,12 @@ def published_draw(monkeypatch):
 
 
 def test_loss_gradient_and_memories_are_the_public_ones(published_draw):
-    both = jax.value_and_grad(run, has_aux=True)
-    (value, state), grad = jax.jit(both)(*map(jnp.asarray, POOLED))
+    seen = jax.random.key(0), INPUTS["crd_index"].astype(np.int32)
+    run = functools.partial(losses, seen=seen, train=True)  # with that draw
+    both = jax.jit(jax.value_and_grad(run, has_aux=True))
+    (value, state), grad = both(*POOLED, PARAMS, STATE)
     own, distance = state["head"], golden_weights.distance
-    constants = jnp.stack([own["teacher_constant"], own["student_constant"]])
+    constants = np.stack([own["teacher_constant"], own["student_constant"]])
     assert value.dtype == jnp.float32 and value.shape == ()
     assert distance(value, LOSSES["crd"]) < 1e-4
     assert distance(grad, LOSSES["crd/grad_s"]) < 1e-4
@@ -103,18 +121,19 @@ def test_loss_by_hand():
         for i, p in enumerate(row):
             h = p / (p + 4 / 7)
             wanted -= np.log(h if i == 0 else 1 - h) / 3
-    got = crd.nce_loss(jnp.asarray(scores, jnp.float32), 7)
+    got = jax.jit(crd.nce_loss)(scores.astype(np.float32), 7)
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
 
 def test_negatives_are_uniform_over_the_other_classes():
     """A hundred times more of them than there are examples."""
-    bank = jnp.array([2, 0, 1, 0, 2, 1, 1, -1, 2, 0], jnp.int32)
-    labels = jnp.array([0, 1, 2], jnp.int32)
-    drawn = np.asarray(crd.others(jax.random.key(0), bank, labels, 70_000))
+    bank = np.array([2, 0, 1, 0, 2, 1, 1, -1, 2, 0], np.int32)
+    labels = np.array([0, 1, 2], np.int32)
+    draw = jax.jit(crd.others, static_argnums=3)
+    drawn = np.asarray(draw(jax.random.key(0), bank, labels, 70_000))
     for row, label in zip(drawn, labels, strict=True):
         counts = np.bincount(row, minlength=len(bank))
-        allowed = np.asarray(bank) != int(label)
+        allowed = bank != label
         np.testing.assert_array_equal(counts > 0, allowed)
         np.testing.assert_allclose(counts[allowed], 10_000, rtol=0.05)
 
@@ -133,10 +152,9 @@ def test_constants_stay_after_the_first_batch_and_nothing_moves_in_evaluation():
         assert first["head"][name] > 0
         assert first["head"][name] == second["head"][name]
     _, still = run(*POOLED, second, train=False)
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, still, second))
-    assert not jnp.array_equal(
-        first["head"]["student_memory"], second["head"]["student_memory"]
-    )
+    jax.tree.map(np.testing.assert_array_equal, still, second)
+    one, two = (np.asarray(x["head"]["student_memory"]) for x in (first, second))
+    assert not np.array_equal(one, two)
 
 
 def test_memories_of_others_stay():
@@ -151,11 +169,12 @@ def test_memories_of_others_stay():
 
 def test_embeddings_that_agree_with_the_memories_cost_less():
     """Least where a student has the example's memory and no other example has it."""
-    own = jnp.eye(8, 128)
-    memory = jnp.concatenate([own, -jnp.ones((COUNT - 8, 128)) / 128**0.5])
+    own = np.eye(8, 128, dtype=np.float32)
+    rest = -np.ones((COUNT - 8, 128), np.float32) / np.float32(128**0.5)
+    memory = np.concatenate([own, rest])
     state = {"head": {**STATE["head"], "student_memory": memory}}
     state["head"]["teacher_memory"] = memory
-    identity = {"dense": {"kernel": jnp.eye(128), "bias": jnp.zeros(128)}}
+    identity = {"dense": {"kernel": np.eye(128), "bias": np.zeros(128)}}
     params = {"head": {"student": identity, "teacher": identity}}
     rows = np.arange(8)
     good, _ = run(own, own, state, params, rows=rows)
@@ -164,24 +183,27 @@ def test_embeddings_that_agree_with_the_memories_cost_less():
 
 
 def test_student_gets_a_gradient_and_the_teacher_none_but_its_embedding():
-    def loss(student, teacher, params):
-        return run(student, teacher, params=params)[0]
-
-    arguments = (*map(jnp.asarray, POOLED), PARAMS)
-    ours, theirs, parts = jax.grad(loss, argnums=(0, 1, 2))(*arguments)
+    _, (ours, theirs, parts) = answer(*POOLED)
     assert np.any(np.asarray(ours)) and not np.any(np.asarray(theirs))
     assert all(np.any(np.asarray(g)) for g in jax.tree.leaves(parts))
 
 
 def test_bfloat16_gives_finite_float32():
-    value, state = run(*(jnp.asarray(x, jnp.bfloat16) for x in POOLED))
-    assert value.dtype == jnp.float32 and np.isfinite(value)
-    assert state["head"]["student_memory"].dtype == jnp.float32
+    halves = [jnp.asarray(x, jnp.bfloat16) for x in POOLED]
+    seen = jax.random.key(0), INPUTS["crd_index"].astype(np.int32)
+    state = jax.tree.map(jnp.asarray, STATE)
+    run = functools.partial(losses, params=PARAMS, state=state, seen=seen, train=True)
+    assert precision.arithmetic(run, *halves) == {"float32"}
 
 
 def test_first_memories_have_lengths_near_one():
-    made = METHOD.init(jax.random.key(0), signals(*POOLED), train=True)
-    own = made["batch_stats"]["head"]
+    @jax.jit
+    def start(key):
+        rows = jnp.asarray(INPUTS["crd_index"], jnp.int32)
+        seen = signals(*map(jnp.asarray, POOLED), jax.random.key(0), rows)
+        return METHOD.init(key, seen, train=True)["batch_stats"]["head"]
+
+    own = jax.device_get(start(jax.random.key(0)))
     for name in MEMORIES:
         lengths = np.linalg.norm(own[name], axis=1)
         np.testing.assert_allclose(np.mean(lengths**2), 1.0, rtol=0.05)
