@@ -1,5 +1,7 @@
 """LAKD: its losses, term by term, in every reading."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,35 +32,53 @@ VALUES = [
     {"module_start_epochs": (0, 1)},
 ]
 
+# Every value of VALUES and every reading, several at once. The student's sizes are
+# below, equal to and not dividing the teacher's 4; widths differ.
+TOGETHER = [
+    ({"power": "1", "normalise": "l2", "window": 0}, 2),
+    ({"power": "softmax", "f_sum": "signed", "window": 2, "stride": 2}, 5),
+    ({"f_sum": "square", "normalise": "max", "reduction": "per_sample_sum"}, 5),
+    ({"normalise": "sigmoid", "window": 0, "stride": 4, "att_global": True}, 4),
+    (toys.LITERAL | {"attention": "inside", "task": "aux_heads"}, 5),
+    ({"attention": "map", "att_global": True, "module_start_epochs": (0, 1)}, 2),
+    ({"attention": "logits", "task": "teacher_suffix", "att_global": True}, 5),
+]
+
 
 def random_signals(options, size=4, student_channels=4, **changes):
-    """Two modules of random activations; the suffix is a fixed linear map."""
-    keys = jax.random.split(jax.random.key(0), 8)
-    matrix = jax.random.normal(keys[6], (6, 5))
+    """Two modules of random activations; the suffix is a fixed linear map.
 
-    def outputs(key):
-        logits = jax.random.normal(key, (3, 5))
-        return chain.Outputs(logits, None, (), (), (), jnp.zeros((3, 1)))
+    The variables are drawn by NumPy: nothing is compiled.
+    """
+    rng = np.random.default_rng(0)
 
-    shape = (3, size, size, student_channels)
-    joints = tuple(jax.random.normal(k, shape) for k in keys[:2])
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    def outputs():
+        return chain.Outputs(normal(3, 5), None, (), (), (), jnp.zeros((3, 1)))
+
+    joints = tuple(normal(3, size, size, student_channels) for _ in range(2))
+    matrix = normal(6, 5)
     fields = {
-        "student": outputs(keys[2]),
-        "teacher": outputs(keys[3]),
+        "student": outputs(),
+        "teacher": outputs(),
         "labels": jnp.array([0, 1, 4]),
         "epoch": jnp.float32(0),
         "student_joints": joints,
-        "teacher_joints": tuple(jax.random.normal(k, (3, 4, 4, 6)) for k in keys[4:6]),
+        "teacher_joints": tuple(normal(3, 4, 4, 6) for _ in range(2)),
         "student_uncut": joints,
         "teacher_suffix": lambda k, h: jnp.tanh(h).mean((1, 2)) @ matrix,
     }
     signals = method.Signals(**(fields | changes))
     module = lakd.LAKD(lakd.Options(**options))
-    key = jax.random.key(1)
-    return signals, module, module.init(key, signals, train=True)
+    init = functools.partial(module.init, train=True)
+    shapes = jax.eval_shape(init, jax.random.key(1), signals)
+    return signals, module, toys.drawn(shapes, 1)
 
 
 def applied(module, variables, signals):
+    """The losses; not compiled, for most tests here run the same few operations."""
     return module.apply(variables, signals, train=True, mutable=["batch_stats"])[0]
 
 
@@ -90,15 +110,18 @@ def test_map_loss_by_hand():
 
 @pytest.mark.parametrize("power", ["2", "1", "softmax"])
 def test_attention_loss_gradient_by_finite_differences(power):
-    u, v, way = jax.random.normal(jax.random.key(0), (3, 2, 4, 4, 3))
-    w = jnp.abs(v).sum(-1, keepdims=True)
+    normal = np.random.default_rng(0).normal(size=(3, 2, 4, 4, 3))
+    u, v, way = normal.astype(np.float32)
+    w = np.abs(v).sum(-1, keepdims=True)
 
+    @jax.jit
+    @jax.value_and_grad
     def loss(u):
         return lakd.attention_loss(u, v, w, power, "mean")
 
-    step = 1e-2
-    slope = float(loss(u + step * way) - loss(u - step * way)) / (2 * step)
-    assert jnp.vdot(jax.grad(loss)(u), way) == pytest.approx(slope, rel=1e-3)
+    step = np.float32(1e-2)
+    slope = float(loss(u + step * way)[0] - loss(u - step * way)[0]) / (2 * step)
+    assert np.vdot(loss(u)[1], way) == pytest.approx(slope, rel=1e-3)
 
 
 def test_weights_of_the_presets():
@@ -112,7 +135,8 @@ def test_weights_of_the_presets():
 def test_terms_of_the_readings():
     def names(options):
         signals, module, variables = random_signals(options)
-        return [set(loss.terms) for loss in applied(module, variables, signals)]
+        losses = jax.eval_shape(functools.partial(applied, module), variables, signals)
+        return [set(loss.terms) for loss in losses]
 
     both, head = {"feature", "attention"}, {"head_ce", "head_kd"}
     task = {"task_ce", "task_kd"}
@@ -171,35 +195,34 @@ def test_logits_reading_weighs_the_features_of_both():
     assert applied(module, {}, signals)[0].terms["attention"] == want
 
 
-@pytest.mark.parametrize(
-    "options,size",
-    # Sizes below, equal to and not dividing the teacher's 4; widths differ.
-    [(o, 5) for o in [*toys.READINGS.values(), *VALUES]]
-    + [
-        (toys.READINGS[r], s)
-        for r in ("default", "map", "teacher_suffix")
-        for s in (2, 4)
-    ],
-    ids=str,
-)
-def test_every_reading_is_finite_in_float32(options, size):
-    signals, module, variables = random_signals(options, size=size)
-    params = variables.get("params", {})
-    rest = {k: v for k, v in variables.items() if k != "params"}
+def gradients(signals, module, variables):
+    """(total, losses) and their gradients to parameters and joints in bfloat16."""
 
-    def loss(params, joints):
+    def loss(params, joints, rest, signals):
         joints = tuple(j.astype(jnp.bfloat16) for j in joints)
         uncut = joints if module.needs_uncut else ()
         seen = signals.replace(student_joints=joints, student_uncut=uncut)
         losses = applied(module, {"params": params, **rest}, seen)
         return method.total(losses), method.flatten_metrics(losses)
 
-    (value, metrics), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
-        params, signals.student_joints
-    )
+    params = variables.get("params", {})
+    rest = {k: v for k, v in variables.items() if k != "params"}
+    both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    return both(params, signals.student_joints, rest, signals)
+
+
+@pytest.mark.parametrize("options,size", TOGETHER, ids=str)
+def test_every_reading_is_finite_in_float32(options, size):
+    (value, metrics), grads = gradients(*random_signals(options, size))
     assert all(m.dtype == jnp.float32 for m in metrics.values())
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((value, metrics, grads)))
     assert grads[1][0].any()
+
+
+def test_no_value_is_left_out_of_those_that_are_run():
+    run = [item for options, _ in TOGETHER for item in options.items()]
+    for options in [*toys.READINGS.values(), *VALUES]:
+        assert all(item in run for item in options.items()), options
 
 
 def test_all_zero_networks_give_finite_losses_and_gradients():
@@ -208,12 +231,12 @@ def test_all_zero_networks_give_finite_losses_and_gradients():
         signals, module, _ = random_signals(options, student_channels=6)
         zeros = jax.tree.map(jnp.zeros_like, signals.teacher_joints)
 
-        def loss(joints, module=module, signals=signals, zeros=zeros):
-            seen = signals.replace(student_joints=joints, teacher_joints=zeros)
-            losses = applied(module, {}, seen)
+        def loss(joints, signals, module=module):
+            losses = applied(module, {}, signals.replace(student_joints=joints))
             return method.total(losses), method.flatten_metrics(losses)
 
-        grads, metrics = jax.grad(loss, has_aux=True)(zeros)
+        seen = signals.replace(teacher_joints=zeros)
+        grads, metrics = jax.jit(jax.grad(loss, has_aux=True))(zeros, seen)
         assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((grads, metrics)))
 
 
@@ -253,16 +276,16 @@ def test_property_12_equal_features_give_no_loss_and_no_gradient(attention):
     options = {"adapter": "shape", "attention": attention}
     signals, module, _ = random_signals(options, student_channels=6)
 
-    def loss(joints):
-        seen = signals.replace(student_joints=joints)
-        return [
-            x.terms[n]
-            for x in applied(module, {}, seen)
-            for n in ("feature", "attention")
-            if n in x.terms
-        ]
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def loss(joints, signals):
+        losses = applied(module, {}, signals.replace(student_joints=joints))
+        terms = [loss.terms for loss in losses]
+        own = [t[n] for t in terms for n in ("feature", "attention") if n in t]
+        return sum(own), own
 
-    assert sum(map(abs, loss(signals.teacher_joints))) == pytest.approx(0, abs=1e-6)
-    grads = jax.grad(lambda j: sum(loss(j)))(signals.teacher_joints)
+    grads, own = loss(signals.teacher_joints, signals)
+    assert len(own) == (2 if attention == "inside" else 4)
+    assert sum(map(abs, own)) == pytest.approx(0, abs=1e-6)
     for grad in grads:
         np.testing.assert_allclose(grad, 0, atol=1e-6)

@@ -183,13 +183,13 @@ def test_a_sum_has_all_terms_once(name, tmp_path):
     ours, theirs, _ = passes.see()
 
     @jax.jit
-    def every():
+    def every(ours, theirs):
         return [
             one.losses(one.stats, 40.0, one.args(ours, theirs))[0]
             for one in (sums, *singles)
         ]
 
-    sums, *singles = every()
+    sums, *singles = every(ours, theirs)
     terms = [set(loss.terms) for loss in sums]
     wanted = [set() for _ in terms]
     for losses in singles:
