@@ -1,4 +1,4 @@
-"""Every method in `config_methods` in the real step: devices, seeds, a stop."""
+"""Methods in the real step: on several devices, several seeds, after a stop."""
 
 import dataclasses
 import functools
@@ -7,95 +7,124 @@ import jax
 import numpy as np
 import pytest
 import test_train_resume as resume
-import test_train_step as steps
 import tiny
+import toys
 
+from lakd_jax import config as config_lib
 from lakd_jax import config_methods, distill, models
+from lakd_jax.train import build, networks, step
 from lakd_jax.train import learner as learner_lib
-from lakd_jax.train import step
+from lakd_jax.train import state as state_lib
 
 bench, teacher_dir = resume.bench, resume.teacher_dir
 
-LONG = pytest.mark.long
 METHODS = sorted(config_methods.blocks())
 STATEFUL = ("crd", "ctkd", "kdpp", "ofd")
+# Losses that are means over examples, of each of which they see nothing else: that
+# devices take the step of one holds of them as it does of the networks.
+PER_EXAMPLE = (
+    *("ab", "catkd", "dkd", "fitnet", "fsp", "ft", "kdsvd", "nkd", "nst", "review"),
+    *("sdd", "ttm", "vid", "wttm", "fam"),
+)
 FIELDS = {"crd": {"crd__negatives": 16}}
-
-
-def several(names, quick):
-    """All of them, of which the `quick` ones are not marked long."""
-    return [n if n in quick else pytest.param(n, marks=LONG) for n in names]
 
 
 def fields(name):
     """A method at once at its full weight, where it has a warm-up."""
-    own = {f"{n}__warmup_epochs": 0.0 for n in name.split("+")}
-    own |= {
-        f"{n}__init_epochs": 1
-        for n in name.split("+")
-        if "init_epochs" in config_methods.blocks()[n]
-    }
-    given = FIELDS.get(name, {})
-    return {"method": name, "optim__lr": 1e-4, **own, **given}
+    own = {f"{name}__warmup_epochs": 0.0}
+    if "init_epochs" in config_methods.blocks()[name]:
+        own[f"{name}__init_epochs"] = 1
+    return {"method": name, "optim__lr": 1e-4, **own, **FIELDS.get(name, {})}
 
 
-@pytest.mark.parametrize("name", several(METHODS, ("dkd", "crd")))
+def learner(tmp_path, model, **fields):
+    """(learner, function of its first state, the teacher's variables) on one device."""
+    config = config_lib.resolve(tiny.config(tmp_path, **fields))
+    mesh = state_lib.data_mesh()
+    variables = state_lib.replicate(toys.network(model, 7), mesh)
+    made, first = build.learner(
+        config,
+        networks.Loaded(model, toys.network(model, 1), "drawn"),
+        networks.Loaded(model, variables, "drawn"),
+        teacher_pixels=build.pixels(config),
+        image_shape=(8, 8, 3),
+        steps_per_epoch=10,
+        examples=160,
+        mesh=mesh,
+    )
+    return made, first, variables
+
+
+def row():
+    return np.random.default_rng(3).integers(0, 160, 16).astype(np.int32)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in PER_EXAMPLE])
 def test_devices_take_the_step_of_one(name, tmp_path):
-    one, eight = (
-        steps.one_step(steps.make(tmp_path, n, **fields(name)), steps.rows(1)[0])
-        for n in (1, 8)
-    )
-    np.testing.assert_allclose(eight[1]["loss"], one[1]["loss"], rtol=1e-4)
-    for a, b in zip(
-        *(jax.tree.leaves(s.batch_stats) for s, _ in (one, eight)), strict=True
-    ):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
-    for a, b in zip(*(jax.tree.leaves(s.params) for s, _ in (one, eight)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-3)
+    made, first, teacher = learner(tmp_path, toys.Toy(), **fields(name))
+    # From the same state on each of the meshes.
+    start = jax.device_get((first(), teacher))
+
+    def taken(devices):
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("data",))
+        own = dataclasses.replace(made, mesh=mesh)
+        state, variables = state_lib.replicate(start, mesh)
+        data = state_lib.resident(tiny.split(160, 0), 0, mesh)
+        take = jax.jit(functools.partial(step.train_step, own))
+        return take(state, variables, data, row())
+
+    (one, its), (eight, theirs) = taken(1), taken(8)
+    np.testing.assert_allclose(theirs["loss"], its["loss"], rtol=1e-4)
+    for part, tolerance in {"batch_stats": 1e-3, "params": 0.0}.items():
+        both = (jax.tree.leaves(getattr(s, part)) for s in (eight, one))
+        for a, b in zip(*both, strict=True):
+            np.testing.assert_allclose(a, b, rtol=tolerance, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", several(METHODS, ("at",)))
-def test_seeds_in_one_program_are_those_apart(name, tmp_path):
+@pytest.mark.long
+def test_seeds_in_one_program_are_those_apart(tmp_path):
     """What a method draws and remembers is a seed's own."""
-    made = [steps.make(tmp_path, 1, seed=s, **fields(name)) for s in (0, 1)]
-    learner, _, teacher, _ = made[0]
-    states, data = (
-        jax.tree.map(lambda *x: jax.numpy.stack(x), *(m[i] for m in made))
-        for i in (1, 3)
-    )
-    row = steps.rows(1)[0]
-    take = functools.partial(step.train_step, learner)
+    made = [learner(tmp_path, toys.Toy(), seed=s, **fields("crd")) for s in (0, 1)]
+    one, _, teacher = made[0]
+    data = [state_lib.resident(tiny.split(160, 0), s, one.mesh) for s in (0, 1)]
+    states = [first() for _, first, _ in made]
+    take = functools.partial(step.train_step, one)
+    stacked = (jax.tree.map(lambda *x: jax.numpy.stack(x), *x) for x in (states, data))
+    state, own = stacked
     every = jax.jit(jax.vmap(take, in_axes=(0, None, 0, None)))
-    _, together = every(states, teacher, data, row)
-    for k, one in enumerate(made):
-        _, alone = steps.one_step(one, row)
-        np.testing.assert_allclose(together["loss"][k], alone["loss"], rtol=1e-3)
+    _, together = every(state, teacher, own, row())
+    alone = jax.jit(take)
+    for k, first in enumerate(states):
+        _, metrics = alone(first, teacher, data[k], row())
+        np.testing.assert_allclose(together["loss"][k], metrics["loss"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=LONG) for n in STATEFUL])
+@pytest.mark.long
+@pytest.mark.parametrize("name", STATEFUL)
 def test_a_stop_loses_nothing_of_its_state(name, tmp_path, bench, teacher_dir):
     """Promise 12: memories, centres, margins and temperatures go on."""
-    config = tiny.config(tmp_path, **fields(name))
-    whole = resume.train(
-        config, tmp_path / "a", bench, resume.interrupt.Guard(), teacher_dir
-    )
+    config = tiny.config(tmp_path, epochs=2, **fields(name))
+
+    def train(folder, guard):
+        return resume.train(config, tmp_path / folder, bench, guard, teacher_dir)
+
+    whole = train("whole", resume.interrupt.Guard())
     assert whole["method"] == name
     with pytest.raises(resume.interrupt.Interrupted):
-        resume.train(config, tmp_path / "b", bench, tiny.StopAfter(23), teacher_dir)
-    resume.train(config, tmp_path / "b", bench, resume.interrupt.Guard(), teacher_dir)
-    one, other = (resume.finished(tmp_path / folder) for folder in "ab")
+        train("parts", tiny.StopAfter(17))  # within the second epoch
+    train("parts", resume.interrupt.Guard())
+    one, other = (resume.finished(tmp_path / folder) for folder in ("whole", "parts"))
     resume.assert_equal_runs(one, other)
 
 
 def test_features_of_two_shapes_are_told(tmp_path):
-    learner, *_ = steps.make(tmp_path, 1, method="at")
-    assert learner_lib.unlike(learner, 8) == []
-    wide = dataclasses.replace(
-        learner, teacher=models.create("resnet8x4", num_classes=3)
-    )
+    made, *_ = learner(tmp_path, models.create("resnet8", num_classes=3), method="at")
+    assert learner_lib.unlike(made, 8) == []
+    wide = dataclasses.replace(made, teacher=models.create("resnet8x4", num_classes=3))
     assert learner_lib.unlike(wide, 8)[0] == "stage1.block1 8x8x16 from 8x8x64"
-    larger = dataclasses.replace(learner.teacher_pixels, size=16)
-    large = dataclasses.replace(learner, teacher_pixels=larger)
+    larger = dataclasses.replace(made.teacher_pixels, size=16)
+    large = dataclasses.replace(made, teacher_pixels=larger)
     assert learner_lib.unlike(large, 8)[2] == "stage3.block1 2x2x64 from 4x4x64"
     blind = dataclasses.replace(wide, facts=distill.facts("kd"))
     assert learner_lib.unlike(blind, 8) == []
