@@ -10,7 +10,9 @@ from lakd_jax.models import describe
     ("name", "classes", "parameters", "macs"),
     [
         # Published: 25.56 M and 4.09 G; 3.50 M and 0.30 G; 11.69 M and 1.81 G.
-        ("resnet50", 1000, 25_557_032, 4_089_184_256),
+        pytest.param(
+            *("resnet50", 1000, 25_557_032, 4_089_184_256), marks=pytest.mark.long
+        ),
         ("mobilenet_v2_imagenet", 1000, 3_504_872, 300_774_272),
         ("resnet18", 1000, 11_689_512, 1_814_073_344),
         # By hand: 3x3x3x16 at 32x32, then per stage, then 64 x 100.

@@ -4,7 +4,6 @@ import functools
 
 import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -28,10 +27,10 @@ def test_folding_by_hand():
     model, variables = network()
     flat = flax.traverse_util.flatten_dict(variables)
     norm = ("stem", "bn")
-    flat["params", *norm, "scale"] = jnp.full(16, 3.0)
-    flat["params", *norm, "bias"] = jnp.full(16, 0.5)
-    flat["batch_stats", *norm, "mean"] = jnp.full(16, 2.0)
-    flat["batch_stats", *norm, "var"] = jnp.full(16, 4.0 - 1e-5)
+    flat["params", *norm, "scale"] = np.full(16, 3.0)
+    flat["params", *norm, "bias"] = np.full(16, 0.5)
+    flat["batch_stats", *norm, "mean"] = np.full(16, 2.0)
+    flat["batch_stats", *norm, "var"] = np.full(16, 4.0 - 1e-5)
     variables = flax.traverse_util.unflatten_dict(flat)
     folded_model, folded = folding.fold_batch_norm("resnet8", variables)
     stem = folded["params"]["stem"]["conv"]

@@ -17,22 +17,24 @@ from lakd_jax import interop, models
 from lakd_jax.models import chain, folding
 
 SMALL = ["resnet8x4", "wrn_16_2", "vgg8"]
-# Compiling these, or their gradients, takes from several seconds to a minute each.
+# Compiling these takes from several seconds to a minute each.
 LARGE = [
     *("resnet20", "resnet32x4", "resnet56", "wrn_40_2", "vgg13", "mobilenet_v2"),
     *("shuffle_v1", "shuffle_v2", "cifar_resnet50", "resnet110"),
     *("mobilenet_v1", "resnet18", "resnet34", "resnet50"),
 ]
-HEAVY = ["resnet110", "cifar_resnet50", "resnet34", "resnet50"]
+# Kinds of blocks, for what does not depend on their number.
+KINDS = [*SMALL, "mobilenet_v1", "mobilenet_v2", "shuffle_v1", "shuffle_v2"]
+KINDS += ["resnet18", "cifar_resnet50"]
 # In float64 PyTorch's own gradient is as far from its float32 one (the golden numbers)
 # as ours, and 1e-7 from ours.
-NOISY = ["resnet110", "cifar_resnet50", "resnet50"]
-NOISY += ["mobilenet_v1", "mobilenet_v2", "shuffle_v2"]
+NOISY = ["mobilenet_v2"]
 RESTARTED = ["wrn_16_2", "vgg8", "mobilenet_v2", "shuffle_v1", "mobilenet_v1"]
 
 
-def marked(names, long):
-    return [pytest.param(n, marks=pytest.mark.long) if n in long else n for n in names]
+def quick(names, few):
+    """Only the `few` are."""
+    return [n if n in few else pytest.param(n, marks=pytest.mark.long) for n in names]
 
 
 @functools.cache
@@ -53,7 +55,7 @@ def record_distances(out, golden):
         ]
         assert len(shapes) in (len(maps), 0)
         for index in range(len(shapes)):
-            prefix, value = f"{kind}_{index}", maps[index]
+            prefix, value = f"{kind}_{index}", np.asarray(maps[index])
             batch, channels, height, width = golden[f"{prefix}_shape"]
             assert value.shape == (batch, height, width, channels)
             pairs.append((value.mean((1, 2)), golden[f"{prefix}_channel_mean"]))
@@ -61,7 +63,7 @@ def record_distances(out, golden):
     return [golden_weights.distance(*pair) for pair in pairs]
 
 
-@pytest.mark.parametrize("name", marked([*SMALL, *LARGE], HEAVY))
+@pytest.mark.parametrize("name", quick([*SMALL, *LARGE], SMALL))
 def test_evaluation(name):
     model, variables = network(name)
     golden = golden_weights.outputs(name)
@@ -75,7 +77,8 @@ def test_evaluation(name):
     if "preact_feats_0_shape" not in golden:  # MobileNetV2: bottlenecks have no ReLU
         for feature, preact in zip(out.features, out.preacts, strict=True):
             np.testing.assert_array_equal(feature, preact)
-    check_folded(name, variables, out)
+    if name in KINDS:
+        check_folded(name, variables, out)
     if name in RESTARTED:
         check_restart(model, variables, out)
 
@@ -105,30 +108,45 @@ def check_folded(name, variables, plain):
     assert not norms or name.startswith("wrn")
 
 
-def train_logits_and_input_gradient(name, dtype):
+def logits_in_training(name, dtype):
+    """images -> logits, normalised by the batch."""
     model, variables = network(name, dtype)
 
+    def logits(images):
+        train = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+        return train(variables, images)[0].logits
+
+    return logits, golden_weights.images(name).astype(dtype)
+
+
+def input_gradient(logits, images):
+    """(gradient of mean(logits ** 2) as the reference has it, logits)."""
+
     def loss(images):
-        out, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
-        return jnp.mean(out.logits**2), out.logits
+        found = logits(images)
+        return jnp.mean(found**2), found
 
-    images = jnp.asarray(golden_weights.images(name), dtype)
-    gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(images)
-    return logits, gradient.transpose(0, 3, 1, 2)
+    gradient, found = jax.jit(jax.grad(loss, has_aux=True))(images)
+    return np.transpose(gradient, (0, 3, 1, 2)), found
 
 
-@pytest.mark.parametrize("name", marked([*SMALL, *LARGE], LARGE[1:]))
+@pytest.mark.parametrize("name", quick([*SMALL, *LARGE], SMALL[:1]))
 def test_training_mode(name):
-    logits, gradient = train_logits_and_input_gradient(name, jnp.float32)
+    logits, images = logits_in_training(name, jnp.float32)
     golden = golden_weights.outputs(name)
-    assert golden_weights.distance(logits, golden["train_logits"]) < 1e-4
-    assert golden_weights.distance(gradient, golden["train_input_grad"]) < 5e-2
+    if name == SMALL[0]:  # of others in double precision, which sees more
+        gradient, found = input_gradient(logits, images)
+        assert golden_weights.distance(gradient, golden["train_input_grad"]) < 5e-2
+    else:
+        found = jax.jit(logits)(images)
+    assert golden_weights.distance(found, golden["train_logits"]) < 1e-4
 
 
-@pytest.mark.parametrize("name", marked([*SMALL, *LARGE], [*SMALL[1:], *LARGE]))
+@pytest.mark.long
+@pytest.mark.parametrize("name", [*SMALL, "mobilenet_v2", "shuffle_v1"])
 def test_input_gradient_in_double_precision(name):
     with jax.enable_x64(True):
-        _, gradient = train_logits_and_input_gradient(name, jnp.float64)
+        gradient, _ = input_gradient(*logits_in_training(name, jnp.float64))
     golden = golden_weights.outputs(name)["train_input_grad"]
     assert gradient.dtype == np.float64
     limit = 5e-2 if name in NOISY else 1e-3
