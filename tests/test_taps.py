@@ -1,5 +1,7 @@
 """Taps: every block behind its ReLU, as AFD compares them (property 11)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import tap_toys
 from lakd_jax import models
 
 KEY = jax.random.key(0)
+IMAGES = np.random.default_rng(0).standard_normal((4, 8, 8, 3)).astype(np.float32)
 
 TAPS = {
     "resnet20": [(32, 16)] * 3 + [(16, 32)] * 3 + [(8, 64)] * 3,
@@ -31,7 +34,13 @@ TAPS = {
 }
 
 
-@pytest.mark.parametrize("name", TAPS)
+QUICK = ["resnet20", "resnet110", "wrn_16_2", "cifar_resnet18", "vgg8", "mobilenet_v2"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in TAPS],
+)
 def test_11_tap_shapes(name):
     model = models.create(name, num_classes=10)
 
@@ -45,28 +54,26 @@ def test_11_tap_shapes(name):
 @pytest.mark.parametrize("name", ["resnet8", "wrn_10_1"])
 def test_11_a_tap_is_non_negative(name):
     model = models.create(name, num_classes=4)
-    images = jax.random.normal(KEY, (4, 8, 8, 3))
-    out = jax.jit(lambda x: model.init_with_output(KEY, x, train=True)[0])(images)
+    apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    out, _ = jax.jit(apply)(tap_toys.variables(model, IMAGES), IMAGES)
     for tap, block in zip(out.taps, sum(out.blocks, ()), strict=True):
         assert tap.shape == block.shape
-        assert jnp.min(tap) == 0 and jnp.max(tap) > 0
+        assert np.min(tap) == 0 and np.max(tap) > 0
     for tap, preact in zip(out.taps, out.preacts[1:], strict=True):
-        np.testing.assert_array_equal(tap, jnp.maximum(preact, 0))
+        np.testing.assert_array_equal(tap, np.maximum(preact, 0))
 
 
 def test_11_taps_of_a_part_are_those_behind_its_start():
     model = models.create("wrn_16_1", num_classes=4)
-    images = jax.random.normal(KEY, (4, 8, 8, 3))
 
     @jax.jit
-    def both(images):
-        variables = model.init(KEY, images, train=False)
+    def both(variables, images):
         whole = model.apply(variables, images, train=False)
         rest = whole.blocks[1][0]
         part = model.apply(variables, rest, train=False, after="stage2.block1")
         return whole.taps, part.taps
 
-    whole, part = both(images)
+    whole, part = both(tap_toys.variables(model, IMAGES), IMAGES)
     assert len(whole) == 6 and len(part) == 3
     for a, b in zip(whole[3:], part, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -75,23 +82,19 @@ def test_11_taps_of_a_part_are_those_behind_its_start():
 @pytest.mark.parametrize("cut", [False, True])
 def test_the_next_unit_s_norm_learns_from_a_tap_unless_the_network_is_cut(cut):
     model = models.create("wrn_10_1", num_classes=4)
-    images = jax.random.normal(KEY, (4, 8, 8, 3))
+    variables = tap_toys.variables(model, IMAGES)
     joint = (lambda name, h: jax.lax.stop_gradient(h)) if cut else None
 
     @jax.jit
-    def gradient(images):
-        variables = model.init(KEY, images, train=False)
+    @functools.partial(jax.grad, has_aux=True)
+    def gradient(params):
+        whole = {**variables, "params": params}
+        out, changed = model.apply(
+            whole, IMAGES, train=True, joint=joint, mutable=["batch_stats"]
+        )
+        return jnp.sum(out.taps[0] ** 3), changed
 
-        def of(params):
-            variables_now = {**variables, "params": params}
-            out, changed = model.apply(
-                variables_now, images, train=True, joint=joint, mutable=["batch_stats"]
-            )
-            return jnp.sum(out.taps[0] ** 3), changed
-
-        return jax.grad(of, has_aux=True)(variables["params"])
-
-    grads, changed = gradient(images)
+    grads, changed = gradient(variables["params"])
     norm = grads["stage2"]["block1"].pop("entry_bn")
     assert (tap_toys.largest(norm) == 0) == cut
     assert tap_toys.largest(grads["stage1"]) > 0

@@ -11,7 +11,9 @@ import golden_weights
 import jax
 import jax.numpy as jnp
 import numpy as np
+import precision
 import pytest
+import tap_toys
 
 from lakd_jax import config as config_lib
 from lakd_jax import config_methods, distill, validate
@@ -26,7 +28,7 @@ KDSVD = functools.partial(kdsvd.kdsvd_loss, k=1)
 
 
 def inputs(name):
-    return jnp.asarray(np.moveaxis(INPUTS[name], 1, -1))
+    return np.moveaxis(INPUTS[name], 1, -1)
 
 
 def weight(name, *shape):
@@ -44,7 +46,7 @@ def fitnet_of(student):
         "scale": weight("fitnet.bn.weight", 48),
         "bias": weight("fitnet.bn.bias", 48),
     }
-    zeros = {"mean": jnp.zeros(48), "var": jnp.ones(48)}
+    zeros = {"mean": np.zeros(48), "var": np.ones(48)}
     variables = {"params": {"conv": conv, "bn": norm}, "batch_stats": {"bn": zeros}}
     module = fitnet.Regressor(48, relu=True)
     out, _ = module.apply(variables, student, train=True, mutable=["batch_stats"])
@@ -98,38 +100,39 @@ def test_values_and_gradients_are_the_public_ones(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_bfloat16_is_taken_and_computed_in_float32(name):
-    loss, student, teacher = CASES[name]
-    halves = [x.astype(jnp.bfloat16) for x in (student, teacher)]
-    rounded = [x.astype(jnp.float32) for x in halves]
-    got = loss(*halves)
-    assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, loss(*rounded), rtol=1e-5)
+    loss, *both = CASES[name]
+    assert precision.arithmetic(loss, *precision.halves(both)) == {"float32"}
 
 
 def test_boundary_loss_is_nothing_beyond_the_margin():
-    teacher = jnp.array([[0.1, -3.0, 0.0, 2.0]])
-    assert ab.boundary_loss(2 * jnp.sign(teacher - 1e-9), teacher, 1.0) == 0
-    student = jnp.array([[0.5, 0.5, -0.5, -1.0]])  # short by 0.5, 1.5, 0.5 and 2
-    got = ab.boundary_loss(student, teacher, 1.0)
+    loss = jax.jit(ab.boundary_loss)
+    teacher = np.array([[0.1, -3.0, 0.0, 2.0]])
+    assert loss(2 * np.sign(teacher - 1e-9), teacher, 1.0) == 0
+    student = np.array([[0.5, 0.5, -0.5, -1.0]])  # short by 0.5, 1.5, 0.5 and 2
+    got = loss(student, teacher, 1.0)
     np.testing.assert_allclose(got, 0.25 + 2.25 + 0.25 + 4)
 
 
 def test_hint_loss_is_least_at_the_teacher_and_vid_at_its_mean():
-    teacher = inputs("feat_teacher_1")
-    assert fitnet.hint_loss(teacher, teacher) == 0
-    assert fitnet.hint_loss(teacher + 2, teacher) == pytest.approx(4, rel=1e-5)
-    scale = jnp.zeros(32)
-    value, grad = jax.value_and_grad(vid.vid_loss)(teacher, teacher, scale)
+    teacher, scale = inputs("feat_teacher_1"), np.zeros(32, np.float32)
+    hint, both = jax.jit(fitnet.hint_loss), jax.jit(jax.value_and_grad(vid.vid_loss))
+    assert hint(teacher, teacher) == 0
+    assert hint(teacher + 2, teacher) == pytest.approx(4, rel=1e-5)
+    value, grad = both(teacher, teacher, scale)
     variance = np.log(2) + 1e-5
     np.testing.assert_allclose(value, np.log(variance) / 2, rtol=1e-5)
     assert not np.any(grad)
-    assert vid.vid_loss(teacher + 1, teacher, scale) > value
+    assert both(teacher + 1, teacher, scale)[0] > value
 
 
 def test_vid_begins_with_the_variance_it_was_given():
-    variables = vid.Regressor(4, 5.0).init(jax.random.key(0), jnp.ones((1, 2, 2, 3)))
-    scale = variables["params"]["scale"]
-    np.testing.assert_allclose(jax.nn.softplus(scale) + 1e-5, 5.0, rtol=1e-6)
+    @jax.jit
+    def scale(x):
+        variables = vid.Regressor(4, 5.0).init(jax.random.key(0), x)
+        return variables["params"]["scale"]
+
+    variance = np.log1p(np.exp(scale(np.ones((1, 2, 2, 3))))) + 1e-5
+    np.testing.assert_allclose(variance, 5.0, rtol=1e-6)
 
 
 def kdsvd_by_loops(students, teachers, k):
@@ -164,26 +167,32 @@ def kdsvd_by_loops(students, teachers, k):
 def features(seed, batch=2):
     rng = np.random.default_rng(seed)
     shapes = [(batch, 4, 4, 5), (batch, 3, 3, 6), (batch, 2, 2, 7)]
-    return [jnp.asarray(rng.uniform(0, 1, s), jnp.float32) for s in shapes]
+    return [rng.uniform(0, 1, s).astype(np.float32) for s in shapes]
+
+
+@functools.cache
+def of_kdsvd(k):
+    """(students, teachers) -> value and both gradients."""
+    loss = functools.partial(kdsvd.kdsvd_loss, k=k)
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
 
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_kdsvd_by_loops(k):
     students, teachers = features(0), features(1)
-    got = jax.jit(kdsvd.kdsvd_loss, static_argnums=2)(students, teachers, k)
+    got, _ = of_kdsvd(k)(students, teachers)
     np.testing.assert_allclose(got, kdsvd_by_loops(students, teachers, k), rtol=1e-3)
 
 
 def test_kdsvd_is_least_at_the_teacher_and_trains_the_student_alone():
     students, teachers = features(0), features(1)
-    loss = jax.jit(KDSVD)
-    assert loss(teachers, teachers) < 1e-9 < loss(students, teachers)
-    ours, theirs = jax.jit(jax.grad(loss, (0, 1)))(students, teachers)
+    value, (ours, theirs) = of_kdsvd(1)(students, teachers)
+    assert of_kdsvd(1)(teachers, teachers)[0] < 1e-9 < value
     assert all(np.any(g) for g in ours) and not any(np.any(g) for g in theirs)
-    halves = [x.astype(jnp.bfloat16) for x in students]
-    assert loss(halves, teachers).dtype == jnp.float32
+    halves = precision.halves((students, teachers))
+    assert precision.arithmetic(KDSVD, *halves) == {"float32"}
     with pytest.raises(ValueError, match="7 with 6"):
-        loss(students[2:], teachers[1:2])
+        KDSVD(students[2:], teachers[1:2])
 
 
 @pytest.mark.parametrize("shape", [(9, 5), (5, 9), (6, 6)])
@@ -209,19 +218,19 @@ def test_gradient_of_singular_vectors_is_that_of_differences(shape):
         step = np.zeros_like(x)
         step[place] = 1e-6
         wanted[place] = (loss(x + step) - loss(x - step)) / 2e-6
-    got = jax.jit(jax.grad(ours))(jnp.asarray(x, jnp.float32))
+    got = jax.jit(jax.grad(ours))(x.astype(np.float32))
     np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=2e-4)
 
 
 def test_dead_and_equal_directions_have_finite_gradients():
     teachers = features(1)
     for students in (
-        [jnp.zeros_like(x) for x in teachers],
-        [jnp.ones_like(x) for x in teachers],
+        [np.zeros_like(x) for x in teachers],
+        [np.ones_like(x) for x in teachers],
     ):
-        grads = jax.jit(jax.grad(KDSVD))(students, teachers)
+        _, (grads, _) = of_kdsvd(1)(students, teachers)
         assert all(np.all(np.isfinite(g)) for g in grads)
-    same = jnp.eye(4)[None]
+    same = np.eye(4, dtype=np.float32)[None]
     grad = jax.jit(jax.grad(lambda x: jnp.sum(kdsvd.right_vectors(x, 2))))(same)
     assert np.all(np.isfinite(grad))
 
@@ -230,7 +239,7 @@ def outputs(seed, width):
     rng = np.random.default_rng(seed)
 
     def draw(*shape):
-        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        return rng.standard_normal(shape).astype(np.float32)
 
     joints = (draw(4, 8, 8, width), draw(4, 4, 4, width + 2))
     made = chain.Outputs(
@@ -249,8 +258,8 @@ def signals(epoch=0.0, widths=(4, 4)):
     return method.Signals(
         student=student,
         teacher=teacher,
-        labels=jnp.array([0, 1, 2, 0]),
-        epoch=jnp.float32(epoch),
+        labels=np.array([0, 1, 2, 0]),
+        epoch=np.float32(epoch),
         student_joints=ours,
         teacher_joints=theirs,
         student_preacts=ours,
@@ -263,14 +272,16 @@ def made(name, **options):
     return distill.create(name, block | options)
 
 
-def losses_of(taught, given):
-    """Of one program: op by op it would take long to compile."""
+@functools.cache
+def program(name, **options):
+    """Signals -> the method's answer."""
+    taught = made(name, **options)
 
     @jax.jit
     def run(given):
         return taught.init_with_output(jax.random.key(0), given, train=True)[0]
 
-    return run(given)
+    return run
 
 
 @pytest.mark.parametrize(
@@ -289,7 +300,7 @@ def losses_of(taught, given):
     ],
 )
 def test_each_module_has_the_loss_of_its_stage(name, modules):
-    answer = losses_of(made(name), signals())
+    answer = jax.eval_shape(program(name), signals())
     own = [set(a.terms) - {"head_ce", "ft_rebuilt"} for a in answer]
     assert own == [{m} - {""} for m in modules]
     assert "head_ce" in answer[-1].terms
@@ -299,7 +310,7 @@ def test_each_module_has_the_loss_of_its_stage(name, modules):
 def test_the_methods_loss_comes_first_and_the_labels_after(name):
     taught = made(name, init_epochs=EPOCHS)
     for epoch, first in ((0.0, True), (1.9, True), (2.0, False), (9.0, False)):
-        loss = losses_of(taught, signals(epoch))[-1]
+        loss = program(name, init_epochs=EPOCHS)(signals(epoch))[-1]
         assert float(loss.weights["head_ce"]) == (0 if first else taught.ce_weight)
         assert float(loss.weights[name]) == (
             pytest.approx(taught.weight) if first else 0
@@ -308,10 +319,11 @@ def test_the_methods_loss_comes_first_and_the_labels_after(name):
 
 def test_ab_halves_stage_by_stage_and_connects_other_widths():
     given = signals()
-    below, above = losses_of(made("ab"), given)
+    below, above = program("ab", init_epochs=EPOCHS)(given)
+    boundary = jax.jit(ab.boundary_loss)
     for k, (share, loss) in enumerate(((0.5, below), (1.0, above))):
         pair = given.student_preacts[k], given.teacher_preacts[k]
-        wanted = share * ab.boundary_loss(*pair, 1.0)
+        wanted = share * boundary(*pair, 1.0)
         np.testing.assert_allclose(loss.terms["ab"], wanted, rtol=1e-6)
     alone, wide = (
         jax.eval_shape(lambda g: made("ab").init(jax.random.key(0), g, train=True), g)
@@ -322,7 +334,7 @@ def test_ab_halves_stage_by_stage_and_connects_other_widths():
 
 def test_cc_trains_both_embeddings():
     taught, given = made("cc"), signals(widths=(4, 6))
-    variables = jax.jit(lambda g: taught.init(jax.random.key(0), g, train=True))(given)
+    variables = tap_toys.variables(taught, given)
 
     @jax.jit
     @jax.value_and_grad
@@ -337,7 +349,7 @@ def test_cc_trains_both_embeddings():
         x.pooled @ params[n]["kernel"]
         for x, n in ((given.student, "student"), (given.teacher, "teacher"))
     )
-    np.testing.assert_allclose(got, cc.cc_loss(ours, theirs), rtol=1e-5)
+    np.testing.assert_allclose(got, jax.jit(cc.cc_loss)(ours, theirs), rtol=1e-5)
 
 
 def test_paraphraser_is_trained_first_and_then_stays():
@@ -383,9 +395,9 @@ def test_paraphraser_is_trained_first_and_then_stays():
 
 
 def test_paraphraser_has_the_widths_it_should():
-    x = jnp.ones((1, 4, 4, 6))
-    (factor, rebuilt), variables = ft.Paraphraser(0.5).init_with_output(
-        jax.random.key(0), x
+    x = np.ones((1, 4, 4, 6), np.float32)
+    (factor, rebuilt), variables = jax.eval_shape(
+        ft.Paraphraser(0.5).init_with_output, jax.random.key(0), x
     )
     assert factor.shape == (1, 4, 4, 3) and rebuilt.shape == x.shape
     assert len(jax.tree.leaves(variables)) == 12
