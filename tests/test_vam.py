@@ -14,7 +14,7 @@ import tiny
 from flax import linen as nn
 
 from lakd_jax import models
-from lakd_jax.models import folding, layers, vam
+from lakd_jax.models import chain, folding, layers, vam
 
 STATIC = vam.Options("static", 4, 1.0, True, 0.0)
 DYNAMIC = vam.Options("dynamic", 4, 1.0, True, 0.0)
@@ -30,11 +30,12 @@ KERNELS = {
 }
 # A small network of every family that trains on small images in seconds.
 FAMILIES = ["resnet8", "wrn_16_1", "vgg8", "mobilenet_v2", "shuffle_v1", "shuffle_v2"]
+COMPILED_LONG = ["vgg8", "mobilenet_v2", "shuffle_v2"]
 
 
 def noise(*shape, seed=0):
     values = np.random.default_rng(seed).standard_normal(shape)
-    return jnp.asarray(values, jnp.float32)
+    return values.astype(np.float32)
 
 
 def pair(kind, options=STATIC):
@@ -71,70 +72,105 @@ def network(name, options=STATIC):
     return model, with_gates(tiny.variables(model))
 
 
-def logits(model, variables, size=8):
-    apply = jax.jit(functools.partial(model.apply, train=False))
-    return apply(variables, noise(4, size, size, 3)).logits
+@functools.cache
+def compiled(model):
+    return jax.jit(lambda v, x: model.apply(v, x, train=False).logits)
+
+
+def logits(model, variables):
+    return np.asarray(compiled(model)(variables, noise(4, 8, 8, 3)))
+
+
+def some_long(names, long=COMPILED_LONG):
+    return [pytest.param(n, marks=pytest.mark.long) if n in long else n for n in names]
+
+
+def weights(layer, x):
+    """Of a convolution, drawn by NumPy."""
+    shapes = jax.eval_shape(layer.init, KEY, x)
+    rng = np.random.default_rng(3)
+    return jax.tree.map(lambda s: rng.standard_normal(s.shape).astype("f4") / 4, shapes)
 
 
 # One convolution
 
 
+@functools.cache
+def begun(kind):
+    """By options (None for the plain one): initial variables, and what they give."""
+    layers_of = {None: pair(kind)[0], STATIC: pair(kind)[1]}
+    layers_of[DYNAMIC] = pair(kind, DYNAMIC)[1]
+    once = vam.Options("static", 4, 1.0, False, 0.0)
+    layers_of[once] = pair(kind, once)[1]
+
+    @jax.jit
+    def run(x):  # in one program, which draws their equal kernels once
+        found = {}
+        for options, layer in layers_of.items():
+            variables = layer.init(KEY, x)
+            found[str(options)] = variables, layer.apply(variables, x)
+        return found
+
+    found = jax.device_get(run(pair(kind)[2]))
+    return {options: found[str(options)] for options in layers_of}
+
+
 @pytest.mark.parametrize("options", [STATIC, DYNAMIC], ids=vam.GATES)
 @pytest.mark.parametrize("kind", KERNELS)
 def test_15_uniform_attention_is_the_plain_convolution(kind, options):
-    plain, gated, x = pair(kind, options)
-    ours, theirs = gated.init(KEY, x), plain.init(KEY, x)
+    (plain, wanted), (ours, got) = begun(kind)[None], begun(kind)[options]
     own, gates = split(ours)
     assert gates and all(not np.any(g) for g in gates.values())
-    np.testing.assert_array_equal(own["kernel",], theirs["params"]["kernel"])
-    np.testing.assert_allclose(gated.apply(ours, x), plain.apply(theirs, x), atol=1e-5)
+    np.testing.assert_array_equal(own["kernel",], plain["params"]["kernel"])
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
 def test_without_rescale_uniform_attention_divides_by_the_blocks():
-    options = vam.Options("static", 4, 1.0, False, 0.0)
-    plain, gated, x = pair("3x3", options)
-    variables = gated.init(KEY, x)
-    wanted = plain.apply(plain.init(KEY, x), x) / 4
-    np.testing.assert_allclose(gated.apply(variables, x), wanted, atol=1e-6)
+    once = vam.Options("static", 4, 1.0, False, 0.0)
+    found = begun("3x3")
+    np.testing.assert_allclose(found[once][1], found[None][1] / 4, atol=1e-6)
 
 
 def test_init_std_is_the_gates_deviation_and_leaves_the_kernel_alone():
     options = vam.Options("static", 8, 1.0, True, 0.5)
     layer = functools.partial(layers.conv, 64, 3, 1, name="c", gated=True)
     x = noise(1, 4, 4, 64)
-    still, moved = (
-        split(layer(layers.Style(vam=v)).init(KEY, x)) for v in (STATIC, options)
-    )
+    both = [layer(layers.Style(vam=v)) for v in (STATIC, options)]
+    init = jax.jit(lambda key: [one.init(key, x) for one in both])
+    still, moved = map(split, jax.device_get(init(KEY)))
     np.testing.assert_array_equal(still[0]["kernel",], moved[0]["kernel",])
     assert 0.35 < np.std(moved[1]["vam_gate",]) < 0.65
 
 
 def test_16_rows_sum_to_one_and_entropy_is_between_zero_and_one():
-    for seed, scale in enumerate((0.1, 1.0, 10.0)):
-        gate = scale * noise(12, 4, seed=seed)
-        np.testing.assert_allclose(vam.attention(gate, 0.5).sum(-1), 1.0, rtol=1e-5)
-        assert 0 <= vam.entropy(vam.log_attention(gate, 0.5)) < 1
+    attend = jax.jit(lambda gate: vam.attention(gate, 0.5))
 
+    @jax.jit
+    @jax.value_and_grad
     def entropy(gate):
         return vam.entropy(vam.log_attention(gate, 1.0))
 
-    zero = jnp.zeros((12, 3))
-    np.testing.assert_allclose(entropy(zero), 1.0, rtol=1e-6)
-    np.testing.assert_allclose(jax.grad(entropy)(zero), 0.0, atol=1e-7)
+    for seed, scale in enumerate((0.1, 1.0, 10.0)):
+        gate = np.float32(scale) * noise(12, 4, seed=seed)
+        np.testing.assert_allclose(np.sum(attend(gate), -1), 1.0, rtol=1e-5)
+        assert 0 <= entropy(2 * gate)[0] < 1
+    value, slope = entropy(np.zeros((12, 4), np.float32))
+    np.testing.assert_allclose(value, 1.0, rtol=1e-6)
+    np.testing.assert_allclose(slope, 0.0, atol=1e-7)
     # A maximum: any step from there lowers it.
-    assert entropy(0.1 * noise(12, 3)) < 1
-    one_hot = jnp.eye(4)[jnp.array([2, 0, 1])] * 1e4
-    assert entropy(one_hot) == 0
-    assert np.all(np.isfinite(jax.grad(entropy)(one_hot)))
+    assert entropy(np.float32(0.1) * noise(12, 4))[0] < 1
+    one_hot = np.float32(1e4) * np.eye(4, dtype=np.float32)[np.arange(12) % 3]
+    value, slope = entropy(one_hot)
+    assert value == 0 and np.all(np.isfinite(slope))
 
 
 def test_entropy_by_hand():
     """Rows (1/2, 1/4, 1/4) and uniform; tau halves the logits."""
-    gate = jnp.log(jnp.array([[0.5, 0.25, 0.25], [1.0, 1.0, 1.0]]))
+    gate = np.log(np.array([[0.5, 0.25, 0.25], [1.0, 1.0, 1.0]]))
     wanted = (1.5 * np.log(2) / np.log(3) + 1) / 2
+    entropy = jax.jit(lambda gate, tau: vam.entropy(vam.log_attention(gate, tau)))
     for tau in (1.0, 2.0):
-        value = vam.entropy(vam.log_attention(tau * gate, tau))
-        np.testing.assert_allclose(value, wanted, rtol=1e-6)
+        np.testing.assert_allclose(entropy(tau * gate, tau), wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("options", [STATIC, DYNAMIC], ids=vam.GATES)
@@ -142,19 +178,23 @@ def test_entropy_by_hand():
 def test_17_a_one_hot_row_sees_one_block_of_inputs(kind, options):
     inputs, outputs, _, _, groups, _ = KERNELS[kind]
     _, gated, x = pair(kind, options)
-    variables = gated.init(KEY, x)
+    variables, apply = weights(gated, x), jax.jit(gated.apply)
     rows, columns = variables["params"]["vam_gate"].shape
     chosen = np.random.default_rng(4).integers(0, columns, rows)
-    variables["params"]["vam_gate"] = 1e4 * jnp.eye(columns)[chosen]
-    before = gated.apply(variables, x)
+    params = variables["params"]
+    params["vam_gate"] = np.float32(1e4) * np.eye(columns, dtype=np.float32)[chosen]
+    params |= {name: 0 * x for name, x in params.items() if "slope" in name}
+    before = np.asarray(apply(variables, x))
     wide, high = inputs // groups // columns, outputs // rows
     for row in range(rows):
         group = row // (rows // groups)
         first = (group * columns + chosen[row]) * wide
         others = np.ones((1, 1, 1, inputs), np.float32)
         others[..., first : first + wide] = 0
-        outside = gated.apply(variables, x + others * noise(*x.shape, seed=9))
-        inside = gated.apply(variables, x + (1 - others) * noise(*x.shape, seed=9))
+        outside = np.asarray(apply(variables, x + others * noise(*x.shape, seed=9)))
+        inside = np.asarray(
+            apply(variables, x + (1 - others) * noise(*x.shape, seed=9))
+        )
         own = slice(row * high, (row + 1) * high)
         np.testing.assert_allclose(outside[..., own], before[..., own], atol=1e-5)
         assert np.abs(inside - before)[..., own].max() > 0.1
@@ -173,62 +213,70 @@ def test_18_scaled_kernel_is_a_grouped_convolution_over_scaled_copies(kind):
     _, outputs, size, stride, groups, bias = KERNELS[kind]
     _, static, x = pair(kind)
     _, dynamic, _ = pair(kind, DYNAMIC)
-    variables = with_gates(static.init(KEY, x))
-    params = variables["params"]
-    a = vam.attention(params["vam_gate"], 1.0)
-    make = functools.partial(layers.conv, outputs, size, stride, layers.Style())
-    grouped = make(name="conv", groups=len(a), bias=bias)
-    own = {name: x for name, x in params.items() if name != "vam_gate"}
-    wanted = grouped.apply({"params": own}, scaled_copies(x, a, groups))
-    np.testing.assert_allclose(static.apply(variables, x), wanted, atol=1e-5)
+    variables = with_gates(weights(static, x))
     # The dynamic form, with a slope of zero, has the same attention for all images.
-    both = {**dynamic.init(KEY, x)["params"], **params}
-    np.testing.assert_allclose(dynamic.apply({"params": both}, x), wanted, atol=1e-5)
+    zeros = jax.tree.map(np.zeros_like, weights(dynamic, x)["params"])
+    make = functools.partial(layers.conv, outputs, size, stride, layers.Style())
+
+    @jax.jit
+    def run(params, slopes, x):
+        a = vam.attention(params["vam_gate"], 1.0)
+        grouped = make(name="conv", groups=len(a), bias=bias)
+        own = {name: x for name, x in params.items() if name != "vam_gate"}
+        wanted = grouped.apply({"params": own}, scaled_copies(x, a, groups))
+        both = {"params": {**slopes, **params}}
+        return wanted, static.apply({"params": params}, x), dynamic.apply(both, x)
+
+    wanted, of_static, of_dynamic = run(variables["params"], zeros, x)
+    np.testing.assert_allclose(of_static, wanted, atol=1e-5)
+    np.testing.assert_allclose(of_dynamic, wanted, atol=1e-5)
 
 
 def test_18_by_hand():
     """Two blocks each way, 1x1: y_j = 2 sum_i A_ji W_ij x_i."""
-    kernel = jnp.array([[1.0, 2.0], [3.0, 4.0]])[None, None]
-    a = jnp.array([[0.25, 0.75], [1.0, 0.0]])
-    scaled = vam.scaled_kernel(kernel, a, True)[0, 0]
-    np.testing.assert_allclose(scaled, [[0.5, 4.0], [4.5, 0.0]])
-    x = jnp.array([[[[10.0, 100.0]]]])
-    first = vam.scaled_inputs(x, a[None, :1], True)
+    kernel = np.array([[1.0, 2.0], [3.0, 4.0]])[None, None]
+    a = np.array([[0.25, 0.75], [1.0, 0.0]])
+    scaled = jax.jit(lambda kernel, a: vam.scaled_kernel(kernel, a, True))(kernel, a)
+    np.testing.assert_allclose(scaled[0, 0], [[0.5, 4.0], [4.5, 0.0]])
+    x = np.array([[[[10.0, 100.0]]]])
+    scale = jax.jit(vam.scaled_inputs, static_argnums=2)
+    first = scale(x, a[None, :1], True)
     np.testing.assert_allclose(first[0, 0, 0], [5.0, 150.0])
-    np.testing.assert_allclose(vam.scaled_inputs(x, a[None, 1:], False), [[[[10, 0]]]])
+    np.testing.assert_allclose(scale(x, a[None, 1:], False), [[[[10, 0]]]])
 
 
 def test_dynamic_gates_follow_the_image():
     _, gated, x = pair("3x3", DYNAMIC)
-    variables = with_gates(gated.init(KEY, x))
-    _, left = gated.apply(variables, x, mutable=["intermediates"])
-    _, right = gated.apply(variables, 2 * x, mutable=["intermediates"])
+    variables = with_gates(weights(gated, x))
+    apply = jax.jit(functools.partial(gated.apply, mutable=["intermediates"]))
+    before, left = apply(variables, x)
+    _, right = apply(variables, 2 * x)
     assert left["intermediates"] != right["intermediates"]
     # Every image has its own: the first's result does not depend on the second.
-    other = x.at[1].multiply(3.0)
-    before, after = gated.apply(variables, x), gated.apply(variables, other)
+    other = np.stack([x[0], 3 * x[1]])
+    after, _ = apply(variables, other)
     np.testing.assert_allclose(before[0], after[0], atol=1e-5)
 
 
 def test_channels_without_a_divisor_stay_plain():
     x = noise(1, 4, 4, 7)  # seven channels make one block
     layer = layers.conv(8, 3, 1, layers.Style(vam=STATIC), name="c", gated=True)
-    variables, sown = (
-        layer.init(KEY, x),
-        layer.apply(layer.init(KEY, x), x, mutable=["intermediates"])[1],
-    )
+    (_, sown), variables = traced(layer, x)
     assert list(variables["params"]) == ["kernel"] and not sown
     assert [vam.blocks_of(c, 4) for c in (7, 54, 18, 58, 4, 8)] == [1, 3, 3, 2, 4, 4]
 
 
+def traced(layer, x):
+    """Shapes of ((result, what it sows), variables)."""
+    variables = jax.eval_shape(layer.init, KEY, x)
+    apply = functools.partial(layer.apply, mutable=["intermediates"])
+    return jax.eval_shape(apply, variables, x), variables
+
+
 def test_gated_convolutions_compute_in_their_dtype():
     style = layers.Style(jnp.bfloat16, vam=STATIC)
-    x = noise(2, 4, 4, 8)
     layer = layers.conv(8, 3, 1, style, name="c", gated=True, bias=True)
-    y, sown = (
-        layer.init_with_output(KEY, x)[0],
-        layer.apply(layer.init(KEY, x), x, mutable=["intermediates"])[1],
-    )
+    (y, sown), _ = traced(layer, noise(2, 4, 4, 8))
     assert y.dtype == jnp.bfloat16
     assert sown["intermediates"][vam.ENTROPY].dtype == jnp.float32
 
@@ -274,13 +322,13 @@ def test_first_unit_of_shuffle_v1_has_three_blocks_where_four_do_not_divide():
     assert gates["stage3", "block2", "conv3", "vam_gate"].shape == (12, 4)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", some_long(FAMILIES))
 def test_19_folded_is_the_plain_network_with_the_same_logits(name):
     model, variables = network(name)
     plain_model, plain = folding.fold_gates(model, variables)
     assert plain_model == models.create(name, num_classes=5)
     shapes = jax.tree.map(jnp.shape, plain)
-    assert shapes == jax.tree.map(jnp.shape, tiny.variables(plain_model))
+    assert shapes == jax.tree.map(jnp.shape, chain.variable_shapes(plain_model))
     wanted = logits(model, variables)
     np.testing.assert_allclose(logits(plain_model, plain), wanted, atol=1e-5)
     # The gates were of importance, and are all that was added.
@@ -294,7 +342,9 @@ def test_19_folded_is_the_plain_network_with_the_same_logits(name):
 
 
 @pytest.mark.parametrize("options", [STATIC, DYNAMIC], ids=vam.GATES)
-@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8"])
+@pytest.mark.parametrize(
+    "name", some_long(["resnet8", "wrn_16_1", "vgg8"], ["wrn_16_1", "vgg8"])
+)
 def test_batch_norms_fold_into_gated_networks(name, options):
     model, variables = network(name, options)
     folded_model, folded = folding.fold(model, variables)
@@ -325,13 +375,20 @@ def test_equal_options_make_equal_networks():
 
 def test_training_mode_gives_every_layers_entropy():
     model, variables = network("wrn_16_1")
-    apply = functools.partial(model.apply, train=True)
-    _, new = jax.jit(
-        functools.partial(apply, mutable=["batch_stats", "intermediates"])
-    )(variables, noise(4, 8, 8, 3))
+    train = functools.partial(model.apply, train=True)
+
+    @jax.jit
+    def sown(variables):
+        both = functools.partial(train, mutable=["batch_stats", "intermediates"])
+        return both(variables, noise(4, 8, 8, 3))[1]["intermediates"]
+
+    @jax.jit
+    def by_hand(gates):
+        return [vam.entropy(vam.log_attention(gate, 1.0)) for gate in gates]
+
     _, gates = split(variables)
-    sown = flax.traverse_util.flatten_dict(new["intermediates"])
-    assert {p[:-1] for p in sown} == {p[:-1] for p in gates}
-    for path, gate in gates.items():
-        wanted = vam.entropy(vam.log_attention(gate, 1.0))
-        np.testing.assert_allclose(sown[*path[:-1], vam.ENTROPY], wanted, rtol=1e-5)
+    found = flax.traverse_util.flatten_dict(sown(variables))
+    assert {p[:-1] for p in found} == {p[:-1] for p in gates}
+    wanted = by_hand(list(gates.values()))
+    for path, value in zip(gates, wanted, strict=True):
+        np.testing.assert_allclose(found[*path[:-1], vam.ENTROPY], value, rtol=1e-5)
