@@ -9,14 +9,11 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from jax.sharding import Mesh
 
 import lakd_jax
 from lakd_jax import config as config_lib
 from lakd_jax import errors
 from lakd_jax import train as train_lib
-from lakd_jax.train import runs
-from lakd_jax.train import state as state_lib
 
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -29,16 +26,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(folder):
-    return tiny.config(folder, epochs=2, method="none")
+    return tiny.small(folder, epochs=2, method="none")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def small():
     """The tiny data set on one device."""
-    one = Mesh(np.array(jax.devices()[:1]), ("data",))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs.data, "load", lambda *a, **k: tiny.dataset())
-        patch.setattr(state_lib, "data_mesh", lambda: one)
+    with tiny.bench():
         yield
 
 
@@ -48,9 +42,9 @@ def run(folder, config):
 
 
 def test_a_run_gives_its_record_and_a_student_that_scores_as_recorded(run):
-    test = tiny.dataset().test
+    test = tiny.split(32, 2)
     right = int(np.sum(run(test.images).argmax(-1) == test.labels))
-    assert right == run.result["test_last"]["right"] and right / 45 == run.accuracy
+    assert right == run.result["test_last"]["right"] and right / 32 == run.accuracy
     assert run.predict(test.images[:4]) == [
         tiny.CLASSES[i] for i in run(test.images[:4]).argmax(-1)
     ]
@@ -85,7 +79,7 @@ def test_a_run_can_be_loaded(run):
 def test_a_finished_run_is_brought_back_also_by_a_config_file(run, folder, tmp_path):
     file = tmp_path / "tiny_config.py"
     file.write_text(
-        "import pathlib, tiny\n\ndef get_config(arg):\n    return tiny.config("
+        "import pathlib, tiny\n\ndef get_config(arg):\n    return tiny.small("
         "pathlib.Path(arg), epochs=2, method='none')\n"
     )
     began = (run.directory / "metrics.jsonl").stat().st_mtime_ns

@@ -14,12 +14,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
-from jax.sharding import Mesh
 from PIL import Image
 
 from lakd_jax import cli, errors, interop, models, train
 from lakd_jax.train import fit, networks, runs
-from lakd_jax.train import state as state_lib
 
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -31,19 +29,18 @@ import pathlib
 import tiny
 
 def get_config(directory):
-    return tiny.config(pathlib.Path(directory), epochs=2, baselines=("none", "kd"))
+    fields = {"method": "kd", "baselines": ("none",), "epochs": 2}
+    return tiny.small(pathlib.Path(directory), **fields)
 """
 
 
 @pytest.fixture
-def tiny_main(main, monkeypatch, tmp_path):
+def tiny_main(main, tmp_path):
     """The same on the tiny data set and one device; needs no --config."""
-    monkeypatch.setattr(runs.data, "load", lambda *a, **k: tiny.dataset())
-    one = Mesh(np.array(jax.devices()[:1]), ("data",))
-    monkeypatch.setattr(state_lib, "data_mesh", lambda: one)
     file = tmp_path / "tiny_config.py"
     file.write_text(CONFIG)
-    return lambda *args: main(f"--config={file}:{tmp_path}", *args)
+    with tiny.bench():
+        yield lambda *args: main(f"--config={file}:{tmp_path}", *args)
 
 
 # ------------------------------------------------------------------ the process
@@ -229,7 +226,7 @@ def cut_short(path):
 
 
 def no_better_than_chance(path):
-    words = ["teacher.init: ", "of 45 test images right", "the 66.67 % asked for"]
+    words = ["teacher.init: ", "of 32 test images right", "the 66.67 % asked for"]
     words += [str(path), "mean (0.4, 0.4, 0.4)", "deviation (0.3, 0.3, 0.3)"]
     return student_file(path), words
 
@@ -253,6 +250,7 @@ def test_fault_in_the_teacher(tiny_main, fault, tmp_path):
     init, words = fault(tmp_path / "other")
     run = tmp_path / "run"
     args = (f"--config.teacher.init={init}", "--config.teacher.floor=0")
+    args += ("--config.teacher.name=resnet8",)
     refused(tiny_main(*args, f"--workdir={run}"), *words)
     assert untouched(run)
 
@@ -333,8 +331,8 @@ def test_dry_run_tells_the_costs_and_writes_nothing(tiny_main, tmp_path, monkeyp
     before = sorted(tmp_path.rglob("*"))
     code, out, err = tiny_main("--dry_run", f"--workdir={tmp_path / 'run'}")
     assert code == 0, err
-    assert "teacher resnet8: random weights stand in" in out
-    for word in ("resnet8, 77,587 parameters", "FLOP", "MiB", "20 = 2 epochs x 10"):
+    assert "teacher small: random weights stand in" in out
+    for word in ("small, 993 parameters", "FLOP", "MiB", "8 = 2 epochs x 4"):
         assert word in out
     assert "of 16 test images right" in out
     after = [p for p in tmp_path.rglob("*") if "__pycache__" not in p.parts]
@@ -358,11 +356,11 @@ def test_whole_run(main, tiny_main, tmp_path, monkeypatch):
     code, out, err = tiny_main(*args)
     assert code == 0, err
     table = out[out.index("| network") : out.index("\n\nPictures")]
-    titles = [line.split("|")[1].strip() for line in table.splitlines()[2:6]]
-    names = ("teacher", "alone", "KD", "LAKD")
-    assert titles == [f"resnet8, {name}" for name in names]
+    titles = [line.split("|")[1].strip() for line in table.splitlines()[2:5]]
+    names = ("teacher", "alone", "KD")
+    assert titles == [f"{tiny.NETWORK}, {name}" for name in names]
     assert (run / "table.md").read_text() == table + "\n"
-    for directory in (run, run / "none", run / "kd"):
+    for directory in (run, run / "none"):
         for name in FILES:
             assert (directory / name).stat().st_size, (directory, name)
         assert any((directory / "checkpoints").iterdir())
@@ -385,24 +383,24 @@ def test_whole_run(main, tiny_main, tmp_path, monkeypatch):
     # Its student can be given out, with what the run knows of the images.
     code, out, err = main("--mode=export", f"--workdir={run}", "--to=safetensors")
     assert code == 0, err
-    given = interop.load_torch_file(run / "export" / "resnet8.safetensors")
+    given = interop.load_torch_file(run / "export" / "small.safetensors")
     kept, _ = interop.load_variables(run / networks.STUDENT_FILE)
     jax.tree.map(
-        np.testing.assert_array_equal, interop.from_torch("resnet8", given), kept
+        np.testing.assert_array_equal, interop.from_torch(tiny.NETWORK, given), kept
     )
-    card = (run / "export" / "resnet8.md").read_text()
+    card = (run / "export" / "small.md").read_text()
     assert '["dark", "left", "right"]' in card and "8 pixels high and 8 wide" in card
 
     # A finished run serves as a teacher and as a start for another.
     more = (
         "--config.baselines=()",
-        "--config.method=kd",
+        "--config.epochs=1",
         f"--workdir={tmp_path / 'b'}",
     )
     inits = (f"--config.student.init={run / 'none'}", f"--config.teacher.init={run}")
     code, out, err = tiny_main(*more, *inits, "--config.optim.lr=1e-9")
     assert code == 0, err
-    assert f"teacher resnet8 from {run / 'student.safetensors'}" in out
+    assert f"teacher small from {run / 'student.safetensors'}" in out
     first, last = (
         interop.load_variables(d / networks.STUDENT_FILE)[0]["params"]
         for d in (run / "none", tmp_path / "b")

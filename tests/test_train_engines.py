@@ -1,7 +1,7 @@
 """Engines: one program, a program a module, a pipeline; the same steps."""
 
+import dataclasses
 import functools
-from unittest import mock
 
 import jax
 import numpy as np
@@ -13,139 +13,130 @@ from lakd_jax import config as config_lib
 from lakd_jax.train import build, engines, modules
 from lakd_jax.train import state as state_lib
 
-ENGINES = ("fused", "dispatch", "pipeline")
+LONG = pytest.mark.long
+BLOCKS = functools.partial(tiny.SMALL, stage_sizes=(3, 1), widths=(4, 4))
+SHAPES = {
+    "stages": {},
+    # Four modules, of which the second and the third are alike.
+    "blocks": {"network": BLOCKS, "local__granularity": "block"},
+    "fed": {"local__module_input": "teacher"},
+}
 
 
-def engine(kind, tmp_path, devices=1, **fields):
-    """A loaded engine and its learner; "__" for dots in `fields`."""
-    made = steps.make(tmp_path, devices, method="lakd", **fields)
+def engine(kind, made, tmp_path):
+    """An engine with a copy of the first state of `made`."""
     learner, state, teacher, data = made
     config = tiny.config(tmp_path, method="lakd", local__engine=kind)
     run = build.engine(config, learner, teacher, data, lambda function: function())
-    run.load(state)
-    return run, learner
+    run.load(state_lib.replicate(state, learner.mesh))
+    return run
 
 
-def train(kind, tmp_path, count=3, **options):
-    """(state, metrics of the last step) after `count` steps."""
-    made, _ = engine(kind, tmp_path, **options)
-    for row in steps.rows(count):
-        told = jax.device_get(made.run(row[None]))
-    return made.state(), modules.together(told)
+@dataclasses.dataclass
+class Trained:
+    """An engine after some steps, the state after each, and the metrics of each."""
+
+    engine: engines.Engine
+    states: list
+    metrics: list
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Three steps of an engine on some devices, once each."""
+    folder = tmp_path_factory.mktemp("engines")
+
+    @functools.cache
+    def made(shape, devices):
+        settings = {"network": tiny.SMALL, "method": "lakd"} | SHAPES[shape]
+        return steps.make(folder, devices, **settings)
+
+    @functools.cache
+    def run(kind, shape="stages", devices=1):
+        own = Trained(engine(kind, made(shape, devices), folder), [], [])
+        for row in steps.rows(3):
+            told = jax.device_get(own.engine.run(row[None]))
+            own.metrics.append(modules.together(told))
+            own.states.append(jax.device_get(own.engine.state()))
+        return own
+
+    return run
 
 
 def assert_same(a, b, **tolerance):
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, **tolerance),
-        jax.device_get(a),
-        jax.device_get(b),
-    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
-@pytest.mark.parametrize("kind", ["dispatch", "pipeline"])
 @pytest.mark.parametrize(
-    "fields",
+    ("kind", "shape", "devices"),
     [
-        {},
-        {"local__granularity": "block"},
-        pytest.param({"local__module_input": "teacher"}, marks=pytest.mark.long),
+        ("dispatch", "stages", 1),
+        ("dispatch", "blocks", 1),
+        pytest.param("dispatch", "fed", 1, marks=LONG),
+        pytest.param("pipeline", "blocks", 3, marks=LONG),
+        pytest.param("pipeline", "fed", 3, marks=LONG),
     ],
-    ids=["stage", "block", "teacher_input"],
 )
-def test_engines_train_alike(kind, fields, tmp_path):
+def test_engines_train_alike(kind, shape, devices, trained):
     # Property 16 of LAKD: a program a module makes the fused step.
-    devices = 3 if kind == "pipeline" else 1
-    ours, told = train(kind, tmp_path, devices=devices, **fields)
-    fused, expected = train("fused", tmp_path, **fields)
-    assert told.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_allclose(told[name], value, rtol=2e-4, err_msg=name)
-    assert_same(ours, fused, rtol=2e-4, atol=2e-6)
+    ours, fused = trained(kind, shape, devices), trained("fused", shape)
+    for told, expected in zip(ours.metrics, fused.metrics, strict=True):
+        assert told.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(told[name], value, rtol=2e-4, err_msg=name)
+    assert_same(ours.states[-1], fused.states[-1], rtol=2e-4, atol=2e-6)
 
 
-def test_pipeline_is_the_sequence_bit_for_bit(tmp_path):
+def test_pipeline_is_the_sequence_bit_for_bit(trained):
     # Property 5 of LAKD: module k meets batch t after exactly t updates.
-    pipeline, _ = train("pipeline", tmp_path, devices=3)
-    sequence, _ = train("dispatch", tmp_path, devices=1)
-    assert_same(pipeline, sequence, rtol=0, atol=0)
+    pipeline, sequence = trained("pipeline", devices=3), trained("dispatch")
+    assert_same(pipeline.states[-1], sequence.states[-1], rtol=0, atol=0)
 
 
-def test_pipeline_keeps_each_module_on_its_device(tmp_path):
-    made, _ = engine("pipeline", tmp_path, devices=2)
-    made.run(steps.rows(1))
+def test_pipeline_keeps_each_module_on_its_device(trained):
+    made = trained("pipeline", devices=3).engine
     homes = [
         {d.id for x in jax.tree.leaves(s.params) for d in x.devices()}
         for s in made._states
     ]
-    assert homes == [{0}, {0}, {1}]
+    assert homes == [{0}, {1}, {2}]
     everywhere = {d.id for d in jax.tree.leaves(made.state().params)[0].devices()}
-    assert everywhere == {0, 1}
+    assert everywhere == {0, 1, 2}
 
 
-@pytest.mark.long
-def test_batch_split_over_devices_trains_as_on_one(tmp_path):
-    eight, _ = train("dispatch", tmp_path, devices=8)
-    one, _ = train("dispatch", tmp_path, devices=1)
-    assert_same(eight.params, one.params, atol=2e-5)
+def test_two_devices_share_three_modules(tmp_path):
+    made = steps.small(tmp_path, 2, method="lakd")
+    homes = [m.devices.item().id for m in engine("pipeline", made, tmp_path)._meshes]
+    assert homes == [0, 0, 1]
 
 
-@pytest.mark.long
-def test_modules_that_are_alike_share_a_program(tmp_path):
-    learner, state, teacher, data = longer(tmp_path)
-    made = engines.Modules(learner, teacher, data, lambda function: function())
-    made.load(state)
-    made.run(steps.rows(1))
-    ((_, programs),) = made._programs.values()
-    assert len(programs) == 9
-    # The first and the last, the two with a stride, and the blocks of each stage.
-    assert len({id(program) for program in programs}) == 7
+@LONG
+def test_batch_split_over_devices_trains_as_on_one(trained):
+    eight, one = trained("dispatch", devices=8), trained("dispatch")
+    assert_same(eight.states[-1].params, one.states[-1].params, atol=2e-5)
 
 
-def longer(tmp_path):
-    """As `steps.make`, resnet20 from resnet20, cut at every block."""
-    fields = {"method": "lakd", "local__granularity": "block"}
-    load = functools.partial(steps.networks.load)
-
-    def other(part, name, *rest, **more):
-        return load(part, "resnet20", *rest, **more)
-
-    with mock.patch.object(steps.networks, "load", other):
-        return steps.make(tmp_path, 1, **fields)
+def test_modules_that_are_alike_share_a_program(trained):
+    ((_, programs),) = trained("dispatch", "blocks").engine._programs.values()
+    assert len(programs) == 4
+    assert len({id(program) for program in programs}) == 3
 
 
-def test_shared_programs_train_each_module_with_its_own_weights(tmp_path):
-    learner, state, teacher, data = longer(tmp_path)
-    made = engines.Modules(learner, teacher, data, lambda function: function())
-    fused = engines.Fused(learner, teacher, data, lambda function: function())
-    copy = state_lib.replicate(state, learner.mesh)
-    made.load(state)
-    fused.load(copy)
-    row = steps.rows(1)
-    told = modules.together(jax.device_get(made.run(row)))
-    expected = jax.device_get(fused.run(row))[0]
-    assert told.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_allclose(told[name], value, rtol=5e-4, err_msg=name)
-    assert_same(made.state(), fused.state(), rtol=1e-3, atol=1e-5)
-
-
-def test_running_statistics_move_once_a_step(tmp_path):
+def test_running_statistics_move_once_a_step(trained):
     # Property 17 of LAKD, of the dispatched engine.
-    ours, _ = train("dispatch", tmp_path, count=1)
-    fused, _ = train("fused", tmp_path, count=1)
+    ours, fused = trained("dispatch").states[0], trained("fused").states[0]
     assert_same(ours.batch_stats, fused.batch_stats, rtol=1e-4, atol=1e-6)
 
 
 def test_modules_that_need_each_other_are_refused(tmp_path):
+    fields = {"method": "lakd", "local__cut_scale": 0.5}
+    learner, *_ = steps.learner_of(tmp_path, 1, tiny.SMALL, **fields)
     with pytest.raises(ValueError, match="local.engine=fused"):
-        engine("dispatch", tmp_path, local__cut_scale=0.5)
+        engines.Modules(learner, None, None, lambda function: function())
 
 
-def test_costs_are_of_the_step(tmp_path):
-    made, _ = engine("dispatch", tmp_path)
-    fused, _ = engine("fused", tmp_path)
-    for each in (made, fused):
-        each.run(steps.rows(1))
-    assert made.costs().flops == pytest.approx(fused.costs().flops, rel=0.2)
-    assert 0 < made.costs().temporary < fused.costs().temporary
+def test_costs_are_of_the_step(trained):
+    made, fused = (trained(kind).engine.costs() for kind in ("dispatch", "fused"))
+    assert made.flops == pytest.approx(fused.flops, rel=0.2)
+    assert 0 < made.temporary < fused.temporary
     assert config_lib.default().local.engine == "fused"

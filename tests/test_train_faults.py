@@ -11,7 +11,7 @@ import pytest
 import tiny
 from jax.sharding import Mesh
 
-from lakd_jax import checkpoint, errors, interop, interrupt, models, workdir
+from lakd_jax import checkpoint, errors, interop, interrupt, workdir
 from lakd_jax import config as config_lib
 from lakd_jax.report import metrics
 from lakd_jax.train import evaluate, networks, runs, teachers
@@ -20,46 +20,31 @@ from lakd_jax.train import state as state_lib
 
 
 @pytest.fixture(scope="module")
-def module_patch():
-    """The tiny data and one device for all that trains here."""
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(runs.data, "load", lambda *a, **k: tiny.dataset())
-        one = Mesh(np.array(jax.devices()[:1]), ("data",))
-        m.setattr(state_lib, "data_mesh", lambda: one)
-        yield
+def mesh():
+    """One device, for all that trains here on the tiny data."""
+    with tiny.bench() as one:
+        yield one
 
 
 def train(directory, *, guard=None, teacher=None, method="none", **fields):
-    fields = {"epochs": 3, "method": method} | fields
-    config = config_lib.resolve(tiny.config(directory, **fields))
+    config = config_lib.resolve(tiny.small(directory, method=method, **fields))
     bench = runs.bench(config, guard or interrupt.Guard(), lambda text: None)
     with workdir.prepare(directory, config_lib.to_dict(config)):
         return runs.train_one(config, directory, bench, teacher)
 
 
 @pytest.fixture(scope="module")
-def whole(module_patch, tmp_path_factory):
-    """What an unbroken run of `train` leaves: 30 steps, saved every 10."""
+def whole(mesh, tmp_path_factory):
+    """What an unbroken run of `train` leaves: 12 steps, saved every 4."""
     directory = tmp_path_factory.mktemp("whole")
     train(directory)
     return finished(directory)
 
 
 @pytest.fixture
-def run(module_patch, tmp_path):
+def run(mesh, tmp_path):
     """A directory to train in."""
     return tmp_path / "run"
-
-
-def teacher_of(directory):
-    """resnet8 of random weights."""
-    model = models.create("resnet8", num_classes=3)
-    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    variables = state_lib.replicate(tiny.variables(model), mesh)
-    pixels = learner_lib.Pixels((0.4,) * 3, (0.3,) * 3, jnp.float32)
-    score = evaluate.Score(15, 45, 1.0)
-    loaded = networks.Loaded(model, variables, str(directory))
-    return runs.Teacher(loaded, pixels, score, 1)
 
 
 def finished(directory):
@@ -77,11 +62,11 @@ def finished(directory):
 def student_of_nan(directory):
     """A finished run's directory; its student's second stage holds NaN."""
     directory.mkdir()
-    model = models.create("resnet8", num_classes=3)
+    model = tiny.SMALL(num_classes=3)
     variables = tiny.variables(model)
-    variables["params"]["stage2"]["block1"]["conv1"]["kernel"][:] = np.nan
+    variables["params"]["stage2"]["block1"]["conv"]["kernel"][:] = np.nan
     network = networks.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
-    result = {"student": "resnet8"}
+    result = {"student": tiny.NETWORK}
     networks.save(directory / networks.STUDENT_FILE, variables, network, result)
     workdir.write_json(directory / networks.RESULT_FILE, result)
     return str(directory)
@@ -89,31 +74,31 @@ def student_of_nan(directory):
 
 def test_learning_rate_too_high_stops_the_run(run):
     """Promise 25: exit code 4, the step, the term, the last good checkpoint."""
-    # Absurd from step 20 on: the parameters overflow in step 21, whose losses are
+    # Absurd from step 8 on: the parameters overflow in step 9, whose losses are
     # still good. It is due to be saved and must not be.
     fields = {"optim__schedule": "step", "optim__milestones": (2.0,)}
     messages = []
     for _ in range(2):  # started again, it fails in the same way
         with pytest.raises(errors.NonFiniteError) as caught:
-            train(run, optim__decay=1e30, checkpoint__every_steps=7, **fields)
+            train(run, optim__decay=1e30, checkpoint__every_steps=3, **fields)
         messages.append(str(caught.value))
     first, last, advice = messages[0].splitlines()
     assert caught.value.exit_code == 4
-    assert first.startswith("step 21 (window of steps 21 to 21): module1/")
-    assert f"Last good checkpoint: step 14, in {run}" in last
+    assert first.startswith("step 9 (window of steps 9 to 9): module1/")
+    assert f"Last good checkpoint: step 6, in {run}" in last
     assert "optim.lr" in advice
     assert messages[0] == messages[1]
-    assert checkpoint.list_steps(run / "checkpoints") == [7, 14]
+    assert checkpoint.list_steps(run / "checkpoints") == [3, 6]
     step, arrays, _ = checkpoint.read_arrays(run / "checkpoints", None)
-    assert step == 14
+    assert step == 6
     assert all(np.all(np.isfinite(a)) for a in arrays.values())
     assert not (run / networks.RESULT_FILE).exists()
 
 
-def test_term_that_is_not_finite_is_named(run, tmp_path):
+def test_term_that_is_not_finite_is_named(run, tmp_path, mesh):
     """Promise 25: before the totals that it makes infinite."""
     init = student_of_nan(tmp_path / "init")
-    teacher = teacher_of(tmp_path)
+    teacher = tiny.teacher(mesh)
     with pytest.raises(errors.NonFiniteError) as caught:
         train(run, teacher=teacher, method="lakd", student__init=init)
     first = str(caught.value).splitlines()[0]
@@ -131,7 +116,7 @@ def test_save_that_fails_ends_the_run_and_the_next_goes_on(run, whole, monkeypat
     save = manager.save
 
     def fail(self, step, **kwargs):
-        if step == 20:
+        if step == 8:
             raise OSError(errno.ENOSPC, "No space left on device")
         return save(self, step, **kwargs)
 
@@ -141,7 +126,7 @@ def test_save_that_fails_ends_the_run_and_the_next_goes_on(run, whole, monkeypat
             train(run)
     assert caught.value.exit_code == 5
     assert str(caught.value).count("\n") < 10
-    assert checkpoint.list_steps(run / "checkpoints") == [10]
+    assert checkpoint.list_steps(run / "checkpoints") == [4]
     train(run)
     assert finished(run) == whole
 
@@ -158,10 +143,10 @@ def damage(checkpoint_folder):
 def test_broken_newest_checkpoint_is_set_aside(run, whole):
     """Promise 3: the run goes on from the older one to the same end."""
     with pytest.raises(interrupt.Interrupted):
-        train(run, guard=tiny.StopAfter(30))
+        train(run, guard=tiny.StopAfter(4 + 2 + 4 + 2 + 1))
     folder = run / "checkpoints"
     older, newest = checkpoint.list_steps(folder)
-    assert older == 20 < newest
+    assert (older, newest) == (8, 10)
     damage(folder / str(newest))
     train(run)
     assert (folder / f"{newest}.broken").is_dir()
@@ -184,9 +169,9 @@ def test_no_usable_checkpoint_is_an_error(run):
 # --------------------------------------------------- teacher and evaluation
 
 
-def test_teacher_is_the_same_before_and_after(run, tmp_path):
+def test_teacher_is_the_same_before_and_after(run, mesh):
     """Promise 16: its variables are the same bytes after training."""
-    teacher = teacher_of(tmp_path)
+    teacher = tiny.teacher(mesh)
     before = jax.tree.map(lambda x: np.array(x).tobytes(), teacher.network.variables)
     # A reading in which gradients run through the teacher's layers.
     train(run, teacher=teacher, method="lakd", epochs=1, lakd__attention="logits")
@@ -197,11 +182,11 @@ def test_teacher_is_the_same_before_and_after(run, tmp_path):
 @pytest.mark.parametrize("batch_size", [16, 48])
 def test_every_example_is_counted_once(batch_size):
     """Promise 27: also where the batch does not divide the split."""
-    model = models.create("resnet8", num_classes=3)
+    model = tiny.SMALL(num_classes=3)
     variables = tiny.variables(model)
     test = tiny.split(45, 2)
     pixels = learner_lib.Pixels((0.4,) * 3, (0.3,) * 3, jnp.float32)
-    mesh = state_lib.data_mesh()  # all eight devices
+    mesh = Mesh(np.array(jax.devices()), ("data",))  # all eight of them
     evaluator = evaluate.Evaluator(
         model,
         pixels,
@@ -235,10 +220,10 @@ def test_every_example_is_counted_once(batch_size):
         (2, 1.0, 99, False),
     ],
 )
-def test_floor_of_the_teacher(tmp_path, classes, floor, right, good):
+def test_floor_of_the_teacher(tmp_path, mesh, classes, floor, right, good):
     """Promise 15: the least number of right answers is accepted, one less not."""
     config = tiny.config(tmp_path, teacher__floor=floor)
-    teacher = teacher_of(tmp_path)
+    teacher = tiny.teacher(mesh)
     dataset = tiny.dataset()
     object.__setattr__(dataset, "classes", tuple(map(str, range(classes))))
     bench = runs.Bench(dataset, *[None] * 4, interrupt.Guard(), print)
@@ -251,18 +236,17 @@ def test_floor_of_the_teacher(tmp_path, classes, floor, right, good):
         teachers._check_floor(*arguments)
 
 
+def made_teacher(directory, **fields):
+    config = config_lib.resolve(tiny.small(directory, method="kd", **fields))
+    bench = runs.bench(config, interrupt.Guard(), lambda text: None)
+    return teachers.make(config, bench)
+
+
 def test_teacher_is_folded_and_fed_at_the_size_it_was_trained_at(run):
     """With the same count of right answers, and told with all its parameters."""
-
-    def made(**fields):
-        fields = {"method": "kd", "teacher__image_size": 12} | fields
-        config = config_lib.resolve(tiny.config(run, **fields))
-        bench = runs.bench(config, interrupt.Guard(), lambda text: None)
-        return teachers.make(config, bench)
-
-    plain = made(teacher__fold=False)
+    plain = made_teacher(run, teacher__image_size=12, teacher__fold=False)
     assert not plain.network.model.folded
-    folded = made(teacher__image_size=0, teacher__init=plain.network.source)
+    folded = made_teacher(run, teacher__init=plain.network.source)
     assert folded.network.model.folded
     assert folded.score.right == plain.score.right
     assert folded.parameters == plain.parameters
@@ -271,13 +255,20 @@ def test_teacher_is_folded_and_fed_at_the_size_it_was_trained_at(run):
 
 
 def test_teacher_of_other_images_is_not_taken_from_the_cache(run, monkeypatch):
-    def cached():
-        config = config_lib.resolve(tiny.config(run, method="kd"))
-        bench = runs.bench(config, interrupt.Guard(), lambda text: None)
-        return teachers.make(config, bench).network.source
+    trained = []
 
-    first = cached()
-    assert cached() == first
-    other = tiny.dataset(train=144)
+    def leave(config, directory, bench, teacher):
+        model = tiny.SMALL(num_classes=3)
+        network = networks.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
+        result = {"student": config.student.name}
+        file = directory / networks.STUDENT_FILE
+        networks.save(file, tiny.variables(model), network, result)
+        workdir.write_json(directory / networks.RESULT_FILE, result)
+        trained.append(directory)
+
+    monkeypatch.setattr(runs, "train_one", leave)
+    first = made_teacher(run).network.source
+    assert made_teacher(run).network.source == first and len(trained) == 1
+    other = tiny.dataset(train=48)
     monkeypatch.setattr(runs.data, "load", lambda *a, **k: other)
-    assert cached() != first
+    assert made_teacher(run).network.source != first and len(trained) == 2

@@ -1,6 +1,7 @@
 """A stopped run ends as one that was not stopped, to the last bit."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -10,7 +11,7 @@ import tiny
 from jax.sharding import Mesh
 
 from lakd_jax import config as config_lib
-from lakd_jax import distill, interop, interrupt, workdir
+from lakd_jax import interop, interrupt, workdir
 from lakd_jax.report import metrics
 from lakd_jax.train import networks, runs, teachers
 from lakd_jax.train import state as state_lib
@@ -23,7 +24,7 @@ def bench(monkeypatch):
     monkeypatch.setattr(runs.data, "load", lambda *a, **k: tiny.dataset())
     one = Mesh(np.array(jax.devices()[:1]), ("data",))
     monkeypatch.setattr(state_lib, "data_mesh", lambda: one)
-    return lambda config, guard: runs.bench(config, guard, lambda text: None)
+    return make_bench
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +32,17 @@ def teacher_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("teachers")
 
 
-def teacher_for(config, bench, teacher_dir):
-    """One teacher for all tests here, trained by the first that asks."""
-    config = config_lib.changed(config, {"teacher.cache": str(teacher_dir)})
-    return teachers.make(config, bench)
+def make_bench(config, guard):
+    return runs.bench(config, guard, lambda text: None)
 
 
-def train(config, directory, bench, guard, teacher_dir):
+def train(config, directory, bench, guard, teacher):
+    """`teacher`: one, or the folder of one that the first to ask for it trains."""
     config = config_lib.resolve(config)
     own = bench(config, interrupt.Guard())
-    teacher = None
-    if config.method != "none":
-        teacher = teacher_for(config, own, teacher_dir)
+    if config.method != "none" and not isinstance(teacher, runs.Teacher):
+        kept = config_lib.changed(config, {"teacher.cache": str(teacher)})
+        teacher = teachers.make(kept, own)
     with workdir.prepare(directory, config_lib.to_dict(config)):
         return runs.train_one(
             config, directory, dataclasses.replace(own, guard=guard), teacher
@@ -63,92 +63,119 @@ def assert_equal_runs(one, other):
     assert one[2] == other[2]
 
 
-@pytest.mark.parametrize(
-    ("method", "stop"),
-    [
-        ("none", 20),  # at the edge of an epoch; 17 lies inside
-        ("lakd", 17),
-        *(pytest.param("none", 17, marks=LONG), pytest.param("lakd", 20, marks=LONG)),
-        *(
-            pytest.param(method, stop, marks=LONG)
-            for method in sorted({*distill.names()} - {"none", "lakd"})
-            for stop in (17, 20)
-        ),
-    ],
-)
-def test_stopped_run_ends_as_the_unbroken_one(
-    method, stop, tmp_path, bench, teacher_dir
-):
-    """Promise 12: every method, within an epoch and at its edge."""
-    config = tiny.config(tmp_path, method=method)
-    train(config, tmp_path / "whole", bench, interrupt.Guard(), teacher_dir)
-    # One check a step and one an evaluation batch: 3 batches at each epoch's end.
-    checks = stop - 1 + 3 * ((stop - 1) // 10)
+def saved_steps(directory):
+    names = (p.name for p in (directory / "checkpoints").iterdir())
+    return sorted(int(n) for n in names if n.isdecimal())
+
+
+@dataclasses.dataclass(frozen=True)
+class Lab:
+    """Runs on `tiny.bench`, of methods and engines; `root` holds their folders."""
+
+    root: object
+    teacher: runs.Teacher
+
+    def config(self, **fields):
+        return tiny.small(self.root, **({"log_every": 3} | fields))
+
+    def train(self, folder, guard=None, **fields):
+        arguments = make_bench, guard or interrupt.Guard(), self.teacher
+        return train(self.config(**fields), folder, *arguments)
+
+    def stop(self, folder, start, step, evaluated=True, **fields):
+        """Goes on from step `start`, which may still be evaluated, up to `step`."""
+        # One check a step and one an evaluation batch: 2 at each epoch's end.
+        first = start + 1 if evaluated else start
+        ends = [e for e in range(first, step) if e % 4 == 0]
+        guard = tiny.StopAfter(step - start - 1 + 2 * len(ends))
+        with pytest.raises(interrupt.Interrupted):
+            self.train(folder, guard, **fields)
+        assert saved_steps(folder)[-1] == step
+
+
+def lab_of(root, devices=1, **counts):
+    with tiny.bench(devices, **counts) as mesh:
+        yield Lab(root, tiny.teacher(mesh))
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    yield from lab_of(tmp_path_factory.mktemp("lab"))
+
+
+@pytest.fixture(scope="module")
+def whole(lab):
+    """The folder of an unbroken run of a method, made by the first to ask for it."""
+
+    @functools.cache
+    def run(method):
+        lab.train(lab.root / method, method=method)
+        return lab.root / method
+
+    return run
+
+
+def test_a_run_stopped_again_and_again_ends_as_the_unbroken_one(lab, whole, tmp_path):
+    """Promise 12: in an evaluation, within an epoch, and at its edge."""
+    own, parts = {"method": "none"}, tmp_path / "parts"
     with pytest.raises(interrupt.Interrupted):
-        train(config, tmp_path / "parts", bench, tiny.StopAfter(checks), teacher_dir)
-    assert saved_steps(tmp_path / "parts")[-1] == stop
-    train(config, tmp_path / "parts", bench, interrupt.Guard(), teacher_dir)
-    assert_equal_runs(finished(tmp_path / "whole"), finished(tmp_path / "parts"))
+        lab.train(parts, tiny.StopAfter(5), **own)
+    assert saved_steps(parts) == [4]
+    kinds = [r["kind"] for r in metrics.read(parts)]
+    assert kinds == ["train", "train"]  # it was stopped in the middle of an evaluation
+    lab.stop(parts, 4, 7, evaluated=False, **own)
+    lab.stop(parts, 7, 8, **own)
+    lab.train(parts, **own)
+    assert_equal_runs(finished(whole("none")), finished(parts))
+
+
+# Methods with parameters of their own, with running statistics, with a memory.
+@pytest.mark.parametrize(
+    "method",
+    ["lakd", *(pytest.param(m, marks=LONG) for m in ("dkd+at", "afd", "rtk", "crd"))],
+)
+def test_stopped_run_ends_as_the_unbroken_one(method, lab, whole, tmp_path):
+    """Promise 12: whatever a method keeps from step to step."""
+    lab.stop(tmp_path / "parts", 0, 7, method=method)
+    lab.train(tmp_path / "parts", method=method)
+    assert_equal_runs(finished(whole(method)), finished(tmp_path / "parts"))
 
 
 @pytest.mark.parametrize(("engine", "devices"), [("dispatch", 1), ("pipeline", 2)])
 @LONG
-def test_other_engines_resume_alike(
-    engine, devices, tmp_path, bench, teacher_dir, monkeypatch
-):
+def test_other_engines_resume_alike(engine, devices, tmp_path):
     """Promise 12: a program a module, and modules on devices."""
-    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
-    monkeypatch.setattr(state_lib, "data_mesh", lambda: mesh)
-    config = tiny.config(tmp_path, method="lakd", local__engine=engine)
-    train(config, tmp_path / "whole", bench, interrupt.Guard(), teacher_dir)
-    with pytest.raises(interrupt.Interrupted):
-        train(config, tmp_path / "parts", bench, tiny.StopAfter(16 + 3), teacher_dir)
-    assert saved_steps(tmp_path / "parts")[-1] == 17
-    train(config, tmp_path / "parts", bench, interrupt.Guard(), teacher_dir)
-    assert_equal_runs(finished(tmp_path / "whole"), finished(tmp_path / "parts"))
-
-
-def test_stop_during_an_evaluation_repeats_it(tmp_path, bench, teacher_dir):
-    config = tiny.config(tmp_path, method="none")
-    train(config, tmp_path / "whole", bench, interrupt.Guard(), teacher_dir)
-    with pytest.raises(interrupt.Interrupted):
-        train(config, tmp_path / "parts", bench, tiny.StopAfter(11), teacher_dir)
-    assert saved_steps(tmp_path / "parts") == [10]
-    kinds = [r["kind"] for r in metrics.read(tmp_path / "parts")]
-    assert "eval" not in kinds  # it was stopped in the middle of one
-    train(config, tmp_path / "parts", bench, interrupt.Guard(), teacher_dir)
+    own = {"method": "lakd", "local__engine": engine}
+    for lab in lab_of(tmp_path, devices):
+        lab.train(tmp_path / "whole", **own)
+        lab.stop(tmp_path / "parts", 0, 7, **own)
+        lab.train(tmp_path / "parts", **own)
     assert_equal_runs(finished(tmp_path / "whole"), finished(tmp_path / "parts"))
 
 
 @LONG
-def test_every_reading_with_state_resumes(tmp_path, bench, teacher_dir):
+def test_every_reading_with_state_resumes(tmp_path):
     """Promise 12: heads, starts of modules, gates, a clipped gradient."""
-    config = tiny.config(
-        tmp_path,
-        lakd__task="aux_heads",
-        lakd__att_global=True,
-        local__module_start_epochs=(0.0, 1.0, 2.0),
-        local__cut_scale=0.3,
-        optim__clip_norm=1.0,
-        checkpoint__every_steps=7,
-        data__drop_last=False,
-        student__vam__enabled=True,
-        student__vam__init_std=0.1,
-    )
-    train(config, tmp_path / "whole", bench, interrupt.Guard(), teacher_dir)
-    with pytest.raises(interrupt.Interrupted):
-        train(config, tmp_path / "parts", bench, tiny.StopAfter(24), teacher_dir)
-    train(config, tmp_path / "parts", bench, interrupt.Guard(), teacher_dir)
+    own = {
+        "lakd__task": "aux_heads",
+        "lakd__att_global": True,
+        "local__module_start_epochs": (0.0, 1.0, 2.0),
+        "local__cut_scale": 0.3,
+        "optim__clip_norm": 1.0,
+        "checkpoint__every_steps": 7,
+        "data__drop_last": False,
+        "student__vam__enabled": True,
+        "student__vam__init_std": 0.1,
+    }
+    for lab in lab_of(tmp_path, train=70):  # five steps an epoch, of 6 images the last
+        lab.train(tmp_path / "whole", **own)
+        with pytest.raises(interrupt.Interrupted):
+            lab.train(tmp_path / "parts", tiny.StopAfter(9), **own)
+        assert saved_steps(tmp_path / "parts")[-1] == 8
+        lab.train(tmp_path / "parts", **own)
     assert_equal_runs(finished(tmp_path / "whole"), finished(tmp_path / "parts"))
 
 
-def test_finished_run_is_not_trained_again(tmp_path, bench, teacher_dir):
-    config = tiny.config(tmp_path, method="none", epochs=1)
-    first = train(config, tmp_path / "run", bench, interrupt.Guard(), teacher_dir)
-    again = train(config, tmp_path / "run", bench, tiny.StopAfter(0), teacher_dir)
-    assert first == again
-
-
-def saved_steps(directory):
-    names = (p.name for p in (directory / "checkpoints").iterdir())
-    return sorted(int(n) for n in names if n.isdecimal())
+def test_finished_run_is_not_trained_again(lab, whole):
+    first = json.loads((whole("none") / networks.RESULT_FILE).read_text())
+    assert lab.train(whole("none"), tiny.StopAfter(0), method="none") == first
