@@ -363,8 +363,14 @@ def test_bfloat16_taps_give_float32_losses():
     assert precision.arithmetic(run, variables, *precision.halves(taps)) == {"float32"}
 
 
-EVERY_FAMILY = ["resnet18", "vgg8", "mobilenet_v2", "wrn_10_1", "hme"]
-LONG = ["cifar_resnet50", "mobilenet_v1", "mobilenet_v2_imagenet", "shuffle_v1"]
+EVERY_FAMILY = ["vgg8", "mobilenet_v2", "wrn_10_1", "hme"]
+LONG = [
+    "resnet18",
+    "cifar_resnet50",
+    "mobilenet_v1",
+    "mobilenet_v2_imagenet",
+    "shuffle_v1",
+]
 EVERY_FAMILY += [pytest.param(name, marks=pytest.mark.long) for name in LONG]
 
 

@@ -14,18 +14,17 @@ import resnet_weights
 
 from lakd_jax import errors, interop, models
 from lakd_jax.interop import layout
-from lakd_jax.models import resnet
 
 COUNTER = resnet_weights.COUNTER
-RESNETS = [name for name in models.names() if models.family(name) is resnet.ResNet]
+RESNETS = ["resnet8", "resnet8x4", "resnet20", "resnet110"]
 torch_weights = resnet_weights.torch_weights
 assert_same_tree = resnet_weights.assert_same_tree
 TIMM = sorted(p.stem for p in (golden_weights.FOLDER / "timm").glob("*.json"))
 GOLDEN = sorted(p.stem for p in (golden_weights.FOLDER / "models").glob("*.json"))
-# A network of every family and kind of block, the deepest small one, and the widest.
+# A network of every family and kind of block, and the deepest.
 SOME = ["resnet8", "resnet110", "resnet8x4", "cifar_resnet18", "resnet18", "resnet50"]
-SOME += ["wrn_16_1", "wrn_16_2", "wrn_40_2", "vgg8", "vgg19", "mobilenet_v1"]
-SOME += ["mobilenet_v2", "mobilenet_v2_imagenet", "shuffle_v1", "shuffle_v2", "hme"]
+SOME += ["wrn_16_1", "wrn_16_2", "vgg8", "mobilenet_v1", "mobilenet_v2"]
+SOME += ["mobilenet_v2_imagenet", "shuffle_v1", "shuffle_v2", "hme"]
 
 
 def others_long(names, quick):
@@ -37,8 +36,8 @@ def others_long(names, quick):
 
 
 @pytest.mark.parametrize("shortcut", ["projection", "identity"])
-@pytest.mark.parametrize("name", others_long(RESNETS, ["resnet8", "resnet8x4"]))
-def test_every_resnet_takes_its_state_dict(name, shortcut):
+@pytest.mark.parametrize("name", others_long(RESNETS, RESNETS[:2]))
+def test_a_resnet_takes_its_state_dict(name, shortcut):
     weights = torch_weights(name, shortcut)
     options = interop.options_from_torch(name, weights)
     assert options == {"num_classes": 7, "shortcut": shortcut}
@@ -208,7 +207,7 @@ def test_transposed_classifier_is_recognised():
 # timm's names
 
 
-@pytest.mark.parametrize("arch", others_long(TIMM, ["resnet18", "mobilenetv2_100"]))
+@pytest.mark.parametrize("arch", others_long(TIMM, ["resnet18"]))
 def test_every_tensor_of_timm_finds_its_place(arch):
     spec = json.loads((golden_weights.FOLDER / "timm" / f"{arch}.json").read_text())
     weights = {
@@ -229,7 +228,9 @@ def test_every_tensor_of_timm_finds_its_place(arch):
 # to_torch
 
 
-@pytest.mark.parametrize("name", others_long(GOLDEN, set(SOME) - {"resnet110"}))
+@pytest.mark.parametrize(
+    "name", others_long(GOLDEN, set(SOME) - {"resnet50", "resnet110"})
+)
 def test_there_and_back_is_exact(name):
     weights = golden_weights.state_dict(name)
     variables = interop.from_torch(name, weights)

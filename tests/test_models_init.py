@@ -10,24 +10,27 @@ import pytest
 
 from lakd_jax import models
 
+QUICK = ["wrn_16_2", "vgg8", "mobilenet_v2", "resnet18", "shuffle_v1"]
+FAMILIES = {
+    "wrn_16_2": "he",
+    "vgg8": "he",
+    "mobilenet_v2": "he",
+    "mobilenet_v2_imagenet": "he",
+    "cifar_resnet18": "he",
+    "resnet18": "he",
+    "mobilenet_v1": "torch",
+    "shuffle_v1": "torch",
+    "shuffle_v2": "torch",
+}
+
 
 @pytest.mark.parametrize(
-    ("name", "spread"),
-    [
-        ("wrn_16_2", "he"),
-        ("vgg8", "he"),
-        ("mobilenet_v2", "he"),
-        ("mobilenet_v2_imagenet", "he"),
-        ("cifar_resnet18", "he"),
-        ("resnet18", "he"),
-        ("mobilenet_v1", "torch"),
-        ("shuffle_v1", "torch"),
-        ("shuffle_v2", "torch"),
-    ],
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in FAMILIES],
 )
-def test_initialisation_is_the_family_s_own(name, spread):
+def test_initialisation_is_the_family_s_own(name):
     """He's normal by the fan-out, or torch's uniform by the fan-in; both published."""
-    model = models.create(name, num_classes=100)
+    model, spread = models.create(name, num_classes=100), FAMILIES[name]
     x = jnp.zeros((1, 4, 4, 24 if name.startswith("shuffle_v1") else 32))
     features = jnp.zeros((1, 2, 2, 256))
 
