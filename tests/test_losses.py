@@ -142,7 +142,6 @@ def test_bfloat16_is_taken_and_computed_in_float32(name):
 
 @pytest.mark.parametrize("name", ["dkd_a1_b8_t4", "pkt", "sp/feat_teacher"])
 def test_values_of_bfloat16_are_those_of_the_rounded_inputs(name):
-    """Promise 24: by computing them."""
     loss, *both = CASES[name]
     halves = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), both)
     rounded = jax.tree.map(lambda x: np.asarray(x, np.float32), halves)

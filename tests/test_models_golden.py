@@ -1,4 +1,4 @@
-"""All networks against the public PyTorch implementations: values and gradients.
+"""All networks against the public PyTorch implementations; gradients of some kinds.
 
 The limits are those at which the reference repeats itself: input gradients in training
 mode jump with single ReLUs, and in the deepest networks its own float32 is the limit.
@@ -26,8 +26,8 @@ LARGE = [
 # Kinds of blocks, for what does not depend on their number.
 KINDS = [*SMALL, "mobilenet_v1", "mobilenet_v2", "shuffle_v1", "shuffle_v2"]
 KINDS += ["resnet18", "cifar_resnet50"]
-# In float64 PyTorch's own gradient is as far from its float32 one (the golden numbers)
-# as ours, and 1e-7 from ours.
+# In double precision PyTorch's own gradient is as far from its float32 one, which the
+# golden numbers are, as ours; and 1e-7 from ours.
 NOISY = ["mobilenet_v2"]
 RESTARTED = ["wrn_16_2", "vgg8", "mobilenet_v2", "shuffle_v1", "mobilenet_v1"]
 
@@ -136,7 +136,7 @@ def input_gradient(logits, arguments):
 def test_training_mode(name):
     logits, arguments = logits_in_training(name, jnp.float32)
     golden = golden_weights.outputs(name)
-    if name == SMALL[0]:  # of others in double precision, which sees more
+    if name in (SMALL[0], *NOISY):  # of others in double precision, which sees more
         gradient, found = input_gradient(logits, arguments)
         assert golden_weights.distance(gradient, golden["train_input_grad"]) < 5e-2
     else:
@@ -145,11 +145,10 @@ def test_training_mode(name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [*SMALL, "mobilenet_v2", "shuffle_v1"])
+@pytest.mark.parametrize("name", [*SMALL, "shuffle_v1"])
 def test_input_gradient_in_double_precision(name):
     with jax.enable_x64(True):
         gradient, _ = input_gradient(*logits_in_training(name, jnp.float64))
     golden = golden_weights.outputs(name)["train_input_grad"]
     assert gradient.dtype == np.float64
-    limit = 5e-2 if name in NOISY else 1e-3
-    assert golden_weights.distance(gradient, golden) < limit
+    assert golden_weights.distance(gradient, golden) < 1e-3

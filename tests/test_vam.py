@@ -340,8 +340,15 @@ def test_19_folded_is_the_plain_network_with_the_same_logits(name):
     assert sizes[0] - sizes[1] == sum(gate.size for gate in gates.values())
 
 
-@pytest.mark.parametrize("options", [STATIC, DYNAMIC], ids=vam.GATES)
-@pytest.mark.parametrize("name", but_long(["resnet8", "wrn_16_1", "vgg8"], ["resnet8"]))
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("resnet8", STATIC),
+        ("resnet8", DYNAMIC),
+        pytest.param("wrn_16_1", DYNAMIC, marks=pytest.mark.long),
+        pytest.param("vgg8", STATIC, marks=pytest.mark.long),
+    ],
+)
 def test_batch_norms_fold_into_gated_networks(name, options):
     model, variables = network(name, options)
     folded_model, folded = folding.fold(model, variables)
