@@ -1,6 +1,7 @@
 """Methods on logits: how they weigh their losses, standardise and read heads."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
