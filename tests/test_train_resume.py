@@ -40,7 +40,9 @@ def train(config, directory, bench, guard, teacher):
     """`teacher`: one, or the folder of one that the first to ask for it trains."""
     config = config_lib.resolve(config)
     own = bench(config, interrupt.Guard())
-    if config.method != "none" and not isinstance(teacher, runs.Teacher):
+    if config.method == "none":
+        teacher = None
+    elif not isinstance(teacher, runs.Teacher):
         kept = config_lib.changed(config, {"teacher.cache": str(teacher)})
         teacher = teachers.make(kept, own)
     with workdir.prepare(directory, config_lib.to_dict(config)):
