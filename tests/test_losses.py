@@ -147,7 +147,8 @@ def test_values_of_bfloat16_are_those_of_the_rounded_inputs(name):
     rounded = jax.tree.map(lambda x: np.asarray(x, np.float32), halves)
     got, (wanted, _) = jax.jit(loss)(*halves), program(name)(*rounded)
     assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, wanted, rtol=1e-6)
+    # Two programs round differently; bfloat16 would be 4e-3 off.
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)
