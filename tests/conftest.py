@@ -1,24 +1,16 @@
 """Every test sees eight CPU devices, strict shapes, and warnings as errors."""
 
-import importlib.metadata
 import os
 import pathlib
 import shutil
 
-# Compilation takes most of the time of these tests, and their networks are tiny: so
-# programs are compiled with little optimisation and kept between tests and runs. The
-# programs that tests start inherit all of this.
-os.environ["JAX_PLATFORMS"] = "cpu"
-FLAGS = ["--xla_backend_optimization_level=0"]
-FLAGS += ["--xla_cpu_parallel_codegen_split_count=1"]
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # The emitters of fused loops take half of the time; later ones have no choice.
-    FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
-os.environ["XLA_FLAGS"] = " ".join(FLAGS)
+import compilation
+
+compilation.prepare()
+# Programs are kept between tests and runs.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
     pathlib.Path(__file__).parents[1] / ".pytest_cache" / "xla"
 )
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -26,7 +18,7 @@ import states  # noqa: E402
 
 from lakd_jax import checkpoint, cli, interrupt  # noqa: E402
 
-jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_num_cpu_devices", compilation.DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
