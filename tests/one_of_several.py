@@ -2,7 +2,7 @@
 
     python one_of_several.py ADDRESS COUNT INDEX FOLDER FIELDS
 
-FIELDS are those of `tiny.config`, as JSON. The run is kept in FOLDER/run.
+FIELDS are those of `tiny.small`, as JSON. The run is kept in FOLDER/run.
 """
 
 import json
@@ -18,11 +18,12 @@ def work(guard):
     guard.leave = hosts.leave
     import tiny  # draws numbers as it is imported, which starts JAX
 
-    from lakd_jax import train
+    from lakd_jax import models, train
     from lakd_jax.train import runs
 
-    runs.data.load = lambda *a, **k: tiny.dataset()
-    config = tiny.config(pathlib.Path(folder), **json.loads(fields))
+    runs.data.load = lambda *a, **k: tiny.dataset(**tiny.COUNTS)
+    models.register(tiny.NETWORK, tiny.SMALL)
+    config = tiny.small(pathlib.Path(folder), **json.loads(fields))
     with hosts.together(), hosts.Guard() as own:
         train.run(config, pathlib.Path(folder) / "run", guard=own)
 

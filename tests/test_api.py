@@ -42,9 +42,9 @@ def run(folder, config):
 
 
 def test_a_run_gives_its_record_and_a_student_that_scores_as_recorded(run):
-    test = tiny.split(32, 2)
+    test = tiny.split(45, 2)
     right = int(np.sum(run(test.images).argmax(-1) == test.labels))
-    assert right == run.result["test_last"]["right"] and right / 32 == run.accuracy
+    assert right == run.result["test_last"]["right"] and right / 45 == run.accuracy
     assert run.predict(test.images[:4]) == [
         tiny.CLASSES[i] for i in run(test.images[:4]).argmax(-1)
     ]

@@ -15,19 +15,17 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from jax.sharding import Mesh
 
 from lakd_jax import errors, hosts, interop, relations_runs, train
 from lakd_jax.report import metrics
-from lakd_jax.train import networks, runs
-from lakd_jax.train import state as state_lib
+from lakd_jax.train import networks
 
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 PROGRAM = pathlib.Path(__file__).with_name("one_of_several.py")
 LONG = pytest.mark.long
-PLAIN = {"method": "none", "epochs": 1, "optim__lr": 0.01, "compile_cache": ""}
+PLAIN = {"method": "none", "epochs": 2, "optim__lr": 0.01, "compile_cache": ""}
 
 
 def start(folder, *fields):
@@ -81,18 +79,16 @@ def finished(folder):
 
 
 @pytest.fixture
-def alone(monkeypatch):
+def alone():
     """Trains in this process on two devices; gives what `finished` does."""
-    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
-    monkeypatch.setattr(state_lib, "data_mesh", lambda: mesh)
-    monkeypatch.setattr(runs.data, "load", lambda *a, **k: tiny.dataset())
 
     def run(folder, fields):
-        config = tiny.config(folder, **fields)
+        config = tiny.small(folder, **fields)
         train.run(config, folder / "run", notify=lambda text: None)
         return finished(folder)
 
-    return run
+    with tiny.bench(devices=2):
+        yield run
 
 
 def assert_close(one, other):
@@ -111,7 +107,7 @@ def assert_close(one, other):
 
 @LONG
 def test_two_processes_train_as_two_devices_of_one(tmp_path, alone):
-    """Promises 27, 30: ten steps, and 45 test images in batches of 16."""
+    """Promises 27, 30: eight steps, and 45 test images in batches of 16."""
     (_, out, _), (_, other_out, other_err) = both(tmp_path / "two", PLAIN)
     assert_close(finished(tmp_path / "two"), alone(tmp_path / "one", PLAIN))
     assert "Pictures, metrics and the student are in" in out
@@ -121,11 +117,11 @@ def test_two_processes_train_as_two_devices_of_one(tmp_path, alone):
 
 def test_differing_configs_stop_all(tmp_path):
     """Promise 28: with both values, and no hang."""
-    found = ended(start(tmp_path, PLAIN, {**PLAIN, "epochs": 2}), timeout=60)
+    found = ended(start(tmp_path, PLAIN, {**PLAIN, "epochs": 3}), timeout=60)
     for code, _, err in found:
         assert code == 2, err
         assert "process 1 differs from process 0 in 1 values" in err
-        assert "epochs: 1 in process 0, 2 in it" in err
+        assert "epochs: 2 in process 0, 3 in it" in err
     assert not (tmp_path / "run").exists()
 
 
@@ -148,7 +144,7 @@ def test_they_cannot_meet_once_jax_has_devices():
 @LONG
 def test_a_signal_to_one_stops_both_and_both_go_on(tmp_path, alone):
     """Promise 10: after the same step, with one checkpoint."""
-    fields = PLAIN | {"epochs": 4}
+    fields = PLAIN | {"epochs": 24}
     both(tmp_path / "whole", fields)
     processes = start(tmp_path / "parts", fields, fields)
     run = tmp_path / "parts" / "run"
@@ -158,7 +154,7 @@ def test_a_signal_to_one_stops_both_and_both_go_on(tmp_path, alone):
         assert code == 0, err
         assert "Stopped; the same command goes on" in err
     stopped = sorted(int(p.name) for p in (run / "checkpoints").iterdir())
-    assert 4 <= stopped[-1] < 40
+    assert 4 <= stopped[-1] < 96
     assert not (run / networks.RESULT_FILE).exists()
     shutil.copytree(tmp_path / "parts", tmp_path / "one")
     both(tmp_path / "parts", fields)
@@ -186,7 +182,7 @@ def until(condition, processes):
 @pytest.mark.parametrize("killed", [0, 1])
 def test_the_loss_of_one_ends_the_other(killed, tmp_path):
     """Promise 29: with a message, and no hang."""
-    fields = PLAIN | {"epochs": 400}
+    fields = PLAIN | {"epochs": 1000}
     processes = start(tmp_path, fields, fields)
     until(lambda: metrics.read(tmp_path / "run"), processes)
     processes[killed].kill()
@@ -252,6 +248,7 @@ def test_slurm_is_asked_who_is_who(tmp_path):
         job = free.getsockname()[1]  # JAX makes a port of the job's number
     command = [sys.executable, "main.py", commands.DIGITS, "--coordinator=auto"]
     command += [f"--workdir={tmp_path}", "--config.method=none", "--config.epochs=1"]
+    command += ["--config.student.name=resnet8", "--config.batch_size=256"]
     command += ["--config.baselines=()", "--config.compile_cache="]
     told = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost"}
     told |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1"}

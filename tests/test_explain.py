@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from jax.sharding import Mesh
 
 from lakd_jax import config as config_lib
-from lakd_jax import explain, interrupt, models
+from lakd_jax import explain, interrupt
 from lakd_jax.explain import (
     conflict,
     experts,
@@ -25,8 +24,6 @@ from lakd_jax.explain import (
     taps,
 )
 from lakd_jax.report import grids
-from lakd_jax.train import runs
-from lakd_jax.train import state as state_lib
 
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -77,24 +74,24 @@ def test_probe_finds_what_is_linear_and_nothing_else():
 
 
 def test_conflict_is_the_mean_cosine_of_class_gradients():
-    model = models.create("resnet8", num_classes=3)
+    model = tiny.SMALL(num_classes=3)
     variables = tiny.variables(model)
     labels = np.array([0, 0, 1, 1, 2, 2])
     images = RNG.standard_normal((6, 8, 8, 3)).astype(np.float32)
     found = conflict.mean_cosines(model, variables, images, labels, np.arange(3))
     assert list(found) == ["stem", "stage1", "stage2", "stage3"]
 
-    def loss(params, chosen):
-        own = slice(*chosen)
-        out = model.apply({**variables, "params": params}, images[own], train=False)
+    @jax.jit
+    @jax.grad
+    def slope(params, images, labels):
+        out = model.apply({**variables, "params": params}, images, train=False)
         shares = jax.nn.log_softmax(out.logits)
-        return -jnp.mean(shares[jnp.arange(2), labels[own]])
+        return -jnp.mean(shares[jnp.arange(2), labels])
 
     flat = []
     for c in range(3):
-        gradient = jax.jit(jax.grad(loss), static_argnums=1)(
-            variables["params"], (2 * c, 2 * c + 2)
-        )["stage2"]
+        own = slice(2 * c, 2 * c + 2)
+        gradient = slope(variables["params"], images[own], labels[own])["stage2"]
         g = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
         flat.append(g / np.linalg.norm(g))
     pairs = [flat[0] @ flat[1], flat[0] @ flat[2], flat[1] @ flat[2]]
@@ -215,9 +212,9 @@ def test_entropy_of_taps_is_of_the_axis_that_sums_to_one(tmp_path):
 def test_attention_between_taps_is_read_from_checkpoints(method, finished, tmp_path):
     from lakd_jax import train
 
-    fields = {"epochs": 1, "checkpoint__every_steps": 5, "method": method}
+    fields = {"epochs": 1, "checkpoint__every_steps": 2, "method": method}
     teacher = next((finished.parent / "teachers").iterdir())
-    config = tiny.config(tmp_path, teacher__init=str(teacher), **fields)
+    config = tiny.small(tmp_path, teacher__init=str(teacher), **fields)
     quiet = {"guard": interrupt.Guard(), "notify": lambda text: None}
     train.run(config, tmp_path / "run", **quiet)
     found = taps.over_training(subject.load(tmp_path / "run", *quiet.values()))
@@ -237,16 +234,13 @@ def test_attention_between_taps_is_read_from_checkpoints(method, finished, tmp_p
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished LAKD run on the tiny data, and its `runs.bench` patches."""
+    """A finished LAKD run on the tiny data; `tiny.bench` stays in force."""
     directory = tmp_path_factory.mktemp("explained")
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(runs.data, "load", lambda *a, **k: tiny.dataset())
-        one = Mesh(np.array(jax.devices()[:1]), ("data",))
-        m.setattr(state_lib, "data_mesh", lambda: one)
+    with tiny.bench():
         from lakd_jax import train
 
-        fields = {"epochs": 1, "baselines": ("none",), "checkpoint__every_steps": 5}
-        config = tiny.config(directory, **fields)
+        fields = {"epochs": 1, "baselines": ("none",), "checkpoint__every_steps": 2}
+        config = tiny.small(directory, **fields)
         run = directory / "run"
         train.run(config, run, guard=interrupt.Guard(), notify=lambda text: None)
         explain.run(run, guard=interrupt.Guard(), notify=lambda text: None)

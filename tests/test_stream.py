@@ -1,7 +1,9 @@
 """Streamed input: what a step sees, whoever decodes it and wherever it starts."""
 
 import dataclasses
+import functools
 import itertools
+import json
 import multiprocessing
 import time
 
@@ -18,7 +20,7 @@ from PIL import Image
 
 from lakd_jax import data, errors, interrupt, train, validate
 from lakd_jax.data import crops, records, stream
-from lakd_jax.train import feeds, runs
+from lakd_jax.train import feeds, networks, runs
 from lakd_jax.train import state as state_lib
 
 VIEWS = stream.Views(size=8, scale=(0.3, 1.0), shorter=10)
@@ -245,8 +247,8 @@ def test_half_a_tfrecord_is_refused_before_training(tmp_path):
 # ------------------------------------------------------------------- training
 
 
-def config(photos, tmp_path, **fields):
-    streaming = {
+def streaming(photos):
+    return {
         "data__source": f"folder:{photos}",
         "data__streaming": True,
         "data__image_size": 8,
@@ -254,15 +256,28 @@ def config(photos, tmp_path, **fields):
         "data__pad": 0,
         "data__crop_scale": (0.3, 1.0),
         "data__minival": 0.2,
+        "data__drop_last": True,
     }
-    return tiny.config(tmp_path, **streaming | fields)
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    one = Mesh(np.array(jax.devices()[:1]), ("data",))
-    monkeypatch.setattr(state_lib, "data_mesh", lambda: one)
-    return lambda config, guard: runs.bench(config, guard, lambda text: None)
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    yield from resume.lab_of(tmp_path_factory.mktemp("lab"))
+
+
+@pytest.fixture(scope="module")
+def whole(lab, photos):
+    """(its fields, its folder) of an unbroken run, made by the first to ask for it."""
+
+    @functools.cache
+    def run(method, engine):
+        fields = streaming(photos) | {"method": method, "local__engine": engine}
+        fields["epochs"] = 2
+        folder = lab.root / f"{method}-{engine}"
+        lab.train(folder, **fields)
+        return fields, folder
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -274,33 +289,23 @@ def one_device(monkeypatch):
         pytest.param("lakd", "pipeline", marks=LONG),
     ],
 )
-def test_a_stopped_run_ends_as_the_unbroken_one(
-    method, engine, photos, tmp_path, one_device
-):
+def test_a_stopped_run_ends_as_the_unbroken_one(method, engine, whole, lab, tmp_path):
     """Promise 12: to the last bit, with every engine."""
-    fields = {"method": method, "local__engine": engine, "epochs": 2}
-    settings = config(photos, tmp_path, **fields)
-    teachers = tmp_path / "teachers"
-    arguments = (one_device, interrupt.Guard(), teachers)
-    resume.train(settings, tmp_path / "whole", *arguments)
+    fields, folder = whole(method, engine)
     with pytest.raises(interrupt.Interrupted):
-        guard = tiny.StopAfter(8)
-        resume.train(settings, tmp_path / "parts", one_device, guard, teachers)
-    resume.train(settings, tmp_path / "parts", *arguments)
-    one, two = (resume.finished(tmp_path / name) for name in ("whole", "parts"))
-    resume.assert_equal_runs(one, two)
+        lab.train(tmp_path, tiny.StopAfter(4 + 2), **fields)
+    assert resume.saved_steps(tmp_path)[-1] == 5  # of 8, the first of an epoch
+    lab.train(tmp_path, **fields)
+    resume.assert_equal_runs(resume.finished(folder), resume.finished(tmp_path))
 
 
-def test_a_streamed_split_is_scored_as_one_in_memory(photos, tmp_path, one_device):
-    settings = config(photos, tmp_path, method="none", epochs=1)
-    result = resume.train(
-        settings, tmp_path / "run", one_device, interrupt.Guard(), tmp_path
-    )
-    bench = one_device(settings, interrupt.Guard())
+def test_a_streamed_split_is_scored_as_one_in_memory(whole, lab):
+    fields, folder = whole("none", "fused")
+    settings = lab.config(**fields)
+    result = json.loads((folder / networks.RESULT_FILE).read_text())
+    bench = resume.make_bench(settings, interrupt.Guard())
     held = state_lib.resident(bench.dataset.preview.test, 0, bench.mesh)
-    network, _ = runs.networks.student(
-        tmp_path / "run" / runs.networks.STUDENT_FILE, "float32"
-    )
+    network, _ = networks.student(folder / networks.STUDENT_FILE, "float32")
     pixels = runs.build.pixels(settings)
     score = runs.evaluator(settings, network, pixels, bench)(network.variables, held)
     assert score.right == result["test_last"]["right"]
@@ -373,27 +378,20 @@ def test_a_stall_is_told(photos, monkeypatch):
     ],
 )
 def test_what_cannot_be_streamed_is_said_first(fields, line, photos, tmp_path):
-    found = validate.problems(config(photos, tmp_path, **fields), 1)
+    settings = tiny.config(tmp_path, **(streaming(photos) | fields))
+    found = validate.problems(settings, 1)
     assert len(found) == 1 and line in found[0]
 
 
 @LONG
-def test_two_processes_stream_as_two_devices_of_one(photos, tmp_path, monkeypatch):
+def test_two_processes_stream_as_two_devices_of_one(photos, tmp_path):
     """Promise 27: each decodes its half of every batch, and every image counts once."""
-    fields = {
-        "data__source": f"folder:{photos}",
-        "data__streaming": True,
-        "data__image_size": 8,
-        "data__test_resize": 10,
-        "data__pad": 0,
-        "data__minival": 0.2,
-    } | distributed.PLAIN
+    fields = streaming(photos) | distributed.PLAIN
     two = distributed.both(tmp_path / "two", fields)
     assert two[0][0] == 0
-    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
-    monkeypatch.setattr(state_lib, "data_mesh", lambda: mesh)
-    settings = tiny.config(tmp_path / "one", **fields)
-    train.run(settings, tmp_path / "one" / "run", notify=lambda text: None)
+    with tiny.bench(devices=2):
+        settings = tiny.small(tmp_path / "one", **fields)
+        train.run(settings, tmp_path / "one" / "run", notify=lambda text: None)
     one, other = (distributed.finished(tmp_path / name) for name in ("one", "two"))
     assert one[1]["test_last"]["examples"] == other[1]["test_last"]["examples"] == 21
     assert one[1]["test_last"]["right"] == other[1]["test_last"]["right"]

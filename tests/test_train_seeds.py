@@ -82,7 +82,7 @@ def test_stopped_program_ends_as_the_unbroken_one(tmp_path, cache):
     fields = {"method": "kd", "checkpoint__every_steps": 2}
     both = config(cache, seeds_by="program", **fields)
     run(both, tmp_path / "whole")
-    stopped(both, tmp_path / "parts", 2 + 2)  # the teacher's test, then steps
+    stopped(both, tmp_path / "parts", 3 + 2)  # the teacher's test, then steps
     saved = {p.parents[1].name for p in (tmp_path / "parts").glob("*/checkpoints/3")}
     assert saved == {"seed1", "seed3"}
     _, told = run(both, tmp_path / "parts")
@@ -97,7 +97,7 @@ def test_stopped_program_ends_as_the_unbroken_one(tmp_path, cache):
 def test_a_seed_goes_on_alone_and_more_are_added(tmp_path, cache):
     fields = {"method": "kd", "baselines": ("none",), "seeds_by": "turn"}
     both = config(cache, **fields)
-    stopped(both, tmp_path / "w", 2 + 12 + 2)  # in the baselines or soon behind
+    stopped(both, tmp_path / "w", 3 + 12 + 2)  # in the baselines or soon behind
     single = config(cache, seeds=(), seed=1, method="kd", baselines=("none",))
     result, _ = run(single, tmp_path / "w" / "seed1")
     assert result["seed"] == 1

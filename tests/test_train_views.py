@@ -14,7 +14,7 @@ import test_train_step as steps
 import tiny
 
 from lakd_jax import config as config_lib
-from lakd_jax import errors, interrupt, manifest, validate, workdir
+from lakd_jax import errors, interrupt, manifest, train, validate, workdir
 from lakd_jax.train import (
     build,
     hme_runs,
@@ -27,7 +27,6 @@ from lakd_jax.train import (
 )
 from lakd_jax.train import learner as learner_lib
 
-bench, teacher_dir = resume.bench, resume.teacher_dir  # fixtures
 LONG = pytest.mark.long
 VIEWS = 2
 BATCH = 32
@@ -54,7 +53,7 @@ def kept(made, cache, guard=None, notify=lambda text: None):
 def lakd(tmp_path_factory):
     """(what `steps.make` gives for LAKD with views, a folder with its answers)."""
     folder = tmp_path_factory.mktemp("views")
-    made = steps.make(folder, 1, method="lakd", teacher__views=VIEWS)
+    made = steps.small(folder, 1, method="lakd", teacher__views=VIEWS)
     kept(made, folder / "cache")
     return made, folder / "cache"
 
@@ -71,11 +70,10 @@ def copy(lakd, tmp_path):
 # ---------------------------------------------------------------- the same training
 
 
-def trained(made, source):
+def trained(program, made, source):
     """State and metrics after three steps, the last of them in another epoch."""
-    learner, state, _, data = made
+    _, state, _, data = made
     state = dataclasses.replace(state, step=jnp.int32(18))
-    program = jax.jit(functools.partial(step.train_step, learner))
     told = []
     for row in steps.rows(3):
         state, metrics = program(state, source, data, row)
@@ -96,10 +94,11 @@ def trained(made, source):
     ids=["kd", "cut", "uncut", "teacher_input", "preact", "bfloat16"],
 )
 def test_stored_outputs_train_as_the_teacher_does(devices, fields, tmp_path):
-    made = steps.make(tmp_path, devices, teacher__views=VIEWS, **fields)
+    made = steps.small(tmp_path, devices, teacher__views=VIEWS, **fields)
     answers = kept(made, tmp_path / "cache")
-    ours, told = trained(made, answers)
-    live, expected = trained(made, made[2])
+    program = jax.jit(functools.partial(step.train_step, made[0]))
+    ours, told = trained(program, made, answers)
+    live, expected = trained(program, made, made[2])
     # Each program rounds in its own way.
     tolerance = 2e-2 if "dtype" in fields else 1e-4
     for mine, theirs in zip(told, expected, strict=True):
@@ -108,7 +107,7 @@ def test_stored_outputs_train_as_the_teacher_does(devices, fields, tmp_path):
             np.testing.assert_allclose(
                 mine[name], value, rtol=tolerance, atol=1e-6, err_msg=name
             )
-    other, _ = trained(made, jax.tree.map(lambda x: x[::-1], answers))
+    other, _ = trained(program, made, jax.tree.map(lambda x: x[::-1], answers))
     near, far = distance(ours, live), distance(other, live)
     assert near < tolerance / 10 and far > 5 * near
 
@@ -131,7 +130,7 @@ def test_answers_are_what_the_teacher_says_of_that_view(lakd):
     (learner, _, variables, data), cache = lakd
     stored = kept(lakd[0], cache)
     assert stored.logits.shape == (VIEWS, 160, 3)
-    assert [j.shape[2:] for j in stored.joints] == [(8, 8, 16), (4, 4, 32), (2, 2, 64)]
+    assert [j.shape[2:] for j in stored.joints] == [(4, 4, 4), (2, 2, 6), (2, 2, 8)]
     rows = np.array([3, 150, 7, 7])
     for step_number in (0, 12):  # of epochs 0 and 1
         images, _ = learner_lib.batch(learner, jnp.int32(step_number), data, rows)
@@ -142,32 +141,30 @@ def test_answers_are_what_the_teacher_says_of_that_view(lakd):
 
 
 @LONG
-def test_a_stopped_run_resumes_bit_for_bit(tmp_path, bench, teacher_dir):
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
     """Promise 12: with stored answers of the teacher."""
-    own = {"method": "lakd", "teacher__views": VIEWS, "eval_batch_size": 40}
-    config = tiny.config(tmp_path, **own)
-    config.teacher.cache = str(teacher_dir)
-    arguments = bench, interrupt.Guard(), teacher_dir
-    resume.train(config, tmp_path / "whole", *arguments)
-    # Checks: 4 to look at the stored outputs, 17 steps, one evaluation.
-    with pytest.raises(interrupt.Interrupted):
-        stop = tiny.StopAfter(4 + 16 + 1)
-        resume.train(config, tmp_path / "parts", bench, stop, teacher_dir)
-    assert 10 < resume.saved_steps(tmp_path / "parts")[-1] < 20
-    resume.train(config, tmp_path / "parts", *arguments)
+    own = {"method": "lakd", "teacher__views": VIEWS}
+    for lab in resume.lab_of(tmp_path):
+        lab.train(tmp_path / "whole", **own)
+        # Checks: 8 to look at the stored outputs, 4 steps, 2 of minival, then steps.
+        with pytest.raises(interrupt.Interrupted):
+            lab.train(tmp_path / "parts", tiny.StopAfter(8 + 4 + 2 + 1), **own)
+        assert resume.saved_steps(tmp_path / "parts") == [4, 6]
+        lab.train(tmp_path / "parts", **own)
     whole, parts = (resume.finished(tmp_path / name) for name in ("whole", "parts"))
     resume.assert_equal_runs(whole, parts)
 
 
 @LONG
-def test_both_stages_of_an_experts_tree_share_what_is_stored(tmp_path, bench):
+def test_both_stages_of_an_experts_tree_share_what_is_stored(tmp_path):
     fields = {"method": "kd", "student__name": "hme", "epochs": 1}
-    config = config_lib.resolve(tiny.config(tmp_path, **fields, teacher__views=1))
-    own, lines = bench(config, interrupt.Guard()), []
-    own = dataclasses.replace(own, notify=lines.append)
-    teacher = teachers.make(config, own)
-    with workdir.prepare(tmp_path / "run", config_lib.to_dict(config)):
-        result = hme_runs.train(config, tmp_path / "run", own, teacher)
+    config = config_lib.resolve(tiny.small(tmp_path, **fields, teacher__views=1))
+    with tiny.bench() as mesh:
+        lines = []
+        own = runs.bench(config, interrupt.Guard(), lines.append)
+        with workdir.prepare(tmp_path / "run", config_lib.to_dict(config)):
+            folder, teacher = tmp_path / "run", tiny.teacher(mesh)
+            result = hme_runs.train(config, folder, own, teacher)
     assert result["test_last"]["examples"] == 45 and result["stage1"]["epochs"] == 1
     assert sum("the teacher's outputs, 1 of 1" in line for line in lines) == 1
 
@@ -297,27 +294,29 @@ def test_too_little_room_is_told_with_the_sum():
         views.require_room(wanted, 50)
 
 
-def test_too_little_room_is_known_before_the_teacher_is_trained(tmp_path, bench):
+def test_too_little_room_is_known_before_the_teacher_is_trained(tmp_path):
     fields = {"method": "kd", "baselines": ("lakd",), "teacher__views": 4}
     config = config_lib.resolve(tiny.config(tmp_path, **fields))
     config.teacher.views_mib = 1
-    own = bench(config, interrupt.Guard())
-    with pytest.raises(errors.ConfigError, match=r"160 images x 4 views = 4 MiB"):
-        teachers.make(config, own)
+    with tiny.bench(train=160):
+        own = resume.make_bench(config, interrupt.Guard())
+        with pytest.raises(errors.ConfigError, match=r"160 images x 4 views = 4 MiB"):
+            teachers.make(config, own)
     assert not (tmp_path / "teachers").exists()
 
 
-def test_the_room_of_an_experts_tree_is_known(tmp_path, bench, monkeypatch):
+def test_the_room_of_an_experts_tree_is_known(tmp_path, monkeypatch):
     fields = {"method": "kd", "student__name": "hme", "teacher__views": 4}
-    config = config_lib.resolve(tiny.config(tmp_path, **fields))
-    own = bench(config, interrupt.Guard())
-    teacher = runs.load_network("teacher", config, own)
+    config = config_lib.resolve(tiny.small(tmp_path, **fields))
     asked = []
     monkeypatch.setattr(views, "require_room", lambda wanted, _: asked.append(wanted))
-    pixels = build.pixels(config)
-    view_runs.require_room(config, teacher, pixels, own.dataset, own.mesh)
+    with tiny.bench():
+        own = resume.make_bench(config, interrupt.Guard())
+        teacher = runs.load_network("teacher", config, own)
+        pixels = build.pixels(config)
+        view_runs.require_room(config, teacher, pixels, own.dataset, own.mesh)
     (wanted,) = asked
-    assert wanted.logits.shape == (4, 160, 3) and wanted.joints == ()
+    assert wanted.logits.shape == (4, 64, 3) and wanted.joints == ()
 
 
 @pytest.mark.parametrize(
@@ -354,9 +353,10 @@ def test_preact_is_not_what_modules_are_fed():
     "fields", [{"method": "afd"}, {"lakd__task": "teacher_suffix"}]
 )
 def test_a_method_that_reads_more_cannot_be_answered(fields, tmp_path):
-    made = steps.make(tmp_path, 1, teacher__views=1, **fields)
+    fields = {"teacher__views": 1} | fields
+    learner, _, variables = steps.learner_of(tmp_path, 1, tiny.SMALL, **fields)
     with pytest.raises(ValueError, match="only logits, joints are stored"):
-        asker(made).shapes()
+        views.shapes(learner, variables, (8, 8, 3), 160)
 
 
 # ------------------------------------------------------------- the command line
@@ -373,22 +373,6 @@ SMALL = (
 )
 
 
-@LONG
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-def test_two_runs_on_the_digits_share_what_the_teacher_said(main, tmp_path):
-    cache = f"--config.teacher.cache={tmp_path / 'teachers'}"
-    code, out, err = main(*SMALL, cache, f"--workdir={tmp_path / 'one'}")
-    assert code == 0, err
-    assert out.count("the teacher's outputs, 1 of 1 views") == 2  # of KD and LAKD
-    found = sorted((tmp_path / "teachers").glob("resnet8-views-*"))
-    assert len(found) == 2
-    code, out, err = main(*SMALL, cache, f"--workdir={tmp_path / 'two'}")
-    assert code == 0, err
-    assert "the teacher's outputs" not in out
-    results = [workdir.read_json(tmp_path / n / "result.json") for n in ("one", "two")]
-    assert results[0]["test_last"] == results[1]["test_last"]
-
-
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_too_little_room_on_the_command_line(main, tmp_path):
     run, cache = tmp_path / "run", tmp_path / "teachers"
@@ -398,11 +382,35 @@ def test_too_little_room_on_the_command_line(main, tmp_path):
     assert commands.untouched(run) and not cache.exists()
 
 
+# -------------------------------------------------------------------- whole commands
+
+
+def stored_once(tmp_path):
+    """The config of a command that asks for one view of two methods' outputs."""
+    fields = {"method": "lakd", "baselines": ("kd",), "teacher__views": 1}
+    return tiny.small(tmp_path, epochs=1, compile_cache="", **fields)
+
+
 @LONG
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-def test_a_dry_run_stores_nothing(main, tmp_path):
-    cache = tmp_path / "teachers"
-    code, out, err = main(*SMALL, f"--config.teacher.cache={cache}", "--dry_run")
-    assert code == 0, err
+def test_two_runs_share_what_the_teacher_said(tmp_path):
+    config, quiet, results = stored_once(tmp_path), interrupt.Guard(), []
+    for name, count in (("one", 2), ("two", 0)):  # of KD and LAKD
+        lines = []
+        with tiny.bench():
+            folder = tmp_path / name
+            result = train.run(config, folder, guard=quiet, notify=lines.append)
+        assert sum("teacher's outputs, 1 of 1 views" in line for line in lines) == count
+        results.append(result["test_last"])
+    assert len([*(tmp_path / "teachers").glob("small-views-*")]) == 2
+    assert results[0] == results[1]
+
+
+@LONG
+def test_a_dry_run_stores_nothing(tmp_path):
+    lines = []
+    with tiny.bench():
+        config = stored_once(tmp_path)
+        train.dry_run(config, guard=interrupt.Guard(), notify=lines.append)
+    out = "\n".join(lines)
     assert "zeros stand in for the teacher's outputs" in out and "first loss" in out
-    assert not cache.exists()
+    assert not (tmp_path / "teachers").exists()

@@ -23,6 +23,8 @@ from lakd_jax.train import state as state_lib
 
 LONG = pytest.mark.long
 
+# Its first stage has two gates, the others have one.
+NETWORK = functools.partial(tiny.SMALL, stage_sizes=(2, 1, 1))
 MESH = Mesh(np.array(jax.devices()[:1]), ("data",))
 VAM = {"student__vam__enabled": True}
 ROWS = np.random.default_rng(3).integers(0, 160, (5, 16)).astype(np.int32)
@@ -31,9 +33,7 @@ ROWS = np.random.default_rng(3).integers(0, 160, (5, 16)).astype(np.int32)
 def made(tmp_path, **fields):
     """(learner, first state, teacher variables, data) with the student of a config."""
     config = config_lib.resolve(tiny.config(tmp_path, **fields))
-    plain = networks.load(
-        "student", "resnet8", "", shortcut="projection", dtype="float32", num_classes=3
-    )
+    plain = networks.Loaded(NETWORK(num_classes=3), None, "random weights")
     teacher = dataclasses.replace(plain, variables=tiny.variables(plain.model))
     learner, first = build.learner(
         config,
@@ -131,6 +131,7 @@ def test_20_frozen_gates_without_entropy_train_as_the_plain_network(method, tmp_
 def test_gates_learn_and_the_entropy_is_part_of_the_loss(method, gate, tmp_path):
     """At V = 0 attention is uniform: H is 1 and its gradient 0."""
     fields = {"student__vam__gate": gate, "student__vam__gamma": 0.5, **VAM}
+    fields |= {"optim__lr": 1.0, "optim__warmup_epochs": 0.0}  # five steps must do
     _, without = run_steps(made(tmp_path, method=method), ROWS[:1])
     state, metrics = run_steps(made(tmp_path, method=method, **fields))
     first = metrics[0]
@@ -145,9 +146,9 @@ def test_each_module_has_the_entropy_of_its_own_layers(tmp_path):
     learner, state, *rest = made(tmp_path, method="lakd", **fields)
     (values,) = run_steps((learner, state, *rest), ROWS[:1])[1]
     student = gates_of(state.params["student"])
-    for k in (1, 2, 3):
+    for k, count in ((1, 2), (2, 1), (3, 1)):
         own = [gate for path, gate in student.items() if path[0] == f"stage{k}"]
-        assert len(own) == 2
+        assert len(own) == count
         wanted = entropy_of(own)
         np.testing.assert_allclose(values[f"module{k}/vam_entropy"], wanted, rtol=1e-5)
     head = 0.1 * values["module3/head_ce"] + 0.9 * values["module3/head_kd"]
@@ -219,18 +220,17 @@ def test_gates_belong_to_the_modules_of_their_convolutions(tmp_path):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path):
     """Where runs on the tiny data go, on one device."""
-    monkeypatch.setattr(runs.data, "load", lambda *a, **k: tiny.dataset())
-    monkeypatch.setattr(state_lib, "data_mesh", lambda: MESH)
-    return tmp_path
+    with tiny.bench():
+        yield tmp_path
 
 
 def train_in(folder, name, **fields):
     """(config, result, lines) of a run of one epoch with `fields`."""
     lines = []
     fields = {"method": "none", "epochs": 1, "optim__warmup_epochs": 0.0} | fields
-    config = tiny.config(folder, **fields)
+    config = tiny.small(folder, **fields)
     result = train.run(config, folder / name, guard=guard(), notify=lines.append)
     return config, result, lines
 
@@ -242,7 +242,7 @@ def guard():
 def loaded(path, part="teacher"):
     return networks.load(
         part,
-        "resnet8",
+        tiny.NETWORK,
         str(path),
         shortcut="projection",
         dtype="float32",
@@ -263,16 +263,13 @@ def test_a_finished_run_leaves_the_plain_network(folder):
     fields = {"student__vam__init_std": 0.5, **VAM}
     config, result, lines = train_in(folder, "run", **fields)
     network = loaded(folder / "run")
-    assert network.model == models.create("resnet8", num_classes=3)
-    plain = networks.load(
-        "student", "resnet8", "", shortcut="projection", dtype="float32", num_classes=3
-    )
-    shapes = jax.tree.map(jnp.shape, tiny.variables(plain.model))
+    assert network.model == models.create(tiny.NETWORK, num_classes=3)
+    shapes = jax.tree.map(jnp.shape, tiny.variables(network.model))
     assert jax.tree.map(jnp.shape, network.variables) == shapes
     assert result["parameters"] == state_lib.parameter_count(
         network.variables["params"]
     )
-    assert any("resnet8 with VAM, alone" in line for line in lines)
+    assert any("small with VAM, alone" in line for line in lines)
     # The same logits as the network that was trained, to 1e-5.
     model, variables = last_variables(folder, config_lib.resolve(config), "run")
     assert gates_of(variables["params"])
@@ -302,7 +299,7 @@ def test_dynamic_gates_stay_in_the_student(folder):
     config, result, _ = train_in(folder, "run", **fields)
     network = loaded(folder / "run")
     options = vam.Options("dynamic", 4, 1.0, True, 0.0)
-    assert network.model == models.create("resnet8", num_classes=3, vam=options)
+    assert network.model == models.create(tiny.NETWORK, num_classes=3, vam=options)
     assert gates_of(network.variables["params"])
     score = runs.evaluator(
         config, network, build.pixels(config), runs.bench(config, guard(), print)

@@ -61,13 +61,16 @@ def small(tmp_path, **fields) -> config_lib.ConfigDict:
     return config(tmp_path, **(own | {"teacher__name": NETWORK} | fields))
 
 
+COUNTS = {"train": 64, "minival": 32, "test": 45}
+
+
 @contextlib.contextmanager
 def bench(devices: int = 1, **counts):
     """Runs find `dataset`, use that many devices, and know NETWORK.
 
-    An evaluation is of two batches on minival and on test, by one program.
+    An evaluation is of two batches of minival, of three of test, the last one short.
     """
-    found = dataset(**({"train": 64, "minival": 32, "test": 32} | counts))
+    found = dataset(**(COUNTS | counts))
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
     with pytest.MonkeyPatch.context() as patch:
         networks = {**models._NETWORKS, NETWORK: SMALL}
@@ -97,7 +100,7 @@ def teacher(mesh: Mesh, build=SMALL) -> runs.Teacher:
     """A network of random weights, as if it had been trained and tested."""
     model = build(num_classes=len(CLASSES))
     network = networks.Loaded(model, state_lib.replicate(variables(model), mesh), "it")
-    pixels = learner_lib.Pixels((0.4,) * 3, (0.3,) * 3, jnp.float32)
+    pixels = learner_lib.Pixels((0.4,) * 3, (0.3,) * 3, jnp.dtype("float32"))
     return runs.Teacher(network, pixels, evaluate.Score(15, 45, 1.0), 1)
 
 
