@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lakd_jax import checkpoint, manifest
+from lakd_jax.store import checkpoint, manifest
 
 _LEAVES = 160  # about as many as ResNet-50 has
 

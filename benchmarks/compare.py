@@ -26,9 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import flag_types, gate_entropy
-from lakd_jax import cli, interrupt, paths, train, workdir
+from lakd_jax import cli, paths
 from lakd_jax.report import table
-from lakd_jax.train import rows
+from lakd_jax.runs import command as command_lib
+from lakd_jax.runs import rows
+from lakd_jax.runtime import interrupt
+from lakd_jax.store import workdir
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -365,7 +368,7 @@ def _run_one(
     for name, place in places.items():
         command = [argument.replace(name, place) for argument in command]
     config, _, _ = cli.parse(command)
-    result = train.run(config, directory, guard=guard)
+    result = command_lib.run(config, directory, guard=guard)
     environment = workdir.read_json(directory / "environment.json")
     return {"command": text, "result": result, "versions": environment["versions"]}
 

@@ -21,7 +21,8 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
-from lakd_jax import backend, models
+from lakd_jax import models
+from lakd_jax.runtime import backend
 
 Timed = dict[str, Callable[[], Any]]
 

@@ -9,19 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from lakd_jax import models
-from lakd_jax.explain import gates
-from lakd_jax.models import hme
+from lakd_jax.hme import network, tree
 from lakd_jax.report import table
-from lakd_jax.train import hme_runs, networks
-from lakd_jax.train import state as state_lib
+from lakd_jax.runs import phases, weights
+from lakd_jax.training import state as state_lib
 
 Entropies = dict[str, dict[str, Any]]  # by temperature: of each gate, and their mean
 
 
 def tell(directory: Path) -> dict[str, Any]:
     """What the gates of a run's stage 1 say, and what they said before training."""
-    loaded, card = networks.student(
-        directory / hme_runs.STAGE1 / networks.STUDENT_FILE, "float32"
+    loaded, card = weights.student(
+        directory / phases.STAGE1 / weights.STUDENT_FILE, "float32"
     )
     variables: Any = loaded.variables
     drawn = untrained(card["result"]["seed"], loaded.model)
@@ -35,8 +34,8 @@ def tell(directory: Path) -> dict[str, Any]:
 
 def entropies(params: Any) -> Entropies:
     """Normalised entropies of an HME's gates at the temperatures of a report."""
-    found = [np.asarray(gate) for gate in hme.gates(params)]
-    told = [gates.conflict(found, tau) for tau in gates.TEMPERATURES]
+    found = [np.asarray(gate) for gate in network.gates(params)]
+    told = [tree.conflict(found, tau) for tau in tree.TEMPERATURES]
     return {
         f"{t.temperature:g}": {"levels": list(t.levels), "mean": t.mean} for t in told
     }
@@ -59,7 +58,7 @@ def render(kept: Sequence[tuple[str, dict[str, Any]]]) -> str:
     groups: dict[str, list[dict[str, Any]]] = {}
     for name, record in kept:
         groups.setdefault(name, []).append(record)
-    taus = [f"{tau:g}" for tau in gates.TEMPERATURES]
+    taus = [f"{tau:g}" for tau in tree.TEMPERATURES]
     lines = [["method", "test %", *(f"entropy, tau {tau}" for tau in taus)]]
     lines[0] += [f"gate {k}, tau {taus[0]}" for k in (1, 2, 3)]
     first = next(iter(groups.values()))

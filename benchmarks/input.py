@@ -25,8 +25,9 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import flag_types
-from lakd_jax import workdir
-from lakd_jax.data import crops, records, stream
+from lakd_jax.data.streaming import batches as batches_lib
+from lakd_jax.data.streaming import crops, records
+from lakd_jax.store import workdir
 
 SIZE, SCALE, BATCH = 224, (0.08, 1.0), 64
 RESULTS = Path(__file__).parent / "results" / "input.json"
@@ -40,11 +41,13 @@ def ours(workers: int) -> Way:
 
     def way(paths: Sequence[str]) -> Iterator[int]:
         files = records.Files(tuple(paths), np.zeros(len(paths), np.int32))
-        views = stream.Views(SIZE, SCALE, 256)
-        split = stream.Streamed(files, np.arange(len(paths)), views, workers)
+        views = batches_lib.Views(SIZE, SCALE, 256)
+        split = batches_lib.Streamed(files, np.arange(len(paths)), views, workers)
         steps = len(paths) // BATCH
-        batches = stream.Training(split, 0, BATCH, True, steps, stream.Share(0, 1, 1))
-        yield from (part.total for part in stream.read(batches, 0, workers))
+        batches = batches_lib.Training(
+            split, 0, BATCH, True, steps, batches_lib.Share(0, 1, 1)
+        )
+        yield from (part.total for part in batches_lib.read(batches, 0, workers))
 
     return way
 

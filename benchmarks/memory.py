@@ -20,9 +20,9 @@ import jax
 import numpy as np
 
 from benchmarks import ours
-from lakd_jax import backend
 from lakd_jax import config as config_lib
-from lakd_jax.train import build, modules, teaching
+from lakd_jax.runtime import backend
+from lakd_jax.training import modules, setup, teacher_outputs
 
 
 def cut(chosen: argparse.Namespace, count: int, engine: str) -> config_lib.ConfigDict:
@@ -39,7 +39,7 @@ def of_engine(chosen: argparse.Namespace, count: int, engine: str) -> float:
     """MiB of the largest program of a step with `count` modules."""
     config = cut(chosen, count, engine)
     made = ours.setup(config)
-    run = build.engine(
+    run = setup.engine(
         config, made.learner, made.teacher, made.resident, lambda compile: compile()
     )
     run.load(made.state)
@@ -53,7 +53,7 @@ def of_students(chosen: argparse.Namespace, count: int) -> float:
     learner = made.learner
     rows = np.zeros(chosen.batch, np.int32)
     answers = jax.eval_shape(
-        functools.partial(teaching.ask, learner),
+        functools.partial(teacher_outputs.ask, learner),
         *(made.teacher, made.resident, rows, rows),
     )
     step = made.state.step

@@ -23,7 +23,11 @@ from typing import Any
 
 import jax
 
-from lakd_jax import cli, errors, interrupt, train, validate, workdir
+from lakd_jax import cli, errors
+from lakd_jax.config import check as check_lib
+from lakd_jax.runs import command as command_lib
+from lakd_jax.runtime import interrupt
+from lakd_jax.store import workdir
 
 _POLL_SECONDS = 1.0
 
@@ -34,7 +38,7 @@ def check(commands: Sequence[list[str]]) -> dict[str, Any]:
     for command in commands:
         try:
             config, _, _ = cli.parse(command)
-            faults += validate.problems(config, len(devices))
+            faults += check_lib.problems(config, len(devices))
         except errors.ConfigError as error:
             faults += error.problems
     return {
@@ -56,7 +60,7 @@ def run(told: Path, command: list[str], guard: interrupt.Guard) -> None:
     """Trains; `told` then holds the memory or the error, or is not there: stopped."""
     try:
         config, directory, _ = cli.parse(command)
-        train.run(config, directory, guard=guard)
+        command_lib.run(config, directory, guard=guard)
     except interrupt.Interrupted:
         raise
     except BaseException as error:

@@ -10,12 +10,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lakd_jax import backend, data, distill, interop
 from lakd_jax import config as config_lib
+from lakd_jax import data, distill, interop
 from lakd_jax.models import folding
-from lakd_jax.train import build, networks, step
-from lakd_jax.train import learner as learner_lib
-from lakd_jax.train import state as state_lib
+from lakd_jax.runs import weights
+from lakd_jax.runtime import backend
+from lakd_jax.training import setup as setup_lib
+from lakd_jax.training import spec, step
+from lakd_jax.training import state as state_lib
 
 PyTree = Any
 
@@ -37,7 +39,7 @@ class Setup:
 
     config: config_lib.ConfigDict
     split: data.Split
-    learner: learner_lib.Learner
+    learner: spec.Learner
     resident: state_lib.Resident
     state: state_lib.TrainState
     teacher: PyTree
@@ -77,11 +79,11 @@ def setup(config: config_lib.ConfigDict) -> Setup:
         if config.teacher.fold:
             model, variables = folding.fold(teacher.model, teacher.variables)
             teacher = dataclasses.replace(teacher, model=model, variables=variables)
-    learner, first_state = build.learner(
+    learner, first_state = setup_lib.learner(
         config,
         student,
         teacher,
-        teacher_pixels=build.pixels(config),
+        teacher_pixels=setup_lib.pixels(config),
         image_shape=split.images.shape[1:],
         steps_per_epoch=EXAMPLES // config.batch_size,
         examples=EXAMPLES,
@@ -107,8 +109,8 @@ def _images() -> data.Split:
     )
 
 
-def _network(config: config_lib.ConfigDict, part: str) -> networks.Loaded:
-    return networks.load(
+def _network(config: config_lib.ConfigDict, part: str) -> weights.Loaded:
+    return weights.load(
         part,
         config[part].name,
         "",
@@ -118,7 +120,7 @@ def _network(config: config_lib.ConfigDict, part: str) -> networks.Loaded:
     )
 
 
-def _with_weights(loaded: networks.Loaded) -> networks.Loaded:
+def _with_weights(loaded: weights.Loaded) -> weights.Loaded:
     init = jax.jit(functools.partial(loaded.model.init, train=False))
     images = np.zeros((1, 32, 32, 3), np.float32)
     variables = jax.device_get(init(jax.random.key(0), images))

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lakd_jax import cli, distill, errors, recipes
+from lakd_jax import cli, distill, errors
+from lakd_jax.config import recipes
 
 FOLDER = "folder:"
 

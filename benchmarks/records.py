@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plan
-from lakd_jax import errors, workdir
+from lakd_jax import errors
+from lakd_jax.store import workdir
 
 Record = dict[str, Any]
 

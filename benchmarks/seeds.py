@@ -2,7 +2,8 @@
 
     python -m benchmarks.seeds --pair=resnet56,resnet20 --method=kd --seeds=5
 
-Random images of 32x32. A step of the team (`lakd_jax.train.teams.Stacked`) makes one of
+Random images of 32x32. A step of the team (`lakd_jax.training.teams.Stacked`) makes one
+of
 each seed; the ratio says how many times longer that takes than the step of one. Where
 it is below the number of seeds, the program is faster than training them in turn.
 """
@@ -15,9 +16,10 @@ import jax
 import numpy as np
 
 from benchmarks import ours, timing
-from lakd_jax import backend, distill
-from lakd_jax.train import engines, teams
-from lakd_jax.train import state as state_lib
+from lakd_jax import distill
+from lakd_jax.runtime import backend
+from lakd_jax.training import engine, teams
+from lakd_jax.training import state as state_lib
 
 
 class Seeds:
@@ -60,7 +62,7 @@ def subjects(made: ours.Setup, count: int) -> list[Seeds]:
         return function(*arguments)
 
     shared = (made.learner, made.teacher)
-    alone = teams.Apart([engines.Fused(*shared, keyed[0], compile_now)])
+    alone = teams.Apart([engine.Fused(*shared, keyed[0], compile_now)])
     return [
         Seeds("1 seed", made, alone, 1),
         Seeds(

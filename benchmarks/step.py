@@ -5,7 +5,8 @@
 Images are random, 32x32; the input part is gathering, cropping, mirroring and
 normalising a batch on the device. Prints the medians and the share of the input.
 `--views=1` has the teacher's outputs stored before, as `teacher.views` does, and
-`--plain` leaves out what `lakd_jax.backend` sets for the device, to see what it gains.
+`--plain` leaves out what `lakd_jax.runtime.backend` sets for the device, to see what
+it gains.
 """
 
 import argparse
@@ -19,11 +20,12 @@ from typing import Any
 import jax
 
 from benchmarks import ours
-from lakd_jax import backend, distill, interrupt
 from lakd_jax import config as config_lib
-from lakd_jax.train import learner as learner_lib
-from lakd_jax.train import state as state_lib
-from lakd_jax.train import step, teaching, views
+from lakd_jax import distill
+from lakd_jax.runs import teacher_cache
+from lakd_jax.runtime import backend, interrupt
+from lakd_jax.training import spec, step, teacher_outputs
+from lakd_jax.training import state as state_lib
 
 ASKED = 500  # images that the teacher is asked about at a time
 
@@ -44,7 +46,7 @@ def programs(made: ours.Setup, options: dict[str, Any]) -> dict[str, Callable]:
     def only_input(
         s: state_lib.TrainState, _: Any, d: state_lib.Resident, r: Any
     ) -> Any:
-        images, labels = learner_lib.batch(learner, s.step, d, r[0])
+        images, labels = spec.batch(learner, s.step, d, r[0])
         return learner.student_pixels(images), labels
 
     def run(function: Callable) -> Callable[[], Any]:
@@ -56,14 +58,16 @@ def programs(made: ours.Setup, options: dict[str, Any]) -> dict[str, Callable]:
     return {"step": run(whole), "input": run(only_input)}
 
 
-def stored(made: ours.Setup) -> teaching.Answers:
+def stored(made: ours.Setup) -> teacher_outputs.Answers:
     """What the teacher says of the images, stored and read as a run does it."""
     learner, guard = made.learner, interrupt.Guard()
-    asker = views.Asker(learner, made.teacher, made.resident, ASKED, guard)
+    asker = teacher_cache.Asker(learner, made.teacher, made.resident, ASKED, guard)
     names = {"teacher": made.config.teacher.name, "data": "random", "seed": 0}
-    key = views.settings(learner, made.teacher, asker.shapes(), **names)
+    key = teacher_cache.settings(learner, made.teacher, asker.shapes(), **names)
     with tempfile.TemporaryDirectory() as cache:
-        return views.kept(pathlib.Path(cache), asker, key, made.split.labels, print)
+        return teacher_cache.kept(
+            pathlib.Path(cache), asker, key, made.split.labels, print
+        )
 
 
 def main() -> None:

@@ -31,7 +31,9 @@ from typing import Any
 import jax
 
 from benchmarks import flag_types, ours, throughput_table, timing
-from lakd_jax import backend, version, workdir
+from lakd_jax import version
+from lakd_jax.runtime import backend
+from lakd_jax.store import workdir
 
 RESULTS = Path(__file__).parent / "results" / "throughput"
 METHODS = ("none", "kd", "lakd")  # those that the baseline has, too

@@ -19,7 +19,7 @@ with their own recipes. Gains by distillation are 0.1 to 0.5: run several seeds.
 """
 
 from lakd_jax import config as config_lib
-from lakd_jax import recipes
+from lakd_jax.config import recipes
 
 
 def get_config(arg: str = "") -> config_lib.ConfigDict:

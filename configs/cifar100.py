@@ -12,7 +12,7 @@ short last one, 782 steps each; SGD with momentum 0.9, without Nesterov's or a w
 weight decay 5e-4 on everything; a rate of 0.05 (0.01 for MobileNetV2 and ShuffleNets),
 a tenth of it from epochs 151, 181 and 211 on, counted from 1; crops of 32 from 4 zero
 pixels around, mirror images. Give the pair in the argument: rate and weights that
-depend on it (lakd_jax/recipes.py) do not follow --config.student.name.
+depend on it (lakd_jax/config/recipes.py) do not follow --config.student.name.
 
 tfds downloads CIFAR-100 (160 MB) and prepares it; a folder holds train/CLASS/x.png and
 test/CLASS/x.png. The teacher is trained first, unless --config.teacher.init names one.
@@ -25,7 +25,7 @@ This family of tables mostly reports the best epoch on the test split, which is 
 """
 
 from lakd_jax import config as config_lib
-from lakd_jax import recipes
+from lakd_jax.config import recipes
 
 
 def get_config(arg: str = "") -> config_lib.ConfigDict:

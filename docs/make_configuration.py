@@ -15,7 +15,8 @@ from types import ModuleType
 from typing import Any
 
 from lakd_jax import config as config_lib
-from lakd_jax import config_methods
+from lakd_jax.config import methods as methods_lib
+from lakd_jax.config import tree
 
 PAGE = pathlib.Path(__file__).with_name("configuration.md")
 COMMAND = "python -m docs.make_configuration"
@@ -24,8 +25,8 @@ _HEAD = f"""\
 # Configuration
 
 Written by `{COMMAND}` from the comments in
-[lakd_jax/config.py](../lakd_jax/config.py) and
-[lakd_jax/config_methods.py](../lakd_jax/config_methods.py); change them there.
+[lakd_jax/config/tree.py](../lakd_jax/config/tree.py) and
+[lakd_jax/config/methods.py](../lakd_jax/config/methods.py); change them there.
 
 A field is set on the command line, `--config.optim.lr=0.1`
 (tuples as `--config.seeds=0,1,2`), in a file like those in `configs/`, or in Python:
@@ -122,7 +123,7 @@ def render() -> str:
     Raises:
       ValueError: fields that are in the defaults and not in the page, or twice.
     """
-    run, methods = Builders(config_lib), Builders(config_methods)
+    run, methods = Builders(tree), Builders(methods_lib)
     sections = {"": run.notes("default")}
     for block, function in run.blocks("default").items():
         sections[block] = run.notes(function)
@@ -143,7 +144,7 @@ def render() -> str:
 
     parts = [_HEAD, _contents([*sections, *others])]
     parts += [_section("##", b, notes, values) for b, notes in sections.items()]
-    _, _, text = (inspect.getdoc(config_methods) or "").partition("\n\n")
+    _, _, text = (inspect.getdoc(methods_lib) or "").partition("\n\n")
     parts.append(f"## more methods\n\n{text}\n")
     parts += [_section("###", b, notes, values) for b, notes in others.items()]
     return "\n".join(parts)

@@ -20,8 +20,8 @@ __all__ = ["__version__", "config", "load", "register", "train"]
 
 def __getattr__(name: str) -> Any:
     """Imports what is asked for: `import lakd_jax` alone is quick and starts no JAX."""
-    if name == "load":
-        return importlib.import_module("lakd_jax.api").load
+    if name in ("load", "train"):
+        return getattr(importlib.import_module("lakd_jax.api"), name)
     if name in __all__:
         return importlib.import_module(f"lakd_jax.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from lakd_jax import cli, explain, export, hosts, paths, workdir
+from lakd_jax import cli, explain, export, paths
 from lakd_jax import config as config_lib
-from lakd_jax import train as train_lib
 from lakd_jax.models import chain
 from lakd_jax.report import metrics
-from lakd_jax.train import learner as learner_lib
-from lakd_jax.train import networks
+from lakd_jax.runs import command, weights
+from lakd_jax.runtime import hosts
+from lakd_jax.store import workdir
+from lakd_jax.training import spec
 
 _BATCH = 256  # images at once: what is in memory does not grow with their number
 
@@ -43,7 +44,7 @@ class Run:
     history: list[dict[str, Any]]
     model: chain.Chain
     variables: Any
-    pixels: learner_lib.Pixels
+    pixels: spec.Pixels
 
     @property
     def accuracy(self) -> float:
@@ -117,7 +118,7 @@ def train(
     """
     if isinstance(config, str | Path):
         config, _, _ = cli.parse([f"--config={config}"])
-    train_lib.run(config, directory)
+    command.run(config, directory)
     if config.seeds:
         directory = paths.local(directory, "--workdir")
         return [load(directory / f"seed{seed}") for seed in config.seeds]
@@ -138,7 +139,7 @@ def load(directory: str | Path) -> Run:
     return Run(
         directory=directory,
         settings=settings,
-        result=workdir.read_json(directory / networks.RESULT_FILE),
+        result=workdir.read_json(directory / weights.RESULT_FILE),
         history=metrics.read(directory),
         model=student.model,
         variables=jax.device_put(student.variables),

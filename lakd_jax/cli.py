@@ -11,8 +11,10 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import config_flags
 
-from lakd_jax import choices, errors, interrupt, paths
 from lakd_jax import config as config_lib
+from lakd_jax import errors, paths
+from lakd_jax import fields as fields_lib
+from lakd_jax.runtime import interrupt
 
 _CONFIG = ("--config", "-config")
 _OVERRIDE = re.compile(r"--?(no)?config\.")
@@ -29,7 +31,7 @@ python main.py --mode=networks
   --workdir     where the run is kept; the same command again goes on from there
                 (default: runs/ and the name of the config file)
   --dry_run     build everything, run one step and one evaluation batch, stop
-  --config.X    changes one field; lakd_jax/config.py lists them with their meaning
+  --config.X    changes one field; docs/configuration.md lists them with their meaning
   --coordinator where process 0 of N can be reached, each of which is given the same
                 command but its own --process_id, from 0; all share --workdir.
                 --coordinator=auto alone: as Slurm, a TPU pod or MPI says
@@ -101,7 +103,7 @@ def _run(argv: list[str], guard: interrupt.Guard) -> None:
 
 def _misplaced(values: Any, overrides: list[list[str]]) -> list[str]:
     """Flags that the mode does not take, or takes and did not get."""
-    if fault := choices.fault(values.mode, MODES):
+    if fault := fields_lib.fault(values.mode, MODES):
         return [f"--mode {fault}"]
     given = {
         "--config": values.config is not None,
@@ -134,7 +136,7 @@ def _misplaced(values: Any, overrides: list[list[str]]) -> list[str]:
 
 
 def _train(argv: list[str], values: Any, guard: interrupt.Guard) -> None:
-    from lakd_jax import hosts  # starts JAX, as all below
+    from lakd_jax.runtime import hosts
 
     where = (values.coordinator, values.num_processes, values.process_id)
     if fault := hosts.fault(*where):
@@ -146,12 +148,12 @@ def _train(argv: list[str], values: Any, guard: interrupt.Guard) -> None:
             stack.enter_context(hosts.together())
             guard = stack.enter_context(hosts.Guard())
         config, workdir, dry_run = parse(argv)
-        from lakd_jax import train  # takes longer: only once the flags are right
+        from lakd_jax.runs import command
 
         if dry_run:
-            train.dry_run(config, guard=guard)
+            command.dry_run(config, guard=guard)
         else:
-            train.run(config, workdir, guard=guard)
+            command.run(config, workdir, guard=guard)
 
 
 def ten_lines(text: str) -> str:
@@ -203,9 +205,9 @@ def _others(values: Any, known: Collection[str]) -> list[str]:
     """What is wrong with the config apart from the fields in `known`."""
     import jax
 
-    from lakd_jax import validate
+    from lakd_jax.config import check
 
-    return validate.problems(values.config, jax.device_count(), skip=known)
+    return check.problems(values.config, jax.device_count(), skip=known)
 
 
 def _field(override: list[str]) -> str:
@@ -273,12 +275,12 @@ def _reason(
             cause = f"{type(error).__name__}: {cause}"
         file = re.search(r"-config[= ](\S+)", " ".join(argv))
         return f"{file.group(1) if file else '--config'}: {cause}"
-    from lakd_jax import validate
+    from lakd_jax.config import check
 
     override = argv[next(i for i, a in enumerate(argv) if _OVERRIDE.match(a)) :]
     field, fields = _field(override), config_lib.flat(known)
     if field not in fields:
-        return validate.unknown_field(field, fields)
+        return check.unknown_field(field, fields)
     if override == [f"--config.{field}"]:
         return f"--config.{field} has no value; write --config.{field}=VALUE"
     value = " ".join(override).replace("=", " ", 1).partition(" ")[2]

@@ -9,10 +9,11 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from lakd_jax import choices, errors, interop, paths, workdir
+from lakd_jax import errors, fields, interop, paths
 from lakd_jax.report import model_card
-from lakd_jax.train import learner as learner_lib
-from lakd_jax.train import networks
+from lakd_jax.runs import weights as weights_lib
+from lakd_jax.store import workdir
+from lakd_jax.training import spec
 
 FOLDER = "export"  # in the run's directory
 ENDINGS = {"safetensors": ".safetensors", "torch": ".pth", "stablehlo": ".stablehlo"}
@@ -39,7 +40,7 @@ def run(
         missing.
       errors.WorkdirError: the files cannot be written.
     """
-    faults = {"--workdir": paths.fault(directory), "--to": choices.fault(to, ENDINGS)}
+    faults = {"--workdir": paths.fault(directory), "--to": fields.fault(to, ENDINGS)}
     if found := [f"{flag} {fault}" for flag, fault in faults.items() if fault]:
         raise errors.ConfigError(found)
     directory = paths.local(directory, "--workdir")
@@ -71,7 +72,7 @@ def run(
     return path
 
 
-def program(network: networks.Loaded, image_shape: tuple[int, ...]) -> bytes:
+def program(network: weights_lib.Loaded, image_shape: tuple[int, ...]) -> bytes:
     """The network from pixels to logits as one serialised `jax.export` artifact.
 
     It maps uint8 RGB images (B, H, W, 3), for any B, to float32 logits (B, classes):
@@ -95,26 +96,26 @@ def program(network: networks.Loaded, image_shape: tuple[int, ...]) -> bytes:
     return bytes(exported.serialize())
 
 
-def pixels(network: networks.Loaded) -> learner_lib.Pixels:
+def pixels(network: weights_lib.Loaded) -> spec.Pixels:
     """How uint8 images become its input; ValueError where that is not known."""
     if network.mean is None or network.std is None:
         raise ValueError(f"{network.source}: mean and std of its images are not known")
     dtype = network.model.dtype
-    return learner_lib.Pixels(network.mean, network.std, dtype, network.size)
+    return spec.Pixels(network.mean, network.std, dtype, network.size)
 
 
 def student(
     directory: Path,
-) -> tuple[networks.Loaded, dict[str, Any], dict[str, Any]]:
+) -> tuple[weights_lib.Loaded, dict[str, Any], dict[str, Any]]:
     """A finished run's student, the card in its file, and the run's settings.
 
     Raises:
       errors.ExportError: no finished run, or damaged.
     """
-    settings = networks.settings(directory)
-    path = directory / networks.STUDENT_FILE
+    settings = weights_lib.settings(directory)
+    path = directory / weights_lib.STUDENT_FILE
     try:
-        return *networks.student(path, settings["dtype"]), settings
+        return *weights_lib.student(path, settings["dtype"]), settings
     except errors.TeacherError as error:
         raise errors.ExportError(f"{path}\n{error}") from error
 

@@ -9,8 +9,9 @@ import dataclasses
 from typing import Any
 
 from lakd_jax import config as config_lib
-from lakd_jax import distill, models, relations
-from lakd_jax.distill import method as method_lib
+from lakd_jax import distill, models
+from lakd_jax.config import rules
+from lakd_jax.distill.base import method as method_lib
 from lakd_jax.interop import layout
 
 
@@ -49,7 +50,7 @@ def method(name: str, cls: type[method_lib.Method]) -> None:
     known = name in distill.names()
     distill.METHODS[name] = cls
     if not known and {"ce_weight", "weight"} <= block.keys():
-        relations.weights(name)
+        rules.weights(name)
 
 
 def _block(name: str, cls: type[method_lib.Method]) -> dict[str, Any]:

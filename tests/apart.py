@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import toys
 
-from lakd_jax.distill import method
+from lakd_jax.distill.base import method
 
 
 @functools.cache

@@ -16,7 +16,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 import states  # noqa: E402
 
-from lakd_jax import checkpoint, cli, interrupt  # noqa: E402
+from lakd_jax import cli  # noqa: E402
+from lakd_jax.runtime import interrupt  # noqa: E402
+from lakd_jax.store import checkpoint  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", compilation.DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -14,11 +14,13 @@ import jax
 import numpy as np
 import tiny
 
-from lakd_jax import checkpoint, interrupt, version
 from lakd_jax import config as config_lib
-from lakd_jax.train import evaluate, networks, runs
-from lakd_jax.train import learner as learner_lib
-from lakd_jax.train import state as state_lib
+from lakd_jax import version
+from lakd_jax.runs import single, weights
+from lakd_jax.runtime import interrupt
+from lakd_jax.store import checkpoint
+from lakd_jax.training import evaluate, spec
+from lakd_jax.training import state as state_lib
 
 FOLDER = pathlib.Path(__file__).parent / "golden" / "runs"
 FIELDS = {"method": "lakd", "epochs": 2, "checkpoint__every_steps": 5}
@@ -33,17 +35,17 @@ def config() -> config_lib.ConfigDict:
 def train(settings, directory, guard):
     """Trains on the tiny data with a teacher made of nothing, on one device."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
-    bench = runs.on_mesh(tiny.dataset(), mesh, guard, lambda text: None)
-    with runs.prepare(directory, settings):
-        return runs.train_one(settings, directory, bench, _teacher(mesh))
+    bench = single.on_mesh(tiny.dataset(), mesh, guard, lambda text: None)
+    with single.prepare(directory, settings):
+        return single.train_one(settings, directory, bench, _teacher(mesh))
 
 
 def _teacher(mesh):
-    model = networks.models.create("resnet8", num_classes=3)
+    model = weights.models.create("resnet8", num_classes=3)
     variables = state_lib.replicate(tiny.variables(model), mesh)
-    pixels = learner_lib.Pixels((0.4,) * 3, (0.3,) * 3, jax.numpy.dtype("float32"))
-    loaded = networks.Loaded(model, variables, "none")
-    return runs.Teacher(loaded, pixels, evaluate.Score(15, 45, 1.0), 1)
+    pixels = spec.Pixels((0.4,) * 3, (0.3,) * 3, jax.numpy.dtype("float32"))
+    loaded = weights.Loaded(model, variables, "none")
+    return single.Teacher(loaded, pixels, evaluate.Score(15, 45, 1.0), 1)
 
 
 def _plain(name: str, leaf: np.ndarray) -> np.ndarray:

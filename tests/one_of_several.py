@@ -9,7 +9,8 @@ import json
 import pathlib
 import sys
 
-from lakd_jax import cli, hosts
+from lakd_jax import cli
+from lakd_jax.runtime import hosts
 
 
 def work(guard):
@@ -18,14 +19,14 @@ def work(guard):
     guard.leave = hosts.leave
     import tiny  # draws numbers as it is imported, which starts JAX
 
-    from lakd_jax import models, train
-    from lakd_jax.train import runs
+    from lakd_jax import models
+    from lakd_jax.runs import command, single
 
-    runs.data.load = lambda *a, **k: tiny.dataset(**tiny.COUNTS)
+    single.data.load = lambda *a, **k: tiny.dataset(**tiny.COUNTS)
     models.register(tiny.NETWORK, tiny.SMALL)
     config = tiny.small(pathlib.Path(folder), **json.loads(fields))
     with hosts.together(), hosts.Guard() as own:
-        train.run(config, pathlib.Path(folder) / "run", guard=own)
+        command.run(config, pathlib.Path(folder) / "run", guard=own)
 
 
 if __name__ == "__main__":

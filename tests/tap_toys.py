@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from lakd_jax.distill import method
+from lakd_jax.distill.base import method
 from lakd_jax.models import chain
 
 TEACHER = ((8, 6), (8, 6), (4, 12), (2, 10))  # (side, channels)

@@ -13,7 +13,7 @@ import tiny
 import lakd_jax
 from lakd_jax import config as config_lib
 from lakd_jax import errors
-from lakd_jax import train as train_lib
+from lakd_jax.runs import command as command_lib
 
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -91,7 +91,7 @@ def test_a_finished_run_is_brought_back_also_by_a_config_file(run, folder, tmp_p
 def test_seeds_give_a_run_each(run, config, tmp_path, monkeypatch):
     for seed in (3, 7):
         shutil.copytree(run.directory, tmp_path / f"seed{seed}")
-    monkeypatch.setattr(train_lib, "run", lambda config, directory: None)
+    monkeypatch.setattr(command_lib, "run", lambda config, directory: None)
     several = config_lib.changed(config, {"seeds": (3, 7)})
     found = lakd_jax.train(several, tmp_path)
     assert [one.directory.name for one in found] == ["seed3", "seed7"]

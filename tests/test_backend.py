@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lakd_jax import backend
+from lakd_jax.runtime import backend
 
 
 @pytest.fixture

@@ -11,11 +11,13 @@ import pytest
 import tiny
 from jax.sharding import Mesh
 
-from lakd_jax import cli, interrupt, validate
+from lakd_jax import cli
 from lakd_jax import config as config_lib
-from lakd_jax.models import hme
-from lakd_jax.train import hme_runs, runs
-from lakd_jax.train import state as state_lib
+from lakd_jax.config import check
+from lakd_jax.hme import network
+from lakd_jax.runs import phases, single
+from lakd_jax.runtime import interrupt
+from lakd_jax.training import state as state_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -58,7 +60,7 @@ def test_every_arm_of_the_long_plans_is_a_config_without_faults():
             command = [f"--config={ROOT / plan.config}:{arg}"]
             command += [f"--config.{field}" for field in [*fields, "seed=1"]]
             config, _, _ = cli.parse(command)
-            assert validate.problems(config, 1) == [], (name, arm)
+            assert check.problems(config, 1) == [], (name, arm)
 
 
 def test_processes_share_the_runs_of_a_plan(tmp_path, monkeypatch):
@@ -92,15 +94,15 @@ def test_untrained_gates_are_those_that_a_run_begins_with(tmp_path, monkeypatch)
     from benchmarks import gate_entropy
 
     one = Mesh(np.array(jax.devices()[:1]), ("data",))
-    monkeypatch.setattr(runs.data, "load", lambda *a, **k: tiny.dataset(train=80))
+    monkeypatch.setattr(single.data, "load", lambda *a, **k: tiny.dataset(train=80))
     monkeypatch.setattr(state_lib, "data_mesh", lambda: one)
     fields = {"method": "none", "epochs": 1, "student__name": "hme", "seed": 3}
     config = config_lib.resolve(tiny.config(tmp_path, **fields))
-    bench = runs.bench(config, interrupt.Guard(), lambda text: None)
-    own = hme_runs.parts(config, tmp_path, bench, None)
-    began = hme.gates(own.track.first_state().params["student"])
-    told = hme.gates(gate_entropy.untrained(3, own.student.model))
-    other = hme.gates(gate_entropy.untrained(4, own.student.model))
+    bench = single.bench(config, interrupt.Guard(), lambda text: None)
+    own = phases.parts(config, tmp_path, bench, None)
+    began = network.gates(own.track.first_state().params["student"])
+    told = network.gates(gate_entropy.untrained(3, own.student.model))
+    other = network.gates(gate_entropy.untrained(4, own.student.model))
     for mine, wanted, foreign in zip(told, began, other, strict=True):
         np.testing.assert_array_equal(mine, wanted)
         assert np.any(mine != foreign)

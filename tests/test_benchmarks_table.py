@@ -15,10 +15,13 @@ import pytest
 import tiny
 from jax.sharding import Mesh
 
-from lakd_jax import cli, errors, interrupt, validate
+from lakd_jax import cli, errors
 from lakd_jax import config as config_lib
-from lakd_jax.train import runs, teachers
-from lakd_jax.train import state as state_lib
+from lakd_jax.config import check
+from lakd_jax.runs import single
+from lakd_jax.runs import teacher as teacher_lib
+from lakd_jax.runtime import interrupt
+from lakd_jax.training import state as state_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -115,7 +118,7 @@ def test_commands_are_those_of_the_recipe_and_have_no_fault(tmp_path):
     jobs = {job.name: job for job in plan.jobs(wanted)}
     both = [jobs[f"vgg13-mobilenet_v2/dkd+at/seed{s}"] for s in (0, 1)]
     c, directory, _ = cli.parse(plan.command(both))
-    assert validate.problems(c, 1) == []
+    assert check.problems(c, 1) == []
     assert (c.teacher.name, c.student.name) == ("vgg13", "mobilenet_v2")
     assert (c.method, c.seeds, c.baselines, c.epochs) == ("dkd+at", (0, 1), (), 24)
     np.testing.assert_allclose(c.optim.milestones, (15, 18, 21))
@@ -389,17 +392,19 @@ def test_estimate_is_from_the_same_method_else_from_the_pair(tmp_path):
 def test_methods_of_a_seed_see_the_same_images_in_the_same_order(tmp_path, monkeypatch):
     """The rows of every batch, and the keys that crops and mirrors follow from."""
     one = Mesh(np.array(jax.devices()[:1]), ("data",))
-    monkeypatch.setattr(runs.data, "load", lambda *a, **k: tiny.dataset(train=40))
+    monkeypatch.setattr(single.data, "load", lambda *a, **k: tiny.dataset(train=40))
     monkeypatch.setattr(state_lib, "data_mesh", lambda: one)
 
     fields = {"method": "kd", "epochs": 2}
     config = config_lib.resolve(tiny.config(tmp_path, **fields))
-    bench = runs.bench(config, interrupt.Guard(), lambda text: None)
-    teacher = teachers.stand_in(config, bench)
+    bench = single.bench(config, interrupt.Guard(), lambda text: None)
+    teacher = teacher_lib.stand_in(config, bench)
 
     def seen(method, seed):
         changes = {"method": method, "seed": seed}
-        own = runs.parts(config_lib.changed(config, changes), tmp_path, bench, teacher)
+        own = single.parts(
+            config_lib.changed(config, changes), tmp_path, bench, teacher
+        )
         steps = own.track.plan.total_steps
         rows = [own.track.rows(step, steps).tolist() for step in range(steps)]
         keys = [jax.random.key_data(k).tolist() for k in (own.data.key, own.data.noise)]

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import ours, throughput, timing
 from lakd_jax import config as config_lib
 from lakd_jax import interop
-from lakd_jax.train import step
+from lakd_jax.training import step
 
 torch = pytest.importorskip("torch")
 from benchmarks import peers, torch_step  # noqa: E402

@@ -9,8 +9,9 @@ import pytest
 import tap_toys
 import toys
 
-from lakd_jax import config_methods
-from lakd_jax.distill import catkd, relation
+from lakd_jax.config import methods
+from lakd_jax.distill import catkd
+from lakd_jax.distill.base import numerics
 
 # (normalise, binarise) -> value and norm of the student's gradient, computed with the
 # public code of CAT-KD on the maps below.
@@ -69,7 +70,7 @@ def test_maps_of_zeros_are_finite_and_bfloat16_is_computed_in_float32():
 
 
 def test_the_mean_of_the_maps_is_the_logits():
-    options = config_methods.blocks()["catkd"].to_dict()
+    options = methods.blocks()["catkd"].to_dict()
     lesson, batch = toys.lesson(options, name="catkd", cut_scale=1.0), toys.images()
     student = tap_toys.variables(lesson.student, batch[0])
 
@@ -77,7 +78,7 @@ def test_the_mean_of_the_maps_is_the_logits():
     def run(student, x, y):
         signals, _ = lesson.signals(student["params"], student["batch_stats"], x, y)
         maps = [
-            relation.logit_map(head, joints[-1])
+            numerics.logit_map(head, joints[-1])
             for head, joints in (
                 (signals.student_head, signals.student_joints),
                 (signals.teacher_head, signals.teacher_joints),

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import states
 
-from lakd_jax import checkpoint, errors, manifest
+from lakd_jax import errors
+from lakd_jax.store import checkpoint, manifest
 
 
 def test_round_trip_is_exact_and_keeps_shardings(tmp_path):

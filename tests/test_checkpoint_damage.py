@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import states
 
-from lakd_jax import checkpoint, errors
+from lakd_jax import errors
+from lakd_jax.store import checkpoint
 
 
 def _flip(folder, files, rng):

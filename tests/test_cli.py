@@ -16,8 +16,10 @@ import safetensors.numpy
 import tiny
 from PIL import Image
 
-from lakd_jax import cli, errors, interop, models, train
-from lakd_jax.train import fit, networks, runs
+from lakd_jax import cli, errors, interop, models
+from lakd_jax.runs import command, single
+from lakd_jax.runs import weights as weights_lib
+from lakd_jax.training import loop
 
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -173,12 +175,12 @@ def student_file(directory, name="resnet8", classes=3, **card):
     """Random weights as a finished run leaves them."""
     directory.mkdir()
     model = models.create(name, num_classes=classes)
-    network = networks.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
+    network = weights_lib.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
     result = {"student": name} | card
-    networks.save(
-        directory / networks.STUDENT_FILE, tiny.variables(model), network, result
+    weights_lib.save(
+        directory / weights_lib.STUDENT_FILE, tiny.variables(model), network, result
     )
-    (directory / networks.RESULT_FILE).write_text(json.dumps(result))
+    (directory / weights_lib.RESULT_FILE).write_text(json.dumps(result))
     return directory
 
 
@@ -192,8 +194,8 @@ def no_run(path):
 
 
 def no_student(path):
-    (student_file(path) / networks.STUDENT_FILE).unlink()
-    return path, ["teacher.init: ", "no weights at", networks.STUDENT_FILE]
+    (student_file(path) / weights_lib.STUDENT_FILE).unlink()
+    return path, ["teacher.init: ", "no weights at", weights_lib.STUDENT_FILE]
 
 
 def no_card(path):
@@ -220,7 +222,7 @@ def other_keys(path):
 
 
 def cut_short(path):
-    file = student_file(path) / networks.STUDENT_FILE
+    file = student_file(path) / weights_lib.STUDENT_FILE
     file.write_bytes(file.read_bytes()[:5000])
     return path, ["no readable safetensors file"]
 
@@ -277,7 +279,7 @@ def test_disk_that_fills_up_later(tiny_main, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path))
 
-    monkeypatch.setattr(fit.Fit, "run", fail)
+    monkeypatch.setattr(loop.Fit, "run", fail)
     args = ("--config.method=none", "--config.baselines=()")
     result = tiny_main(*args, f"--workdir={tmp_path / 'run'}")
     refused(result, "No space left on device", str(tmp_path))
@@ -299,7 +301,7 @@ def test_exit_code_of_an_error(main, monkeypatch, error, code):
     def fail(*args, **kwargs):
         raise error("what is wrong\nand what to do")
 
-    monkeypatch.setattr(train, "run", fail)
+    monkeypatch.setattr(command, "run", fail)
     err = refused(main(DIGITS), code=code)
     assert err == "what is wrong\nand what to do\n"
 
@@ -314,7 +316,7 @@ def test_signal_while_the_data_is_loaded(main, monkeypatch, number, tmp_path):
         release.wait(30)
         loaded.set()
 
-    monkeypatch.setattr(runs.data, "load", load)
+    monkeypatch.setattr(single.data, "load", load)
     code, _, err = main(DIGITS, f"--workdir={tmp_path / 'run'}")
     assert code == 0 and not loaded.is_set()
     release.set()
@@ -370,7 +372,7 @@ def test_whole_run(main, tiny_main, tmp_path, monkeypatch):
 
     # The same command again tells the same and trains nothing.
     with monkeypatch.context() as m:
-        m.setattr(fit.Fit, "run", None)
+        m.setattr(loop.Fit, "run", None)
         code, again, _ = tiny_main(*args)
     assert code == 0 and table in again
 
@@ -384,7 +386,7 @@ def test_whole_run(main, tiny_main, tmp_path, monkeypatch):
     code, out, err = main("--mode=export", f"--workdir={run}", "--to=safetensors")
     assert code == 0, err
     given = interop.load_torch_file(run / "export" / "small.safetensors")
-    kept, _ = interop.load_variables(run / networks.STUDENT_FILE)
+    kept, _ = interop.load_variables(run / weights_lib.STUDENT_FILE)
     jax.tree.map(
         np.testing.assert_array_equal, interop.from_torch(tiny.NETWORK, given), kept
     )
@@ -402,7 +404,7 @@ def test_whole_run(main, tiny_main, tmp_path, monkeypatch):
     assert code == 0, err
     assert f"teacher small from {run / 'student.safetensors'}" in out
     first, last = (
-        interop.load_variables(d / networks.STUDENT_FILE)[0]["params"]
+        interop.load_variables(d / weights_lib.STUDENT_FILE)[0]["params"]
         for d in (run / "none", tmp_path / "b")
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), first, last)

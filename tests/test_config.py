@@ -7,8 +7,9 @@ import pathlib
 
 import pytest
 
-from lakd_jax import cli, errors, models, validate
+from lakd_jax import cli, errors, models
 from lakd_jax import config as config_lib
+from lakd_jax.config import check
 from lakd_jax.distill import lakd
 
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
@@ -41,7 +42,7 @@ def changed(**fields):
 
 
 def problems(devices=1, **fields):
-    return validate.problems(changed(**fields), devices)
+    return check.problems(changed(**fields), devices)
 
 
 def load(path, *arg):
@@ -57,7 +58,7 @@ def test_defaults_have_no_fault():
 
 def test_every_number_and_choice_has_a_range():
     fields = config_lib.flat(config_lib.default())
-    ranged = validate._ranges()
+    ranged = check._ranges()
     without = {f for f, v in fields.items() if f not in ranged and type(v) is not bool}
     assert without == FREE
     assert ranged.keys() <= fields.keys()
@@ -69,7 +70,7 @@ def wrong_values():
         if field not in FREE and type(value) is not bool:
             entry = value
             if isinstance(value, tuple):
-                entry = "" if field in validate._WORDS else 0.0
+                entry = "" if field in check._WORDS else 0.0
             wrong = "nonsense" if isinstance(entry, str) else type(entry)(-2)
             yield field, (wrong,) * 3 if isinstance(value, tuple) else wrong
 
@@ -83,7 +84,7 @@ def test_value_out_of_range_is_one_line_naming_the_field():
         block = functools.reduce(operator.getitem, blocks, c)
         with block.ignore_type():
             block[last] = value
-    told = validate.problems(c, 1)
+    told = check.problems(c, 1)
     assert sorted(line.split(" ")[0] for line in told) == sorted(wrong)
     assert all("must be" in line and "\n" not in line for line in told)
 
@@ -115,7 +116,7 @@ def test_fault_says_what_is_wrong(field, wrong, says):
 
 def test_whole_number_is_a_float():
     c = changed(optim__lr=1, teacher__mean=(0, 1, 0), optim__milestones=(1, 2.5))
-    assert validate.problems(c, 1) == []
+    assert check.problems(c, 1) == []
 
 
 def test_unknown_field_names_the_nearest():
@@ -131,9 +132,7 @@ def test_unknown_field_names_the_nearest():
 def test_missing_field_is_named():
     c = config_lib.default()
     del c.optim.momentum
-    assert validate.problems(c, 1) == [
-        "optim.momentum is missing from the configuration"
-    ]
+    assert check.problems(c, 1) == ["optim.momentum is missing from the configuration"]
 
 
 def test_all_faults_at_once():
@@ -155,7 +154,7 @@ def test_all_faults_at_once():
     for start in starts:
         assert sum(line.startswith(f"{start} ") for line in found) == 1, start
     with pytest.raises(errors.ConfigError) as caught:
-        validate.require(changed(epochs=0, optim__lr=0.0), 1)
+        check.require(changed(epochs=0, optim__lr=0.0), 1)
     assert str(caught.value).count("\n") == 1
 
 
@@ -279,12 +278,12 @@ def test_relations_hold_for_baselines_too():
 
 def test_skipped_fields_are_not_spoken_of():
     c = changed(optim__lr=-1.0, epochs=0, local__granularity="list")
-    found = validate.problems(c, 1, skip=("optim.lr", "local.cuts"))
+    found = check.problems(c, 1, skip=("optim.lr", "local.cuts"))
     assert found == ["epochs must be at least 1, is 0"]
 
 
 def test_choices_are_those_of_the_library():
-    ranged = validate._ranges()
+    ranged = check._ranges()
     for field, names in lakd.CHOICES.items():
         for name in names:
             assert ranged[f"lakd.{field}"](name) == ""
@@ -383,13 +382,13 @@ def test_teacher_config_trains_the_teacher():
     t = config_lib.teacher_config(config_lib.resolve(c))
     assert (t.method, t.student.name, t.seed, t.epochs) == ("none", "resnet56", 4, 9)
     assert (t.student.shortcut, t.student.init) == ("identity", "")
-    assert validate.problems(t, 1) == []
+    assert check.problems(t, 1) == []
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
 def test_config_file_is_valid(path):
     c = load(path)
-    assert validate.problems(c, 1) == []
+    assert check.problems(c, 1) == []
     assert config_lib.flat(c).keys() == config_lib.flat(config_lib.default()).keys()
 
 

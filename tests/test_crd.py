@@ -11,7 +11,8 @@ import numpy as np
 import precision
 import pytest
 
-from lakd_jax.distill import crd, method
+from lakd_jax.distill import crd
+from lakd_jax.distill.base import method
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 INPUTS = dict(np.load(GOLDEN / "losses_inputs.npz"))

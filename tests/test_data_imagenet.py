@@ -13,13 +13,15 @@ import test_stream
 from jax.sharding import Mesh
 from PIL import Image
 
-from lakd_jax import errors, train
-from lakd_jax.data import stream, tfds_imagenet
-from lakd_jax.train import state as state_lib
+from lakd_jax import errors
+from lakd_jax.data.streaming import batches
+from lakd_jax.data.tfds import imagenet
+from lakd_jax.runs import command
+from lakd_jax.training import state as state_lib
 
 LONG = pytest.mark.long
 CLASSES = ("n01440764", "n01443537", "n02105855")
-VIEWS = stream.Views(8, (0.3, 1.0), 10)
+VIEWS = batches.Views(8, (0.3, 1.0), 10)
 
 
 def jpeg(rng, mode="RGB", form="JPEG") -> bytes:
@@ -45,16 +47,16 @@ def data_dir(tmp_path_factory):
         "n01739381_1.JPEG": jpeg(rng, form="PNG"),
     }
     parts["n01739381.tar"] = cifar.tar(odd)
-    (manual / tfds_imagenet.ARCHIVES["train"]).write_bytes(cifar.tar(parts))
+    (manual / imagenet.ARCHIVES["train"]).write_bytes(cifar.tar(parts))
     images = {f"ILSVRC2012_val_{i:08d}.JPEG": jpeg(rng) for i in (3, 1, 2, 4, 5)}
-    (manual / tfds_imagenet.ARCHIVES["validation"]).write_bytes(cifar.tar(images))
+    (manual / imagenet.ARCHIVES["validation"]).write_bytes(cifar.tar(images))
     return root
 
 
 @pytest.fixture(scope="module")
 def found(data_dir):
     arguments = {"minival": 0, "data_dir": str(data_dir), "workers": 0}
-    return stream.load("imagenet2012", VIEWS, **arguments)
+    return batches.load("imagenet2012", VIEWS, **arguments)
 
 
 def test_the_archives_are_prepared_as_tfds_would(found, data_dir):
@@ -69,8 +71,8 @@ def test_the_archives_are_prepared_as_tfds_would(found, data_dir):
 
 
 def test_validation_labels_go_by_the_images_names(data_dir):
-    archive = data_dir / "downloads" / "manual" / tfds_imagenet.ARCHIVES["validation"]
-    labels = tfds_imagenet.validation_labels(archive)
+    archive = data_dir / "downloads" / "manual" / imagenet.ARCHIVES["validation"]
+    labels = imagenet.validation_labels(archive)
     told = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
     first = told.read_text().split()[:5]
     names = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in (1, 2, 3, 4, 5)]
@@ -81,14 +83,16 @@ def test_tfrecords_of_it_are_read_alike(found, data_dir, tmp_path):
     shutil.copytree(data_dir / "imagenet2012", tmp_path / "imagenet2012")
     cifar.as_tfrecords(tmp_path)
     arguments = {"minival": 0, "data_dir": str(tmp_path), "workers": 0}
-    again = stream.load("imagenet2012", VIEWS, **arguments)
+    again = batches.load("imagenet2012", VIEWS, **arguments)
     assert again.train.source.places.shape == (62, 3)
     test_stream.alike(again.train.take(np.arange(62)), found.train.take(np.arange(62)))
 
 
 def test_missing_archives_are_named(tmp_path):
     with pytest.raises(errors.DataError) as caught:
-        stream.load("imagenet2012", VIEWS, minival=0, data_dir=str(tmp_path), workers=0)
+        batches.load(
+            "imagenet2012", VIEWS, minival=0, data_dir=str(tmp_path), workers=0
+        )
     text = str(caught.value)
     assert "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar" in text
     assert str(tmp_path / "downloads" / "manual") in text and text.count("\n") < 4
@@ -100,7 +104,7 @@ def test_names_in_archives_lead_nowhere(tmp_path):
     path = tmp_path / "inner" / "x.tar"
     path.parent.mkdir()
     path.write_bytes(evil)
-    assert len(list(tfds_imagenet.members(path.open("rb")))) == 2
+    assert len(list(imagenet.members(path.open("rb")))) == 2
     assert [p.name for p in pathlib.Path(tmp_path).rglob("*")] == ["inner", "x.tar"]
 
 
@@ -123,9 +127,9 @@ def test_it_is_trained_on_with_every_engine(
         "optim__lr": 0.001,
     }
     settings = test_stream.config("", tmp_path, **fields)
-    monkeypatch.setattr(train.teachers, "_check_floor", lambda *_: None)
+    monkeypatch.setattr(command.teachers, "_check_floor", lambda *_: None)
     told = []
-    result = train.run(settings, tmp_path / "run", notify=told.append)
+    result = command.run(settings, tmp_path / "run", notify=told.append)
     assert result["test_last"]["examples"] == 5 and result["classes"] == 1000
-    assert result == train.run(settings, tmp_path / "run", notify=told.append)
+    assert result == command.run(settings, tmp_path / "run", notify=told.append)
     assert (tmp_path / "run" / "attention.png").stat().st_size > 1000

@@ -17,7 +17,8 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums
 
 from lakd_jax import data, errors
-from lakd_jax.data import tfds_builders, tfds_source
+from lakd_jax.data.tfds import builders
+from lakd_jax.data.tfds import source as source_lib
 
 COARSE = [f"group{k}" for k in range(20)]
 NAMES = {
@@ -119,14 +120,14 @@ class Site:
     def publish(self, name: str, archives: dict[str, bytes]) -> None:
         urls, infos = {}, {}
         for part, content in archives.items():
-            suffix = tfds_builders.URLS[name][part].rsplit("/", 1)[1]
+            suffix = builders.URLS[name][part].rsplit("/", 1)[1]
             urls[part] = f"{self.address}/{suffix}"
             self.files[f"/{suffix}"] = content
             digest = hashlib.sha256(content).hexdigest()
             size = tfds.core.utils.Size(len(content))
             infos[urls[part]] = checksums.UrlInfo(size, digest, suffix)
-        self.monkeypatch.setitem(tfds_builders.URLS, name, urls)
-        stock = tfds_builders.builder_class(name)
+        self.monkeypatch.setitem(builders.URLS, name, urls)
+        stock = builders.builder_class(name)
         self.monkeypatch.setattr(stock, "url_infos", infos)
 
 
@@ -180,7 +181,7 @@ def test_downloads_once_and_reads_every_pixel(name, site, tmp_path):
     site.publish(name, ARCHIVES[name]())
     first = data.load(name, data_dir=str(tmp_path))
     requests = len(site.seen)
-    assert requests == len(tfds_builders.URLS[name])
+    assert requests == len(builders.URLS[name])
     with audit.without(*audit.NETWORK):
         second = data.load(name, data_dir=str(tmp_path))
     assert len(site.seen) == requests
@@ -201,7 +202,7 @@ def test_the_stock_builder_opens_the_result(name, site, tmp_path):
     data.load(name, data_dir=str(tmp_path))
     stock = tfds.builder(name, data_dir=str(tmp_path), file_format="array_record")
     assert type(stock) is tfds.builder_cls(name)
-    assert type(stock) is not tfds_builders.builder_class(name)
+    assert type(stock) is not builders.builder_class(name)
     assert stock.info.features["label"].names == NAMES[name]
     for role, count in COUNTS.items():
         source = stock.as_data_source(role)
@@ -218,10 +219,10 @@ def test_the_stock_builder_opens_the_result(name, site, tmp_path):
                 assert example["coarse_label"] == labels(role)[place] % 20
 
 
-@pytest.mark.parametrize("name", sorted(tfds_builders.URLS))
+@pytest.mark.parametrize("name", sorted(builders.URLS))
 def test_urls_and_version_are_those_of_tfds(name):
-    stock, own = tfds.builder_cls(name), tfds_builders.builder_class(name)
-    assert set(tfds_builders.URLS[name].values()) <= set(stock.url_infos)
+    stock, own = tfds.builder_cls(name), builders.builder_class(name)
+    assert set(builders.URLS[name].values()) <= set(stock.url_infos)
     assert own.url_infos == stock.url_infos
     assert own.name == name and own.VERSION == stock.VERSION
 
@@ -245,7 +246,7 @@ def test_a_wrong_checksum_is_refused(site, tmp_path):
 
 def test_a_url_without_checksum_is_refused(site, tmp_path, monkeypatch):
     site.publish("cifar10", ARCHIVES["cifar10"]())
-    monkeypatch.setattr(tfds_builders.builder_class("cifar10"), "url_infos", {})
+    monkeypatch.setattr(builders.builder_class("cifar10"), "url_infos", {})
     assert "checksum" in failure("cifar10", tmp_path)
     assert not site.seen
 
@@ -256,7 +257,7 @@ def test_a_failed_download_says_what_to_do(site, tmp_path):
     text = failure("cifar10", tmp_path)
     manual = tmp_path / "downloads" / "manual"
     assert "404" in text and str(manual) in text
-    assert tfds_builders.URLS["cifar10"]["all"] in text
+    assert builders.URLS["cifar10"]["all"] in text
     manual.mkdir(parents=True)
     (manual / "cifar-10-binary.tar.gz").write_bytes(archive)
     before = len(site.seen)
@@ -267,7 +268,7 @@ def test_a_failed_download_says_what_to_do(site, tmp_path):
 def test_an_unreachable_host_is_no_traceback(site, tmp_path, monkeypatch):
     site.publish("cifar10", ARCHIVES["cifar10"]())
     site.server.server_close()
-    monkeypatch.setattr(tfds_builders, "_RETRIES", 0)
+    monkeypatch.setattr(builders, "_RETRIES", 0)
     assert "downloading and preparing failed" in failure("cifar10", tmp_path)
 
 
@@ -293,12 +294,12 @@ def test_fewer_examples_than_the_info_says_is_an_error(site, tmp_path, monkeypat
     """Promise 32: a half-prepared directory is not trained on."""
     site.publish("cifar10", ARCHIVES["cifar10"]())
     data.load("cifar10", data_dir=str(tmp_path))
-    whole = tfds_source._records
+    whole = source_lib._records
 
     def short(builder, split, limit=None):
         return tuple(part[:3] for part in whole(builder, split, limit))
 
-    monkeypatch.setattr(tfds_source, "_records", short)
+    monkeypatch.setattr(source_lib, "_records", short)
     assert "3 examples" in (text := failure("cifar10", tmp_path)) and "10" in text
 
 
@@ -375,6 +376,6 @@ def test_an_unknown_config_is_no_traceback(tmp_path):
 
 
 def test_without_tensorflow_other_sets_say_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(tfds_source, "has_tensorflow", lambda: False)
+    monkeypatch.setattr(source_lib, "has_tensorflow", lambda: False)
     text = failure("mnist", tmp_path)
     assert "pip install lakd-jax[tf]" in text and "--file_format=array_record" in text

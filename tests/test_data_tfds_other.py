@@ -10,7 +10,7 @@ import test_data_tfds as cifar
 from PIL import Image
 
 from lakd_jax import data, errors
-from lakd_jax.data import records
+from lakd_jax.data.streaming import records
 
 
 def failure(name: str, data_dir: pathlib.Path) -> str:

@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 import tiny
 
-from lakd_jax import errors, hosts, interop, relations_runs, train
+from lakd_jax import errors, interop
+from lakd_jax.config import rules_of_runs
 from lakd_jax.report import metrics
-from lakd_jax.train import networks
+from lakd_jax.runs import command as command_lib
+from lakd_jax.runs import weights
+from lakd_jax.runtime import hosts
 
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -71,8 +74,8 @@ def both(folder, fields):
 def finished(folder):
     """Variables, result without times, records of the run in `folder`."""
     run = folder / "run"
-    variables, _ = interop.load_variables(run / networks.STUDENT_FILE)
-    result = json.loads((run / networks.RESULT_FILE).read_text())
+    variables, _ = interop.load_variables(run / weights.STUDENT_FILE)
+    result = json.loads((run / weights.RESULT_FILE).read_text())
     for timing in ("seconds", "step_seconds", "images_per_second"):
         del result[timing]
     return variables, result, metrics.read(run)
@@ -84,7 +87,7 @@ def alone():
 
     def run(folder, fields):
         config = tiny.small(folder, **fields)
-        train.run(config, folder / "run", notify=lambda text: None)
+        command_lib.run(config, folder / "run", notify=lambda text: None)
         return finished(folder)
 
     with tiny.bench(devices=2):
@@ -155,7 +158,7 @@ def test_a_signal_to_one_stops_both_and_both_go_on(tmp_path, alone):
         assert "Stopped; the same command goes on" in err
     stopped = sorted(int(p.name) for p in (run / "checkpoints").iterdir())
     assert 4 <= stopped[-1] < 96
-    assert not (run / networks.RESULT_FILE).exists()
+    assert not (run / weights.RESULT_FILE).exists()
     shutil.copytree(tmp_path / "parts", tmp_path / "one")
     both(tmp_path / "parts", fields)
     whole, parts = finished(tmp_path / "whole"), finished(tmp_path / "parts")
@@ -201,7 +204,7 @@ def test_a_program_a_module_works_over_processes(tmp_path, alone):
 def test_a_pipeline_over_processes_is_refused(tmp_path, monkeypatch):
     config = tiny.config(tmp_path, method="lakd", local__engine="pipeline")
     monkeypatch.setattr(hosts, "count", lambda: 2)
-    found = [fault for _, check in relations_runs.TABLE if (fault := check(config, 2))]
+    found = [fault for _, check in rules_of_runs.TABLE if (fault := check(config, 2))]
     (line,) = found
     assert "local.engine=pipeline" in line and "use fused or dispatch" in line
 

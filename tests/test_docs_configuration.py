@@ -7,7 +7,7 @@ import types
 import pytest
 
 from lakd_jax import config as config_lib
-from lakd_jax import config_methods
+from lakd_jax.config import methods, tree
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -28,7 +28,7 @@ def test_the_page_is_up_to_date(maker):
 def test_every_comment_on_a_field_is_in_the_page(maker):
     """Found without the parser: beside an assignment, or alone in a line above."""
     page = maker.render().replace("\\|", "|")
-    for module in (config_lib, config_methods):
+    for module in (tree, methods):
         source = pathlib.Path(module.__file__).read_text()
         source = source.partition("def with_pair")[0]  # behind what makes blocks
         beside = re.findall(r"^    \w+\.[\w.]+ = .*  # (.*)$", source, re.M)

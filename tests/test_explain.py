@@ -13,17 +13,11 @@ import pytest
 import tiny
 
 from lakd_jax import config as config_lib
-from lakd_jax import explain, interrupt
-from lakd_jax.explain import (
-    conflict,
-    experts,
-    measure,
-    page,
-    similarity,
-    subject,
-    taps,
-)
-from lakd_jax.report import grids
+from lakd_jax import explain
+from lakd_jax.explain import conflict, measure, similarity, subject, taps
+from lakd_jax.hme import report
+from lakd_jax.report import grids, page
+from lakd_jax.runtime import interrupt
 
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -180,7 +174,7 @@ def test_section_on_experts(tmp_path):
     last[np.arange(10), np.arange(10) // 2] = 9.0
     params["head"] = {"gate": {"logits": last}}
     names = tuple(f"class{i}" for i in range(10))
-    text = "".join(experts.section(params, names, "cifar10", tmp_path))
+    text = "".join(report.section(params, names, "cifar10", tmp_path))
     # Of levels 1 and 2 one expert each is alive, of level 3 five.
     assert "7 of 14 experts serve no class; the 10 classes take 5 different" in text
     assert "<td>level 1</td><td>100.0 %</td><td>100.0 %</td>" in text
@@ -189,7 +183,7 @@ def test_section_on_experts(tmp_path):
         f"<td>level 3</td><td>{100 * 5 / 21:.1f} %</td><td>{100 * 5 / 45:.1f}" in text
     )
     assert "digraph tree" in text
-    assert "cifar" not in "".join(experts.section(params, names, "digits", tmp_path))
+    assert "cifar" not in "".join(report.section(params, names, "digits", tmp_path))
 
 
 def test_entropy_of_taps_is_of_the_axis_that_sums_to_one(tmp_path):
@@ -210,13 +204,13 @@ def test_entropy_of_taps_is_of_the_axis_that_sums_to_one(tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("method", ["afd", "rtk"])
 def test_attention_between_taps_is_read_from_checkpoints(method, finished, tmp_path):
-    from lakd_jax import train
+    from lakd_jax.runs import command
 
     fields = {"epochs": 1, "checkpoint__every_steps": 2, "method": method}
     teacher = next((finished.parent / "teachers").iterdir())
     config = tiny.small(tmp_path, teacher__init=str(teacher), **fields)
     quiet = {"guard": interrupt.Guard(), "notify": lambda text: None}
-    train.run(config, tmp_path / "run", **quiet)
+    command.run(config, tmp_path / "run", **quiet)
     found = taps.over_training(subject.load(tmp_path / "run", *quiet.values()))
     assert [epoch for epoch, _ in found] == [0.5, 1.0]
     axis = {"afd": 1, "rtk": 2}[method]
@@ -237,12 +231,12 @@ def finished(tmp_path_factory):
     """A finished LAKD run on the tiny data; `tiny.bench` stays in force."""
     directory = tmp_path_factory.mktemp("explained")
     with tiny.bench():
-        from lakd_jax import train
+        from lakd_jax.runs import command
 
         fields = {"epochs": 1, "baselines": ("none",), "checkpoint__every_steps": 2}
         config = tiny.small(directory, **fields)
         run = directory / "run"
-        train.run(config, run, guard=interrupt.Guard(), notify=lambda text: None)
+        command.run(config, run, guard=interrupt.Guard(), notify=lambda text: None)
         explain.run(run, guard=interrupt.Guard(), notify=lambda text: None)
         yield run
 

@@ -16,9 +16,10 @@ import tiny
 import torch_resnet
 
 from lakd_jax import config as config_lib
-from lakd_jax import errors, export, interop, models, workdir
-from lakd_jax.train import learner as learner_lib
-from lakd_jax.train import networks
+from lakd_jax import errors, export, interop, models
+from lakd_jax.runs import weights as weights_lib
+from lakd_jax.store import workdir
+from lakd_jax.training import spec
 
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -55,10 +56,10 @@ def write_run(run, result, **fields):
     config = tiny.config(run, seed=7, method="kd", **fields)
     model = models.create("resnet8", num_classes=3)
     size = config.student.image_size or result.get("image_shape", [0])[0]
-    network = networks.Loaded(model, None, "", MEAN, STD, size)
+    network = weights_lib.Loaded(model, None, "", MEAN, STD, size)
     weights = variables()
-    networks.save(run / networks.STUDENT_FILE, weights, network, result)
-    workdir.write_json(run / networks.RESULT_FILE, result)
+    weights_lib.save(run / weights_lib.STUDENT_FILE, weights, network, result)
+    workdir.write_json(run / weights_lib.RESULT_FILE, result)
     workdir.write_json(run / workdir.CONFIG, config_lib.to_dict(config))
     workdir.write_json(run / workdir.ENVIRONMENT, workdir.environment())
 
@@ -74,7 +75,7 @@ def images(count):
 def logits(count, dtype=jnp.float32, size=0):
     """What the network itself makes of `images(count)`."""
     model = models.create("resnet8", num_classes=3, dtype=dtype)
-    pixels = learner_lib.Pixels(MEAN, STD, jnp.dtype(dtype), size)
+    pixels = spec.Pixels(MEAN, STD, jnp.dtype(dtype), size)
     inputs = pixels(jnp.asarray(images(count)))
     return np.asarray(model.apply(variables(), inputs, train=False).logits)
 
@@ -93,7 +94,7 @@ def test_safetensors(finished, capsys):
         np.testing.assert_array_equal(value, expected[key])
     # And back as a teacher of ours.
     options = {"shortcut": "projection", "dtype": "float32", "num_classes": 3}
-    loaded = networks.load("teacher", "resnet8", str(path), **options)
+    loaded = weights_lib.load("teacher", "resnet8", str(path), **options)
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables())
 
 
@@ -230,7 +231,7 @@ def no_run(run):
 
 
 def unfinished(run):
-    (run / networks.RESULT_FILE).unlink()
+    (run / weights_lib.RESULT_FILE).unlink()
     return run, "stablehlo", "has not finished (it has no result.json); finish it"
 
 
@@ -240,20 +241,20 @@ def damaged_config(run):
 
 
 def damaged_student(run):
-    file = run / networks.STUDENT_FILE
+    file = run / weights_lib.STUDENT_FILE
     file.write_bytes(file.read_bytes()[:5000])
     return run, "safetensors", "no readable safetensors file"
 
 
 def another_network(run):
-    path = run / networks.STUDENT_FILE
+    path = run / weights_lib.STUDENT_FILE
     weights, card = interop.load_variables(path)
     interop.save_variables(path, weights, card | {"network": "resnet14"})
     return run, "torch", "is no student of a run: the variables are not those of"
 
 
 def unknown_network(run):
-    path = run / networks.STUDENT_FILE
+    path = run / weights_lib.STUDENT_FILE
     weights, card = interop.load_variables(path)
     interop.save_variables(path, weights, card | {"network": "resnet9"})
     return run, "safetensors", "did you mean 'resnet8'"

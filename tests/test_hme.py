@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from lakd_jax import interop, models
-from lakd_jax.models import chain, folding, hme
+from lakd_jax.hme import network as network_lib
+from lakd_jax.models import chain, folding
 
 EPOCHS = (1, 10, 100, 300)
 
@@ -20,9 +21,9 @@ def noise(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-attention = jax.jit(hme.attention, static_argnums=1)
-mix = jax.jit(hme.mix)
-score = jax.jit(hme.score, static_argnums=1)
+attention = jax.jit(network_lib.attention, static_argnums=1)
+mix = jax.jit(network_lib.mix)
+score = jax.jit(network_lib.score, static_argnums=1)
 
 
 @functools.cache
@@ -49,7 +50,9 @@ def soft_logits(output):
     variables, images, recorded = hme_weights.golden(output)
     model = models.create("hme", num_classes=10, output=output)
     # The weights are an argument: as constants XLA would fold them, for seconds.
-    apply = jax.jit(lambda t, *of: hme.soften(model, t).apply(*of, train=False).logits)
+    apply = jax.jit(
+        lambda t, *of: network_lib.soften(model, t).apply(*of, train=False).logits
+    )
     every = {e: apply(np.float32(10 / e), variables, images) for e in EPOCHS}
     return every, recorded
 
@@ -69,7 +72,7 @@ def test_golden_hard_and_gates(output):
     apply = jax.jit(lambda v, x: model.apply(v, x, train=False).logits)
     logits_hard = apply(variables, images)
     assert golden_weights.distance(logits_hard, recorded["logits_hard"]) < 1e-4
-    for i, logits in enumerate(hme.gates(variables["params"])):
+    for i, logits in enumerate(network_lib.gates(variables["params"])):
         for epoch in (1, 100):
             ours = attention(logits, 10 / epoch)
             wanted = recorded[f"gate{i}_soft_epoch{epoch}"]
@@ -161,7 +164,7 @@ def test_mixture_by_hand():
 
 
 def test_property_5_gates_see_no_image():
-    gate = hme._Gate(4, 2, 0.5)
+    gate = network_lib._Gate(4, 2, 0.5)
     variables = {"params": {"logits": noise(4, 2)}}
     assert gate.apply(variables).shape == (4, 2)  # called with nothing
     _, variables, apply = network()
@@ -178,7 +181,7 @@ def test_property_5_gates_see_no_image():
 def gradients(soft):
     """Of a loss with respect to the parameters, in evaluation mode."""
     model, variables, _ = network()
-    model = hme.soften(model, 1.0) if soft else model
+    model = network_lib.soften(model, 1.0) if soft else model
 
     @jax.jit
     @jax.grad
@@ -195,7 +198,7 @@ def size_of(tree):
 
 def test_property_6_soft_gates_learn():
     grads, _ = gradients(True)
-    assert all(size_of(g) > 0 for g in hme.gates(grads))
+    assert all(size_of(g) > 0 for g in network_lib.gates(grads))
     for level in ("stage1", "stage2", "stage3"):
         experts = grads[level]["block1"]
         assert all(size_of(experts[e]) > 0 for e in experts if e != "gate")
@@ -203,10 +206,10 @@ def test_property_6_soft_gates_learn():
 
 def test_property_6_hard_gates_and_dead_experts_do_not():
     grads, params = gradients(False)
-    assert all(size_of(g) == 0 for g in hme.gates(grads))
+    assert all(size_of(g) == 0 for g in network_lib.gates(grads))
     alive = np.arange(3)
     for level, logits in zip(
-        ("stage3", "stage2", "stage1"), hme.gates(params)[::-1], strict=True
+        ("stage3", "stage2", "stage1"), network_lib.gates(params)[::-1], strict=True
     ):
         alive = np.unique(np.argmax(logits, -1)[alive])
         experts = grads[level]["block1"]
@@ -218,9 +221,9 @@ def test_property_6_hard_gates_and_dead_experts_do_not():
 def test_property_7_pooling():
     half = [[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 1, 0, 0], [0, 0.5, 0.5, 0]]
     half += [[0, 0, 1, 0], [0, 0, 0.5, 0.5], [0, 0, 0, 1]]
-    np.testing.assert_array_equal(hme.bins(4, 7), half)
+    np.testing.assert_array_equal(network_lib.bins(4, 7), half)
     for size in range(1, 12):
-        matrix, x = hme.bins(size, 7), np.random.default_rng(size).random(size)
+        matrix, x = network_lib.bins(size, 7), np.random.default_rng(size).random(size)
         wanted = [
             x[int(np.floor(i * size / 7)) : int(np.ceil((i + 1) * size / 7))].mean()
             for i in range(7)
@@ -230,17 +233,23 @@ def test_property_7_pooling():
         np.testing.assert_array_equal(
             matrix[[0, -1]][:, [0, -1]] > 0, size == 1 or np.eye(2)
         )
-    np.testing.assert_array_equal(hme.bins(8, 1), np.full((1, 8), 1 / 8))
+    np.testing.assert_array_equal(network_lib.bins(8, 1), np.full((1, 8), 1 / 8))
 
 
 def test_property_7_pool_then_mix_is_mix_then_pool():
-    maps, logits, bins = noise(2, 4, 4, 8, 3), noise(5, 8, seed=1), hme.bins(4, 7)
+    maps, logits, bins = (
+        noise(2, 4, 4, 8, 3),
+        noise(5, 8, seed=1),
+        network_lib.bins(4, 7),
+    )
 
     @jax.jit
     def both(maps, logits):
-        weights = hme.attention(logits, 1.0)
+        weights = network_lib.attention(logits, 1.0)
         pool = functools.partial(jnp.einsum, "ih,bhwpc,jw->bijpc", bins)
-        return hme.mix(weights, pool(maps, bins)), pool(hme.mix(weights, maps), bins)
+        return network_lib.mix(weights, pool(maps, bins)), pool(
+            network_lib.mix(weights, maps), bins
+        )
 
     one, other = both(maps, logits)
     np.testing.assert_allclose(one, other, atol=1e-5)
@@ -252,7 +261,7 @@ def test_property_8_scores():
     odds = np.log(softmax(units)[..., 1] / softmax(units)[..., 0])
     np.testing.assert_allclose(score(units, "odds"), odds, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(score(units[..., :1], "ce"), units[..., 0])
-    larger = jax.jit(jax.grad(lambda u: jnp.sum(hme.score(u, "nce"))))(units)
+    larger = jax.jit(jax.grad(lambda u: jnp.sum(network_lib.score(u, "nce"))))(units)
     np.testing.assert_array_equal(larger[..., 0] == 1, units[..., 0] > units[..., 1])
 
 
@@ -354,7 +363,7 @@ def test_initial_values():
         biases = [v for path, v in biases.items() if path[-1] == "bias"]
         head, level = params["head"], params["stage2"]["block1"]
         kernels = head["fc1"]["kernel"], level["expert1"]["conv1"]["kernel"]
-        return hme.gates(params), biases, *kernels
+        return network_lib.gates(params), biases, *kernels
 
     gates, biases, dense, kernel = jax.device_get(drawn(jax.random.key(0)))
     for logits in gates:
@@ -377,7 +386,9 @@ def test_split_layout_halves_and_counts():
     shapes = [(2, 32, 32, 16), (2, 16, 16, 32), (2, 8, 8, 64)]
     assert [f.shape for f in out.features] == shapes
     assert out.stem.shape == (2, 32, 32, 16)
-    assert [g.shape for g in hme.gates(hme_weights.shapes(model)["params"])] == [
+    assert [
+        g.shape for g in network_lib.gates(hme_weights.shapes(model)["params"])
+    ] == [
         (4, 4),
         (4, 4),
         (10, 4),
@@ -386,6 +397,8 @@ def test_split_layout_halves_and_counts():
 
 def test_gates_of_another_network():
     with pytest.raises(KeyError):
-        hme.gates({"stage2": {"block1": {}}, "stage3": {"block1": {}}, "head": {}})
+        network_lib.gates(
+            {"stage2": {"block1": {}}, "stage3": {"block1": {}}, "head": {}}
+        )
     plain = models.create("resnet8", num_classes=3)
-    assert hme.soften(plain, 0.5) is plain
+    assert network_lib.soften(plain, 0.5) is plain

@@ -7,15 +7,15 @@ import pytest
 import tiny
 
 from lakd_jax import config as config_lib
-from lakd_jax import validate
-from lakd_jax.train import build
+from lakd_jax.config import check
+from lakd_jax.training import setup
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "cifar10_hme.py"
 HME = {"student__name": "hme", "method": "kd"}
 
 
 def faults(tmp_path, **fields):
-    return validate.problems(tiny.config(tmp_path, **{**HME, **fields}), 1)
+    return check.problems(tiny.config(tmp_path, **{**HME, **fields}), 1)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_the_released_recipe():
     spec = importlib.util.spec_from_file_location("cifar10_hme", CONFIG)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert validate.problems(module.get_config(), 1) == []
+    assert check.problems(module.get_config(), 1) == []
     config = config_lib.resolve(module.get_config("resnet56,,none"))
     assert (config.teacher.name, config.method) == ("resnet56", "none")
     assert (config.epochs, config.hme.stage1_epochs, config.batch_size) == (
@@ -69,13 +69,13 @@ def test_the_released_recipe():
 
 def test_what_the_networks_and_methods_are_given(tmp_path):
     plain = tiny.config(tmp_path, **HME, hme__output="ce", hme__layout="split")
-    assert build.network_options(plain) == {
+    assert setup.network_options(plain) == {
         "layout": "split",
         "base": "wrn_40_1",
         "output": "ce",
     }
     binary = tiny.config(tmp_path, **HME, hme__loss="binary")
-    assert build.network_options(binary)["output"] == "odds"
-    assert build.network_options(tiny.config(tmp_path)) == {}
+    assert setup.network_options(binary)["output"] == "odds"
+    assert setup.network_options(tiny.config(tmp_path)) == {}
     smooth = tiny.config(tmp_path, method="kd", label_smoothing=0.1)
-    assert build.method_options(smooth)["label_smoothing"] == 0.1
+    assert setup.method_options(smooth)["label_smoothing"] == 0.1

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lakd_jax.explain import gates
+from lakd_jax.hme import tree
 
 # Two experts, then three, then four classes. Expert 2.2 serves no class, and the
 # attention of 1.1 on 2.1 at temperature 1 is 2 / 3.
@@ -21,30 +21,30 @@ def random_gates(seed=0):
 
 def test_property_14_uniform_and_one_hot():
     uniform = [np.full(g.shape, 0.3) for g in random_gates()]
-    told = gates.conflict(uniform, 0.5)
+    told = tree.conflict(uniform, 0.5)
     np.testing.assert_allclose(told.levels, 1)
     assert told.mean == pytest.approx(1)
     for parents, count in zip(told.parents, (2, 4, 8), strict=True):
         np.testing.assert_allclose(parents, count)
     sharp = [1e6 * np.eye(g.shape[1])[g.argmax(-1)] for g in random_gates()]
-    told = gates.conflict(sharp, 0.5)
+    told = tree.conflict(sharp, 0.5)
     assert told.levels == (0, 0, 0) and told.mean == 0
     for parents in told.parents:
         np.testing.assert_array_equal(parents, 1)
 
 
 def test_entropy_by_hand():
-    told = gates.conflict([FIRST[:1]], 1.0)  # 2/3 and 1/3
+    told = tree.conflict([FIRST[:1]], 1.0)  # 2/3 and 1/3
     entropy = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
     assert told.levels[0] == pytest.approx(entropy / math.log(2))
     assert told.parents[0][0] == pytest.approx(math.exp(entropy))
     # Half the temperature squares the odds: 4/5 and 1/5.
     entropy = -(4 / 5 * math.log(4 / 5) + 1 / 5 * math.log(1 / 5))
-    assert gates.conflict([FIRST[:1]], 0.5).mean == pytest.approx(entropy / math.log(2))
+    assert tree.conflict([FIRST[:1]], 0.5).mean == pytest.approx(entropy / math.log(2))
 
 
 def test_a_single_parent_is_no_conflict():
-    told = gates.conflict([np.zeros((3, 1)), np.zeros((2, 3))], 1.0)
+    told = tree.conflict([np.zeros((3, 1)), np.zeros((2, 3))], 1.0)
     assert told.levels[0] == 0 and told.levels[1] == pytest.approx(1)
     np.testing.assert_array_equal(told.parents[0], 1)
 
@@ -58,11 +58,11 @@ def test_property_14_permutations_and_shifts_change_nothing():
         two[order[2]][:, order[1]],
         three[order[3]][:, order[2]],
     ]
-    for tau in gates.TEMPERATURES:
-        ours, theirs = gates.conflict(plain, tau), gates.conflict(renamed, tau)
+    for tau in tree.TEMPERATURES:
+        ours, theirs = tree.conflict(plain, tau), tree.conflict(renamed, tau)
         np.testing.assert_allclose(ours.levels, theirs.levels)
         assert ours.mean == pytest.approx(theirs.mean)
-    ours, theirs = gates.tree(plain), gates.tree(renamed)
+    ours, theirs = tree.tree(plain), tree.tree(renamed)
     assert ours.distinct_paths == theirs.distinct_paths
     assert [len(d) for d in ours.dead] == [len(d) for d in theirs.dead]
 
@@ -70,12 +70,12 @@ def test_property_14_permutations_and_shifts_change_nothing():
 def test_random_gates_collapse_with_the_schedule_of_training():
     """Why the measure has a fixed temperature: nothing was learnt here."""
     gate = np.random.default_rng(0).random((400, 8))
-    by_epoch = [gates.conflict([gate], 10 / (2 * e)).mean for e in (1, 100, 300)]
+    by_epoch = [tree.conflict([gate], 10 / (2 * e)).mean for e in (1, 100, 300)]
     assert by_epoch[0] > 0.99 and by_epoch[1] < 0.35 and by_epoch[2] < 0.12
 
 
 def test_tree_of_hand_made_gates():
-    made = gates.tree(HAND)
+    made = tree.tree(HAND)
     assert made.parents == ((0, 1, 1), (2, 0, 2, 0))
     assert made.experts == (2, 3)
     assert made.paths == ((1, 2), (0, 0), (1, 2), (0, 0))
@@ -86,14 +86,14 @@ def test_tree_of_hand_made_gates():
 
 
 def test_ties_go_to_the_first_parent_and_ancestors_of_the_dead_die():
-    made = gates.tree([np.array([[1.0, 1.0], [0.0, 1.0]]), np.array([[2.0, 2.0]])])
+    made = tree.tree([np.array([[1.0, 1.0], [0.0, 1.0]]), np.array([[2.0, 2.0]])])
     assert made.paths == ((0, 0),)
     assert made.dead == ((1,), (1,))
 
 
 def test_property_14_dot():
     names = ["cat", "car", 'a "dog"', "bus"]
-    assert gates.dot(HAND, names, 1.0) == "\n".join(
+    assert tree.dot(HAND, names, 1.0) == "\n".join(
         [
             "digraph tree {",
             "  node [shape=box];",
@@ -121,17 +121,17 @@ def test_property_14_dot():
 
 
 def test_shares_by_hand():
-    made = gates.tree(HAND)
+    made = tree.tree(HAND)
     # Pairs within the groups: (0, 1) apart, (2, 3) apart; of all six, two together.
-    apart = gates.shares(made, (0, 0, 1, 1))
-    assert apart == (gates.Share(0, 1 / 3),) * 2
-    together = gates.shares(made, (0, 1, 0, 1))
-    assert together == (gates.Share(1, 1 / 3),) * 2
+    apart = tree.shares(made, (0, 0, 1, 1))
+    assert apart == (tree.Share(0, 1 / 3),) * 2
+    together = tree.shares(made, (0, 1, 0, 1))
+    assert together == (tree.Share(1, 1 / 3),) * 2
 
 
 def test_superclasses():
-    assert gates.SUPERCLASSES["cifar10"].count(0) == 4  # plane, car, ship, truck
-    coarse = gates.SUPERCLASSES["cifar100"]
+    assert tree.SUPERCLASSES["cifar10"].count(0) == 4  # plane, car, ship, truck
+    coarse = tree.SUPERCLASSES["cifar100"]
     assert [coarse.count(group) for group in range(20)] == [5] * 20
     trees = [coarse[label] for label in (47, 52, 56, 59, 96)]  # maple to willow
     assert trees == [17] * 5
@@ -140,12 +140,12 @@ def test_superclasses():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: gates.tree([FIRST, FIRST]), "gate 1 has 3 children, gate 2 2 parents"),
-        (lambda: gates.tree([]), "no gates"),
-        (lambda: gates.conflict(HAND, 0.0), "temperature must be above 0"),
-        (lambda: gates.dot(HAND, ["a"], 1.0), "1 names given for 4 classes"),
-        (lambda: gates.shares(gates.tree(HAND), (0, 1)), "2 groups given for 4"),
-        (lambda: gates.shares(gates.tree(HAND), (0, 1, 2, 3)), "no two classes"),
+        (lambda: tree.tree([FIRST, FIRST]), "gate 1 has 3 children, gate 2 2 parents"),
+        (lambda: tree.tree([]), "no gates"),
+        (lambda: tree.conflict(HAND, 0.0), "temperature must be above 0"),
+        (lambda: tree.dot(HAND, ["a"], 1.0), "1 names given for 4 classes"),
+        (lambda: tree.shares(tree.tree(HAND), (0, 1)), "2 groups given for 4"),
+        (lambda: tree.shares(tree.tree(HAND), (0, 1, 2, 3)), "no two classes"),
     ],
 )
 def test_faults(call, message):

@@ -9,10 +9,12 @@ import pytest
 import tiny
 
 from lakd_jax import config as config_lib
-from lakd_jax import interop, interrupt, workdir
-from lakd_jax.models import hme
+from lakd_jax import interop
+from lakd_jax.hme import network
 from lakd_jax.report import metrics
-from lakd_jax.train import hme_runs, networks, runs
+from lakd_jax.runs import phases, single, weights
+from lakd_jax.runtime import interrupt
+from lakd_jax.store import workdir
 
 TIMINGS = ("seconds", "step_seconds", "images_per_second")
 pytestmark = pytest.mark.long  # each run compiles two steps
@@ -32,17 +34,17 @@ def config(tmp_path, **fields):
 
 
 def train(settings, directory, guard, teacher=None):
-    bench = runs.bench(settings, guard, lambda text: None)
+    bench = single.bench(settings, guard, lambda text: None)
     with workdir.prepare(directory, config_lib.to_dict(settings)):
-        return hme_runs.train(settings, directory, bench, teacher)
+        return phases.train(settings, directory, bench, teacher)
 
 
 def finished(directory):
     """(variables, result without timings, metrics) of both stages."""
     out = []
     for folder in (directory / "stage1", directory):
-        variables, _ = interop.load_variables(folder / networks.STUDENT_FILE)
-        result = json.loads((folder / networks.RESULT_FILE).read_text())
+        variables, _ = interop.load_variables(folder / weights.STUDENT_FILE)
+        result = json.loads((folder / weights.RESULT_FILE).read_text())
         for block in (result, result.get("stage1", {})):
             for timing in TIMINGS:
                 block.pop(timing, None)
@@ -89,7 +91,7 @@ def test_what_is_left(whole):
     assert (one["epochs"], two["epochs"]) == (EPOCHS, EPOCHS)
     assert "stage1" not in one
     for mine, wanted in zip(
-        hme.gates(second["params"]), hme.gates(first["params"]), strict=True
+        network.gates(second["params"]), network.gates(first["params"]), strict=True
     ):
         np.testing.assert_array_equal(mine, wanted)  # property 11
     kernel = ("stage2", "block1", "expert1", "conv1", "kernel")
@@ -100,10 +102,10 @@ def test_what_is_left(whole):
 
 
 def test_the_student_is_the_hard_tree(whole):
-    loaded, card = networks.student(whole / networks.STUDENT_FILE, "float32")
+    loaded, card = weights.student(whole / weights.STUDENT_FILE, "float32")
     assert loaded.model.temperature is None
     assert card["options"] == {"layout": "ltb", "base": "wrn_40_1", "output": "nce"}
-    again = networks.load(
+    again = weights.load(
         "student",
         "hme",
         str(whole),
@@ -130,7 +132,7 @@ def test_a_finished_run_is_told_again(whole):
 def test_other_losses_and_layouts(fields, tmp_path, mesh, monkeypatch):
     if fields.get("data__minival") == 0:
         bare = dataclasses.replace(tiny.dataset(train=64), minival=tiny.split(0, 1))
-        monkeypatch.setattr(runs.data, "load", lambda *a, **k: bare)
+        monkeypatch.setattr(single.data, "load", lambda *a, **k: bare)
     settings = config(tmp_path, epochs=1, **fields)
     teacher = tiny.teacher(mesh) if settings.method == "kd" else None
     result = train(settings, tmp_path / "run", interrupt.Guard(), teacher)

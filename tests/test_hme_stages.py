@@ -10,18 +10,17 @@ import pytest
 import tiny
 
 from lakd_jax import config as config_lib
-from lakd_jax.models import hme
-from lakd_jax.train import hme_stages
-from lakd_jax.train import state as state_lib
+from lakd_jax.hme import network, phases
+from lakd_jax.training import state as state_lib
 
 
 def stage(number, tmp_path, epochs=300, **fields):
     config = tiny.config(tmp_path, student__name="hme", epochs=epochs, **fields)
     config = config_lib.resolve(config)
     if number == 1:
-        return hme_stages.first(config)
+        return phases.first(config)
     variables = hme_weights.drawn(hme_weights.small("nce"))
-    return hme_stages.second(config, variables, {"epochs": 1})
+    return phases.second(config, variables, {"epochs": 1})
 
 
 @pytest.mark.parametrize(
@@ -63,10 +62,10 @@ def test_property_10_stage_2(epoch, rate, tmp_path):
 @pytest.mark.parametrize("epochs", [1, 2, 3, 7, 30])
 def test_other_numbers_of_epochs_keep_the_shape(epochs):
     all_epochs = range(1, epochs + 1)
-    one = [float(hme_stages.warm_line(e, epochs)) for e in all_epochs]
+    one = [float(phases.warm_line(e, epochs)) for e in all_epochs]
     assert one[:4] == [0.25, 0.5, 1.0, 1.0][:epochs]
     assert min(one) > 0 and one[2:] == sorted(one[2:], reverse=True)
-    two = [float(hme_stages.halving(e, epochs)) for e in all_epochs]
+    two = [float(phases.halving(e, epochs)) for e in all_epochs]
     assert two == sorted(two, reverse=True) and two[-1] == 2**-10
 
 
@@ -127,13 +126,13 @@ def test_property_11_stage_2_starts_from_gates_and_statistics(tmp_path):
     drawn = jax.tree.map(lambda x: x + 1.0, kept)
     begin = made.first_variables(drawn)
     for mine, wanted in zip(
-        hme.gates(begin["params"]), hme.gates(kept["params"]), strict=True
+        network.gates(begin["params"]), network.gates(kept["params"]), strict=True
     ):
         np.testing.assert_array_equal(mine, wanted)
     jax.tree.map(np.testing.assert_array_equal, begin["batch_stats"], stats)
     flat = flax.traverse_util.flatten_dict(begin["params"])
     new = flax.traverse_util.flatten_dict(drawn["params"])
-    assert all(flat[p] is new[p] for p in flat if not hme.is_gate(p))
+    assert all(flat[p] is new[p] for p in flat if not network.is_gate(p))
     assert stage(1, tmp_path).first_variables(drawn) is drawn
     assert made.purpose != stage(1, tmp_path).purpose == state_lib.INITIALISE
 

@@ -8,9 +8,10 @@ import pytest
 import tiny
 
 import lakd_jax
-from lakd_jax import errors, hosts
-from lakd_jax.train import runs
-from lakd_jax.train import state as state_lib
+from lakd_jax import errors
+from lakd_jax.runs import single
+from lakd_jax.runtime import hosts
+from lakd_jax.training import state as state_lib
 
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -23,7 +24,7 @@ def pod(monkeypatch):
     def begun(*_):  # a test that fails must not train
         raise errors.DataError("the run began")
 
-    monkeypatch.setattr(runs, "bench", begun)
+    monkeypatch.setattr(single, "bench", begun)
     monkeypatch.setattr(jax, "process_count", lambda: 4)
 
 

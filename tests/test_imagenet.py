@@ -5,8 +5,8 @@ import runpy
 import pytest
 
 from lakd_jax import config as config_lib
-from lakd_jax import validate
-from lakd_jax.train import build
+from lakd_jax.config import check
+from lakd_jax.training import setup
 
 CONFIG = "configs/imagenet_lakd.py"
 STEPS = 2503  # 1,281,167 images in batches of 512
@@ -30,18 +30,18 @@ def recipe(arg="", **fields):
     ],
 )
 def test_pairs_and_methods_go_with_it(arg):
-    assert validate.problems(recipe(arg), 8) == []
+    assert check.problems(recipe(arg), 8) == []
 
 
 def test_the_rate_falls_after_30_60_and_90_epochs():
-    rate = build.learning_rate(recipe(), STEPS)
+    rate = setup.learning_rate(recipe(), STEPS)
     told = [float(rate(epoch * STEPS)) for epoch in (0, 29, 31, 61, 91)]
     assert told == pytest.approx([0.2, 0.2, 0.02, 0.002, 0.0002])
 
 
 def test_the_rate_is_in_proportion_to_the_batch():
     for batch, first in ((512, 0.2), (256, 0.1), (2048, 0.8)):
-        assert build.learning_rate(recipe(batch_size=batch), 1)(0) == pytest.approx(
+        assert setup.learning_rate(recipe(batch_size=batch), 1)(0) == pytest.approx(
             first
         )
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from lakd_jax import interrupt
+from lakd_jax.runtime import interrupt
 
 
 def _send(number):

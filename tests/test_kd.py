@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from lakd_jax import distill
-from lakd_jax.distill import kd, method
+from lakd_jax.distill import kd
+from lakd_jax.distill.base import method
 from lakd_jax.models import chain
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "losses_kd.npz"

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import precision
 
-from lakd_jax import config_methods, distill
-from lakd_jax.distill import kdpp, method
+from lakd_jax import distill
+from lakd_jax.config import methods
+from lakd_jax.distill import kdpp
+from lakd_jax.distill.base import method
 
-OPTIONS = config_methods.blocks()["kdpp"].to_dict()
+OPTIONS = methods.blocks()["kdpp"].to_dict()
 
 
 def draw(seed, *shape):

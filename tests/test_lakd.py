@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import toys
 
-from lakd_jax.distill import kd, lakd, method
+from lakd_jax.distill import kd, lakd
+from lakd_jax.distill.base import method
 from lakd_jax.models import chain
 
 # The other values of the options, one each.

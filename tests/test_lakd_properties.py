@@ -15,7 +15,8 @@ import pytest
 import toys
 
 from lakd_jax import models
-from lakd_jax.distill import kd, lakd, method
+from lakd_jax.distill import kd, lakd
+from lakd_jax.distill.base import method
 from lakd_jax.models import chain
 
 OWN = np.eye(3, dtype=bool)  # each loss reaches its own module

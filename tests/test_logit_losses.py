@@ -12,17 +12,8 @@ import numpy as np
 import precision
 import pytest
 
-from lakd_jax.distill import (
-    ctkd,
-    dist,
-    dkd,
-    kd,
-    mlkd,
-    nkd,
-    relation,
-    sdd,
-    wttm,
-)
+from lakd_jax.distill import ctkd, dist, dkd, kd, mlkd, nkd, sdd, wttm
+from lakd_jax.distill.base import numerics
 
 BATCH, CLASSES = 12, 10
 
@@ -361,7 +352,7 @@ def test_sdd_logits_of_positions_average_to_those_of_parts():
         return jnp.mean(jax.nn.relu(x), (1, 2)) @ weights
 
     for head, prepare in ((linear, np.array), (rectified, lambda x: np.maximum(x, 0))):
-        map_of = functools.partial(relation.logit_map, head)
+        map_of = functools.partial(numerics.logit_map, head)
         parts = jax.jit(lambda x, f=map_of: sdd.cells(f(x), (1, 2)))(features)
         for k, part in ((0, features), (2, features[:, :2, 2:])):
             wanted = prepare(part).mean((1, 2)) @ weights

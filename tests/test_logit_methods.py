@@ -10,7 +10,8 @@ import pytest
 import test_logit_losses as losses
 
 from lakd_jax import distill
-from lakd_jax.distill import dist, kd, method, mlkd, nkd, sdd, wttm
+from lakd_jax.distill import dist, kd, mlkd, nkd, sdd, wttm
+from lakd_jax.distill.base import method
 from lakd_jax.models import chain
 
 

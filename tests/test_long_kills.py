@@ -17,9 +17,10 @@ import jax
 import numpy as np
 import pytest
 
-from lakd_jax import checkpoint, interop
+from lakd_jax import interop
 from lakd_jax.report import metrics
-from lakd_jax.train import networks
+from lakd_jax.runs import weights
+from lakd_jax.store import checkpoint
 
 pytestmark = pytest.mark.long
 
@@ -112,7 +113,7 @@ class Lab:
 
 
 def left_by(directory):
-    variables, _ = interop.load_variables(directory / networks.STUDENT_FILE)
+    variables, _ = interop.load_variables(directory / weights.STUDENT_FILE)
     arrays = jax.tree.map(np.ndarray.tobytes, variables)
     return arrays, (directory / metrics.FILENAME).read_bytes()
 

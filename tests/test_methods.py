@@ -1,4 +1,4 @@
-"""What holds for every method with a block in `config_methods`, on toy networks."""
+"""What holds for every method with a block in `config.methods`, on toy networks."""
 
 import dataclasses
 import functools
@@ -13,10 +13,11 @@ import tiny
 import toys
 
 from lakd_jax import config as config_lib
-from lakd_jax import config_methods, distill, validate
-from lakd_jax.train import build
+from lakd_jax import distill
+from lakd_jax.config import check, methods
+from lakd_jax.training import setup
 
-METHODS = sorted(config_methods.blocks())
+METHODS = sorted(methods.blocks())
 STAGED = [name for name in METHODS if distill.facts(name).staged]
 SUMS = ("dkd+at", "kd+at+sp", "lakd+dkd")
 SETTINGS = {  # what the toys have not, or where the full weight needs many epochs
@@ -34,7 +35,7 @@ REACH = {
 
 def options(name):
     """The block's defaults for a toy, with a warm-up and little cross-entropy."""
-    block = config_methods.blocks()[name].to_dict()
+    block = methods.blocks()[name].to_dict()
     wanted = {"ce_weight": 0.5, "warmup_epochs": 4.0, "init_epochs": 0}
     wanted |= SETTINGS.get(name, {})
     return block | {n: v for n, v in wanted.items() if n in block}
@@ -176,7 +177,7 @@ def test_bfloat16_networks_give_finite_float32_terms(name):
 def test_a_sum_has_all_terms_once(name, tmp_path):
     config = tiny.config(tmp_path, method=name)
     made = {
-        n: build.method_options(config_lib.changed(config, {"method": n}))
+        n: setup.method_options(config_lib.changed(config, {"method": n}))
         for n in distill.parts(name)
     }
     passes = networks(name)
@@ -245,12 +246,12 @@ def test_what_holds_of_a_sum_holds_of_one_of_its_parts():
     ],
 )
 def test_what_cannot_be_is_said_before_anything_runs(fields, line, tmp_path):
-    found = validate.problems(tiny.config(tmp_path, **fields), 1)
+    found = check.problems(tiny.config(tmp_path, **fields), 1)
     assert len(found) == 1 and re.search(line, found[0]), found
 
 
 def test_every_block_has_a_range_for_every_number():
-    blocks = config_methods.blocks()
+    blocks = methods.blocks()
     assert set(blocks) <= set(distill.names())
     wrong = {
         f"{name}.{field}": -1.0 if isinstance(value, float) else -1
@@ -258,5 +259,5 @@ def test_every_block_has_a_range_for_every_number():
         for field, value in block.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
-    found = validate.problems(config_lib.changed(config_lib.default(), wrong), 1)
+    found = check.problems(config_lib.changed(config_lib.default(), wrong), 1)
     assert set(wrong) <= {line.split()[0] for line in found}

@@ -11,14 +11,15 @@ import tiny
 import toys
 
 from lakd_jax import config as config_lib
-from lakd_jax import config_methods, distill, models
-from lakd_jax.train import build, networks, step
-from lakd_jax.train import learner as learner_lib
-from lakd_jax.train import state as state_lib
+from lakd_jax import distill, models
+from lakd_jax.config import methods
+from lakd_jax.runs import weights
+from lakd_jax.training import setup, spec, step
+from lakd_jax.training import state as state_lib
 
 bench, teacher_dir = resume.bench, resume.teacher_dir
 
-METHODS = sorted(config_methods.blocks())
+METHODS = sorted(methods.blocks())
 STATEFUL = ("crd", "ctkd", "kdpp", "ofd")
 # Losses that are means over examples, of each of which they see nothing else: that
 # devices take the step of one holds of them as it does of the networks.
@@ -32,7 +33,7 @@ FIELDS = {"crd": {"crd__negatives": 16}}
 def fields(name):
     """A method at once at its full weight, where it has a warm-up."""
     own = {f"{name}__warmup_epochs": 0.0}
-    if "init_epochs" in config_methods.blocks()[name]:
+    if "init_epochs" in methods.blocks()[name]:
         own[f"{name}__init_epochs"] = 1
     return {"method": name, "optim__lr": 1e-4, **own, **FIELDS.get(name, {})}
 
@@ -42,11 +43,11 @@ def learner(tmp_path, model, **fields):
     config = config_lib.resolve(tiny.config(tmp_path, **fields))
     mesh = state_lib.data_mesh()
     variables = state_lib.replicate(toys.network(model, 7), mesh)
-    made, first = build.learner(
+    made, first = setup.learner(
         config,
-        networks.Loaded(model, toys.network(model, 1), "drawn"),
-        networks.Loaded(model, variables, "drawn"),
-        teacher_pixels=build.pixels(config),
+        weights.Loaded(model, toys.network(model, 1), "drawn"),
+        weights.Loaded(model, variables, "drawn"),
+        teacher_pixels=setup.pixels(config),
         image_shape=(8, 8, 3),
         steps_per_epoch=10,
         examples=160,
@@ -120,11 +121,11 @@ def test_a_stop_loses_nothing_of_its_state(name, tmp_path, bench, teacher_dir):
 
 def test_features_of_two_shapes_are_told(tmp_path):
     made, *_ = learner(tmp_path, models.create("resnet8", num_classes=3), method="at")
-    assert learner_lib.unlike(made, 8) == []
+    assert spec.unlike(made, 8) == []
     wide = dataclasses.replace(made, teacher=models.create("resnet8x4", num_classes=3))
-    assert learner_lib.unlike(wide, 8)[0] == "stage1.block1 8x8x16 from 8x8x64"
+    assert spec.unlike(wide, 8)[0] == "stage1.block1 8x8x16 from 8x8x64"
     larger = dataclasses.replace(made.teacher_pixels, size=16)
     large = dataclasses.replace(made, teacher_pixels=larger)
-    assert learner_lib.unlike(large, 8)[2] == "stage3.block1 2x2x64 from 4x4x64"
+    assert spec.unlike(large, 8)[2] == "stage3.block1 2x2x64 from 4x4x64"
     blind = dataclasses.replace(wide, facts=distill.facts("kd"))
-    assert learner_lib.unlike(blind, 8) == []
+    assert spec.unlike(blind, 8) == []

@@ -9,7 +9,8 @@ import precision
 import pytest
 import tap_toys
 
-from lakd_jax.distill import adapter, lakd, ndam
+from lakd_jax.distill import lakd, ndam
+from lakd_jax.distill.base import adapter
 
 DEFAULT = {"f_sum": "abs", "a": 0.5, "b": 0.5, "window": 3, "stride": 1}
 

@@ -10,7 +10,8 @@ import precision
 import tap_toys
 from scipy import stats
 
-from lakd_jax.distill import method, ofd
+from lakd_jax.distill import ofd
+from lakd_jax.distill.base import method
 
 MEANS = np.array([-1.0, 0.0, 0.5, 2.0])
 SCALES = np.array([1.0, 2.0, 0.5, 1.5])

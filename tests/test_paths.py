@@ -13,22 +13,15 @@ from PIL import Image
 import lakd_jax
 from benchmarks import compare, flag_types, table, throughput
 from benchmarks import input as input_benchmark
-from lakd_jax import (
-    api,
-    backend,
-    data,
-    errors,
-    explain,
-    export,
-    interop,
-    interrupt,
-    paths,
-    validate,
-    workdir,
-)
-from lakd_jax.data import stream, tfds_source
-from lakd_jax.train import networks, runs, teachers, view_runs
-from lakd_jax.train import state as state_lib
+from lakd_jax import api, data, errors, explain, export, interop, paths
+from lakd_jax.config import check
+from lakd_jax.data.streaming import batches
+from lakd_jax.data.tfds import source as source_lib
+from lakd_jax.runs import single, teacher, teacher_source
+from lakd_jax.runs import weights as weights_lib
+from lakd_jax.runtime import backend, interrupt
+from lakd_jax.store import workdir
+from lakd_jax.training import state as state_lib
 
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -52,7 +45,7 @@ def here(tmp_path, monkeypatch):
     def begun(*_):  # a test that fails must not train
         raise errors.DataError("the run began")
 
-    monkeypatch.setattr(runs, "bench", begun)
+    monkeypatch.setattr(single, "bench", begun)
     yield folder
     assert not list(folder.iterdir())
 
@@ -120,7 +113,7 @@ def test_urls_in_fields_are_told_with_all_other_faults(main, here):
 )
 def test_urls_of_data(tmp_path, source, faults):
     config = tiny.config(tmp_path, data__source=source)
-    found = [f for f in validate.problems(config, 1) if f.startswith("data.source")]
+    found = [f for f in check.problems(config, 1) if f.startswith("data.source")]
     assert len(found) == faults
 
 
@@ -177,10 +170,10 @@ def test_data_in_a_bucket_from_python(here, source):
 
 
 def test_streamed_data_in_a_bucket_from_python(here):
-    views = stream.Views(8, (0.1, 1.0), 8)
+    views = batches.Views(8, (0.1, 1.0), 8)
     options = {"minival": 0.0, "data_dir": "", "workers": 0}
     with pytest.raises(errors.ConfigError, match=r"data\.source must be a local"):
-        stream.load("folder:gs://bucket/images", views, **options)
+        batches.load("folder:gs://bucket/images", views, **options)
 
 
 def test_benchmarks_in_a_bucket(here, capsys):
@@ -261,7 +254,7 @@ def test_home_in_data_dir(home, monkeypatch):
     def opened(name, data_dir):
         raise errors.DataError(data_dir)
 
-    monkeypatch.setattr(tfds_source, "_open", opened)
+    monkeypatch.setattr(source_lib, "_open", opened)
     with pytest.raises(errors.DataError, match=f"^{home / 'sets'}$"):
         data.load("cifar10", data_dir="~/sets")
 
@@ -271,28 +264,28 @@ def test_home_in_init(home, field):
     options = {"shortcut": "projection", "dtype": "float32", "num_classes": 3}
     words = f"{field}.init: {home / 'run'} does not exist"
     with pytest.raises(errors.TeacherError, match=words):
-        networks.load(field, "resnet8", "~/run", **options)
+        weights_lib.load(field, "resnet8", "~/run", **options)
 
 
 def test_home_in_teacher_cache(home, monkeypatch):
     """The config, and with it the name of the teacher's folder, stay as they are."""
     config = tiny.config(home)
     bench = types.SimpleNamespace(dataset=tiny.dataset())
-    name = teachers._cached(config, bench).name
+    name = teacher._cached(config, bench).name
     config.teacher.cache = "~/teachers"
-    assert teachers._cached(config, bench) == home / "teachers" / name
+    assert teacher._cached(config, bench) == home / "teachers" / name
     assert config.teacher.cache == "~/teachers"
 
 
 def test_home_in_teacher_cache_of_views(home, monkeypatch):
     asker = types.SimpleNamespace(shapes=dict)
-    monkeypatch.setattr(view_runs.views, "Asker", lambda *_: asker)
-    monkeypatch.setattr(view_runs.views, "require_room", lambda *_: None)
-    monkeypatch.setattr(view_runs.views, "settings", lambda *_, **__: "key")
-    monkeypatch.setattr(view_runs.views, "kept", lambda cache, *_: cache)
+    monkeypatch.setattr(teacher_source.views, "Asker", lambda *_: asker)
+    monkeypatch.setattr(teacher_source.views, "require_room", lambda *_: None)
+    monkeypatch.setattr(teacher_source.views, "settings", lambda *_, **__: "key")
+    monkeypatch.setattr(teacher_source.views, "kept", lambda cache, *_: cache)
     config, dataset = tiny.config(home), tiny.dataset()
     config.teacher.cache = "~/teachers"
-    found = view_runs.source(
+    found = teacher_source.source(
         config,
         types.SimpleNamespace(views=2, mesh=None),
         {},
@@ -315,7 +308,7 @@ def test_home_in_teacher_cache_of_views(home, monkeypatch):
 )
 def test_compile_cache_is_a_path_or_left_to_jax(home, here, monkeypatch, cache, kept):
     config = tiny.config(home, compile_cache=cache)
-    assert not [f for f in validate.problems(config, 1) if "compile_cache" in f]
+    assert not [f for f in check.problems(config, 1) if "compile_cache" in f]
     settings = types.SimpleNamespace(jax_compilation_cache_dir=None)
     settings.update = lambda name, value: setattr(settings, name, value)
     fake = types.SimpleNamespace(config=settings, default_backend=lambda: "tpu")
@@ -327,7 +320,7 @@ def test_compile_cache_is_a_path_or_left_to_jax(home, here, monkeypatch, cache, 
 
 def test_compile_cache_of_nobody(tmp_path):
     config = tiny.config(tmp_path, compile_cache="~nobody-here/programs")
-    (fault,) = validate.problems(config, 1)
+    (fault,) = check.problems(config, 1)
     assert fault.startswith("compile_cache is '~nobody-here/programs', and ")
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from lakd_jax import config as config_lib
-from lakd_jax import recipes, validate
+from lakd_jax.config import check, recipes
 from lakd_jax.data import order
-from lakd_jax.train import build
+from lakd_jax.training import setup
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 782
@@ -41,7 +41,7 @@ def test_protocol_is_the_fields(data):
     assert (o.momentum, o.nesterov, o.weight_decay) == (0.9, False, 5e-4)
     assert (o.warmup_epochs, o.clip_norm) == (0.0, 0.0)
     assert (c.kd.ce_weight, c.kd.kd_weight, c.kd.temperature) == (0.1, 0.9, 4.0)
-    assert validate.problems(c, 1) == []
+    assert check.problems(c, 1) == []
 
 
 def published_rate(lr, epoch):
@@ -62,7 +62,7 @@ def published_rate(lr, epoch):
 )
 def test_rate_falls_in_the_step_in_which_the_public_one_does(student, lr):
     c = config("cifar100", f"resnet32x4,{student},kd")
-    schedule = build.learning_rate(c, STEPS)
+    schedule = setup.learning_rate(c, STEPS)
     for epoch in (1, 149, 150, 151, 180, 181, 210, 211, 240):
         wanted = published_rate(lr, epoch)
         first, last = (epoch - 1) * STEPS, epoch * STEPS - 1

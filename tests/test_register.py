@@ -9,16 +9,9 @@ import pytest
 import tiny
 
 from lakd_jax import config as config_lib
-from lakd_jax import (
-    distill,
-    interop,
-    models,
-    register,
-    relations,
-    relations_runs,
-    validate,
-)
-from lakd_jax.distill import term
+from lakd_jax import distill, interop, models, register
+from lakd_jax.config import check, rules, rules_of_runs
+from lakd_jax.distill.base import term
 from lakd_jax.models import vgg
 
 Narrow = functools.partial(vgg.VGG, stem_widths=(4,), stage_sizes=(1, 1), widths=(6, 8))
@@ -41,8 +34,8 @@ class Bare(term.Term):
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch):
     """What a test registers is gone after it."""
-    table = list(relations.TABLE)
-    for module in (relations, relations_runs):
+    table = list(rules.TABLE)
+    for module in (rules, rules_of_runs):
         monkeypatch.setattr(module, "TABLE", table)
     monkeypatch.setattr(config_lib, "_ADDED", {})
     monkeypatch.setattr(distill, "METHODS", dict(distill.METHODS))
@@ -50,7 +43,7 @@ def forgotten(monkeypatch):
 
 
 def faults(tmp_path, **fields):
-    return validate.problems(tiny.config(tmp_path, **fields), 1)
+    return check.problems(tiny.config(tmp_path, **fields), 1)
 
 
 def test_a_method_has_its_block_its_ranges_and_its_place_in_sums(tmp_path):
@@ -76,7 +69,7 @@ def test_a_method_has_its_block_its_ranges_and_its_place_in_sums(tmp_path):
 def test_a_config_from_before_is_told_to_be_made_anew(tmp_path):
     config = tiny.config(tmp_path)
     register.method("mine", Mine)
-    lines = validate.problems(config, 1)
+    lines = check.problems(config, 1)
     assert len(lines) == 4
     assert all("default() after registering" in line for line in lines)
 
@@ -98,7 +91,7 @@ def test_a_registered_method_changes_no_other_run(tmp_path):
 
 
 def test_registering_again_replaces():
-    relations_before = len(relations.TABLE)
+    relations_before = len(rules.TABLE)
     for number in (1.0, 3.0):
 
         class Own(Mine):
@@ -107,7 +100,7 @@ def test_registering_again_replaces():
         register.method("mine", Own)
         assert config_lib.default().mine.margin == number
         assert distill.METHODS["mine"] is Own
-    assert len(relations.TABLE) == relations_before + 1
+    assert len(rules.TABLE) == relations_before + 1
 
 
 @pytest.mark.parametrize("name", ["kd", "none", "data", "epochs", "dkd"])

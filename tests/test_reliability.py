@@ -16,25 +16,19 @@ import pytest
 import tiny
 from PIL import Image
 
-from lakd_jax import (
-    checkpoint,
-    data,
-    errors,
-    hosts,
-    interop,
-    interrupt,
-    manifest,
-    train,
-    version,
-    workdir,
-)
 from lakd_jax import config as config_lib
+from lakd_jax import data, errors, interop, version
 from lakd_jax.data import order
-from lakd_jax.distill import binary, dkd, kd
+from lakd_jax.distill import dkd, kd
+from lakd_jax.hme import losses
 from lakd_jax.report import metrics
-from lakd_jax.train import build, modules, networks, runs, teachers, track
-from lakd_jax.train import learner as learner_lib
-from lakd_jax.train import state as state_lib
+from lakd_jax.runs import command, single
+from lakd_jax.runs import teacher as teacher_lib
+from lakd_jax.runs import weights as weights_lib
+from lakd_jax.runtime import hosts, interrupt
+from lakd_jax.store import checkpoint, manifest, workdir
+from lakd_jax.training import modules, record, setup, spec
+from lakd_jax.training import state as state_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
@@ -103,11 +97,11 @@ def size_of(folder):
 @pytest.fixture
 def on_tiny(monkeypatch):
     """Runs whole commands on the tiny data and one device."""
-    monkeypatch.setattr(runs.data, "load", lambda *a, **k: tiny.dataset())
+    monkeypatch.setattr(single.data, "load", lambda *a, **k: tiny.dataset())
     one = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
     monkeypatch.setattr(state_lib, "data_mesh", lambda: one)
     quiet = {"guard": interrupt.Guard(), "notify": lambda text: None}
-    return lambda config, directory: train.run(config, directory, **quiet)
+    return lambda config, directory: command.run(config, directory, **quiet)
 
 
 @pytest.mark.long
@@ -123,11 +117,11 @@ def test_a_run_keeps_few_checkpoints_and_no_teacher(on_tiny, tmp_path):
     assert not [name for name in arrays if "teacher" in name]
     weights = "train/params/student/", "train/batch_stats/student/"
     mine = sum(x.nbytes for name, x in arrays.items() if name.startswith(weights))
-    assert (run / networks.STUDENT_FILE).stat().st_size < mine + 16_384
+    assert (run / weights_lib.STUDENT_FILE).stat().st_size < mine + 16_384
     # Parameters, momentum and the best ones, twice, the student and small files.
     assert size_of(run) < (2 * 3 + 1) * mine + 300_000
     on_tiny(config, run)  # the same command tells the result again
-    note = workdir.read_json(run / teachers.NOTE)
+    note = workdir.read_json(run / teacher_lib.NOTE)
     file = pathlib.Path(note["source"])
     variables, card = interop.load_variables(file)
     assert note["weights"] == manifest.digest(variables)
@@ -141,13 +135,13 @@ def test_another_teacher_than_at_the_start_is_refused(tmp_path):
     """Promise 16: its weights are known by their content."""
 
     def teacher(name, digest):
-        loaded = networks.Loaded(None, None, name)
-        return runs.Teacher(loaded, None, None, 1, digest)
+        loaded = weights_lib.Loaded(None, None, name)
+        return single.Teacher(loaded, None, None, 1, digest)
 
-    teachers.require_same(tmp_path, teacher("a", "1"))
-    teachers.require_same(tmp_path, teacher("moved", "1"))
+    teacher_lib.require_same(tmp_path, teacher("a", "1"))
+    teacher_lib.require_same(tmp_path, teacher("moved", "1"))
     with pytest.raises(errors.TeacherError) as caught:
-        teachers.require_same(tmp_path, teacher("b", "2"))
+        teacher_lib.require_same(tmp_path, teacher("b", "2"))
     assert "b has other weights (2) than" in str(caught.value)
     assert "was begun with (1, from a)" in str(caught.value)
 
@@ -182,8 +176,8 @@ def test_a_field_that_did_not_exist_has_its_default(tmp_path):
     workdir.prepare(tmp_path, old).close()
     other = config_lib.changed(config, {"data.max_bad": 3})
     with pytest.raises(errors.WorkdirError, match="data.max_bad: 0 -> 3"):
-        runs.prepare(tmp_path, other)
-    with runs.prepare(tmp_path, config) as run:
+        single.prepare(tmp_path, other)
+    with single.prepare(tmp_path, config) as run:
         assert run.resumed
     written = workdir.read_json(tmp_path / workdir.CONFIG)
     assert written == config_lib.to_dict(config)
@@ -191,7 +185,7 @@ def test_a_field_that_did_not_exist_has_its_default(tmp_path):
 
 def test_what_a_checkpoint_keeps_beside_arrays_may_grow():
     """Promise 7: numbers that an earlier version did not keep have a default."""
-    assert track.Ledger(**{}) == track.Ledger()
+    assert record.Ledger(**{}) == record.Ledger()
 
 
 # ------------------------------------------------------------------ faults, numbers
@@ -201,10 +195,12 @@ def test_a_faulty_config_reads_no_data_and_compiles_nothing(
     monkeypatch, tmp_path, caplog
 ):
     """Promise 20: its faults are found before any work."""
-    monkeypatch.setattr(runs.data, "load", lambda *a, **k: pytest.fail("data was read"))
+    monkeypatch.setattr(
+        single.data, "load", lambda *a, **k: pytest.fail("data was read")
+    )
     config = tiny.config(tmp_path, epochs=0, optim__lr=0.0)
     with jax.log_compiles(), pytest.raises(errors.ConfigError) as caught:
-        train.run(config, tmp_path / "run", guard=interrupt.Guard(), notify=print)
+        command.run(config, tmp_path / "run", guard=interrupt.Guard(), notify=print)
     assert len(caught.value.problems) == 2
     assert not caplog.records and not (tmp_path / "run").exists()
     with jax.log_compiles():
@@ -227,7 +223,7 @@ DIVERGENCES = {
     "kd, standardised": _standardised,
     "dkd, of the label": lambda s, t: _dkd(s, t, 1.0, 0.0),
     "dkd, of the others": lambda s, t: _dkd(s, t, 0.0, 1.0),
-    "binary": lambda s, t: binary.binary_kd(s, t, 4.0),
+    "binary": lambda s, t: losses.binary_kd(s, t, 4.0),
 }
 
 
@@ -251,7 +247,7 @@ def test_each_use_of_the_seed_follows_it(tmp_path):
     """Promise 13: initial weights, augmentation, dropout and order, each by itself."""
 
     def drawn(seed):
-        first = build._seed_key(tiny.config(tmp_path, seed=seed), None)
+        first = setup._seed_key(tiny.config(tmp_path, seed=seed), None)
         keys = [first, *state_lib.keys(seed).values()]
         images = order.batch_indices(seed, 0, 50, 8, True)
         return [tuple(x.tolist()) for x in (*map(jax.random.key_data, keys), images)]
@@ -268,7 +264,7 @@ def test_modules_hand_the_teacher_images_as_it_takes_them():
     """Promise 18: where modules are trained one by one, too."""
     split, rows = tiny.split(4, 0), np.array([2, 0])
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
-    own = learner_lib.Pixels((0.2, 0.3, 0.4), (0.5, 0.6, 0.7), jnp.float32)
+    own = spec.Pixels((0.2, 0.3, 0.4), (0.5, 0.6, 0.7), jnp.float32)
     other = dataclasses.replace(own, mean=(0.5,) * 3)
     learner = types.SimpleNamespace(
         student_pixels=other,
@@ -288,7 +284,7 @@ def test_modules_hand_the_teacher_images_as_it_takes_them():
 
 def test_what_the_teacher_sees_is_asked_of_the_config_its_file_and_the_data(tmp_path):
     """Promise 18: in this order."""
-    config, bare = tiny.config(tmp_path), networks.Loaded(None, None, "")
+    config, bare = tiny.config(tmp_path), weights_lib.Loaded(None, None, "")
     known = dataclasses.replace(bare, mean=(0.1,) * 3, std=(0.9,) * 3, size=12)
     fields = {"teacher.mean": (0.2,) * 3, "teacher.std": (0.8,) * 3}
     given = config_lib.changed(config, fields | {"teacher.image_size": 16})
@@ -298,7 +294,7 @@ def test_what_the_teacher_sees_is_asked_of_the_config_its_file_and_the_data(tmp_
         "file": (config, known),
         "config": (given, known),
     }.items():
-        pixels = teachers._pixels(*arguments)
+        pixels = teacher_lib._pixels(*arguments)
         seen[name] = pixels.mean, pixels.std, pixels.size
     assert seen == {
         "data": (tuple(config.data.mean), tuple(config.data.std), 0),
@@ -317,26 +313,26 @@ def test_processes_compare_all_that_must_agree(monkeypatch, tmp_path):
     monkeypatch.setattr(
         hosts, "agree_on_arrays", lambda name, tree: compared.update({name: tree})
     )
-    monkeypatch.setattr(runs.data, "load", lambda *a, **k: tiny.dataset())
+    monkeypatch.setattr(single.data, "load", lambda *a, **k: tiny.dataset())
     config = tiny.config(tmp_path, compile_cache="", teacher__fold=False)
-    train._begin(config)
+    command._begin(config)
     assert compared.pop("commit of the code") == workdir.code()["commit"]
     versions = workdir.code()["versions"]
     assert compared == config_lib.flat(config) | versions
 
     compared.clear()
-    bench = runs.bench(config, interrupt.Guard(), print)
+    bench = single.bench(config, interrupt.Guard(), print)
     assert list(compared.values()) == [tiny.dataset().fingerprint()]
 
     compared.clear()
-    model = networks.models.create("resnet8", num_classes=3)
-    loaded = networks.Loaded(model, tiny.variables(model), "")
-    teachers._frozen(config, loaded, bench)
+    model = weights_lib.models.create("resnet8", num_classes=3)
+    loaded = weights_lib.Loaded(model, tiny.variables(model), "")
+    teacher_lib._frozen(config, loaded, bench)
     assert compared["the teacher"]["params"]
 
     drawn = {"student": {"w": jnp.ones(3)}}, {"student": {}}
     plain = types.SimpleNamespace(optimizer=optax.identity(), mesh=bench.mesh)
-    state = build._first_state(plain, lambda: drawn, None, None)
+    state = setup._first_state(plain, lambda: drawn, None, None)
     assert compared["the first state"].params.keys() == state.params.keys()
 
     compared.clear()

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import tiny
 
-from lakd_jax import checkpoint, errors, interrupt
-from lakd_jax.train import fit, track
-from lakd_jax.train import state as state_lib
+from lakd_jax import errors
+from lakd_jax.runtime import interrupt
+from lakd_jax.store import checkpoint
+from lakd_jax.training import loop as loop_lib
+from lakd_jax.training import record
+from lakd_jax.training import state as state_lib
 
 STEPS, EPOCH, EVERY = 10, 5, 3
 
@@ -45,7 +48,7 @@ class Adding:
 
 def loop(directory, guard, seen):
     """Ten steps in two epochs, of which every third is saved."""
-    plan = track.Plan(
+    plan = record.Plan(
         batch_size=4,
         drop_last=True,
         examples=4 * EPOCH,
@@ -56,8 +59,8 @@ def loop(directory, guard, seen):
         steps_per_dispatch=1,
         keep=2,
     )
-    one = track.Track(plan, directory, 0, None, first_state, None, None)
-    return fit.Fit([one], Adding(seen), guard)
+    one = record.Track(plan, directory, 0, None, first_state, None, None)
+    return loop_lib.Fit([one], Adding(seen), guard)
 
 
 def test_due_saves_are_on_disk_when_a_step_begins(tmp_path):

@@ -12,7 +12,8 @@ import precision
 import pytest
 import tap_toys
 
-from lakd_jax.distill import method, review
+from lakd_jax.distill import review
+from lakd_jax.distill.base import method
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 INPUTS = dict(np.load(GOLDEN / "losses_inputs.npz"))

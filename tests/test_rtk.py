@@ -9,10 +9,12 @@ import pytest
 import tap_toys
 
 from lakd_jax import config as config_lib
-from lakd_jax import distill, validate
-from lakd_jax.distill import method, relation, rtk
+from lakd_jax import distill
+from lakd_jax.config import check
+from lakd_jax.distill import rtk
 from lakd_jax.distill import tap_attention as attention_lib
-from lakd_jax.train import build
+from lakd_jax.distill.base import method, numerics
+from lakd_jax.training import setup
 
 KEY = jax.random.key(0)
 SELECTIONS = rtk.CHOICES["selection"]
@@ -22,7 +24,7 @@ GROUPS = attention_lib.by_size([np.zeros((1, s, s, 1)) for s, _ in tap_toys.TEAC
 def options(**fields):
     config = config_lib.default()
     config.method = "rtk"
-    made = build.method_options(config) | {"qk_dim": 8} | fields
+    made = setup.method_options(config) | {"qk_dim": 8} | fields
     return rtk.Options(**made)
 
 
@@ -286,7 +288,7 @@ def test_pooled_starts_at_the_mean_of_each_stage_and_is_trained():
     def maps(student, teacher):
         first = attention_lib.unit_maps(teacher[:2])
         ours = attention_lib.pooled_unit_maps(student, 8, 8)
-        return relation.unit(first.mean(1)), ours
+        return numerics.unit(first.mean(1)), ours
 
     centre, ours = map(np.asarray, maps(student, teacher))
     wanted = ((ours - centre[:, None]) ** 2).sum(-1)
@@ -373,7 +375,7 @@ def test_terms_and_diagnostics():
 
 def problems(**fields):
     names = {name.replace("__", "."): value for name, value in fields.items()}
-    return validate.problems(config_lib.changed(config_lib.default(), names), 1)
+    return check.problems(config_lib.changed(config_lib.default(), names), 1)
 
 
 def test_choices_are_those_of_the_library():
@@ -410,8 +412,8 @@ def test_options_come_from_the_fields():
         config_lib.default(),
         {"method": "rtk", "rtk.beta": 200.0, "kd.temperature": 2.0, "rtk.top_r": 5},
     )
-    made = build.method_options(c)
+    made = setup.method_options(c)
     assert (made["beta"], made["temperature"], made["top_r"]) == (200, 2, 5)
     assert set(made) == set(distill.option_names("rtk"))
     c.method = "afd"
-    assert set(build.method_options(c)) == set(distill.option_names("afd"))
+    assert set(setup.method_options(c)) == set(distill.option_names("afd"))

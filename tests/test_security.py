@@ -19,11 +19,12 @@ import tiny
 from PIL import Image
 from tensorflow_datasets.core.download import extractor
 
-from lakd_jax import checkpoint, data, errors, interop, models, workdir
+from lakd_jax import data, errors, interop, models
 from lakd_jax.data import images
-from lakd_jax.explain import experts
+from lakd_jax.hme import report
 from lakd_jax.report import metrics, model_card
-from lakd_jax.train import networks
+from lakd_jax.runs import weights
+from lakd_jax.store import checkpoint, workdir
 
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -57,7 +58,7 @@ def test_reading_a_run_unpickles_nothing_and_starts_nothing(copied, tmp_path):
     (tmp_path / metrics.FILENAME).write_text('{"step": 1, "kind": "train"}\n')
     with audit.without(*audit.CODE, *audit.NETWORK):
         assert checkpoint.restore_step(copied, 2, states.make_state())[0] == 2
-        assert networks.student(file, "float32")[1]["network"] == "resnet8"
+        assert weights.student(file, "float32")[1]["network"] == "resnet8"
         assert workdir.read_json(tmp_path / "result.json") == {"a": 1}
         assert len(metrics.read(tmp_path)) == 1
 
@@ -83,7 +84,7 @@ def test_reading_a_run_unpickles_nothing_and_starts_nothing(copied, tmp_path):
 def test_a_made_up_card_is_an_error_in_a_line(changes, tmp_path):
     file = saved_student(tmp_path / "student.safetensors", **changes)
     with pytest.raises(errors.TeacherError, match="is no student of a run"):
-        networks.student(file, "float32")
+        weights.student(file, "float32")
 
 
 @pytest.mark.parametrize("text", [None, "{", "[1]", "3"])
@@ -193,7 +194,7 @@ def test_names_of_classes_are_text_on_every_page(tmp_path):
     for stage in ("stage2", "stage3"):
         params[stage] = {"block1": {"gate": {"logits": np.eye(3)}}}
     names = (SCRIPT, "b</pre><img src=x onerror=alert(1)>", "c")
-    text = "".join(experts.section(params, names, SCRIPT, tmp_path))
+    text = "".join(report.section(params, names, SCRIPT, tmp_path))
     assert "<script" not in text and "<img src=x" not in text
     assert "&lt;script&gt;alert(1)" in text  # it is there, and it is text
 

@@ -18,12 +18,16 @@ import tiny
 from jax.sharding import Mesh
 from PIL import Image
 
-from lakd_jax import data, errors, interrupt, train, validate
-from lakd_jax.data import crops, records, stream
-from lakd_jax.train import feeds, networks, runs
-from lakd_jax.train import state as state_lib
+from lakd_jax import data, errors
+from lakd_jax.config import check
+from lakd_jax.data.streaming import batches as batches_lib
+from lakd_jax.data.streaming import crops, records
+from lakd_jax.runs import command, single, weights
+from lakd_jax.runtime import interrupt
+from lakd_jax.training import feeds
+from lakd_jax.training import state as state_lib
 
-VIEWS = stream.Views(size=8, scale=(0.3, 1.0), shorter=10)
+VIEWS = batches_lib.Views(size=8, scale=(0.3, 1.0), shorter=10)
 COUNTS = {"train": 30, "test": 7}
 LONG = pytest.mark.long
 
@@ -48,14 +52,16 @@ def photos(tmp_path_factory):
 
 def loaded(photos, workers=0, minival=0.1, views=VIEWS):
     source = f"folder:{photos}"
-    return stream.load(source, views, minival=minival, data_dir="", workers=workers)
+    return batches_lib.load(
+        source, views, minival=minival, data_dir="", workers=workers
+    )
 
 
-ALONE = stream.Share(0, 1, 1)
+ALONE = batches_lib.Share(0, 1, 1)
 
 
 def training(split, share=ALONE, steps=30):
-    return stream.Training(split, 3, 16, False, steps, share)
+    return batches_lib.Training(split, 3, 16, False, steps, share)
 
 
 def alike(one, other):
@@ -123,8 +129,10 @@ def test_the_centre_is_cut_as_torchvision_cuts_it(tmp_path):
 def test_a_batch_is_the_same_wherever_reading_starts(photos):
     """Promise 14: step k without the steps before it."""
     batches = training(loaded(photos).train)
-    some = [part.split for part in itertools.islice(stream.read(batches, 0, 0), 12)]
-    alike(next(stream.read(batches, 11, 0)).split, some[11])
+    some = [
+        part.split for part in itertools.islice(batches_lib.read(batches, 0, 0), 12)
+    ]
+    alike(next(batches_lib.read(batches, 11, 0)).split, some[11])
     assert len({b.images.tobytes() for b in some}) == len(some)
     seen = np.sort(np.concatenate([b.ids for b in some[:6]]))  # 81 images, 6 batches
     np.testing.assert_array_equal(seen, loaded(photos).train.chosen)
@@ -133,7 +141,7 @@ def test_a_batch_is_the_same_wherever_reading_starts(photos):
 @LONG
 def test_processes_decode_what_threads_decode(photos):
     batches = training(loaded(photos).train)
-    one, two = (stream.read(batches, 4, workers) for workers in (0, 2))
+    one, two = (batches_lib.read(batches, 4, workers) for workers in (0, 2))
     for _ in range(5):
         alike(next(one).split, next(two).split)
 
@@ -158,7 +166,7 @@ def test_no_process_is_left_behind(photos):
 def test_processes_share_a_batch_and_lose_nothing(photos):
     split = loaded(photos).train
     whole = training(split)
-    parts = [training(split, stream.Share(i, 2, 4)) for i in (0, 1)]
+    parts = [training(split, batches_lib.Share(i, 2, 4)) for i in (0, 1)]
     for step in (0, 5):  # the last of an epoch has 1 example, which all decode
         shares = [part[step] for part in parts]
         assert {share.total for share in shares} == {whole[step].total}
@@ -170,8 +178,8 @@ def test_processes_share_a_batch_and_lose_nothing(photos):
 
 def test_a_batch_that_devices_cannot_share_is_whole_everywhere(photos):
     """Six images for two processes of two devices each: all six for both."""
-    share = stream.Share(1, 2, 4)
-    part = stream.Training(loaded(photos).train, 3, 6, False, 9, share)[0]
+    share = batches_lib.Share(1, 2, 4)
+    part = batches_lib.Training(loaded(photos).train, 3, 6, False, 9, share)[0]
     assert len(part.split) == part.total == 6
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
     keys = state_lib.replicate(state_lib.keys(0), mesh)
@@ -210,7 +218,7 @@ def test_an_image_that_cannot_be_read_is_named(photos, tmp_path):
     files = records.Files(tuple(paths), np.zeros(len(paths), np.int32))
     split = dataclasses.replace(loaded(photos).train, source=files)
     with pytest.raises(errors.DataError, match="broken.jpg: not a readable image"):
-        list(stream.read(training(split, steps=6), 0, 0))
+        list(batches_lib.read(training(split, steps=6), 0, 0))
 
 
 # ------------------------------------------------------------------- tfds
@@ -223,8 +231,10 @@ def test_prepared_sets_are_read_without_tensorflow(form, tmp_path):
     other.prepare_own(tmp_path, other.FEATURES, splits)
     if form == "tfrecord":
         cifar.as_tfrecords(tmp_path)
-    views = stream.Views(6, (1.0, 1.0), 6)
-    found = stream.load("homemade", views, minival=0, data_dir=str(tmp_path), workers=0)
+    views = batches_lib.Views(6, (1.0, 1.0), 6)
+    found = batches_lib.load(
+        "homemade", views, minival=0, data_dir=str(tmp_path), workers=0
+    )
     assert (len(found.train), len(found.test)) == (12, 5)
     assert isinstance(found.train.source.places, np.ndarray) == (form == "tfrecord")
     split = found.train.take(np.arange(12))
@@ -302,12 +312,12 @@ def test_a_stopped_run_ends_as_the_unbroken_one(method, engine, whole, lab, tmp_
 def test_a_streamed_split_is_scored_as_one_in_memory(whole, lab):
     fields, folder = whole("none", "fused")
     settings = lab.config(**fields)
-    result = json.loads((folder / networks.RESULT_FILE).read_text())
+    result = json.loads((folder / weights.RESULT_FILE).read_text())
     bench = resume.make_bench(settings, interrupt.Guard())
     held = state_lib.resident(bench.dataset.preview.test, 0, bench.mesh)
-    network, _ = networks.student(folder / networks.STUDENT_FILE, "float32")
-    pixels = runs.build.pixels(settings)
-    score = runs.evaluator(settings, network, pixels, bench)(network.variables, held)
+    network, _ = weights.student(folder / weights.STUDENT_FILE, "float32")
+    pixels = single.build.pixels(settings)
+    score = single.evaluator(settings, network, pixels, bench)(network.variables, held)
     assert score.right == result["test_last"]["right"]
     assert score.examples == result["test_last"]["examples"] == 21
     assert result["image_shape"] == [8, 8, 3]
@@ -335,7 +345,7 @@ def test_eight_devices_are_fed_like_one(photos):
         feed.close()
 
 
-class Slow(stream.Training):
+class Slow(batches_lib.Training):
     """Batches that take their time."""
 
     def __getitem__(self, number):
@@ -379,7 +389,7 @@ def test_a_stall_is_told(photos, monkeypatch):
 )
 def test_what_cannot_be_streamed_is_said_first(fields, line, photos, tmp_path):
     settings = tiny.config(tmp_path, **(streaming(photos) | fields))
-    found = validate.problems(settings, 1)
+    found = check.problems(settings, 1)
     assert len(found) == 1 and line in found[0]
 
 
@@ -391,7 +401,7 @@ def test_two_processes_stream_as_two_devices_of_one(photos, tmp_path):
     assert two[0][0] == 0
     with tiny.bench(devices=2):
         settings = tiny.small(tmp_path / "one", **fields)
-        train.run(settings, tmp_path / "one" / "run", notify=lambda text: None)
+        command.run(settings, tmp_path / "one" / "run", notify=lambda text: None)
     one, other = (distributed.finished(tmp_path / name) for name in ("one", "two"))
     assert one[1]["test_last"]["examples"] == other[1]["test_last"]["examples"] == 21
     assert one[1]["test_last"]["right"] == other[1]["test_last"]["right"]

@@ -10,9 +10,9 @@ import pytest
 import test_train_step as steps
 
 from lakd_jax import config as config_lib
-from lakd_jax import validate
-from lakd_jax.distill import method
-from lakd_jax.train import dot, optim, step
+from lakd_jax.config import check
+from lakd_jax.distill.base import method
+from lakd_jax.training import dot, optim, step
 
 RNG = np.random.default_rng(0)
 # Of three steps: what both losses reach, the labels alone, the others alone.
@@ -149,13 +149,13 @@ def test_what_does_not_go_with_it_is_refused(fields, says):
     c = config_lib.changed(
         config_lib.default(), {"optim.momentum": 0.8, "optim.dot_delta": 0.1, **fields}
     )
-    (line,) = validate.problems(c, 1)
+    (line,) = check.problems(c, 1)
     assert line.startswith("optim.dot_delta is 0.1") and says in line
 
 
 def test_modules_run_apart_are_refused():
     fields = {"local.engine": "dispatch", "optim.dot_delta": 0.05}
-    found = validate.problems(config_lib.changed(config_lib.default(), fields), 1)
+    found = check.problems(config_lib.changed(config_lib.default(), fields), 1)
     assert any("local.engine=dispatch trains modules apart" in line for line in found)
 
 
@@ -164,7 +164,7 @@ def test_methods_with_a_teacher_and_cuts_that_let_through_are_allowed():
         c = config_lib.changed(
             config_lib.default(), {"optim.dot_delta": 0.05, **fields}
         )
-        assert validate.problems(c, 1) == []
+        assert check.problems(c, 1) == []
 
 
 def test_a_teacher_is_trained_without_it():

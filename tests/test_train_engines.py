@@ -10,8 +10,9 @@ import test_train_step as steps
 import tiny
 
 from lakd_jax import config as config_lib
-from lakd_jax.train import build, engines, modules
-from lakd_jax.train import state as state_lib
+from lakd_jax.training import engine as engine_lib
+from lakd_jax.training import modules, setup
+from lakd_jax.training import state as state_lib
 
 LONG = pytest.mark.long
 BLOCKS = functools.partial(tiny.SMALL, stage_sizes=(3, 1), widths=(4, 4))
@@ -27,7 +28,7 @@ def engine(kind, made, tmp_path):
     """An engine with a copy of the first state of `made`."""
     learner, state, teacher, data = made
     config = tiny.config(tmp_path, method="lakd", local__engine=kind)
-    run = build.engine(config, learner, teacher, data, lambda function: function())
+    run = setup.engine(config, learner, teacher, data, lambda function: function())
     run.load(state_lib.replicate(state, learner.mesh))
     return run
 
@@ -36,7 +37,7 @@ def engine(kind, made, tmp_path):
 class Trained:
     """An engine after some steps, the state after each, and the metrics of each."""
 
-    engine: engines.Engine
+    engine: engine_lib.Engine
     states: list
     metrics: list
 
@@ -132,7 +133,7 @@ def test_modules_that_need_each_other_are_refused(tmp_path):
     fields = {"method": "lakd", "local__cut_scale": 0.5}
     learner, *_ = steps.learner_of(tmp_path, 1, tiny.SMALL, **fields)
     with pytest.raises(ValueError, match="local.engine=fused"):
-        engines.Modules(learner, None, None, lambda function: function())
+        engine_lib.Modules(learner, None, None, lambda function: function())
 
 
 def test_costs_are_of_the_step(trained):

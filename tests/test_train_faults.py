@@ -11,12 +11,15 @@ import pytest
 import tiny
 from jax.sharding import Mesh
 
-from lakd_jax import checkpoint, errors, interop, interrupt, workdir
 from lakd_jax import config as config_lib
+from lakd_jax import errors, interop
 from lakd_jax.report import metrics
-from lakd_jax.train import evaluate, networks, runs, teachers
-from lakd_jax.train import learner as learner_lib
-from lakd_jax.train import state as state_lib
+from lakd_jax.runs import single, weights
+from lakd_jax.runs import teacher as teacher_lib
+from lakd_jax.runtime import interrupt
+from lakd_jax.store import checkpoint, workdir
+from lakd_jax.training import evaluate, spec
+from lakd_jax.training import state as state_lib
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +31,9 @@ def mesh():
 
 def train(directory, *, guard=None, teacher=None, method="none", **fields):
     config = config_lib.resolve(tiny.small(directory, method=method, **fields))
-    bench = runs.bench(config, guard or interrupt.Guard(), lambda text: None)
+    bench = single.bench(config, guard or interrupt.Guard(), lambda text: None)
     with workdir.prepare(directory, config_lib.to_dict(config)):
-        return runs.train_one(config, directory, bench, teacher)
+        return single.train_one(config, directory, bench, teacher)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +52,8 @@ def run(mesh, tmp_path):
 
 def finished(directory):
     """All that a run leaves, its speed apart."""
-    variables, _ = interop.load_variables(directory / networks.STUDENT_FILE)
-    result = json.loads((directory / networks.RESULT_FILE).read_text())
+    variables, _ = interop.load_variables(directory / weights.STUDENT_FILE)
+    result = json.loads((directory / weights.RESULT_FILE).read_text())
     for timing in ("seconds", "step_seconds", "images_per_second"):
         del result[timing]
     return jax.tree.map(np.ndarray.tobytes, variables), result, metrics.read(directory)
@@ -65,10 +68,10 @@ def student_of_nan(directory):
     model = tiny.SMALL(num_classes=3)
     variables = tiny.variables(model)
     variables["params"]["stage2"]["block1"]["conv"]["kernel"][:] = np.nan
-    network = networks.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
+    network = weights.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
     result = {"student": tiny.NETWORK}
-    networks.save(directory / networks.STUDENT_FILE, variables, network, result)
-    workdir.write_json(directory / networks.RESULT_FILE, result)
+    weights.save(directory / weights.STUDENT_FILE, variables, network, result)
+    workdir.write_json(directory / weights.RESULT_FILE, result)
     return str(directory)
 
 
@@ -92,7 +95,7 @@ def test_learning_rate_too_high_stops_the_run(run):
     step, arrays, _ = checkpoint.read_arrays(run / "checkpoints", None)
     assert step == 6
     assert all(np.all(np.isfinite(a)) for a in arrays.values())
-    assert not (run / networks.RESULT_FILE).exists()
+    assert not (run / weights.RESULT_FILE).exists()
 
 
 def test_term_that_is_not_finite_is_named(run, tmp_path, mesh):
@@ -185,7 +188,7 @@ def test_every_example_is_counted_once(batch_size):
     model = tiny.SMALL(num_classes=3)
     variables = tiny.variables(model)
     test = tiny.split(45, 2)
-    pixels = learner_lib.Pixels((0.4,) * 3, (0.3,) * 3, jnp.float32)
+    pixels = spec.Pixels((0.4,) * 3, (0.3,) * 3, jnp.float32)
     mesh = Mesh(np.array(jax.devices()), ("data",))  # all eight of them
     evaluator = evaluate.Evaluator(
         model,
@@ -226,20 +229,20 @@ def test_floor_of_the_teacher(tmp_path, mesh, classes, floor, right, good):
     teacher = tiny.teacher(mesh)
     dataset = tiny.dataset()
     object.__setattr__(dataset, "classes", tuple(map(str, range(classes))))
-    bench = runs.Bench(dataset, *[None] * 4, interrupt.Guard(), print)
+    bench = single.Bench(dataset, *[None] * 4, interrupt.Guard(), print)
     score = evaluate.Score(right, 100, 1.0)
     arguments = (config, bench, teacher.network, teacher.pixels, score)
     if good:
-        teachers._check_floor(*arguments)
+        teacher_lib._check_floor(*arguments)
         return
     with pytest.raises(errors.TeacherError, match=f"{right} of 100 .*{right}.00 %"):
-        teachers._check_floor(*arguments)
+        teacher_lib._check_floor(*arguments)
 
 
 def made_teacher(directory, **fields):
     config = config_lib.resolve(tiny.small(directory, method="kd", **fields))
-    bench = runs.bench(config, interrupt.Guard(), lambda text: None)
-    return teachers.make(config, bench)
+    bench = single.bench(config, interrupt.Guard(), lambda text: None)
+    return teacher_lib.make(config, bench)
 
 
 def test_teacher_is_folded_and_fed_at_the_size_it_was_trained_at(run):
@@ -259,16 +262,16 @@ def test_teacher_of_other_images_is_not_taken_from_the_cache(run, monkeypatch):
 
     def leave(config, directory, bench, teacher):
         model = tiny.SMALL(num_classes=3)
-        network = networks.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
+        network = weights.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
         result = {"student": config.student.name}
-        file = directory / networks.STUDENT_FILE
-        networks.save(file, tiny.variables(model), network, result)
-        workdir.write_json(directory / networks.RESULT_FILE, result)
+        file = directory / weights.STUDENT_FILE
+        weights.save(file, tiny.variables(model), network, result)
+        workdir.write_json(directory / weights.RESULT_FILE, result)
         trained.append(directory)
 
-    monkeypatch.setattr(runs, "train_one", leave)
+    monkeypatch.setattr(single, "train_one", leave)
     first = made_teacher(run).network.source
     assert made_teacher(run).network.source == first and len(trained) == 1
     other = tiny.dataset(train=48)
-    monkeypatch.setattr(runs.data, "load", lambda *a, **k: other)
+    monkeypatch.setattr(single.data, "load", lambda *a, **k: other)
     assert made_teacher(run).network.source != first and len(trained) == 2

@@ -10,7 +10,7 @@ import pytest
 import test_train_step as steps
 import tiny
 
-from lakd_jax.train import modules, step
+from lakd_jax.training import modules, step
 
 READINGS = {
     "default": {},

@@ -11,7 +11,8 @@ import safetensors.numpy
 import tiny
 
 from lakd_jax import errors, interop, models
-from lakd_jax.train import networks, runs
+from lakd_jax.runs import single
+from lakd_jax.runs import weights as weights_lib
 
 OPTIONS = {"shortcut": "projection", "dtype": "float32", "num_classes": 7}
 
@@ -27,11 +28,11 @@ def torch_file(folder, dtype):
 
 def own_file(folder, dtype):
     """The same kind of network as `networks.save` writes it."""
-    path = folder / networks.STUDENT_FILE
+    path = folder / weights_lib.STUDENT_FILE
     model = models.create("resnet8", num_classes=7)
     half = jax.tree.map(lambda x: x.astype(dtype), tiny.variables(model))
-    network = networks.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
-    networks.save(path, half, network, {"student": "resnet8"})
+    network = weights_lib.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
+    weights_lib.save(path, half, network, {"student": "resnet8"})
     return path
 
 
@@ -39,7 +40,7 @@ def own_file(folder, dtype):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16, np.float64])
 def test_weights_become_float32_and_that_is_said(tmp_path, write, dtype):
     path = write(tmp_path, dtype)
-    loaded = networks.load("teacher", "resnet8", str(path), **OPTIONS)
+    loaded = weights_lib.load("teacher", "resnet8", str(path), **OPTIONS)
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(loaded.variables))
     name = jnp.dtype(dtype).name
     said = "" if dtype == np.float32 else f"{name} weights cast to float32"
@@ -54,7 +55,7 @@ def test_the_remark_is_on_the_console(tmp_path, part):
     dataset = types.SimpleNamespace(classes=tuple("abcdefg"))
     bench = types.SimpleNamespace(dataset=dataset, notify=lines.append)
     for name in ("teacher", "student"):
-        runs.load_network(name, config, bench)
+        single.load_network(name, config, bench)
     assert lines == [f"{part}.init: {path}: float16 weights cast to float32"]
 
 
@@ -64,7 +65,7 @@ def test_an_own_file_of_other_variables(tmp_path):
     del variables["params"]["stage2"]["block1"]["conv1"]
     interop.save_variables(path, variables, card)
     with pytest.raises(errors.TeacherError) as caught:
-        networks.load("student", "resnet8", str(path), **OPTIONS)
+        weights_lib.load("student", "resnet8", str(path), **OPTIONS)
     message = str(caught.value)
     assert message.startswith(f"student.init: {path}\nis no student of a run: ")
     assert "1 missing: params/stage2/block1/conv1/kernel" in message
@@ -72,5 +73,5 @@ def test_an_own_file_of_other_variables(tmp_path):
 
 @pytest.mark.parametrize("name", models.names())
 def test_every_network_can_be_asked_for(name):
-    loaded = networks.load("student", name, "", **OPTIONS)
+    loaded = weights_lib.load("student", name, "", **OPTIONS)
     assert loaded.model.num_classes == 7 and loaded.variables is None

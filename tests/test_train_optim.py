@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lakd_jax.train import optim
+from lakd_jax.training import optim
 
 
 def rate(kind, **fields):

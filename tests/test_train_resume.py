@@ -11,17 +11,20 @@ import tiny
 from jax.sharding import Mesh
 
 from lakd_jax import config as config_lib
-from lakd_jax import interop, interrupt, workdir
+from lakd_jax import interop
 from lakd_jax.report import metrics
-from lakd_jax.train import networks, runs, teachers
-from lakd_jax.train import state as state_lib
+from lakd_jax.runs import single, weights
+from lakd_jax.runs import teacher as teacher_lib
+from lakd_jax.runtime import interrupt
+from lakd_jax.store import workdir
+from lakd_jax.training import state as state_lib
 
 LONG = pytest.mark.long
 
 
 @pytest.fixture
 def bench(monkeypatch):
-    monkeypatch.setattr(runs.data, "load", lambda *a, **k: tiny.dataset())
+    monkeypatch.setattr(single.data, "load", lambda *a, **k: tiny.dataset())
     one = Mesh(np.array(jax.devices()[:1]), ("data",))
     monkeypatch.setattr(state_lib, "data_mesh", lambda: one)
     return make_bench
@@ -33,7 +36,7 @@ def teacher_dir(tmp_path_factory):
 
 
 def make_bench(config, guard):
-    return runs.bench(config, guard, lambda text: None)
+    return single.bench(config, guard, lambda text: None)
 
 
 def train(config, directory, bench, guard, teacher):
@@ -42,18 +45,18 @@ def train(config, directory, bench, guard, teacher):
     own = bench(config, interrupt.Guard())
     if config.method == "none":
         teacher = None
-    elif not isinstance(teacher, runs.Teacher):
+    elif not isinstance(teacher, single.Teacher):
         kept = config_lib.changed(config, {"teacher.cache": str(teacher)})
-        teacher = teachers.make(kept, own)
+        teacher = teacher_lib.make(kept, own)
     with workdir.prepare(directory, config_lib.to_dict(config)):
-        return runs.train_one(
+        return single.train_one(
             config, directory, dataclasses.replace(own, guard=guard), teacher
         )
 
 
 def finished(directory):
-    variables, _ = interop.load_variables(directory / networks.STUDENT_FILE)
-    result = json.loads((directory / networks.RESULT_FILE).read_text())
+    variables, _ = interop.load_variables(directory / weights.STUDENT_FILE)
+    result = json.loads((directory / weights.RESULT_FILE).read_text())
     for timing in ("seconds", "step_seconds", "images_per_second"):
         del result[timing]
     return variables, result, metrics.read(directory)
@@ -75,7 +78,7 @@ class Lab:
     """Runs on `tiny.bench`, of methods and engines; `root` holds their folders."""
 
     root: object
-    teacher: runs.Teacher
+    teacher: single.Teacher
 
     def config(self, **fields):
         return tiny.small(self.root, **({"log_every": 3} | fields))
@@ -179,5 +182,5 @@ def test_every_reading_with_state_resumes(tmp_path):
 
 
 def test_finished_run_is_not_trained_again(lab, whole):
-    first = json.loads((whole("none") / networks.RESULT_FILE).read_text())
+    first = json.loads((whole("none") / weights.RESULT_FILE).read_text())
     assert lab.train(whole("none"), tiny.StopAfter(0), method="none") == first

@@ -8,9 +8,12 @@ import pytest
 import tiny
 
 from lakd_jax import config as config_lib
-from lakd_jax import errors, export, interop, interrupt, train, validate
+from lakd_jax import errors, export, interop
+from lakd_jax.config import check as check_lib
 from lakd_jax.report import metrics
-from lakd_jax.train import networks, runs, teachers
+from lakd_jax.runs import command, teacher, weights
+from lakd_jax.runs import single as single_lib
+from lakd_jax.runtime import interrupt
 
 LONG = pytest.mark.long
 
@@ -36,11 +39,11 @@ def config(cache, **fields):
 def run(config, directory, guard=None):
     told = []
     guard = guard or interrupt.Guard()
-    return train.run(config, directory, guard=guard, notify=told.append), told
+    return command.run(config, directory, guard=guard, notify=told.append), told
 
 
 def variables(directory):
-    return interop.load_variables(directory / networks.STUDENT_FILE)[0]
+    return interop.load_variables(directory / weights.STUDENT_FILE)[0]
 
 
 def assert_close(one, other, limit):
@@ -71,7 +74,7 @@ def test_one_program_is_both_seeds_alone(tmp_path, cache):
 def stopped(config, directory, checks):
     """Stops at that check; the teacher is there before, so it has none but its test."""
     resolved = config_lib.resolve(config)
-    teachers.make(resolved, runs.bench(resolved, interrupt.Guard(), str))
+    teacher.make(resolved, single_lib.bench(resolved, interrupt.Guard(), str))
     with pytest.raises(interrupt.Interrupted):
         run(config, directory, tiny.StopAfter(checks))
 
@@ -135,5 +138,5 @@ def test_a_seed_that_diverges_is_named(tmp_path, cache):
     ],
 )
 def test_faults_of_seeds_are_told(fields, words, tmp_path):
-    found = validate.problems(tiny.config(tmp_path, **fields), 1)
+    found = check_lib.problems(tiny.config(tmp_path, **fields), 1)
     assert any(words in line for line in found), found

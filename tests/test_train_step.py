@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 
 from lakd_jax import config as config_lib
 from lakd_jax import errors, models
-from lakd_jax.train import build, networks, runs, step, track
-from lakd_jax.train import learner as learner_lib
-from lakd_jax.train import state as state_lib
+from lakd_jax.runs import single, weights
+from lakd_jax.training import record, setup, spec, step
+from lakd_jax.training import state as state_lib
 
 
 def resnet8(**options):
@@ -26,16 +26,16 @@ def learner_of(tmp_path, devices=8, network=resnet8, **fields):
     config = config_lib.resolve(tiny.config(tmp_path, **fields))
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
     model = network(num_classes=3, dtype=jnp.dtype(config.dtype))
-    student = networks.Loaded(model, None, "random weights")
+    student = weights.Loaded(model, None, "random weights")
     teacher = None
     if config.method != "none":
         variables = state_lib.replicate(tiny.variables(model), mesh)
         teacher = dataclasses.replace(student, variables=variables)
-    learner, first = build.learner(
+    learner, first = setup.learner(
         config,
         student,
         teacher,
-        teacher_pixels=build.pixels(config),
+        teacher_pixels=setup.pixels(config),
         image_shape=(8, 8, 3),
         steps_per_epoch=10,
         examples=160,
@@ -218,12 +218,12 @@ def test_without_features_lakd_uncut_is_plain_training(tmp_path):
 def test_teacher_is_fed_with_its_own_normalisation(tmp_path):
     """Promise 18: its logits are those of a direct call."""
     learner, state, teacher, data = small(tmp_path, 1, method="kd")
-    own = learner_lib.Pixels((0.2, 0.3, 0.4), (0.5, 0.6, 0.7), jnp.float32)
+    own = spec.Pixels((0.2, 0.3, 0.4), (0.5, 0.6, 0.7), jnp.float32)
     learner = dataclasses.replace(learner, teacher_pixels=own)
 
     @jax.jit
     def observe(state, teacher, data, row):
-        images, labels = learner_lib.batch(learner, state.step, data, row)
+        images, labels = spec.batch(learner, state.step, data, row)
         signals, _ = step.observe(
             learner,
             state.params,
@@ -253,7 +253,7 @@ def test_teacher_and_student_are_fed_at_their_own_sizes(tmp_path):
     learner = dataclasses.replace(learner, teacher_pixels=own)
 
     def observe(state, teacher, data, row):
-        images, labels = learner_lib.batch(learner, state.step, data, row)
+        images, labels = spec.batch(learner, state.step, data, row)
         return step.observe(
             learner,
             state.params,
@@ -279,9 +279,9 @@ def test_batch_statistics_move_once_a_step(lakd):
 
     @jax.jit
     def direct(state, data, row):
-        images, _ = learner_lib.batch(learner, state.step, data, row)
+        images, _ = spec.batch(learner, state.step, data, row)
         return learner.student.apply(
-            track.student_variables(state),
+            record.student_variables(state),
             learner.student_pixels(images),
             train=True,
             mutable=["batch_stats"],
@@ -301,7 +301,7 @@ def test_student_variables_are_the_plain_network(lakd):
     plain = jax.eval_shape(
         lambda: learner.student.init(jax.random.key(0), images, train=False)
     )
-    student = track.student_variables(state)
+    student = record.student_variables(state)
     assert jax.tree.structure(student) == jax.tree.structure(dict(plain))
     assert state.params["method"]  # there was something to leave behind
 
@@ -322,7 +322,7 @@ def test_without_beta_tap_methods_are_kd_with_their_weights(method, tmp_path):
         plain.params["student"],
     )
     shapes, wanted = (
-        jax.tree.map(jnp.shape, track.student_variables(s)) for s in (ours, plain)
+        jax.tree.map(jnp.shape, record.student_variables(s)) for s in (ours, plain)
     )
     assert shapes == wanted and ours.params["method"]
 
@@ -354,11 +354,11 @@ def test_a_last_batch_of_one_is_refused_where_it_is_normalised(
 ):
     c = tiny.config(tmp_path, method="rtk", data__drop_last=drop_last)
     if not refused:
-        runs._check_last_batch(c, examples)
+        single._check_last_batch(c, examples)
         return
     with pytest.raises(
         errors.ConfigError, match="leaves 1 of 33 .* set data.drop_last"
     ):
-        runs._check_last_batch(c, examples)
+        single._check_last_batch(c, examples)
     c.method = "kd"
-    runs._check_last_batch(c, examples)
+    single._check_last_batch(c, examples)

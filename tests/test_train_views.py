@@ -14,18 +14,13 @@ import test_train_step as steps
 import tiny
 
 from lakd_jax import config as config_lib
-from lakd_jax import errors, interrupt, manifest, train, validate, workdir
-from lakd_jax.train import (
-    build,
-    hme_runs,
-    runs,
-    step,
-    teachers,
-    teaching,
-    view_runs,
-    views,
-)
-from lakd_jax.train import learner as learner_lib
+from lakd_jax import errors
+from lakd_jax.config import check
+from lakd_jax.runs import command, phases, single, teacher_cache, teacher_source
+from lakd_jax.runs import teacher as teacher_lib
+from lakd_jax.runtime import interrupt
+from lakd_jax.store import manifest, workdir
+from lakd_jax.training import setup, spec, step, teacher_outputs
 
 LONG = pytest.mark.long
 VIEWS = 2
@@ -34,19 +29,21 @@ BATCH = 32
 
 def asker(made, guard=None):
     learner, _, variables, data = made
-    return views.Asker(learner, variables, data, BATCH, guard or interrupt.Guard())
+    return teacher_cache.Asker(
+        learner, variables, data, BATCH, guard or interrupt.Guard()
+    )
 
 
 def key(made, ask):
     learner, _, variables, _ = made
     names = {"teacher": "resnet8", "data": "tiny", "seed": 0}
-    return views.settings(learner, variables, ask.shapes(), **names)
+    return teacher_cache.settings(learner, variables, ask.shapes(), **names)
 
 
 def kept(made, cache, guard=None, notify=lambda text: None):
     ask = asker(made, guard)
     labels = tiny.split(160, 0).labels
-    return views.kept(cache, ask, key(made, ask), labels, notify)
+    return teacher_cache.kept(cache, ask, key(made, ask), labels, notify)
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +130,8 @@ def test_answers_are_what_the_teacher_says_of_that_view(lakd):
     assert [j.shape[2:] for j in stored.joints] == [(4, 4, 4), (2, 2, 6), (2, 2, 8)]
     rows = np.array([3, 150, 7, 7])
     for step_number in (0, 12):  # of epochs 0 and 1
-        images, _ = learner_lib.batch(learner, jnp.int32(step_number), data, rows)
-        outputs, joints, _ = teaching.Live(learner, variables).whole(images)
+        images, _ = spec.batch(learner, jnp.int32(step_number), data, rows)
+        outputs, joints, _ = teacher_outputs.Live(learner, variables).whole(images)
         view = step_number // 10
         np.testing.assert_allclose(stored.logits[view, rows], outputs.logits, atol=1e-4)
         np.testing.assert_allclose(stored.joints[1][view, rows], joints[1], atol=1e-4)
@@ -161,10 +158,10 @@ def test_both_stages_of_an_experts_tree_share_what_is_stored(tmp_path):
     config = config_lib.resolve(tiny.small(tmp_path, **fields, teacher__views=1))
     with tiny.bench() as mesh:
         lines = []
-        own = runs.bench(config, interrupt.Guard(), lines.append)
+        own = single.bench(config, interrupt.Guard(), lines.append)
         with workdir.prepare(tmp_path / "run", config_lib.to_dict(config)):
             folder, teacher = tmp_path / "run", tiny.teacher(mesh)
-            result = hme_runs.train(config, folder, own, teacher)
+            result = phases.train(config, folder, own, teacher)
     assert result["test_last"]["examples"] == 45 and result["stage1"]["epochs"] == 1
     assert sum("the teacher's outputs, 1 of 1" in line for line in lines) == 1
 
@@ -175,7 +172,7 @@ def test_both_stages_of_an_experts_tree_share_what_is_stored(tmp_path):
 def test_the_second_start_reads(copy, monkeypatch):
     made, cache, folder = copy
     first = kept(made, cache)
-    monkeypatch.setattr(views, "_make", None)
+    monkeypatch.setattr(teacher_cache, "_make", None)
     again = kept(made, cache)
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert [p.name for p in cache.iterdir()] == [folder.name]
@@ -282,16 +279,16 @@ def test_too_little_room_is_told_with_the_sum():
     def shape(*own):
         return jax.ShapeDtypeStruct((30, 50_000, *own), jnp.float32)
 
-    wanted = teaching.Answers(shape(10), (shape(8, 8, 4),))
-    views.require_room(wanted, 1_526)  # 1 MiB is 2**20
+    wanted = teacher_outputs.Answers(shape(10), (shape(8, 8, 4),))
+    teacher_cache.require_room(wanted, 1_526)  # 1 MiB is 2**20
     with pytest.raises(errors.ConfigError) as caught:
-        views.require_room(wanted, 1_000)
+        teacher_cache.require_room(wanted, 1_000)
     (line,) = caught.value.problems
     assert "1,064 bytes an image (logits 40, joints/0 1,024)" in line
     assert "x 50,000 images x 30 views = 1,522 MiB" in line
     assert "teacher.views_mib (1000): lower teacher.views to at most 19, or" in line
     with pytest.raises(errors.ConfigError, match="set teacher.views to 0, or raise"):
-        views.require_room(wanted, 50)
+        teacher_cache.require_room(wanted, 50)
 
 
 def test_too_little_room_is_known_before_the_teacher_is_trained(tmp_path):
@@ -301,7 +298,7 @@ def test_too_little_room_is_known_before_the_teacher_is_trained(tmp_path):
     with tiny.bench(train=160):
         own = resume.make_bench(config, interrupt.Guard())
         with pytest.raises(errors.ConfigError, match=r"160 images x 4 views = 4 MiB"):
-            teachers.make(config, own)
+            teacher_lib.make(config, own)
     assert not (tmp_path / "teachers").exists()
 
 
@@ -309,12 +306,14 @@ def test_the_room_of_an_experts_tree_is_known(tmp_path, monkeypatch):
     fields = {"method": "kd", "student__name": "hme", "teacher__views": 4}
     config = config_lib.resolve(tiny.small(tmp_path, **fields))
     asked = []
-    monkeypatch.setattr(views, "require_room", lambda wanted, _: asked.append(wanted))
+    monkeypatch.setattr(
+        teacher_cache, "require_room", lambda wanted, _: asked.append(wanted)
+    )
     with tiny.bench():
         own = resume.make_bench(config, interrupt.Guard())
-        teacher = runs.load_network("teacher", config, own)
-        pixels = build.pixels(config)
-        view_runs.require_room(config, teacher, pixels, own.dataset, own.mesh)
+        teacher = single.load_network("teacher", config, own)
+        pixels = setup.pixels(config)
+        teacher_source.require_room(config, teacher, pixels, own.dataset, own.mesh)
     (wanted,) = asked
     assert wanted.logits.shape == (4, 64, 3) and wanted.joints == ()
 
@@ -333,9 +332,9 @@ def test_the_room_of_an_experts_tree_is_known(tmp_path, monkeypatch):
 )
 def test_what_cannot_be_stored_is_refused(fields, says):
     c = config_lib.changed(config_lib.default(), fields)
-    assert validate.problems(c, 1) == []
+    assert check.problems(c, 1) == []
     c.teacher.views = VIEWS
-    (line,) = validate.problems(c, 1)
+    (line,) = check.problems(c, 1)
     assert says in line and "teacher.views" in line
 
 
@@ -343,9 +342,9 @@ def test_preact_is_not_what_modules_are_fed():
     c = config_lib.default()
     c.student.name = c.teacher.name
     c.local.module_input, c.lakd.preact = "teacher", True
-    assert validate.problems(c, 1) == []
+    assert check.problems(c, 1) == []
     c.teacher.views = 1
-    (line,) = validate.problems(c, 1)
+    (line,) = check.problems(c, 1)
     assert line.startswith("teacher.views stores what is compared")
 
 
@@ -356,7 +355,7 @@ def test_a_method_that_reads_more_cannot_be_answered(fields, tmp_path):
     fields = {"teacher__views": 1} | fields
     learner, _, variables = steps.learner_of(tmp_path, 1, tiny.SMALL, **fields)
     with pytest.raises(ValueError, match="only logits, joints are stored"):
-        views.shapes(learner, variables, (8, 8, 3), 160)
+        teacher_cache.shapes(learner, variables, (8, 8, 3), 160)
 
 
 # ------------------------------------------------------------- the command line
@@ -398,7 +397,7 @@ def test_two_runs_share_what_the_teacher_said(tmp_path):
         lines = []
         with tiny.bench():
             folder = tmp_path / name
-            result = train.run(config, folder, guard=quiet, notify=lines.append)
+            result = command.run(config, folder, guard=quiet, notify=lines.append)
         assert sum("teacher's outputs, 1 of 1 views" in line for line in lines) == count
         results.append(result["test_last"])
     assert len([*(tmp_path / "teachers").glob("small-views-*")]) == 2
@@ -410,7 +409,7 @@ def test_a_dry_run_stores_nothing(tmp_path):
     lines = []
     with tiny.bench():
         config = stored_once(tmp_path)
-        train.dry_run(config, guard=interrupt.Guard(), notify=lines.append)
+        command.dry_run(config, guard=interrupt.Guard(), notify=lines.append)
     out = "\n".join(lines)
     assert "zeros stand in for the teacher's outputs" in out and "first loss" in out
     assert not (tmp_path / "teachers").exists()

@@ -13,13 +13,16 @@ import tiny
 from jax.sharding import Mesh
 
 from lakd_jax import config as config_lib
-from lakd_jax import errors, export, models, train, validate
-from lakd_jax.distill import method as method_lib
+from lakd_jax import errors, export, models
+from lakd_jax.config import check
+from lakd_jax.distill.base import method as method_lib
 from lakd_jax.explain import subject
 from lakd_jax.local import cuts
 from lakd_jax.models import folding, vam
-from lakd_jax.train import build, gates, networks, optim, runs, step, track
-from lakd_jax.train import state as state_lib
+from lakd_jax.runs import command, single, weights
+from lakd_jax.training import optim, record, setup, step
+from lakd_jax.training import state as state_lib
+from lakd_jax.training import vam as vam_lib
 
 LONG = pytest.mark.long
 
@@ -33,13 +36,13 @@ ROWS = np.random.default_rng(3).integers(0, 160, (5, 16)).astype(np.int32)
 def made(tmp_path, **fields):
     """(learner, first state, teacher variables, data) with the student of a config."""
     config = config_lib.resolve(tiny.config(tmp_path, **fields))
-    plain = networks.Loaded(NETWORK(num_classes=3), None, "random weights")
+    plain = weights.Loaded(NETWORK(num_classes=3), None, "random weights")
     teacher = dataclasses.replace(plain, variables=tiny.variables(plain.model))
-    learner, first = build.learner(
+    learner, first = setup.learner(
         config,
-        gates.gated(plain, build.vam_options(config)),
+        vam_lib.gated(plain, setup.vam_options(config)),
         teacher if config.method != "none" else None,
-        teacher_pixels=build.pixels(config),
+        teacher_pixels=setup.pixels(config),
         image_shape=(8, 8, 3),
         steps_per_epoch=10,
         examples=160,
@@ -168,7 +171,7 @@ def test_shares_and_starts_of_the_entropy_by_hand():
     sown["other"] = {"something_else": jnp.float32(7)}
 
     def added(starts=()):
-        return gates.with_entropy(
+        return vam_lib.with_entropy(
             (loss, loss),
             sown,
             gamma=0.3,
@@ -231,7 +234,7 @@ def train_in(folder, name, **fields):
     lines = []
     fields = {"method": "none", "epochs": 1, "optim__warmup_epochs": 0.0} | fields
     config = tiny.small(folder, **fields)
-    result = train.run(config, folder / name, guard=guard(), notify=lines.append)
+    result = command.run(config, folder / name, guard=guard(), notify=lines.append)
     return config, result, lines
 
 
@@ -240,7 +243,7 @@ def guard():
 
 
 def loaded(path, part="teacher"):
-    return networks.load(
+    return weights.load(
         part,
         tiny.NETWORK,
         str(path),
@@ -252,9 +255,9 @@ def loaded(path, part="teacher"):
 
 def last_variables(folder, config, result_of):
     """The student's variables in the last checkpoint of a run."""
-    bench = runs.bench(config, guard(), print)
-    own = runs.parts(config, folder / result_of, bench, None)
-    (trained,) = runs.job(own, bench).run()
+    bench = single.bench(config, guard(), print)
+    own = single.parts(config, folder / result_of, bench, None)
+    (trained,) = single.job(own, bench).run()
     return own.student.model, trained.last
 
 
@@ -273,7 +276,7 @@ def test_a_finished_run_leaves_the_plain_network(folder):
     # The same logits as the network that was trained, to 1e-5.
     model, variables = last_variables(folder, config_lib.resolve(config), "run")
     assert gates_of(variables["params"])
-    x = build.pixels(config)(jnp.asarray(tiny.split(45, 2).images))
+    x = setup.pixels(config)(jnp.asarray(tiny.split(45, 2).images))
     ours, theirs = (
         jax.jit(functools.partial(m.apply, train=False))(v, x).logits
         for m, v in ((network.model, network.variables), (model, variables))
@@ -301,8 +304,8 @@ def test_dynamic_gates_stay_in_the_student(folder):
     options = vam.Options("dynamic", 4, 1.0, True, 0.0)
     assert network.model == models.create(tiny.NETWORK, num_classes=3, vam=options)
     assert gates_of(network.variables["params"])
-    score = runs.evaluator(
-        config, network, build.pixels(config), runs.bench(config, guard(), print)
+    score = single.evaluator(
+        config, network, setup.pixels(config), single.bench(config, guard(), print)
     )
     data = state_lib.resident(tiny.split(45, 2), 0, MESH)
     assert score(network.variables, data).right == result["test_last"]["right"]
@@ -321,7 +324,7 @@ def test_dynamic_gates_stay_in_the_student(folder):
 
 def test_only_gated_families_take_it(tmp_path):
     config = tiny.config(tmp_path, student__name="hme", method="none", **VAM)
-    faults = validate.problems(config, 1)
+    faults = check.problems(config, 1)
     assert any("hme has no convolutions for it" in fault for fault in faults)
     options = vam.Options("static", 4, 1.0, True, 0.0)
     with pytest.raises(ValueError, match="option of hme is 'vam'"):
@@ -333,10 +336,10 @@ def test_the_student_alone_has_the_block():
     assert "vam" in config.student and "vam" not in config.teacher
     fields = {f.name for f in dataclasses.fields(vam.Options)}
     assert set(config.student.vam) == fields | {"enabled", "gamma"}
-    assert build.vam_options(config) is None
+    assert setup.vam_options(config) is None
 
 
 def test_variables_in_evaluation_hold_no_intermediates(tmp_path):
     state, _ = run_steps(made(tmp_path, method="none", **VAM), ROWS[:1])
-    assert set(track.student_variables(state)) == {"params", "batch_stats"}
+    assert set(record.student_variables(state)) == {"params", "batch_stats"}
     assert set(state.batch_stats) == {"student", "method"}

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from lakd_jax import errors, workdir
+from lakd_jax import errors
+from lakd_jax.store import workdir
 
 CONFIG = {
     "seed": 0,

@@ -16,8 +16,10 @@ import pytest
 import tap_toys
 
 from lakd_jax import config as config_lib
-from lakd_jax import config_methods, distill, validate
-from lakd_jax.distill import ab, cc, fitnet, ft, kdsvd, method, vid
+from lakd_jax import distill
+from lakd_jax.config import check, methods
+from lakd_jax.distill import ab, cc, fitnet, ft, kdsvd, vid
+from lakd_jax.distill.base import method
 from lakd_jax.models import chain
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -268,7 +270,7 @@ def signals(epoch=0.0, widths=(4, 4)):
 
 
 def made(name, **options):
-    block = config_methods.blocks()[name].to_dict()
+    block = methods.blocks()[name].to_dict()
     return distill.create(name, block | options)
 
 
@@ -410,7 +412,7 @@ def problems(**fields):
         c.update_from_flattened_dict(
             {k.replace("__", "."): v for k, v in fields.items()}
         )
-    return validate.problems(c, 1)
+    return check.problems(c, 1)
 
 
 @pytest.mark.parametrize("name", ["ab", "fsp", "ft"])

@@ -11,11 +11,12 @@ import pytest
 from jax.sharding import Mesh
 
 from lakd_jax import config as config_lib
-from lakd_jax import data, interrupt, models
+from lakd_jax import data, models
 from lakd_jax.models import vgg
-from lakd_jax.train import evaluate, networks, runs
-from lakd_jax.train import learner as learner_lib
-from lakd_jax.train import state as state_lib
+from lakd_jax.runs import single, weights
+from lakd_jax.runtime import interrupt
+from lakd_jax.training import evaluate, spec
+from lakd_jax.training import state as state_lib
 
 KEY = jax.random.key(0)
 CLASSES = ("dark", "left", "right")
@@ -96,12 +97,12 @@ def variables(model):
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def teacher(mesh: Mesh, build=SMALL) -> runs.Teacher:
+def teacher(mesh: Mesh, build=SMALL) -> single.Teacher:
     """A network of random weights, as if it had been trained and tested."""
     model = build(num_classes=len(CLASSES))
-    network = networks.Loaded(model, state_lib.replicate(variables(model), mesh), "it")
-    pixels = learner_lib.Pixels((0.4,) * 3, (0.3,) * 3, jnp.dtype("float32"))
-    return runs.Teacher(network, pixels, evaluate.Score(15, 45, 1.0), 1)
+    network = weights.Loaded(model, state_lib.replicate(variables(model), mesh), "it")
+    pixels = spec.Pixels((0.4,) * 3, (0.3,) * 3, jnp.dtype("float32"))
+    return single.Teacher(network, pixels, evaluate.Score(15, 45, 1.0), 1)
 
 
 class StopAfter(interrupt.Guard):

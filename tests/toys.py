@@ -12,7 +12,7 @@ import optax
 from flax import linen as nn
 
 from lakd_jax import distill
-from lakd_jax.distill import method
+from lakd_jax.distill.base import method as method_lib
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
 
@@ -192,7 +192,7 @@ class Lesson:
             apply = functools.partial(self.student.apply, mutable=["batch_stats"])
             return apply(variables, h, train=True, after=after)[0].logits
 
-        return method.Signals(
+        return method_lib.Signals(
             **ours,
             **theirs,
             labels=y,
@@ -248,7 +248,7 @@ class Lesson:
     def total(self, params, stats, x, y):
         """L_t; (module losses, new batch statistics) beside it."""
         losses, new = self.losses(params, stats, x, y)
-        return method.total(losses), (losses, new)
+        return method_lib.total(losses), (losses, new)
 
     def train(self, optimizer, params, stats, x, y, steps):
         """Parameters, statistics, first and last losses of `steps` on one batch."""
@@ -259,7 +259,7 @@ class Lesson:
                 params, stats, x, y
             )
             updates, opt_state = optimizer.update(grads, opt_state, params)
-            metrics = method.flatten_metrics(losses)
+            metrics = method_lib.flatten_metrics(losses)
             return optax.apply_updates(params, updates), new, opt_state, metrics
 
         opt_state, history = optimizer.init(params), []

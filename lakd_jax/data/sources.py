@@ -59,9 +59,9 @@ def _read(
 
         return arrays.load(source.removeprefix(_ARRAYS), image_size)
     if source and source not in (_FOLDER, _ARRAYS):
-        from lakd_jax.data import tfds_source
+        from lakd_jax.data.tfds import source as source_lib
 
-        return tfds_source.load(source, image_size, data_dir, max_bad)
+        return source_lib.load(source, image_size, data_dir, max_bad)
     raise errors.DataError(
         f"data.source={source!r} names no data: give digits, folder:PATH, npz:PATH "
         "or a tfds name."

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lakd_jax import choices
+from lakd_jax import fields
 from lakd_jax.distill import (
     ab,
     afd,
@@ -24,7 +24,6 @@ from lakd_jax.distill import (
     kdpp,
     kdsvd,
     lakd,
-    method,
     mlkd,
     nkd,
     nst,
@@ -35,10 +34,10 @@ from lakd_jax.distill import (
     rtk,
     sdd,
     sp,
-    term,
     vid,
     wttm,
 )
+from lakd_jax.distill.base import method, term
 
 METHODS: dict[str, type[method.Method]] = {
     "none": kd.Plain,
@@ -117,7 +116,7 @@ def parts(name: str) -> tuple[str, ...]:
     """
     found = tuple(name.split("+"))
     for one in found:
-        choices.check("method", one, names())
+        fields.check("method", one, names())
     if len(found) > 1 and "none" in found:
         raise ValueError(f"method {name!r}: none has nothing to add to a sum")
     if again := [one for one in found if found.count(one) > 1]:
@@ -151,7 +150,7 @@ def option_names(name: str) -> list[str]:
 
     Raises ValueError for an unknown method, with the nearest name.
     """
-    choices.check("method", name, names())
+    fields.check("method", name, names())
     owner = _OPTIONS.get(name, METHODS[name])
     own = [f.name for f in dataclasses.fields(owner)]
     return [n for n in own if n not in ("parent", "name")]
@@ -169,9 +168,9 @@ def create(name: str, options: Mapping[str, Any]) -> method.Method:
       ValueError: unknown method or option, or a value that is not allowed.
       TypeError: an option of a method other than LAKD is missing.
     """
-    choices.check("method", name, names())
+    fields.check("method", name, names())
     for option in options:
-        choices.check(f"an option of method {name}", option, option_names(name))
+        fields.check(f"an option of method {name}", option, option_names(name))
     make: Any = METHODS[name]
     if name in _OPTIONS:
         return make(_OPTIONS[name](**options))

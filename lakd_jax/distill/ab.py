@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lakd_jax.distill import adapter, fitnet, initial, method, relation
+from lakd_jax.distill import fitnet
+from lakd_jax.distill.base import adapter, initial, method, numerics
 
 
 def boundary_loss(student: jax.Array, teacher: jax.Array, margin: float) -> jax.Array:
@@ -27,7 +28,7 @@ def boundary_loss(student: jax.Array, teacher: jax.Array, margin: float) -> jax.
     Returns:
       Scalar float32, never negative; 0 where every response is beyond the margin.
     """
-    s, t = relation.frozen(student, teacher)
+    s, t = numerics.frozen(student, teacher)
     short = jnp.where(t > 0, margin - s, margin + s)
     return jnp.sum(jnp.maximum(short, 0.0) ** 2) / len(s)
 
@@ -55,7 +56,7 @@ class AB(initial.Initial):
         count = len(signals.student_preacts)
         pairs = zip(signals.student_preacts, signals.teacher_preacts, strict=True)
         for k, pair in enumerate(pairs, 1):
-            ours, theirs = adapter.match_size(*relation.frozen(*pair))
+            ours, theirs = adapter.match_size(*numerics.frozen(*pair))
             if pair[0].shape != pair[1].shape:
                 name = f"module{k}"
                 connect = fitnet.Regressor(theirs.shape[-1], relu=False, name=name)

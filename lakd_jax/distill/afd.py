@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lakd_jax.distill import kd, method
+from lakd_jax.distill import kd
 from lakd_jax.distill import tap_attention as attention_lib
+from lakd_jax.distill.base import method
 
 
 def afd_loss(attention: jax.Array, distances: jax.Array) -> jax.Array:

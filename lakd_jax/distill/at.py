@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lakd_jax.distill import adapter, method, relation, term
+from lakd_jax.distill.base import adapter, method, numerics, term
 
 
 def at_loss(
@@ -33,15 +33,15 @@ def at_loss(
     """
     total = jnp.float32(0)
     for pair in zip(student_features, teacher_features, strict=True):
-        student, teacher = adapter.match_size(*relation.frozen(*pair))
+        student, teacher = adapter.match_size(*numerics.frozen(*pair))
         difference = _attention(student, p) - _attention(teacher, p)
         total += jnp.mean(difference**2)
     return total
 
 
 def _attention(features: jax.Array, p: float) -> jax.Array:
-    energy = jnp.mean(relation.magnitude(features) ** p, axis=-1)
-    return relation.unit(energy.reshape(len(energy), -1))
+    energy = jnp.mean(numerics.magnitude(features) ** p, axis=-1)
+    return numerics.unit(energy.reshape(len(energy), -1))
 
 
 class AT(term.Term):

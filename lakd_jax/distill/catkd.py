@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lakd_jax.distill import method, ndam, relation, term
+from lakd_jax.distill import ndam
+from lakd_jax.distill.base import method, numerics, term
 
 
 def cam_loss(
@@ -34,13 +35,13 @@ def cam_loss(
     Returns:
       Scalar float32, never negative.
     """
-    student, teacher = relation.frozen(student_cams, teacher_cams)
+    student, teacher = numerics.frozen(student_cams, teacher_cams)
     if binarise:
         threshold = jnp.mean(jnp.abs(teacher), (1, 2), keepdims=True)
         teacher = (teacher > threshold).astype(jnp.float32)
     ours, theirs = (_by_class(x, resolution) for x in (student, teacher))
     if normalise:
-        ours, theirs = relation.unit(ours), relation.unit(theirs)
+        ours, theirs = numerics.unit(ours), numerics.unit(theirs)
     return jnp.mean((ours - theirs) ** 2)
 
 
@@ -70,8 +71,8 @@ class CATKD(term.Term):
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
         """The term `cam`."""
-        student = relation.logit_map(signals.student_head, signals.student_joints[-1])
-        teacher = relation.logit_map(signals.teacher_head, signals.teacher_joints[-1])
+        student = numerics.logit_map(signals.student_head, signals.student_joints[-1])
+        teacher = numerics.logit_map(signals.teacher_head, signals.teacher_joints[-1])
         cam = cam_loss(
             student,
             teacher,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lakd_jax.distill import method, relation, term
+from lakd_jax.distill.base import method, numerics, term
 
 
 def cc_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
@@ -25,11 +25,11 @@ def cc_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
     Returns:
       Scalar float32, never negative.
     """
-    return _congruence(*relation.frozen(student, teacher))
+    return _congruence(*numerics.frozen(student, teacher))
 
 
 def _congruence(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    apart = relation.magnitude(student - teacher)
+    apart = numerics.magnitude(student - teacher)
     return jnp.mean(jnp.sum(apart[:-1] * apart[1:], -1))
 
 
@@ -47,7 +47,7 @@ class Embeddings(nn.Module):
         self, student: jax.Array, teacher: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """(B, C) and (B, C'), the teacher's without gradient -> (B, dim) float32."""
-        s, t = relation.frozen(student, teacher)
+        s, t = numerics.frozen(student, teacher)
         embed = nn.Dense(self.dim, name="student"), nn.Dense(self.dim, name="teacher")
         return embed[0](s), embed[1](t)
 

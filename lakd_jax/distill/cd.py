@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lakd_jax.distill import adapter, method, relation, term
+from lakd_jax.distill.base import adapter, method, numerics, term
 
 
 def channel_loss(
@@ -29,7 +29,7 @@ def channel_loss(
     """
     total = jnp.float32(0)
     for pair in zip(student_features, teacher_features, strict=True):
-        student, teacher = (jnp.mean(x, (1, 2)) for x in relation.frozen(*pair))
+        student, teacher = (jnp.mean(x, (1, 2)) for x in numerics.frozen(*pair))
         total += jnp.mean((student - teacher) ** 2)
     return total
 
@@ -54,9 +54,9 @@ def guided_kd_loss(
     Returns:
       Scalar float32, never negative but for rounding.
     """
-    student, teacher = relation.frozen(student_logits, teacher_logits)
+    student, teacher = numerics.frozen(student_logits, teacher_logits)
     log_s, log_t = (jax.nn.log_softmax(x / temperature) for x in (student, teacher))
-    divergence = relation.divergence(log_t, log_s)
+    divergence = numerics.divergence(log_t, log_s)
     right = jnp.argmax(teacher, -1) == labels
     count = jnp.maximum(jnp.sum(right), 1)
     return temperature**2 * jnp.sum(jnp.where(right, divergence, 0.0)) / count

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lakd_jax.distill import method, relation, term
+from lakd_jax.distill.base import method, numerics, term
 from lakd_jax.models import layers
 
 _EPS = 1e-7
@@ -80,7 +80,7 @@ class Embedding(nn.Module):
     def __call__(self, pooled: jax.Array) -> jax.Array:
         """(B, C) -> (B, dim) float32 of length 1."""
         dense = nn.Dense(self.dim, kernel_init=layers.uniform_fan_in, name="dense")
-        return relation.unit(dense(pooled.astype(jnp.float32)))
+        return numerics.unit(dense(pooled.astype(jnp.float32)))
 
 
 class Contrast(nn.Module):
@@ -154,7 +154,7 @@ class Contrast(nn.Module):
         """The memory with its `rows` closer to the embeddings `own`, of length 1."""
         own = jax.lax.stop_gradient(own)
         mixed = self.momentum * memory[rows] + (1 - self.momentum) * own
-        return memory.at[rows].set(relation.unit(mixed))
+        return memory.at[rows].set(numerics.unit(mixed))
 
 
 class CRD(term.Term):

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lakd_jax.distill import kd, method, term
+from lakd_jax.distill import kd
+from lakd_jax.distill.base import method, term
 
 
 def reversal(epoch: jax.Array, low: float, high: float, epochs: float) -> jax.Array:

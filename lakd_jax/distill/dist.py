@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lakd_jax.distill import method, relation, term
+from lakd_jax.distill.base import method, numerics, term
 
 _EPS = 1e-8  # of the public code, beside the product of two norms
 
@@ -40,7 +40,7 @@ def dist_loss(
     Returns:
       Scalar float32, never negative but for rounding.
     """
-    student, teacher = relation.frozen(student_logits, teacher_logits)
+    student, teacher = numerics.frozen(student_logits, teacher_logits)
     ours = jax.nn.softmax(student / temperature)
     theirs = jax.nn.softmax(teacher / temperature)
     inter, intra = _distance(ours, theirs), _distance(ours.T, theirs.T)

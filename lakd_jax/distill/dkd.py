@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lakd_jax.distill import method, relation, term
+from lakd_jax.distill.base import method, numerics, term
 
 
 def dkd_loss(
@@ -38,12 +38,12 @@ def dkd_loss(
       Scalar float32, never negative but for rounding.
     """
     target = jax.nn.one_hot(labels, student_logits.shape[-1], dtype=bool)
-    both = relation.frozen(student_logits, teacher_logits)
+    both = numerics.frozen(student_logits, teacher_logits)
     student, teacher = (logits / temperature for logits in both)
-    tckd = relation.divergence(
+    tckd = numerics.divergence(
         _target_or_not(teacher, target), _target_or_not(student, target)
     )
-    nckd = relation.divergence(others(teacher, target), others(student, target))
+    nckd = numerics.divergence(others(teacher, target), others(student, target))
     return temperature**2 * jnp.mean(alpha * tckd + beta * nckd)
 
 

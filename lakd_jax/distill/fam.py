@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lakd_jax.distill import adapter, method, ndam, relation, review, term
+from lakd_jax.distill import ndam, review
+from lakd_jax.distill.base import adapter, method, numerics, term
 from lakd_jax.models import layers
 
 _WINDOW = 3  # of the attention, in positions
@@ -33,7 +34,7 @@ def feature_loss(
     """
     total = jnp.float32(0)
     for pair in zip(student_features, teacher_features, strict=True):
-        student, teacher = relation.frozen(*pair)
+        student, teacher = numerics.frozen(*pair)
         total += jnp.mean((student - teacher) ** 2)
     return total
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lakd_jax.distill import adapter, method, relation, term
+from lakd_jax.distill.base import adapter, method, numerics, term
 
 
 def hint_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
@@ -24,7 +24,7 @@ def hint_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
     Returns:
       Scalar float32, never negative.
     """
-    s, t = relation.frozen(student, teacher)
+    s, t = numerics.frozen(student, teacher)
     return jnp.mean((s - t) ** 2)
 
 
@@ -71,7 +71,7 @@ class FitNet(term.Term):
         """The term `fitnet` in the module of the hint, nothing in the others."""
         k = self.hint_layer - 1
         pair = signals.student_joints[k], signals.teacher_joints[k]
-        ours, theirs = adapter.match_size(*relation.frozen(*pair))
+        ours, theirs = adapter.match_size(*numerics.frozen(*pair))
         name = f"module{self.hint_layer}"
         regress = Regressor(theirs.shape[-1], relu=True, name=name)
         terms: list[Any] = [{} for _ in signals.student_joints]

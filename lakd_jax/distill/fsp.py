@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lakd_jax.distill import adapter, initial, method, relation
+from lakd_jax.distill.base import adapter, initial, method, numerics
 
 
 def fsp_loss(
@@ -31,7 +31,7 @@ def fsp_loss(
       ValueError: widths differ.
     """
     pairs = [
-        relation.frozen(*pair)
+        numerics.frozen(*pair)
         for pair in zip(student_features, teacher_features, strict=True)
     ]
     for student, teacher in pairs:

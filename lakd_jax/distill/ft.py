@@ -13,15 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lakd_jax.distill import (
-    adapter,
-    fitnet,
-    initial,
-    method,
-    relation,
-    tap_attention,
-    term,
-)
+from lakd_jax.distill import fitnet, tap_attention
+from lakd_jax.distill.base import adapter, initial, method, numerics, term
 from lakd_jax.models import layers
 
 
@@ -39,12 +32,12 @@ def factor_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
     Returns:
       Scalar float32, never negative.
     """
-    s, t = adapter.match_size(*relation.frozen(student, teacher))
-    return jnp.mean(relation.magnitude(_factor(s) - _factor(t)))
+    s, t = adapter.match_size(*numerics.frozen(student, teacher))
+    return jnp.mean(numerics.magnitude(_factor(s) - _factor(t)))
 
 
 def _factor(features: jax.Array) -> jax.Array:
-    return relation.unit(relation.flat(tap_attention.activation_map(features)))
+    return numerics.unit(numerics.flat(tap_attention.activation_map(features)))
 
 
 class _Coder(nn.Module):
@@ -126,7 +119,7 @@ class Factors(nn.Module):
         Returns:
           (B, H, W, D) and (B, H', W', D), D = rate * C', and (B, H', W', C'), float32.
         """
-        student, teacher = relation.frozen(student, teacher)
+        student, teacher = numerics.frozen(student, teacher)
         paraphrase = Paraphraser(self.rate, name="paraphraser")
         if self.is_initializing():
             paraphrase(teacher)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from lakd_jax.distill import method, relation
+from lakd_jax.distill.base import method, numerics
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -68,9 +68,9 @@ def kd_loss(
     Returns:
       Scalar float32, never negative.
     """
-    both = relation.frozen(student_logits, teacher_logits)
+    both = numerics.frozen(student_logits, teacher_logits)
     log_s, log_t = (jax.nn.log_softmax(logits / temperature) for logits in both)
-    divergence = relation.divergence(log_t, log_s)
+    divergence = numerics.divergence(log_t, log_s)
     # Near-equal logits can round to about -1e-8. The value is lifted to 0 and the
     # gradient, which is accurate there, is kept.
     lift = jax.lax.stop_gradient(jnp.maximum(-divergence, 0.0))

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lakd_jax.distill import kd, method, relation, term
+from lakd_jax.distill import kd
+from lakd_jax.distill.base import method, numerics, term
 from lakd_jax.models import layers
 
 _EPS = 1e-12  # the shortest vector that has a direction
@@ -35,8 +36,8 @@ def nd_loss(
     Returns:
       Scalar float32, from 0 to 2.
     """
-    student, teacher = relation.frozen(student_embeddings, teacher_embeddings)
-    towards = relation.unit(jax.lax.stop_gradient(centres).astype(jnp.float32))
+    student, teacher = numerics.frozen(student_embeddings, teacher_embeddings)
+    towards = numerics.unit(jax.lax.stop_gradient(centres).astype(jnp.float32))
     ours, theirs = (jnp.sum(jnp.square(x), -1) for x in (student, teacher))
     longest = jnp.where(ours >= theirs, ours, theirs)
     # The gradient of the root must be finite where both vectors are zero.
@@ -118,7 +119,7 @@ class _Head(nn.Module):
 
     @nn.compact
     def __call__(self, signals: method.Signals, *, train: bool) -> jax.Array:
-        ours, theirs = relation.frozen(signals.student.pooled, signals.teacher.pooled)
+        ours, theirs = numerics.frozen(signals.student.pooled, signals.teacher.pooled)
         width, classes = theirs.shape[-1], signals.teacher.logits.shape[-1]
         centres = Centres(classes, name="centres")(theirs, signals.labels, train=train)
         if ours.shape[-1] != width:

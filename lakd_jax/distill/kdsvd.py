@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lakd_jax.distill import method, relation, term
+from lakd_jax.distill.base import method, numerics, term
 
 _MORE = 3  # vectors of the student beside k, among which the teacher's are sought
 _LEAST = 1e-6  # of a gap between squared singular values, as a share of the largest
@@ -60,7 +60,7 @@ def _losses(
 ) -> list[jax.Array]:
     """`kdsvd_loss` of every two neighbours."""
     pairs = zip(student_features, teacher_features, strict=True)
-    vectors = [_aligned(*relation.frozen(*pair), k) for pair in pairs]
+    vectors = [_aligned(*numerics.frozen(*pair), k) for pair in pairs]
     found = []
     for (s_below, t_below), (s, t) in zip(vectors[:-1], vectors[1:], strict=True):
         apart = _relation(s_below, s) - _relation(t_below, t)
@@ -90,7 +90,7 @@ def _aligned(
     nearest = jnp.argmax(jnp.abs(cosines), 1)
     chosen = jax.nn.one_hot(nearest, s.shape[-1], axis=1) * jnp.sign(cosines)
     s = jnp.einsum("bci,bij->bcj", s, jax.lax.stop_gradient(chosen))
-    scale = relation.unit(values[:, :k])[:, None]
+    scale = numerics.unit(values[:, :k])[:, None]
     return s * scale, t * scale
 
 

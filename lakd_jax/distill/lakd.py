@@ -27,9 +27,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lakd_jax import choices
-from lakd_jax.distill import adapter as adapters
-from lakd_jax.distill import kd, method, ndam
+from lakd_jax import fields
+from lakd_jax.distill import kd, ndam
+from lakd_jax.distill.base import adapter as adapters
+from lakd_jax.distill.base import method
 
 Weighted = tuple[dict[str, jax.Array], dict[str, jax.Array | float]]
 
@@ -113,7 +114,7 @@ class Options:
         object.__setattr__(self, "power", str(self.power))
         object.__setattr__(self, "module_start_epochs", tuple(self.module_start_epochs))
         for field, valid in CHOICES.items():
-            choices.check(field, getattr(self, field), valid)
+            fields.check(field, getattr(self, field), valid)
         if self.window < 0 or self.stride < 1:
             raise ValueError(
                 f"window must be at least 0 and stride at least 1, are {self.window} "
@@ -163,7 +164,7 @@ def reduce_errors(errors: jax.Array, reduction: str) -> jax.Array:
 
     `mean` divides by all elements, `per_sample_sum` by the batch size only.
     """
-    choices.check("reduction", reduction, CHOICES["reduction"])
+    fields.check("reduction", reduction, CHOICES["reduction"])
     if reduction == "mean":
         return jnp.mean(errors)
     return jnp.mean(jnp.sum(errors, axis=(1, 2, 3)))
@@ -202,7 +203,7 @@ def attention_loss(
     Returns:
       Scalar float32; equal to `feature_loss` where What is 1 everywhere.
     """
-    choices.check("power", power, CHOICES["power"])
+    fields.check("power", power, CHOICES["power"])
     v = jax.lax.stop_gradient(v).astype(jnp.float32)
     w = jax.lax.stop_gradient(mask).astype(jnp.float32)
     errors = u.astype(jnp.float32) - v

@@ -22,7 +22,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lakd_jax.distill import kd, method, relation, term
+from lakd_jax.distill import kd
+from lakd_jax.distill.base import method, numerics, term
 
 
 def mlkd_loss(
@@ -52,7 +53,7 @@ def mlkd_loss(
     Returns:
       Scalar float32, never negative.
     """
-    student, teacher = relation.frozen(student_logits, teacher_logits)
+    student, teacher = numerics.frozen(student_logits, teacher_logits)
     first, second = student, teacher
     if standardise:
         first, second = kd.standardised(student), kd.standardised(teacher)

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lakd_jax import choices
-from lakd_jax.distill import relation
+from lakd_jax import fields
+from lakd_jax.distill.base import numerics
 
 F_SUMS = ("abs", "signed", "square")
 NORMALISATIONS = ("mean", "l2", "max", "sigmoid", "none")
@@ -35,10 +35,10 @@ def attention_map(features: jax.Array, kind: str) -> jax.Array:
     Returns:
       (B, H, W, 1) float32; never negative unless `signed`.
     """
-    choices.check("f_sum", kind, F_SUMS)
+    fields.check("f_sum", kind, F_SUMS)
     x = features.astype(jnp.float32)
     if kind == "abs":
-        x = relation.magnitude(x)
+        x = numerics.magnitude(x)
     elif kind == "square":
         x = jnp.square(x)
     return jnp.sum(x, axis=-1, keepdims=True)
@@ -135,7 +135,7 @@ def normalise(w: jax.Array, kind: str) -> jax.Array:
     Returns:
       (B, H, W, 1) float32. An all-zero map stays zero (`sigmoid`: one half).
     """
-    choices.check("normalise", kind, NORMALISATIONS)
+    fields.check("normalise", kind, NORMALISATIONS)
     w = w.astype(jnp.float32)
     if kind == "mean":
         return w / (jnp.mean(jnp.abs(w), axis=(1, 2), keepdims=True) + _EPS)

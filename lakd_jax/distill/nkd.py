@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lakd_jax.distill import dkd, method, relation, term
+from lakd_jax.distill import dkd
+from lakd_jax.distill.base import method, numerics, term
 
 
 def nkd_loss(
@@ -39,7 +40,7 @@ def nkd_loss(
       Scalar float32, never negative.
     """
     target = jax.nn.one_hot(labels, student_logits.shape[-1], dtype=bool)
-    student, teacher = relation.frozen(student_logits, teacher_logits)
+    student, teacher = numerics.frozen(student_logits, teacher_logits)
     log_p, q = jax.nn.log_softmax(student), jax.nn.softmax(teacher)
     label = -jnp.sum(jnp.where(target, q * log_p, 0.0), -1)
     log_p = dkd.others(student / temperature, target)

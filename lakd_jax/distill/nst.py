@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lakd_jax.distill import adapter, method, relation, term
+from lakd_jax.distill.base import adapter, method, numerics, term
 
 
 def nst_loss(
@@ -31,7 +31,7 @@ def nst_loss(
     """
     total = jnp.float32(0)
     for pair in zip(student_features, teacher_features, strict=True):
-        s, t = map(_channels, adapter.match_size(*relation.frozen(*pair)))
+        s, t = map(_channels, adapter.match_size(*numerics.frozen(*pair)))
         total += _kernel(t, t) + _kernel(s, s) - 2 * _kernel(s, t)
     return total
 
@@ -40,7 +40,7 @@ def _channels(features: jax.Array) -> jax.Array:
     """(B, C, H * W), unit vectors."""
     batch, height, width, channels = features.shape
     rows = features.reshape(batch, height * width, channels).swapaxes(1, 2)
-    return relation.unit(rows)
+    return numerics.unit(rows)
 
 
 def _kernel(a: jax.Array, b: jax.Array) -> jax.Array:

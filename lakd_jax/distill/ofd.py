@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lakd_jax.distill import adapter, method, relation, term
+from lakd_jax.distill.base import adapter, method, numerics, term
 
 
 def margin_loss(student: jax.Array, teacher: jax.Array, margin: jax.Array) -> jax.Array:
@@ -29,7 +29,7 @@ def margin_loss(student: jax.Array, teacher: jax.Array, margin: jax.Array) -> ja
     Returns:
       Scalar float32, never negative.
     """
-    source, target = relation.frozen(student, teacher)
+    source, target = numerics.frozen(student, teacher)
     target = jnp.maximum(target, jnp.broadcast_to(margin, target.shape))
     counts = (source > target) | (target > 0)
     errors = jnp.where(counts, (source - target) ** 2, 0.0)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lakd_jax.distill import method, relation, term
+from lakd_jax.distill.base import method, numerics, term
 
 _EPS = 1e-7
 
@@ -28,12 +28,12 @@ def pkt_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
     Returns:
       Scalar float32, not negative but for rounding.
     """
-    s, t = (_neighbours(relation.flat(x)) for x in relation.frozen(student, teacher))
+    s, t = (_neighbours(numerics.flat(x)) for x in numerics.frozen(student, teacher))
     return jnp.mean(t * jnp.log((t + _EPS) / (s + _EPS)))
 
 
 def _neighbours(x: jax.Array) -> jax.Array:
-    unit = relation.unit(x)
+    unit = numerics.unit(x)
     similarities = (unit @ unit.T + 1) / 2
     return similarities / jnp.sum(similarities, -1, keepdims=True)
 

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lakd_jax.distill import method, ndam, relation, term
+from lakd_jax.distill import ndam
+from lakd_jax.distill.base import method, numerics, term
 from lakd_jax.models import layers
 
 _LEVELS = (4, 2, 1)  # sides of the pooled maps
@@ -40,7 +41,7 @@ def hcl_loss(
     """
     total = jnp.float32(0)
     for pair in zip(student_features, teacher_features, strict=True):
-        student, teacher = relation.frozen(*pair)
+        student, teacher = numerics.frozen(*pair)
         value, weights, weight = jnp.mean((student - teacher) ** 2), 1.0, 1.0
         for side in _LEVELS:
             if side >= student.shape[1]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lakd_jax.distill import method, relation, term
+from lakd_jax.distill.base import method, numerics, term
 
 _LEAST = 1e-12  # of a squared distance
 
@@ -35,7 +35,7 @@ def rkd_loss(
     Returns:
       Scalar float32, never negative.
     """
-    s, t = (relation.flat(x) for x in relation.frozen(student, teacher))
+    s, t = (numerics.flat(x) for x in numerics.frozen(student, teacher))
     huber = optax.losses.huber_loss
     distance = jnp.mean(huber(_distances(s), _distances(t)))
     angle = jnp.mean(huber(_angles(s), _angles(t)))
@@ -56,7 +56,7 @@ def _distances(x: jax.Array) -> jax.Array:
 
 def _angles(x: jax.Array) -> jax.Array:
     """(B, B, B) cosines at example i between the directions to j and k."""
-    directions = relation.unit(x[None] - x[:, None])
+    directions = numerics.unit(x[None] - x[:, None])
     return jnp.einsum("ijc,ikc->ijk", directions, directions)
 
 

@@ -27,9 +27,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lakd_jax import choices
-from lakd_jax.distill import kd, method
+from lakd_jax import fields
+from lakd_jax.distill import kd
 from lakd_jax.distill import tap_attention as attention_lib
+from lakd_jax.distill.base import method
 
 Mask = Callable[[jax.Array, attention_lib.Groups, int], jax.Array]
 
@@ -118,8 +119,8 @@ def select(
     Raises:
       ValueError: unknown selection or scope.
     """
-    choices.check("selection", selection, CHOICES["selection"])
-    choices.check("scope", scope, CHOICES["scope"])
+    fields.check("selection", selection, CHOICES["selection"])
+    fields.check("scope", scope, CHOICES["scope"])
     shape = logits.shape
     logits = jax.lax.stop_gradient(logits)
     if scope == "batch":
@@ -194,7 +195,7 @@ class Options:
 
     def __post_init__(self):
         for field, valid in CHOICES.items():
-            choices.check(field, getattr(self, field), valid)
+            fields.check(field, getattr(self, field), valid)
         if self.top_r < 1:
             raise ValueError(f"top_r must be at least 1, is {self.top_r}")
 

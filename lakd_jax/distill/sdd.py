@@ -20,7 +20,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lakd_jax.distill import dkd, kd, method, ndam, nkd, relation, term
+from lakd_jax.distill import dkd, kd, ndam, nkd
+from lakd_jax.distill.base import method, numerics, term
 
 BASES = ("kd", "dkd", "nkd")
 
@@ -100,8 +101,8 @@ class SDD(term.LogitTerm):
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
         """The term `sdd`."""
-        ours = relation.logit_map(signals.student_head, signals.student_joints[-1])
-        theirs = relation.logit_map(signals.teacher_head, signals.teacher_joints[-1])
+        ours = numerics.logit_map(signals.student_head, signals.student_joints[-1])
+        theirs = numerics.logit_map(signals.teacher_head, signals.teacher_joints[-1])
         ours, theirs = cells(ours, self.scales), cells(theirs, self.scales)
         if self.standardise:
             ours, theirs = kd.standardised(ours), kd.standardised(theirs)

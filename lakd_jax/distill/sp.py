@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lakd_jax.distill import method, relation, term
+from lakd_jax.distill.base import method, numerics, term
 
 
 def sp_loss(student_feature: jax.Array, teacher_feature: jax.Array) -> jax.Array:
@@ -26,13 +26,13 @@ def sp_loss(student_feature: jax.Array, teacher_feature: jax.Array) -> jax.Array
     Returns:
       Scalar float32, never negative.
     """
-    student, teacher = relation.frozen(student_feature, teacher_feature)
+    student, teacher = numerics.frozen(student_feature, teacher_feature)
     return jnp.mean((_similarities(student) - _similarities(teacher)) ** 2)
 
 
 def _similarities(feature: jax.Array) -> jax.Array:
-    rows = relation.flat(feature)
-    return relation.unit(rows @ rows.T)
+    rows = numerics.flat(feature)
+    return numerics.unit(rows @ rows.T)
 
 
 class SP(term.Term):

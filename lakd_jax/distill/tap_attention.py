@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lakd_jax import choices
-from lakd_jax.distill import ndam, relation
+from lakd_jax import fields
+from lakd_jax.distill import ndam
+from lakd_jax.distill.base import numerics
 from lakd_jax.models import layers
 
 Taps = Sequence[jax.Array]
@@ -51,7 +52,7 @@ def by_size(taps: Taps) -> Groups:
 def unit_maps(taps: Taps) -> jax.Array:
     """Unit-length activation maps of taps of one size, (B, taps, H W)."""
     maps = jnp.stack([activation_map(t) for t in taps], 1)
-    return relation.unit(maps.reshape(*maps.shape[:2], -1))
+    return numerics.unit(maps.reshape(*maps.shape[:2], -1))
 
 
 def pooled_unit_maps(taps: Taps, height: int, width: int) -> jax.Array:
@@ -74,7 +75,7 @@ def pooled_unit_maps(taps: Taps, height: int, width: int) -> jax.Array:
         maps = ndam.adaptive_pool(maps, height, width, jnp.mean)
         pooled |= {i: maps[..., place] for place, i in enumerate(group)}
     stacked = jnp.stack([pooled[i] for i in range(len(taps))], 1)
-    return relation.unit(stacked.reshape(*stacked.shape[:2], -1))
+    return numerics.unit(stacked.reshape(*stacked.shape[:2], -1))
 
 
 def squared_distances(ours: jax.Array, theirs: jax.Array) -> jax.Array:
@@ -114,7 +115,7 @@ def distances(
     Raises:
       ValueError: unknown reduction.
     """
-    choices.check("reduction", reduction, REDUCTIONS)
+    fields.check("reduction", reduction, REDUCTIONS)
     groups, columns = by_size(teacher), []
     for row, group in enumerate(groups):
         height, width = teacher[group[0]].shape[1:3]
@@ -122,7 +123,7 @@ def distances(
         if merge is not None:
             weights = merge[row, jnp.array(group)]
             mean = jnp.einsum("n,bnp->bp", weights, theirs, precision="highest")
-            theirs = relation.unit(mean)[:, None]
+            theirs = numerics.unit(mean)[:, None]
         found = squared_distances(pooled_unit_maps(student, height, width), theirs)
         columns.append(found / (height * width) if reduction == "mean" else found)
     table, order = jnp.concatenate(columns, -1), sum(groups, ())

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lakd_jax.distill import adapter, method, relation, term
+from lakd_jax.distill.base import adapter, method, numerics, term
 
 _LEAST_VARIANCE = 1e-5
 
@@ -31,7 +31,7 @@ def vid_loss(mean: jax.Array, teacher: jax.Array, scale: jax.Array) -> jax.Array
     Returns:
       Scalar float32; negative where the variance is small.
     """
-    mean, teacher = relation.frozen(mean, teacher)
+    mean, teacher = numerics.frozen(mean, teacher)
     scale = jnp.expand_dims(scale.astype(jnp.float32), range(mean.ndim - 1))
     variance = jax.nn.softplus(scale) + _LEAST_VARIANCE
     return jnp.mean((mean - teacher) ** 2 / variance + jnp.log(variance)) / 2
@@ -80,7 +80,7 @@ class VID(term.Term):
         terms = []
         pairs = zip(signals.student_joints, signals.teacher_joints, strict=True)
         for k, pair in enumerate(pairs, 1):
-            ours, theirs = adapter.match_size(*relation.frozen(*pair))
+            ours, theirs = adapter.match_size(*numerics.frozen(*pair))
             own = Regressor(theirs.shape[-1], self.init_variance, name=f"module{k}")
             mean, scale = own(ours)
             terms.append({"vid": vid_loss(mean, theirs, scale)})

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lakd_jax.distill import method, relation, term
+from lakd_jax.distill.base import method, numerics, term
 
 
 def ttm_loss(
@@ -55,12 +55,12 @@ def _match(
     student_logits: jax.Array, teacher_logits: jax.Array, exponent: float
 ) -> tuple[jax.Array, jax.Array]:
     """Of each example the divergence and sum q^e, (B,) each."""
-    student, teacher = relation.frozen(student_logits, teacher_logits)
+    student, teacher = numerics.frozen(student_logits, teacher_logits)
     log_p = jax.nn.log_softmax(student)
     powers = exponent * jax.nn.log_softmax(teacher)
     log_sum = jax.nn.logsumexp(powers, -1, keepdims=True)
     log_q = powers - log_sum
-    return relation.divergence(log_q, log_p), jnp.exp(log_sum[:, 0])
+    return numerics.divergence(log_q, log_p), jnp.exp(log_sum[:, 0])
 
 
 class TTM(term.LogitTerm):

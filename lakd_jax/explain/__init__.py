@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lakd_jax import interrupt, paths, workdir
-from lakd_jax.explain import experts, measure, page, subject, taps
-from lakd_jax.models import hme
-from lakd_jax.report import pictures
-from lakd_jax.train import look
+from lakd_jax import paths
+from lakd_jax.explain import measure, subject, taps
+from lakd_jax.hme import network, report
+from lakd_jax.report import page, pictures
+from lakd_jax.runs import pictures as pictures_lib
+from lakd_jax.runtime import interrupt
+from lakd_jax.store import workdir
 
 REPORT = "report.html"
 _SHOWN = 5  # test images that the student gets right, and as many it gets wrong
@@ -86,7 +88,7 @@ def _attention(
     notify("attention maps")
     path = scratch / "attention.png"
     chosen = measure.right_and_wrong(s, _SHOWN)
-    look.attention(
+    pictures_lib.attention(
         path, s.config, s.bench.dataset.preview, s.student, s.teacher, chosen
     )
     words = (
@@ -157,11 +159,11 @@ def _taps(
 
 
 def _experts(s: subject.Subject, scratch: Path, _: Callable[[str], None]) -> list[str]:
-    if not isinstance(s.student.model, hme.HME):
+    if not isinstance(s.student.model, network.HME):
         return []
     variables: Any = s.student.variables
     dataset = s.bench.dataset.preview
-    return experts.section(variables["params"], dataset.classes, dataset.name, scratch)
+    return report.section(variables["params"], dataset.classes, dataset.name, scratch)
 
 
 def _conflict(s: subject.Subject, _: Path, notify: Callable[[str], None]) -> list[str]:

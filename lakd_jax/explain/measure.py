@@ -10,7 +10,7 @@ import numpy as np
 from lakd_jax.explain import conflict, similarity, subject
 from lakd_jax.models import chain
 from lakd_jax.report import metrics
-from lakd_jax.train import look, networks
+from lakd_jax.runs import pictures, weights
 
 PyTree = Any
 
@@ -111,7 +111,7 @@ def _modules(s: subject.Subject, student: _Side, teacher: _Side | None) -> list[
 
 def _partition(s: subject.Subject) -> Any:
     teacher = s.teacher.network.model if s.teacher else s.student.model
-    return look.partition(s.config, s.student.model, teacher)
+    return pictures.partition(s.config, s.student.model, teacher)
 
 
 def _probe_images(s: subject.Subject) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -185,9 +185,9 @@ def conflicts(s: subject.Subject) -> dict[str, dict[str, float]]:
     images = np.asarray(s.pixels(jnp.asarray(split.images[chosen])))
     students = {s.config.method: s.student}
     for method in s.config.baselines:
-        path = s.directory / method / networks.STUDENT_FILE
+        path = s.directory / method / weights.STUDENT_FILE
         if path.exists():
-            students[method], _ = networks.student(path, s.config.dtype)
+            students[method], _ = weights.student(path, s.config.dtype)
     return {
         method: conflict.mean_cosines(
             student.model, student.variables, images, split.labels[chosen], classes

@@ -9,12 +9,15 @@ import flax
 import jax
 import numpy as np
 
-from lakd_jax import checkpoint, distill, errors, interrupt, workdir
 from lakd_jax import config as config_lib
+from lakd_jax import distill, errors
 from lakd_jax.data import order
 from lakd_jax.models import chain
-from lakd_jax.train import build, gates, networks, runs, teachers
-from lakd_jax.train import learner as learner_lib
+from lakd_jax.runs import single, weights
+from lakd_jax.runs import teacher as teacher_lib
+from lakd_jax.runtime import interrupt
+from lakd_jax.store import checkpoint, workdir
+from lakd_jax.training import setup, spec, vam
 
 PyTree = Any
 BATCH = 128
@@ -37,10 +40,10 @@ class Subject:
 
     directory: Path
     config: config_lib.ConfigDict
-    bench: runs.Bench
-    student: networks.Loaded
-    pixels: learner_lib.Pixels
-    teacher: runs.Teacher | None
+    bench: single.Bench
+    student: weights.Loaded
+    pixels: spec.Pixels
+    teacher: single.Teacher | None
     result: dict[str, Any]
 
     @property
@@ -60,19 +63,19 @@ def load(
         errors.ExportError: there is none, or it was made by another version.
         errors.LakdError: its images or its teacher are not there any more.
     """
-    settings = networks.settings(directory)
+    settings = weights.settings(directory)
     try:
         config = config_lib.from_dict(settings)
     except ValueError as error:
         raise errors.ExportError(f"{directory / workdir.CONFIG}: {error}") from error
-    bench = runs.bench(config, guard, notify)
+    bench = single.bench(config, guard, notify)
     finished = config_lib.changed(config, {"student.init": str(directory)})
-    student = runs.load_network("student", finished, bench)
+    student = single.load_network("student", finished, bench)
     teacher = None
     if distill.facts(config.method).needs_teacher:
-        teacher = teachers.make(config, bench)
-    result = workdir.read_json(directory / networks.RESULT_FILE)
-    pixels = build.pixels(config)
+        teacher = teacher_lib.make(config, bench)
+    result = workdir.read_json(directory / weights.RESULT_FILE)
+    pixels = setup.pixels(config)
     return Subject(directory, config, bench, student, pixels, teacher, result)
 
 
@@ -82,10 +85,10 @@ def past(subject: Subject) -> Iterator[tuple[int, PyTree]]:
     They are those of `subject.student.model`: checkpoints have gates that it has not.
     """
     folder = subject.directory / "checkpoints"
-    model = subject.student.model.clone(vam=build.vam_options(subject.config))
+    model = subject.student.model.clone(vam=setup.vam_options(subject.config))
     for step in checkpoint.list_steps(folder):
         _, arrays, _ = checkpoint.read_arrays(folder, step)
-        yield step, gates.deployed(model, part(arrays, "student"))[1]
+        yield step, vam.deployed(model, part(arrays, "student"))[1]
 
 
 def part(arrays: dict[str, np.ndarray], name: str) -> PyTree:
@@ -105,7 +108,7 @@ def part(arrays: dict[str, np.ndarray], name: str) -> PyTree:
 def observe(
     model: chain.Chain,
     variables: PyTree,
-    pixels: learner_lib.Pixels,
+    pixels: spec.Pixels,
     images: np.ndarray,
     joints: tuple[str, ...],
 ) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lakd_jax import checkpoint, distill
-from lakd_jax.distill import method as method_lib
-from lakd_jax.explain import page, subject
-from lakd_jax.report import grids
-from lakd_jax.train import build
+from lakd_jax import distill
+from lakd_jax.distill.base import method as method_lib
+from lakd_jax.explain import subject
+from lakd_jax.report import grids, page
+from lakd_jax.store import checkpoint
+from lakd_jax.training import setup
 
 METHODS = ("afd", "rtk")
 IMAGES = 256  # test images
@@ -71,7 +72,7 @@ def _entropy(s: subject.Subject, attention: np.ndarray) -> float:
 
 def over_training(s: subject.Subject) -> list[tuple[float, np.ndarray]]:
     """(epoch, attention (n, student taps, teacher taps)) of every checkpoint."""
-    method = distill.create(s.config.method, build.method_options(s.config))
+    method = distill.create(s.config.method, setup.method_options(s.config))
     test = s.bench.dataset.preview.test
     images, labels = (jnp.asarray(x[:IMAGES]) for x in (test.images, test.labels))
     assert s.teacher is not None

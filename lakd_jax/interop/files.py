@@ -12,9 +12,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from lakd_jax import errors, paths, workdir
+from lakd_jax import errors, paths
 from lakd_jax.interop import state_dict as state_dicts
 from lakd_jax.interop import torch_pickle
+from lakd_jax.store import workdir
 
 _FORMAT = "lakd_jax"  # marks our files, as "pt" marks PyTorch's
 

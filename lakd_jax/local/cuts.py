@@ -11,14 +11,14 @@ from typing import Any
 
 import jax
 
-from lakd_jax import choices
+from lakd_jax import fields
 from lakd_jax.local import balance
 from lakd_jax.models import chain
 
 PyTree = Any
 
 GRANULARITIES = ("stage", "block", "none", "list", "bytes", "flops")
-ENGINES = ("fused", "dispatch", "pipeline")  # see `lakd_jax.train.engines`
+ENGINES = ("fused", "dispatch", "pipeline")  # see `lakd_jax.training.engine`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def modules(
       ValueError: names `local.granularity`, `local.cuts` or `local.modules`, what is
         wrong and what is valid.
     """
-    choices.check("local.granularity", granularity, GRANULARITIES)
+    fields.check("local.granularity", granularity, GRANULARITIES)
     if bool(cuts) != (granularity == "list"):
         raise ValueError(
             "local.cuts goes with local.granularity=list, and only with it; it is "

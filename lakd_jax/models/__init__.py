@@ -10,10 +10,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lakd_jax import choices
-from lakd_jax.models import chain, hme, mobilenet, resnet, shufflenet, vgg, wrn
+from lakd_jax import fields
+from lakd_jax.hme import network
+from lakd_jax.models import chain, mobilenet, resnet, shufflenet, vgg, wrn
 
-_FAMILIES = (resnet, wrn, vgg, mobilenet, shufflenet, hme)
+_FAMILIES = (resnet, wrn, vgg, mobilenet, shufflenet, network)
 _NETWORKS: dict[str, Any] = {  # partials of Chain classes
     name: build for family in _FAMILIES for name, build in family.NETWORKS.items()
 }
@@ -60,7 +61,7 @@ def _builder(name: str) -> Any:
     """The partial that makes the network; wide ResNets of any size are known."""
     builder = _NETWORKS.get(name) or wrn.from_name(name)
     if builder is None:
-        choices.check("network", name, names())
+        fields.check("network", name, names())
     return builder
 
 
@@ -88,9 +89,9 @@ def create(name: str, *, num_classes: int, **options: Any) -> chain.Chain:
     options = {"dtype": jnp.float32} | options
     options["dtype"] = _float_dtype(options["dtype"])
     for option, value in options.items():
-        choices.check(f"option of {name}", option, [*allowed, *common])
+        fields.check(f"option of {name}", option, [*allowed, *common])
         if option in allowed:
-            choices.check(f"{option} of {name}", value, list(allowed[option]))
+            fields.check(f"{option} of {name}", value, list(allowed[option]))
     return _builder(name)(num_classes=num_classes, **options)
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lakd_jax import choices
+from lakd_jax import fields
 from lakd_jax.models import layers
 from lakd_jax.models import vam as vam_lib
 
@@ -365,7 +365,7 @@ def resolve_joint(model: Chain, joint: str) -> str:
     ends = {f"stage{s}": size for s, size in enumerate(model.stage_sizes, 1)}
     if joint in ends:
         return f"{joint}.block{ends[joint]}"
-    raise ValueError(f"joint {choices.fault(joint, [*ends, *names])}")
+    raise ValueError(f"joint {fields.fault(joint, [*ends, *names])}")
 
 
 def feature_at(

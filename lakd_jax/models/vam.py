@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lakd_jax import choices
+from lakd_jax import fields
 
 GATES = ("static", "dynamic")
 ENTROPY = "vam_entropy"  # what a layer leaves among the intermediates
@@ -56,7 +56,7 @@ class Options:
     init_std: float
 
     def __post_init__(self):
-        choices.check("vam gate", self.gate, GATES)
+        fields.check("vam gate", self.gate, GATES)
         if self.blocks < 2:
             raise ValueError(f"vam blocks must be at least 2, not {self.blocks}")
         if not 0 < self.temperature < math.inf:

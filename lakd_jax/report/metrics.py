@@ -68,7 +68,7 @@ class MetricWriter:
         self._off = False
 
     def __enter__(self) -> Self:
-        from lakd_jax import hosts  # here, as it loads JAX, which readers do without
+        from lakd_jax.runtime import hosts
 
         self._off = not hosts.is_first()
         if not self._off:

@@ -67,7 +67,7 @@ def render(
     """Returns the model card as Markdown.
 
     Args:
-      card: what `networks.save` keeps with a student.
+      card: what `weights.save` keeps with a student.
       settings: the run's configuration, nested.
       environment: what the run ran on; empty if that is not known.
       files: names of the exported files that the card goes with.

@@ -84,7 +84,7 @@ class Progress:
         self._broken = False
 
     def __enter__(self) -> Self:
-        from lakd_jax import hosts  # here, as it loads JAX
+        from lakd_jax.runtime import hosts
 
         self._stream = self._given_stream or sys.stderr
         self._broken = not hosts.is_first()

@@ -1,0 +1,249 @@
+"""What must hold between fields about how a run is executed.
+
+Engines, seeds, stored outputs of the teacher, processes. `TABLE` has all relations:
+these and those of `lakd_jax.config.rules`.
+"""
+
+from lakd_jax import distill, models
+from lakd_jax.config import rules
+from lakd_jax.distill import lakd
+from lakd_jax.distill.base import method
+from lakd_jax.runtime import hosts
+
+TABLE = rules.TABLE
+
+
+@rules.reads("local.engine", only_lakd=True)
+def _processes(c: rules.Config, _: int) -> str:
+    if c.local.engine != "pipeline" or hosts.count() == 1:
+        return ""
+    return (
+        "local.engine=pipeline puts modules on the devices of one process, and there "
+        f"are {hosts.count()}; use fused or dispatch, or one process"
+    )
+
+
+@rules.reads(*rules.METHODS, "local.engine")
+def _engine_method(c: rules.Config, _: int) -> str:
+    if c.local.engine == "fused" or distill.facts(c.method).local:
+        return ""
+    return (
+        f"local.engine={c.local.engine} runs the modules of a student that is cut; "
+        f"method {c.method} has one loss for all of it: use local.engine=fused"
+    )
+
+
+@rules.reads("local.engine", "steps_per_dispatch")
+def _engine_dispatch(c: rules.Config, _: int) -> str:
+    if c.local.engine == "fused" or c.steps_per_dispatch < 2:
+        return ""
+    return (
+        f"local.engine={c.local.engine} dispatches each module of each step; set "
+        "steps_per_dispatch to 0, or use local.engine=fused"
+    )
+
+
+_NEEDED = ("lakd.att_global", "lakd.task", "lakd.head_loss", "lakd.preact")
+
+
+@rules.reads(
+    "local.engine",
+    "local.cut_scale",
+    "student.vam.enabled",
+    "student.name",
+    "teacher.name",
+    *_NEEDED,
+    only_lakd=True,
+)
+def _engine_isolated(c: rules.Config, _: int) -> str:
+    if c.local.engine == "fused":
+        return ""
+    entry = any(models.family(n.name).PREACTIVATION for n in (c.student, c.teacher))
+    logits = lakd.needs_logits(c.lakd.task, c.lakd.head_loss)
+    needs = {
+        "local.cut_scale above 0": c.local.cut_scale > 0,
+        "lakd.att_global": c.lakd.att_global,
+        "student.vam.enabled": c.student.vam.enabled,
+        f"lakd.task={c.lakd.task} with lakd.head_loss=ce+kd": logits,
+        "lakd.preact in networks that normalise first": c.lakd.preact and entry,
+    }
+    found = [name for name, holds in needs.items() if holds]
+    if not found:
+        return ""
+    return (
+        f"local.engine={c.local.engine} runs modules apart, which {found[0]} does not "
+        "allow: use local.engine=fused"
+    )
+
+
+@rules.reads(
+    "data.streaming",
+    "data.source",
+    "data.image_size",
+    "data.pad",
+    "data.test_resize",
+    "data.max_bad",
+)
+def _streaming(c: rules.Config, _: int) -> str:
+    d = c.data
+    if not d.streaming:
+        return ""
+    if d.source == "digits" or d.source.startswith("npz:"):
+        return (
+            f"data.streaming is for image files; data.source={d.source} needs it False"
+        )
+    if not d.image_size:
+        return "data.streaming cuts images to one size: set data.image_size, e.g. 224"
+    if d.pad:
+        return f"data.streaming cuts images at random: set data.pad to 0, not {d.pad}"
+    if d.max_bad:
+        return "data.max_bad is for data in memory: set it to 0 with data.streaming"
+    if d.test_resize < d.image_size:
+        return (
+            f"data.test_resize is {d.test_resize}, less than data.image_size "
+            f"({d.image_size}), which is cut out of it"
+        )
+    return ""
+
+
+@rules.reads("data.streaming", "teacher.views")
+def _streaming_views(c: rules.Config, _: int) -> str:
+    if not (c.data.streaming and c.teacher.views):
+        return ""
+    return (
+        "teacher.views is for data in memory: set it to 0, or data.streaming to False"
+    )
+
+
+@rules.reads("data.streaming", "seeds_by")
+def _streaming_seeds(c: rules.Config, _: int) -> str:
+    if not c.data.streaming or c.seeds_by in ("auto", "turn"):
+        return ""
+    return f"seeds_by={c.seeds_by} is for data in memory: use seeds_by=turn"
+
+
+@rules.reads("optim.dot_delta", "optim.momentum")
+def _dot_momenta(c: rules.Config, _: int) -> str:
+    delta, momentum = c.optim.dot_delta, c.optim.momentum
+    if not delta or (delta <= momentum and momentum + delta < 1):
+        return ""
+    return (
+        f"optim.dot_delta is {delta:g}: the momenta {momentum - delta:g} and "
+        f"{momentum + delta:g} must be at least 0 and below 1"
+    )
+
+
+@rules.reads(
+    *rules.METHODS,
+    "optim.dot_delta",
+    "optim.nesterov",
+    "optim.clip_norm",
+    "student.name",
+    "local.engine",
+    "local.cut_scale",
+)
+def _dot(c: rules.Config, _: int) -> str:
+    if not c.optim.dot_delta:
+        return ""
+    cut = [m for m in rules.methods(c) if distill.facts(m).local]
+    refused = {
+        "method none has no other losses than the labels'": c.method == "none",
+        "student.name=hme has optimisers of its own": c.student.name == "hme",
+        f"local.engine={c.local.engine} trains modules apart": c.local.engine
+        != "fused",
+        f"method {''.join(cut[:1])} trains modules apart unless local.cut_scale is "
+        "above 0": cut and c.local.cut_scale <= 0,
+        "optim.nesterov has no place in it": c.optim.nesterov,
+        "optim.clip_norm has no place in it": c.optim.clip_norm > 0,
+    }
+    found = [reason for reason, holds in refused.items() if holds]
+    if not found:
+        return ""
+    return f"optim.dot_delta is {c.optim.dot_delta:g}, but {found[0]}: set it to 0"
+
+
+@rules.reads("seeds")
+def _seeds(c: rules.Config, _: int) -> str:
+    again = [seed for i, seed in enumerate(c.seeds) if seed in c.seeds[:i]]
+    return f"seeds has {again[0]} twice" if again else ""
+
+
+@rules.reads("seeds_by", "student.name", "local.engine", "teacher.views")
+def _seeds_by(c: rules.Config, _: int) -> str:
+    if c.seeds_by in ("auto", "turn"):
+        return ""
+    if c.student.name == "hme":
+        return f"seeds_by={c.seeds_by} is not for student.name=hme: use seeds_by=turn"
+    if c.local.engine != "fused":
+        return (
+            f"seeds_by={c.seeds_by} needs local.engine=fused; with "
+            f"{c.local.engine} use seeds_by=turn"
+        )
+    if c.seeds_by == "device" and hosts.count() > 1:
+        return "seeds_by=device is for one process: use seeds_by=turn or program"
+    if c.teacher.views:
+        return f"seeds_by={c.seeds_by} is not for teacher.views: use seeds_by=turn"
+    return ""
+
+
+@rules.reads(*rules.METHODS, "teacher.views", "epochs")
+def _views_epochs(c: rules.Config, _: int) -> str:
+    if not rules.needs_teacher(c) or c.teacher.views <= c.epochs:
+        return ""
+    return (
+        f"teacher.views is {c.teacher.views}, more than epochs ({c.epochs}): the rest "
+        "would never be seen"
+    )
+
+
+@rules.reads(*rules.METHODS, "teacher.views")
+def _views_reads(c: rules.Config, _: int) -> str:
+    if not c.teacher.views:
+        return ""
+    for name in rules.methods(c):
+        reads = distill.facts(name).teacher_reads
+        if more := [part for part in reads if part not in method.STORABLE]:
+            return (
+                f"teacher.views stores {' and '.join(method.STORABLE)}, but method "
+                f"{name} reads the teacher's {', '.join(more)}: set teacher.views to 0"
+            )
+    return ""
+
+
+@rules.reads("teacher.views", "lakd.task", "lakd.attention", only_lakd=True)
+def _views_suffix(c: rules.Config, _: int) -> str:
+    if not (c.teacher.views and lakd.needs_suffix(c.lakd.task, c.lakd.attention)):
+        return ""
+    return (
+        "lakd.task=teacher_suffix and lakd.attention=logits run the teacher on from "
+        "the student's features, which teacher.views cannot store: set it to 0"
+    )
+
+
+@rules.reads("teacher.views")
+def _views_processes(c: rules.Config, _: int) -> str:
+    if not c.teacher.views or hosts.count() == 1:
+        return ""
+    return (
+        f"teacher.views is for one process, and there are {hosts.count()}: set it to 0"
+    )
+
+
+@rules.reads("teacher.views", "local.engine")
+def _views_engine(c: rules.Config, _: int) -> str:
+    if not c.teacher.views or c.local.engine == "fused":
+        return ""
+    return (
+        f"local.engine={c.local.engine} runs the teacher beside the modules: set "
+        "teacher.views to 0, or use local.engine=fused"
+    )
+
+
+@rules.reads("teacher.views", "lakd.preact", "local.module_input", only_lakd=True)
+def _views_preact(c: rules.Config, _: int) -> str:
+    if not (c.teacher.views and c.lakd.preact and c.local.module_input == "teacher"):
+        return ""
+    return (
+        "teacher.views stores what is compared, and with lakd.preact this is not what "
+        "local.module_input=teacher feeds: set teacher.views to 0"
+    )

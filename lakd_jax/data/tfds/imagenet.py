@@ -1,0 +1,117 @@
+"""imagenet2012 prepared without TensorFlow, from the archives of its site.
+
+tfds's own builder reads the archives through TensorFlow. This subclass keeps its name,
+version, features and order, but reads them with the standard library, and writes
+ArrayRecord files, which the stock builder opens. Two things differ: the 23 training
+images that are not RGB JPEGs (22 CMYK, one PNG) are kept as they are, since they are
+converted when they are decoded; and there is no `test` split, whose labels are secret.
+"""
+
+import functools
+import io
+import pathlib
+import tarfile
+from collections.abc import Iterator
+from typing import Any
+
+from lakd_jax import errors
+from lakd_jax.data.tfds import builders
+
+NAME = "imagenet2012"
+ARCHIVES = {
+    "train": "ILSVRC2012_img_train.tar",
+    "validation": "ILSVRC2012_img_val.tar",
+}
+
+
+class _ImageNet:
+    """Reads the archive of a class's archives, and that of the validation images."""
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+        paths = archives(pathlib.Path(dl_manager.manual_dir))
+        return {
+            "train": self._generate_examples(paths["train"], {}),
+            "validation": self._generate_examples(
+                paths["validation"], validation_labels(paths["validation"])
+            ),
+        }
+
+    def _generate_examples(
+        self, path: pathlib.Path, labels: dict[str, str]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Without labels the archive holds one archive a class, named after it."""
+        for name, content in members(path.open("rb")):
+            inner = [(name, content)] if labels else members(io.BytesIO(content))
+            for image, pixels in inner:
+                label = labels[image] if labels else pathlib.PurePath(name).stem
+                record = {"file_name": image, "image": pixels, "label": label}
+                yield image, record
+
+
+def archives(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Where the archives are; DataError naming those that are missing."""
+    paths = {split: folder / name for split, name in ARCHIVES.items()}
+    missing = [path.name for path in paths.values() if not path.is_file()]
+    if missing:
+        raise errors.DataError(
+            f"{NAME} cannot be downloaded without an account: get "
+            f"{' and '.join(missing)}\nfrom https://image-net.org/download-images, put "
+            f"them into {folder} and start again."
+        )
+    return paths
+
+
+def members(file: Any) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the files in a tar archive, in order; nothing is unpacked."""
+    with file, tarfile.open(fileobj=file, mode="r:") as archive:
+        for member in archive:
+            if member.isfile():
+                reader = archive.extractfile(member)
+                assert reader is not None  # it is a file
+                yield member.name, reader.read()
+
+
+def validation_labels(path: pathlib.Path) -> dict[str, str]:
+    """Image -> class. tfds has the classes in the order of the images' names."""
+    import tensorflow_datasets as tfds
+
+    told = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
+    with tarfile.open(path, "r:") as archive:
+        names = sorted(member.name for member in archive if member.isfile())
+    return dict(zip(names, told.read_text().split(), strict=False))
+
+
+@functools.cache
+def builder_class() -> type:
+    """The subclass; kept out of tfds's registry, where the stock builder stays."""
+    import tensorflow_datasets as tfds
+
+    stock = tfds.builder_cls(NAME)
+    package = {"pkg_dir_path": stock.pkg_dir_path, "__module__": __name__}
+    with tfds.core.registered.skip_registration():
+        return type("Builder", (_ImageNet, stock), {"name": NAME, **package})
+
+
+def prepare(data_dir: str | None) -> None:
+    """Writes the set as ArrayRecord; some hours and 150 GB for the whole of it.
+
+    Args:
+      data_dir: tfds's data directory, None for its default; the archives are in its
+        subfolder downloads/manual.
+
+    Raises:
+      DataError: an archive is missing or broken, or the disk is full.
+    """
+    import tensorflow_datasets as tfds
+
+    builder = builder_class()(data_dir=data_dir, file_format="array_record")
+    folder = pathlib.Path(builder.data_dir_root) / "downloads" / "manual"
+    archives(folder)
+    config = tfds.download.DownloadConfig(manual_dir=str(folder))
+    try:
+        builder.download_and_prepare(download_config=config)
+    except Exception as error:  # tarfile, tfds, OS: all end here
+        raise errors.DataError(
+            f"{NAME}: preparing failed: {builders.brief(error)}\n"
+            f"The archives are in {folder}; see that they are whole."
+        ) from error

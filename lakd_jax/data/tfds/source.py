@@ -1,0 +1,259 @@
+"""Data sets of TensorFlow Datasets, read without TensorFlow."""
+
+import difflib
+import importlib.util
+import itertools
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from lakd_jax import errors, paths
+from lakd_jax.data import dataset, images
+from lakd_jax.data.tfds import builders, imagenet
+
+_READ_BATCH = 1024
+
+
+def load(
+    name: str, image_size: int, data_dir: str, max_bad: int = 0
+) -> tuple[tuple[str, ...], dataset.Split, dataset.Split]:
+    """Reads a tfds set into (classes, train, test), preparing it if needed.
+
+    cifar10, cifar100 and svhn_cropped are prepared here; other sets must lie
+    in `data_dir` as ArrayRecord or TFRecord, or TensorFlow must be installed to
+    prepare them. The `validation` split stands in for a `test` split that is missing or
+    unlabelled. An example's id is its place in the prepared files.
+
+    Args:
+      name: a tfds name, "set", "set/config" or "set:version".
+      image_size: height and width in pixels, 0 for the images' own.
+      data_dir: tfds's data directory, "" for its default.
+      max_bad: how many undecodable training images may be left out.
+
+    Raises:
+      DataError: unknown name, not prepared and not preparable here, not an
+        image classification set, or broken files.
+    """
+    builder = prepared(name, data_dir)
+    names = classes(builder, name)
+    train = _read(builder, "train", image_size, max_bad)
+    # A result is about all test images or about none.
+    test = _read(builder, test_split(builder, name), image_size)
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise errors.DataError(
+            f"{name}: training images are {train.images.shape[1:3]} pixels, test "
+            f"images {test.images.shape[1:3]}. Set data.image_size to resize them."
+        )
+    return names, train, test
+
+
+def prepared(name: str, data_dir: str) -> Any:
+    """The builder of a set, which is prepared first if need be.
+
+    Args:
+      name: as for `load`.
+      data_dir: tfds's data directory, "" for its default.
+
+    Raises:
+      ConfigError: `data_dir` is no local path.
+      DataError: unknown name, not prepared and not preparable here, or prepared in a
+        form that cannot be read.
+    """
+    if data_dir:
+        data_dir = str(paths.local(data_dir, "data.data_dir"))
+    builder = _open(name, data_dir)
+    if not builder.is_prepared():
+        _prepare(builder, name, data_dir)
+        builder = _open(name, data_dir)
+    _check_format(builder, name)
+    return builder
+
+
+def has_tensorflow() -> bool:
+    """Tells whether TensorFlow is installed, without importing it."""
+    return importlib.util.find_spec("tensorflow") is not None
+
+
+def _open(name: str, data_dir: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    try:
+        parsed, _ = tfds.core.naming.parse_builder_name_kwargs(name)
+        if parsed.namespace:  # whose builders are programs that tfds would fetch
+            raise ValueError(
+                f"sets of a community ({parsed.namespace}:) bring code of their own, "
+                "which is not run here; prepare it elsewhere and give data.data_dir"
+            )
+        return tfds.builder(name, data_dir=data_dir or None)
+    except tfds.core.registered.DatasetNotFoundError as error:
+        known = [*tfds.list_builders(with_community_datasets=False), "digits"]
+        near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+        raise errors.DataError(
+            f"data.source={name!r} is no data set of tfds, nor prepared in "
+            f"{data_dir or 'its data directory'}. "
+            + (f"Nearest: {', '.join(near)}. " if near else "")
+            + "For image folders write folder:PATH."
+        ) from error
+    except Exception as error:  # a wrong config or version, a broken info file
+        raise errors.DataError(
+            f"data.source={name!r}: {builders.brief(error)}"
+        ) from error
+
+
+def _prepare(builder: Any, name: str, data_dir: str) -> None:
+    """Prepares the set with this package's reader or, failing that, tfds's."""
+    import tensorflow_datasets as tfds
+
+    if builder.name in builders.URLS:
+        builders.prepare(builder.name, data_dir or None)
+        return
+    if builder.name == imagenet.NAME:
+        imagenet.prepare(data_dir or None)
+        return
+    if not has_tensorflow():
+        raise errors.DataError(
+            f"{name} is not prepared in {builder.data_dir}, and tfds needs TensorFlow "
+            "to prepare it.\nInstall it with `pip install lakd-jax[tf]`, or prepare "
+            "the set on another machine by\n"
+            f"`tfds build {name} --file_format=array_record` and copy that directory."
+        )
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
+    try:
+        with builders.few_retries():
+            builder.download_and_prepare(
+                download_config=config, file_format="array_record"
+            )
+    except Exception as error:  # each builder fails in its own way
+        raise errors.DataError(
+            f"{name}: preparing failed: {builders.brief(error)}"
+        ) from error
+
+
+def formats(builder: Any) -> set[str]:
+    """In which a prepared set lies on disk."""
+    return {form.value for form in builder.info.available_file_formats()}
+
+
+def _check_format(builder: Any, name: str) -> None:
+    if not builder.info.splits:
+        raise errors.DataError(
+            f"{builder.data_dir} holds no complete data set: delete it and start again."
+        )
+    found = formats(builder)
+    if not found & {"array_record", "tfrecord"}:
+        raise errors.DataError(
+            f"{name} is prepared in {builder.data_dir} as "
+            f"{', '.join(sorted(found))}, which cannot be read.\nDelete it or give "
+            "another data.data_dir, and prepare it by\n"
+            f"`tfds build {name} --file_format=array_record`."
+        )
+
+
+def classes(builder: Any, name: str) -> tuple[str, ...]:
+    """Names of the classes; DataError where it is no set of labelled images."""
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features
+    label = features["label"] if "label" in features else None
+    image = features["image"] if "image" in features else None
+    if (
+        not isinstance(label, tfds.features.ClassLabel)
+        or not isinstance(image, tfds.features.Image)
+        or image.np_dtype != np.uint8
+    ):
+        raise errors.DataError(
+            f"{name} is not for image classification: it needs the features `image` "
+            f"(8-bit) and `label` (a class), and has {', '.join(features)}."
+        )
+    return tuple(label.names)
+
+
+def test_split(builder: Any, name: str) -> str:
+    """The labelled split to test on: `test`, else `validation`; else DataError."""
+    for split in ("test", "validation"):
+        if split in builder.info.splits:
+            _, labels = _records(builder, split, limit=1)
+            if labels and labels[0] >= 0:  # tfds writes -1 where labels are secret
+                return split
+    raise errors.DataError(
+        f"{name} has no labelled test or validation split, only "
+        f"{', '.join(builder.info.splits)}."
+    )
+
+
+def _examples(builder: Any, split: str) -> Iterator[dict[str, Any]]:
+    """Yields the examples of a split in stored order, images still encoded."""
+    import tensorflow_datasets as tfds
+
+    # The stored bytes are decoded here: tfds's decoder depends on whether
+    # OpenCV happens to be installed, and knows nothing of image_size.
+    raw = {"image": tfds.decode.SkipDecoding()}
+    if "array_record" in formats(builder):
+        source = builder.as_data_source(split, decoders=raw, file_format="array_record")
+        for start in range(0, len(source), _READ_BATCH):
+            stop = min(start + _READ_BATCH, len(source))
+            yield from source.__getitems__(range(start, stop))
+        return
+    features = builder.info.features
+    for path in builder.info.splits[split].filepaths:
+        for record in tfrecords(path):
+            yield features.deserialize_example_np(record, decoders=raw)
+
+
+def tfrecords(path: pathlib.Path) -> Iterator[bytes]:
+    """Yields the records of a TFRecord file, which tfds cannot read by itself.
+
+    A record is its length (8 bytes, little-endian), a checksum of that (4),
+    the content, and a checksum of it (4). The checksums (masked CRC-32C, not
+    in the standard library) are not verified.
+
+    Raises:
+      EOFError: the file ends within a record.
+    """
+    with path.open("rb") as file:
+        while header := file.read(12):
+            length = int.from_bytes(header[:8], "little")
+            record = file.read(length + 4)
+            if len(header) < 12 or len(record) < length + 4:
+                raise EOFError(f"{path} ends within a record")
+            yield record[:length]
+
+
+def _read(builder: Any, split: str, image_size: int, max_bad: int = 0) -> dataset.Split:
+    """Reads one split whole."""
+    what = f"{builder.name} {split}"
+    if split not in builder.info.splits:
+        raise errors.DataError(
+            f"{builder.name} has no split {split!r}, only "
+            f"{', '.join(builder.info.splits)}."
+        )
+    encoded, labels = _records(builder, split)
+    expected = builder.info.splits[split].num_examples
+    if len(labels) < max(expected, 1):
+        raise errors.DataError(
+            f"{what}: {len(labels)} examples in {builder.data_dir} where {expected} "
+            "were prepared: the directory is incomplete. Delete it and start again."
+        )
+    pixels, good = images.decode_all(
+        encoded, lambda i: f"{what}, example {i}", image_size, what, max_bad
+    )
+    return dataset.new_split(pixels, np.asarray(labels)[good], good)
+
+
+def _records(
+    builder: Any, split: str, limit: int | None = None
+) -> tuple[list[bytes], list[int]]:
+    """Returns the encoded images and labels of a split, or of its first few."""
+    encoded, labels = [], []
+    try:
+        for example in itertools.islice(_examples(builder, split), limit):
+            encoded.append(example["image"])
+            labels.append(int(example["label"]))
+    except Exception as error:  # missing, truncated or foreign files
+        raise errors.DataError(
+            f"{builder.name} {split}: cannot be read from {builder.data_dir} "
+            f"({builders.brief(error)}). Delete the directory and start again."
+        ) from error
+    return encoded, labels

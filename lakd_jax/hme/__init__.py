@@ -1,0 +1,1 @@
+"""KDExplainer's hierarchical mixture of experts: network, losses, phases, report."""

@@ -1,0 +1,57 @@
+"""What a run will cost, told from its compiled step before it starts."""
+
+from typing import Any
+
+import jax
+
+from lakd_jax import config as config_lib
+from lakd_jax.report import summary
+from lakd_jax.runs import single
+from lakd_jax.training import engine, feeds, record, setup
+from lakd_jax.training import state as state_lib
+
+
+def one_step(
+    config: config_lib.ConfigDict,
+    bench: single.Bench,
+    own: single.Parts,
+    teacher: single.Teacher | None,
+) -> str:
+    """Runs a step and an evaluation batch; their costs as a block of text."""
+    job = single.job(own, bench)
+    state, metrics, costs = job.one_step()
+    size = config.eval_batch_size
+    some = feeds.first(bench.test, size)
+    evaluator = single.evaluator(config, own.student, setup.pixels(config), bench)
+    score = evaluator(record.student_variables(state), some)
+    plan = job.plan
+    lines = {
+        "student": _network(config.student.name, state.params["student"]),
+        "method": f"{config.method}, {_count(state.params['method'])} parameters",
+        "devices": f"{bench.mesh.size} x {jax.devices()[0].device_kind}",
+        "steps": f"{plan.total_steps:,} = {plan.epochs} epochs x "
+        f"{plan.steps_per_epoch:,}, batch {plan.batch_size}",
+        "a step": _compiled(costs),
+        "first loss": f"{metrics['loss']:.4f}",
+        "first batch": f"{score.right} of {score.examples} test images right",
+    }
+    if teacher:
+        count = f"{teacher.parameters:,}"
+        lines["teacher"] = f"{config.teacher.name}, {count} parameters"
+    return summary.describe(lines)
+
+
+def _network(name: str, params: Any) -> str:
+    return f"{name}, {_count(params)} parameters"
+
+
+def _count(params: Any) -> str:
+    return f"{state_lib.parameter_count(params):,}"
+
+
+def _compiled(costs: engine.Costs) -> str:
+    held = costs.arguments + costs.temporary
+    return (
+        f"{costs.flops / 1e9:.2f} GFLOP; {held / 2**20:.0f} MiB on each device, "
+        f"{costs.temporary / 2**20:.0f} of them temporary"
+    )

@@ -1,0 +1,134 @@
+"""The pictures at the end of a run: accuracy curves and attention maps."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from lakd_jax import config as config_lib
+from lakd_jax import data, distill
+from lakd_jax.distill import lakd
+from lakd_jax.local import cuts
+from lakd_jax.models import chain
+from lakd_jax.report import maps, metrics, pictures
+from lakd_jax.runs import single, weights
+from lakd_jax.training import setup
+from lakd_jax.training import state as state_lib
+
+SHOWN = 8  # test images in the attention picture
+
+
+def draw(
+    config: config_lib.ConfigDict,
+    directory: Path,
+    bench: single.Bench,
+    teacher: single.Teacher | None,
+    folders: Mapping[str, Path],
+) -> None:
+    """Writes curves.png, and attention.png if there is a teacher to compare with.
+
+    For one process: it computes on a device of its own, see `hosts.first`.
+
+    Args:
+      directory: of the run whose student is looked at, and of the pictures.
+      folders: directories of all runs of this command by title, for the curves.
+    """
+    records = {title: metrics.read(folder) for title, folder in folders.items()}
+    pictures.curves(
+        directory / "curves.png",
+        records,
+        teacher_accuracy=teacher.score.accuracy if teacher else None,
+    )
+    if teacher:
+        finished = config_lib.changed(config, {"student.init": str(directory)})
+        student = single.load_network("student", finished, bench)
+        chosen = _one_a_class(bench.dataset.preview.test.labels)
+        attention(
+            directory / "attention.png",
+            config,
+            bench.dataset.preview,
+            student,
+            teacher,
+            chosen,
+        )
+
+
+def attention(
+    path: Path,
+    config: config_lib.ConfigDict,
+    dataset: data.Dataset,
+    student: weights.Loaded,
+    teacher: single.Teacher,
+    chosen: np.ndarray,
+) -> None:
+    """Draws where both networks look in some test images, module by module.
+
+    Args:
+      path: of the picture.
+      config: of the student's run.
+      chosen: positions in the test split.
+    """
+    test = dataset.test
+    images = jax.numpy.asarray(test.images[chosen])
+    theirs = _forward(teacher.network, teacher.pixels(images))
+    ours = _forward(student, setup.pixels(config)(images))
+    parts = partition(config, student.model, teacher.network.model)
+    options = lakd.Options(
+        **setup.method_options(config_lib.changed(config, {"method": "lakd"}))
+    )
+    at_teacher = _joints(theirs, teacher.network.model, parts.teacher_joints)
+    at_student = _joints(ours, student.model, parts.student_joints)
+    masks = [options.mask(z)[..., 0] for z in at_teacher]
+    modules = [
+        pictures.ModuleMaps(name, *map(np.asarray, columns))
+        for name, *columns in zip(
+            parts.names,
+            maps.attention_maps(at_teacher),
+            masks,
+            maps.attention_maps(at_student),
+            strict=True,
+        )
+    ]
+    names = dataset.classes
+    said = [
+        [names[c] for c in labels]
+        for labels in (test.labels[chosen], _argmax(theirs), _argmax(ours))
+    ]
+    captions = [pictures.Caption(*texts) for texts in zip(*said, strict=True)]
+    pictures.attention(path, test.images[chosen], captions, modules)
+
+
+def partition(
+    config: config_lib.ConfigDict, student: chain.Chain, teacher: chain.Chain
+) -> cuts.Partition:
+    """The run's own modules; for other methods whole networks if stages differ."""
+    granularity, at = config.local.granularity, config.local.cuts
+    count = config.local.modules
+    stages_differ = len(student.stage_sizes) != len(teacher.stage_sizes)
+    if stages_differ and not distill.facts(config.method).staged:
+        granularity, at, count = "none", (), 0
+    return cuts.modules(student, teacher, granularity, at, count)
+
+
+def _one_a_class(labels: np.ndarray) -> np.ndarray:
+    """Positions of the first image of each of `SHOWN` classes spread over all."""
+    classes = np.unique(labels)
+    places = np.linspace(0, len(classes) - 1, min(SHOWN, len(classes)))
+    return np.array([np.flatnonzero(labels == classes[int(p)])[0] for p in places])
+
+
+def _forward(network: weights.Loaded, inputs: jax.Array) -> chain.Outputs:
+    forward = jax.jit(lambda v, x: network.model.apply(v, x, train=False))
+    # One process alone cannot run a program over the devices of all.
+    return forward(state_lib.on_one_device(network.variables), inputs)
+
+
+def _joints(
+    outputs: chain.Outputs, model: chain.Chain, names: Sequence[str]
+) -> list[jax.Array]:
+    return [chain.feature_at(outputs, model, n) for n in names]
+
+
+def _argmax(outputs: chain.Outputs) -> np.ndarray:
+    return np.asarray(outputs.logits.argmax(-1))

@@ -1,0 +1,34 @@
+"""Runs as lines of the table at the end."""
+
+from typing import Any
+
+from lakd_jax import config as config_lib
+from lakd_jax.report import table
+from lakd_jax.runs import single
+
+
+def row(result: dict[str, Any], name: str) -> table.Row:
+    """A finished run as a line of the final table."""
+    best = result["test_best_on_minival"]
+    return table.Row(
+        name=name,
+        test_last=result["test_last"]["accuracy"],
+        test_best=best["accuracy"] if best else None,
+        examples=result["test_last"]["examples"],
+        parameters=result["parameters"],
+        seconds=result["seconds"] + result.get("stage1", {"seconds": 0})["seconds"],
+        images_per_second=result["images_per_second"],
+    )
+
+
+def teacher_row(config: config_lib.ConfigDict, teacher: single.Teacher) -> table.Row:
+    """The teacher as a line of the final table."""
+    return table.Row(
+        name=f"{config.teacher.name}, teacher",
+        test_last=teacher.score.accuracy,
+        test_best=None,
+        examples=teacher.score.examples,
+        parameters=teacher.parameters,
+        seconds=None,
+        images_per_second=None,
+    )

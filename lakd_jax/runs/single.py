@@ -1,0 +1,403 @@
+"""A run from its config: data, teacher, training, and what is left on disk."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lakd_jax import config as config_lib
+from lakd_jax import data, distill, errors
+from lakd_jax.data import order
+from lakd_jax.data.streaming import batches
+from lakd_jax.hme import phases
+from lakd_jax.runs import teacher_source, weights
+from lakd_jax.runtime import backend, hosts, interrupt
+from lakd_jax.store import workdir
+from lakd_jax.training import engine as engine_lib
+from lakd_jax.training import (
+    evaluate,
+    feeds,
+    loop,
+    record,
+    setup,
+    spec,
+    teacher_outputs,
+    teams,
+    vam,
+)
+from lakd_jax.training import state as state_lib
+
+PyTree = Any
+Notify = Callable[[str], None]
+
+STEPS_PER_DISPATCH = 50  # on accelerators, where a dispatch costs what a step does
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What all runs of one command share: the data and the devices.
+
+    Attributes:
+      train, minival, test: the splits of `dataset` on the devices of `mesh`, or what
+        brings them there batch by batch.
+    """
+
+    dataset: data.Dataset | batches.Dataset
+    train: feeds.Data
+    minival: feeds.Data | None
+    test: feeds.Data
+    mesh: jax.sharding.Mesh
+    guard: interrupt.Guard
+    notify: Notify
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A frozen network that has proved its worth on the test split."""
+
+    network: weights.Loaded  # variables replicated over the devices
+    pixels: spec.Pixels
+    score: evaluate.Score
+    parameters: int  # before its batch norms were folded
+    digest: str = ""  # of its variables, before that, too
+
+
+def bench(
+    config: config_lib.ConfigDict, guard: interrupt.Guard, notify: Notify
+) -> Bench:
+    """Loads the data that `config` names."""
+    d = config.data
+    common = {"minival": d.minival, "data_dir": d.data_dir}
+    load = functools.partial(
+        data.load, d.source, image_size=d.image_size, max_bad=d.max_bad, **common
+    )
+    if d.streaming:
+        views = batches.Views(d.image_size, tuple(d.crop_scale), d.test_resize)
+        load = functools.partial(
+            batches.load, d.source, views, workers=d.workers, **common
+        )
+    # A download may take long, and two of them into one folder would clash.
+    dataset = guard.run(hosts.in_turn, load)
+    hosts.agree({f"images of data.source {d.source}": dataset.fingerprint()})
+    if len(dataset.train) < config.batch_size:
+        raise errors.DataError(
+            f"data.source {d.source}: {len(dataset.train)} training images "
+            f"do not fill one batch; lower batch_size ({config.batch_size})."
+        )
+    return on_mesh(dataset, state_lib.data_mesh(), guard, notify)
+
+
+def on_mesh(
+    dataset: data.Dataset | batches.Dataset,
+    mesh: jax.sharding.Mesh,
+    guard: interrupt.Guard,
+    notify: Notify,
+) -> Bench:
+    """The bench of these devices."""
+
+    def placed(split: data.Split | batches.Streamed) -> feeds.Data:
+        if isinstance(split, batches.Streamed):
+            return feeds.Stream(split, mesh)
+        return state_lib.resident(split, 0, mesh)
+
+    train, test = placed(dataset.train), placed(dataset.test)
+    minival = placed(dataset.minival) if dataset.minival else None
+    return Bench(dataset, train, minival, test, mesh, guard, notify)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A config's run, ready but for what executes its steps.
+
+    Attributes:
+      source: of the teacher's outputs.
+      data: the training split with the keys of the run's seed.
+    """
+
+    config: config_lib.ConfigDict
+    track: record.Track
+    learner: spec.Learner
+    student: weights.Loaded
+    source: teacher_outputs.Source
+    data: state_lib.Resident | feeds.Run
+
+
+def prepare(
+    directory: Path, config: config_lib.ConfigDict, **options: Any
+) -> workdir.Workdir:
+    """Claims the directory of a run of `config`; see `workdir.prepare`.
+
+    A run that an earlier version began goes on: fields that it did not know have their
+    defaults.
+    """
+    defaults = config_lib.to_dict(config_lib.default())
+    settings = config_lib.to_dict(config)
+    return workdir.prepare(directory, settings, defaults=defaults, **options)
+
+
+def train_one(
+    config: config_lib.ConfigDict,
+    directory: Path,
+    bench: Bench,
+    teacher: Teacher | None,
+    stage: phases.Stage | None = None,
+) -> dict[str, Any]:
+    """Trains `config`'s student in `directory`, or goes on, or returns its result.
+
+    `directory` has been prepared for this config (`prepare`). Leaves
+    `metrics.jsonl`, `checkpoints/`, `student.safetensors` (the plain student, as
+    of the last epoch) and `result.json` there. In stage 1 of an HME (see `phases`)
+    the student is that of the best epoch on minival, if there is a minival.
+    """
+    done = directory / weights.RESULT_FILE
+    if hosts.first(done.exists):
+        return hosts.first(lambda: workdir.read_json(done))
+    own = parts(config, directory, bench, teacher, stage)
+    (trained,) = job(own, bench).run()
+    return conclude(own, bench, teacher, trained, stage)
+
+
+def conclude(
+    own: Parts,
+    bench: Bench,
+    teacher: Teacher | None,
+    trained: record.Trained,
+    stage: phases.Stage | None = None,
+    together: int = 1,
+) -> dict[str, Any]:
+    """Tests a trained student and writes it and its result: the end of a run.
+
+    `together`: how many seeds were trained in the time that was measured.
+    """
+    directory = own.track.directory
+    student, trained = _deployed(own.student, trained)
+    result = _result(own, bench, teacher, student, trained) | {"together": together}
+    kept = trained.last
+    if stage:
+        best = stage.number == 1 and trained.best is not None
+        kept = trained.best if best else kept
+        end = own.track.plan.total_steps
+        result["kept_step"] = result["best_step"] if best else end
+        result |= stage.told
+    pixels = setup.pixels(own.config)
+    height, width, _ = bench.dataset.train.shape
+    seen = dataclasses.replace(
+        student,
+        mean=pixels.mean,
+        std=pixels.std,
+        size=pixels.size or (height if height == width else 0),
+    )
+
+    def leave() -> dict[str, Any]:
+        weights.save(directory / weights.STUDENT_FILE, kept, seen, result)
+        workdir.write_json(directory / weights.RESULT_FILE, result)
+        return result
+
+    return hosts.first(leave)
+
+
+def _deployed(
+    student: weights.Loaded, trained: record.Trained
+) -> tuple[weights.Loaded, record.Trained]:
+    """Both as `gates.deployed` has them: what is tested is what is given out."""
+    model, last = vam.deployed(student.model, trained.last)
+    best = trained.best and vam.deployed(student.model, trained.best)[1]
+    student = dataclasses.replace(student, model=model)
+    return student, dataclasses.replace(trained, last=last, best=best)
+
+
+def parts(
+    config: config_lib.ConfigDict,
+    directory: Path,
+    bench: Bench,
+    teacher: Teacher | None,
+    stage: phases.Stage | None = None,
+    *,
+    dry: bool = False,
+) -> Parts:
+    """What a run of `config` in `directory` is made of.
+
+    `dry` has zeros in place of stored outputs of the teacher (`teacher.views`).
+    """
+    if not distill.facts(config.method).needs_teacher:
+        teacher = None
+    student = load_network("student", config, bench)
+    student = vam.gated(student, setup.vam_options(config))
+    _check_last_batch(config, len(bench.dataset.train))
+    plan = _plan(config, len(bench.dataset.train))
+    learner, first_state = setup.learner(
+        config,
+        student,
+        teacher.network if teacher else None,
+        teacher_pixels=teacher.pixels if teacher else setup.pixels(config),
+        image_shape=bench.dataset.train.shape,
+        steps_per_epoch=plan.steps_per_epoch,
+        examples=len(bench.dataset.train),
+        mesh=bench.mesh,
+        stage=stage,
+    )
+    if found := spec.unlike(learner, bench.dataset.train.shape[0]):
+        bench.notify(f"features of two shapes: {', '.join(found)}")
+    scored = evaluator(config, student, setup.pixels(config), bench)
+    minival, seed = bench.minival, config.seed
+    own = feeds.of_run(
+        bench.train,
+        seed,
+        bench.mesh,
+        bench.notify,
+        batch_size=plan.batch_size,
+        drop_last=plan.drop_last,
+        steps=plan.total_steps,
+    )
+    source = teacher_source.source(
+        config,
+        learner,
+        teacher.network.variables if teacher else None,
+        own,
+        bench.dataset,
+        guard=bench.guard,
+        notify=bench.notify,
+        dry=dry,
+    )
+    return Parts(
+        config,
+        record.Track(plan, directory, seed, learner, first_state, minival, scored),
+        learner,
+        student,
+        source,
+        own,
+    )
+
+
+def engine(own: Parts, bench: Bench) -> engine_lib.Engine:
+    """What runs the steps of a single run."""
+    compile_with = bench.guard.run
+    return setup.engine(own.config, own.learner, own.source, own.data, compile_with)
+
+
+def job(own: Parts, bench: Bench) -> loop.Fit:
+    """The training loop of a single run."""
+    return loop.Fit([own.track], teams.Apart([engine(own, bench)]), bench.guard)
+
+
+def load_network(
+    part: str, config: config_lib.ConfigDict, bench: Bench
+) -> weights.Loaded:
+    """The student or the teacher (`part`) that the config describes."""
+    block = config[part]
+    loaded = weights.load(
+        part,
+        block.name,
+        block.init,
+        shortcut=block.shortcut,
+        dtype=config.dtype,
+        num_classes=len(bench.dataset.classes),
+        options=setup.network_options(config) if part == "student" else {},
+    )
+    if loaded.remark:
+        bench.notify(f"{part}.init: {loaded.source}: {loaded.remark}")
+    return loaded
+
+
+def evaluator(
+    config: config_lib.ConfigDict,
+    network: weights.Loaded,
+    pixels: spec.Pixels,
+    bench: Bench,
+) -> evaluate.Evaluator:
+    """Counts right answers of a network on resident splits."""
+    return evaluate.Evaluator(
+        network.model,
+        pixels,
+        config.eval_batch_size,
+        bench.mesh,
+        check=bench.guard.check,
+        compile_with=bench.guard.run,
+    )
+
+
+def _check_last_batch(config: config_lib.ConfigDict, examples: int) -> None:
+    """Raises ConfigError where an epoch's short last batch is too short to normalise.
+
+    A whole batch is checked with the other fields, before there are any data.
+    """
+    least = distill.facts(config.method).least_batch
+    left = examples % config.batch_size
+    if left == 0 or left >= least or config.data.drop_last:
+        return
+    raise errors.ConfigError(
+        [
+            f"batch_size is {config.batch_size}, which leaves {left} of {examples} "
+            f"training images for the last batch of an epoch; method {config.method} "
+            f"needs at least {least}: set data.drop_last, or another batch_size"
+        ]
+    )
+
+
+def _plan(config: config_lib.ConfigDict, examples: int) -> record.Plan:
+    steps_per_epoch = order.steps_per_epoch(
+        examples, config.batch_size, config.data.drop_last
+    )
+    apart = config.local.engine != "fused" or config.data.streaming
+    one = backend.on_cpu() or apart
+    several = 1 if one else STEPS_PER_DISPATCH
+    return record.Plan(
+        batch_size=config.batch_size,
+        drop_last=config.data.drop_last,
+        examples=examples,
+        epochs=config.epochs,
+        log_every=config.log_every,
+        eval_every=config.eval_every,
+        save_every=config.checkpoint.every_steps or steps_per_epoch,
+        steps_per_dispatch=config.steps_per_dispatch or several,
+        keep=config.checkpoint.keep,
+    )
+
+
+def _result(
+    own: Parts,
+    bench: Bench,
+    teacher: Teacher | None,
+    student: weights.Loaded,
+    trained: record.Trained,
+) -> dict[str, Any]:
+    """What result.json holds; the test split is looked at here and only here."""
+    config, ledger = own.config, trained.ledger
+    score = evaluator(config, student, setup.pixels(config), bench)
+    end, top = own.track.plan.total_steps, ledger.best_step
+    last = score(trained.last, bench.test, own.track.temperature(end))
+    best = None
+    if trained.best:
+        best = score(trained.best, bench.test, own.track.temperature(top))
+    return {
+        "method": config.method,
+        "student": config.student.name,
+        "teacher": config.teacher.name if teacher else None,
+        "classes": len(bench.dataset.classes),
+        "class_names": list(bench.dataset.classes),
+        "image_shape": list(bench.dataset.train.shape),
+        "data": bench.dataset.fingerprint(),
+        "seed": config.seed,
+        "epochs": config.epochs,
+        "test_last": _counts(last),
+        "test_best_on_minival": _counts(best) if best else None,
+        "best_step": ledger.best_step,
+        "teacher_test": _counts(teacher.score) if teacher else None,
+        "parameters": state_lib.parameter_count(trained.last["params"]),
+        "seconds": ledger.seconds,
+        "step_seconds": ledger.step_seconds,
+        "images_per_second": trained.images_per_second,
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def _counts(score: evaluate.Score) -> dict[str, Any]:
+    return {
+        "right": score.right,
+        "examples": score.examples,
+        "accuracy": score.accuracy,
+        "loss": score.loss,
+    }

@@ -1,0 +1,154 @@
+"""The teacher of a run: imported, kept or trained; folded; tested before step 1."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lakd_jax import config as config_lib
+from lakd_jax import errors, paths
+from lakd_jax.models import folding
+from lakd_jax.runs import single, teacher_source, weights
+from lakd_jax.runtime import hosts
+from lakd_jax.store import manifest, workdir
+from lakd_jax.training import evaluate, setup, spec
+from lakd_jax.training import state as state_lib
+
+NOTE = "teacher.json"  # in a run's directory: whose weights it learns from
+
+
+def make(config: config_lib.ConfigDict, bench: single.Bench) -> single.Teacher:
+    """The teacher: from `teacher.init`, the cache, or trained now; then tested.
+
+    Raises:
+      errors.TeacherError: it cannot be loaded, or its accuracy on the test split
+        is below `teacher.floor` (0: twice chance).
+      errors.ConfigError: its outputs cannot be stored in `teacher.views_mib`.
+    """
+    loaded = single.load_network("teacher", config, bench)
+    seen = _pixels(config, loaded)
+    teacher_source.require_room(config, loaded, seen, bench.dataset, bench.mesh)
+    if not config.teacher.init:
+        _train_teacher(config, bench)
+        cached = str(_cached(config, bench))
+        config = config_lib.changed(config, {"teacher.init": cached})
+        loaded = single.load_network("teacher", config, bench)
+    pixels, digest = _pixels(config, loaded), manifest.digest(loaded.variables)
+    loaded, parameters = _frozen(config, loaded, bench)
+    score = single.evaluator(config, loaded, pixels, bench)(
+        loaded.variables, bench.test
+    )
+    bench.notify(
+        f"teacher {config.teacher.name} from {loaded.source}: {score.right} of "
+        f"{score.examples} test images right ({100 * score.accuracy:.2f} %)"
+    )
+    _check_floor(config, bench, loaded, pixels, score)
+    return single.Teacher(loaded, pixels, score, parameters, digest)
+
+
+def require_same(directory: Path, teacher: single.Teacher) -> None:
+    """Notes whose weights a run begins with, and holds it to them when it goes on.
+
+    Raises:
+      errors.TeacherError: they are others than at the start.
+    """
+    now = {"weights": teacher.digest, "source": teacher.network.source}
+    note = directory / NOTE
+    if not note.exists():
+        workdir.write_json(note, now)
+        return
+    then = workdir.read_json(note)
+    if then["weights"] != now["weights"]:
+        raise errors.TeacherError(
+            f"teacher.init: {now['source']} has other weights ({now['weights']}) than "
+            f"{directory} was begun with ({then['weights']}, from {then['source']}).\n"
+            "Give the old ones back, or use another --workdir."
+        )
+
+
+def _pixels(config: config_lib.ConfigDict, loaded: weights.Loaded) -> spec.Pixels:
+    """What the teacher sees of an image."""
+    return spec.Pixels(
+        tuple(config.teacher.mean or loaded.mean or config.data.mean),
+        tuple(config.teacher.std or loaded.std or config.data.std),
+        setup.pixels(config).dtype,
+        config.teacher.image_size or loaded.size,
+    )
+
+
+def _frozen(
+    config: config_lib.ConfigDict, loaded: weights.Loaded, bench: single.Bench
+) -> tuple[weights.Loaded, int]:
+    """A teacher made ready for inference on all devices, and its parameter count."""
+    model: Any = loaded.model
+    variables: Any = loaded.variables
+    parameters = state_lib.parameter_count(variables["params"])
+    if config.teacher.fold:
+        model, variables = folding.fold(model, variables)
+    hosts.agree_on_arrays("the teacher", variables)
+    variables = state_lib.replicate(variables, bench.mesh)
+    return dataclasses.replace(loaded, model=model, variables=variables), parameters
+
+
+def stand_in(
+    config: config_lib.ConfigDict, bench: single.Bench
+) -> single.Teacher | None:
+    """For a dry run: a teacher of random weights, if it would be trained first."""
+    trained = _cached(config, bench) / weights.RESULT_FILE
+    if config.teacher.init or hosts.first(trained.exists):
+        return None
+    loaded = single.load_network("teacher", config, bench)
+    images = jnp.zeros((1, *bench.dataset.train.shape), jnp.float32)
+    variables = loaded.model.init(jax.random.key(0), images, train=False)
+    loaded = dataclasses.replace(loaded, variables=variables)
+    loaded, parameters = _frozen(config, loaded, bench)
+    bench.notify(f"teacher {config.teacher.name}: random weights stand in for training")
+    pixels = dataclasses.replace(setup.pixels(config), size=config.teacher.image_size)
+    return single.Teacher(
+        loaded, pixels, evaluate.Score(0, 1, float("nan")), parameters
+    )
+
+
+def _cached(config: config_lib.ConfigDict, bench: single.Bench) -> Path:
+    """Where the teacher that this config would train on these images is kept."""
+    key = config_lib.digest(config_lib.teacher_config(config))
+    images = bench.dataset.fingerprint()[:6]  # a folder may have changed
+    cache = paths.local(config.teacher.cache, "teacher.cache")
+    return cache / f"{config.teacher.name}-{key}-{images}"
+
+
+def _train_teacher(config: config_lib.ConfigDict, bench: single.Bench) -> None:
+    """Trains the config's teacher into the cache, unless it is there."""
+    directory, own = _cached(config, bench), config_lib.teacher_config(config)
+    if hosts.first((directory / weights.RESULT_FILE).exists):
+        return
+    bench.notify(f"{config.teacher.name}, the teacher, in {directory}")
+    with single.prepare(directory, own):
+        single.train_one(own, directory, bench, None)
+
+
+def _check_floor(
+    config: config_lib.ConfigDict,
+    bench: single.Bench,
+    loaded: weights.Loaded,
+    pixels: spec.Pixels,
+    score: evaluate.Score,
+) -> None:
+    # Of two classes, twice chance would be every image.
+    floor = config.teacher.floor or min(2 / len(bench.dataset.classes), 0.75)
+    if score.accuracy >= floor:
+        return
+    raise errors.TeacherError(
+        f"teacher.init: {loaded.source} gets {score.right} of {score.examples} test "
+        f"images right ({100 * score.accuracy:.2f} %), less than the "
+        f"{100 * floor:.2f} % asked for (teacher.floor, or twice chance).\n"
+        f"It was fed images with mean {_short(pixels.mean)} and deviation "
+        f"{_short(pixels.std)}; if it was trained with others, set teacher.mean and "
+        "teacher.std."
+    )
+
+
+def _short(values: tuple[float, ...]) -> str:
+    return "(" + ", ".join(f"{v:.4g}" for v in values) + ")"

@@ -1,0 +1,115 @@
+"""What a config's `teacher.views` asks for: the source of a run's steps, its room."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from lakd_jax import config as config_lib
+from lakd_jax import data, distill, paths
+from lakd_jax.data.streaming import batches
+from lakd_jax.models import chain
+from lakd_jax.runs import teacher_cache, weights
+from lakd_jax.runtime import interrupt
+from lakd_jax.training import feeds, setup, spec, teacher_outputs
+from lakd_jax.training import state as state_lib
+
+PyTree = Any
+
+
+def source(
+    config: config_lib.ConfigDict,
+    learner: spec.Learner,
+    variables: PyTree,
+    resident: state_lib.Resident | feeds.Run,
+    dataset: data.Dataset | batches.Dataset,
+    *,
+    guard: interrupt.Guard,
+    notify: teacher_cache.Notify,
+    dry: bool,
+) -> teacher_outputs.Source:
+    """Where a run's steps have the teacher's outputs from: itself, or stored before.
+
+    Args:
+      config: resolved.
+      learner: of the run.
+      variables: of the teacher as it is run, on all devices; None without one.
+      resident: the training images, with the keys of the run's seed.
+      dataset: they are its `train`.
+      guard: lets an interruption through.
+      notify: receives lines for the person watching.
+      dry: zeros stand in for stored outputs, and nothing is written.
+
+    Raises:
+      errors.ConfigError: they would exceed `teacher.views_mib`.
+      errors.LakdError: see `teacher_cache.kept`.
+    """
+    if not learner.views:
+        return variables
+    # Streamed images are refused with `teacher.views`, see `rules_of_runs`.
+    assert isinstance(resident, state_lib.Resident)
+    assert isinstance(dataset, data.Dataset)
+    asker = teacher_cache.Asker(
+        learner, variables, resident, config.eval_batch_size, guard
+    )
+    wanted = asker.shapes()
+    teacher_cache.require_room(wanted, config.teacher.views_mib)
+    if dry:
+        notify("teacher.views: zeros stand in for the teacher's outputs")
+        return teacher_cache.blank(wanted, learner.mesh)
+    key = teacher_cache.settings(
+        learner,
+        variables,
+        wanted,
+        teacher=config.teacher.name,
+        data=dataset.fingerprint(),
+        seed=config.seed,
+    )
+    cache = paths.local(config.teacher.cache, "teacher.cache")
+    return teacher_cache.kept(cache, asker, key, dataset.train.labels, notify)
+
+
+def require_room(
+    config: config_lib.ConfigDict,
+    teacher: weights.Loaded,
+    pixels: spec.Pixels,
+    dataset: data.Dataset | batches.Dataset,
+    mesh: jax.sharding.Mesh,
+) -> None:
+    """Raises errors.ConfigError where stored outputs would exceed their limit.
+
+    Of all methods that will run. The teacher's weights are of no matter, so that this
+    is known before it is trained.
+    """
+    if not config.teacher.views:
+        return
+    shapes = chain.variable_shapes(teacher.model)
+    image_shape = dataset.train.shape
+    for method in (config.method, *config.baselines):
+        if not distill.facts(method).needs_teacher:
+            continue
+        learner, _ = setup.learner(
+            config_lib.changed(config, {"method": method}),
+            _any_student(config, len(dataset.classes)),
+            dataclasses.replace(teacher, variables=shapes),
+            teacher_pixels=pixels,
+            image_shape=image_shape,
+            steps_per_epoch=1,
+            examples=len(dataset.train),
+            mesh=mesh,
+        )
+        wanted = teacher_cache.shapes(learner, shapes, image_shape, len(dataset.train))
+        teacher_cache.require_room(wanted, config.teacher.views_mib)
+
+
+def _any_student(config: config_lib.ConfigDict, classes: int) -> weights.Loaded:
+    """The config's student without its weights: where it can be cut is the same."""
+    return weights.load(
+        "student",
+        config.student.name,
+        "",
+        shortcut=config.student.shortcut,
+        dtype=config.dtype,
+        num_classes=classes,
+        options=setup.network_options(config),
+    )

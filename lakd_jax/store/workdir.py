@@ -1,0 +1,306 @@
+"""The folder of a run: one run at a time, one configuration for good.
+
+`prepare` proves that the folder can be written, locks it, and records what was asked
+for (`config.json`) and on what it ran (`environment.json`) before the first step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import errno
+import fcntl
+import importlib.metadata
+import json
+import logging
+import os
+import pathlib
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+
+from lakd_jax import errors, paths, version
+from lakd_jax.runtime import hosts
+
+CONFIG = "config.json"
+ENVIRONMENT = "environment.json"
+_LOCK = ".lock"
+_SHOWN = 8
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+@dataclasses.dataclass
+class Workdir:
+    """A prepared folder, locked until `close` or the end of the process."""
+
+    path: pathlib.Path
+    resumed: bool
+    lock: int
+
+    def close(self) -> None:
+        """Lets another process use the folder."""
+        if self.lock >= 0:
+            os.close(self.lock)
+            self.lock = -1
+
+    def __enter__(self) -> Workdir:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def prepare(
+    workdir: str | os.PathLike,
+    config: Mapping[str, Any],
+    *,
+    allow_resume: bool = True,
+    may_change: Collection[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> Workdir:
+    """Makes, tests and locks the folder of a run, before step 1.
+
+    Of several processes the first one does, and all must see what it left there.
+
+    Args:
+      workdir: local folder; made if absent.
+      config: the resolved configuration, nested, of values JSON can hold.
+      allow_resume: whether a folder that already has a run is accepted.
+      may_change: dotted fields in which the run here may differ from `config`.
+      defaults: nested like `config`; what a field is taken to have been in a run that
+        an earlier version began, before there was the field.
+
+    Returns:
+      The folder; its `resumed` says whether it already had a run.
+
+    Raises:
+      ConfigError: it is no local path.
+      WorkdirError: it cannot be written, is in use, or is of another configuration.
+      HostsError: it is not the same folder for all processes.
+    """
+    path = paths.local(workdir, "--workdir").absolute()
+    made = Workdir(path, resumed=False, lock=-1)
+
+    def make() -> bool:
+        made.lock, resumed = _claim(
+            path, config, allow_resume, may_change, defaults or {}
+        )
+        return resumed
+
+    made.resumed = hosts.first(make)
+    try:
+        hosts.agree({f"{path / CONFIG} is there": (path / CONFIG).exists()})
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def _claim(
+    path: pathlib.Path,
+    config: Mapping[str, Any],
+    allow_resume: bool,
+    may_change: Collection[str],
+    defaults: Mapping[str, Any],
+) -> tuple[int, bool]:
+    """(the lock, whether the folder already had a run); see `prepare`."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _write_test(path)
+        lock = _lock(path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
+        resumed = _check_config(path, config, allow_resume, may_change, defaults)
+        _record(path, config, resumed)
+    except OSError as error:
+        os.close(lock)
+        raise _unwritable(path, error) from error
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock, resumed
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Reads a JSON file; OSError if it cannot be, ValueError if it is not JSON."""
+    return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes a JSON file so that a reader or a crash sees the old or the new whole."""
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike, data: bytes | memoryview) -> None:
+    """Writes a file so that a reader or a crash sees the old or the new whole."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def environment() -> dict[str, Any]:
+    """What a run runs on: versions, commit, devices, command line, start time."""
+    return {
+        **code(),
+        "devices": [f"{d.id}: {d.platform} {d.device_kind}" for d in jax.devices()],
+        "processes": jax.process_count(),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "command": shlex.join(sys.orig_argv),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def code() -> dict[str, Any]:
+    """Which program this is: versions and commit, a part of `environment`."""
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    versions |= {"python": platform.python_version(), "lakd_jax": version.VERSION}
+    return {"versions": versions, "commit": _commit()}
+
+
+def _write_test(path: pathlib.Path) -> None:
+    # A megabyte: a nearly full disk still takes a few bytes.
+    probe = path / ".write_test"
+    try:
+        with open(probe, "wb") as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _lock(path: pathlib.Path) -> int:
+    handle = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except BlockingIOError as error:
+        holder = os.read(handle, 200).decode(errors="replace") or "another process"
+        os.close(handle)
+        raise errors.WorkdirError(
+            f"{path}: in use by {holder}\nWait for it to end, or use another --workdir."
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            os.close(handle)
+            raise
+        logging.getLogger(__name__).warning("%s: no locks here (%s)", path, error)
+    return handle
+
+
+def _check_config(
+    path: pathlib.Path,
+    config: Mapping[str, Any],
+    allow_resume: bool,
+    may_change: Collection[str],
+    defaults: Mapping[str, Any],
+) -> bool:
+    """Whether the folder has a run that may go on under `config`."""
+    if not (path / CONFIG).exists():
+        if (path / "checkpoints").exists():
+            raise errors.WorkdirError(f"{path}: has checkpoints but no {CONFIG}")
+        return False
+    if not allow_resume:
+        raise errors.WorkdirError(f"{path}: already has a run; use another --workdir")
+    try:
+        old = _flat(read_json(path / CONFIG))
+    except ValueError as error:
+        raise errors.WorkdirError(f"{path / CONFIG}: not readable: {error}") from error
+    new = _flat(json.loads(json.dumps(config)))
+    filled = {k: v for k, v in _flat(defaults).items() if k in new}
+    old = filled | old
+    changed = _changes(old, new, may_change)
+    if changed:
+        more = f" (first {_SHOWN} shown)" if len(changed) > _SHOWN else ""
+        raise errors.WorkdirError(
+            f"{path}: is of another config, {len(changed)} fields differ{more}:\n"
+            + "\n".join(changed[:_SHOWN])
+            + "\nUse another --workdir, or give these fields their old values."
+        )
+    return True
+
+
+def _record(path: pathlib.Path, config: Mapping[str, Any], resumed: bool) -> None:
+    now = environment()
+    try:
+        then = read_json(path / ENVIRONMENT) if resumed else None
+    except (FileNotFoundError, ValueError):
+        then = None
+    if then is None:
+        write_json(path / ENVIRONMENT, now)
+    else:
+        for change in _changes(_flat(then), _flat(now), ()):
+            if change.strip().startswith(("versions.", "devices:", "processes:")):
+                logging.getLogger(__name__).warning(
+                    "changed since the start:%s", change
+                )
+    # Last, as its presence says that the folder is complete.
+    write_json(path / CONFIG, config)
+
+
+def _changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], skip: Collection[str]
+) -> list[str]:
+    # As text, since a NaN is not equal to itself.
+    pairs = {
+        field: tuple(
+            json.dumps(x[field]) if field in x else "absent" for x in (old, new)
+        )
+        for field in sorted((old.keys() | new.keys()) - set(skip))
+    }
+    return [f"  {k}: {a:.60} -> {b:.60}" for k, (a, b) in pairs.items() if a != b]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _unwritable(path: pathlib.Path, error: OSError) -> errors.WorkdirError:
+    return errors.WorkdirError(
+        f"{path}: cannot be written: {error.strerror or error}\n"
+        "Free space or change rights there, or use another --workdir."
+    )
+
+
+def _commit() -> str | None:
+    """Hash of the checkout this code is in, "-dirty" if changed; None outside one."""
+    source = pathlib.Path(__file__)
+    # An installed package may lie inside somebody else's checkout.
+    commands = (
+        f"git ls-files --error-unmatch {source.name}",
+        "git describe --always --dirty --abbrev=40 --exclude=*",
+    )
+    output = ""
+    for command in commands:
+        try:
+            output = subprocess.run(
+                command.split(),
+                cwd=source.parent,
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,
+            ).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+    return output

@@ -1,0 +1,106 @@
+"""Exact counts over a whole split."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lakd_jax.hme import network
+from lakd_jax.models import chain
+from lakd_jax.runtime import backend
+from lakd_jax.training import feeds, spec
+from lakd_jax.training import state as state_lib
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Right answers of all examples, and the mean cross-entropy."""
+
+    right: int
+    examples: int
+    loss: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, in 0..1."""
+        return self.right / self.examples
+
+
+class Evaluator:
+    """Scores a network on a split, each example exactly once.
+
+    The last batch is filled up with the first example and masked, so that one
+    compiled program serves all batches. `check` is called between batches and
+    `compile_with` runs the compilation (both let an interruption through).
+    """
+
+    def __init__(
+        self,
+        model: chain.Chain,
+        pixels: spec.Pixels,
+        batch_size: int,
+        mesh: jax.sharding.Mesh,
+        *,
+        check: Callable[[], None],
+        compile_with: Callable[..., Any],
+    ):
+        self._model, self._pixels, self._mesh = model, pixels, mesh
+        self._batch_size = batch_size
+        self._check, self._compile_with = check, compile_with
+        self._programs: dict[tuple[int, ...], Any] = {}
+
+    def __call__(
+        self,
+        variables: PyTree,
+        data: feeds.Data,
+        temperature: jax.Array | None = None,
+    ) -> Score:
+        """The score of `variables` on all of `data`.
+
+        `temperature` is that of the network's soft gates, see `models.hme.soften`.
+        """
+        examples = feeds.count(data)
+        totals = []
+        for held, rows, mask in feeds.testing(data, self._batch_size):
+            arguments = (variables, held, rows, mask, temperature)
+            totals.append(self._program(arguments)(*arguments))
+            self._check()
+        right, loss = np.sum(jax.device_get(totals), axis=0)
+        return Score(int(right), examples, float(loss) / examples)
+
+    def _program(self, arguments: tuple) -> Any:
+        shape = (*arguments[1].images.shape, arguments[-1] is None)
+        if shape not in self._programs:
+            lowered = jax.jit(self._batch).lower(*arguments)
+            options = backend.compiler_options()
+            self._programs[shape] = self._compile_with(
+                functools.partial(lowered.compile, compiler_options=options)
+            )
+        return self._programs[shape]
+
+    def _batch(
+        self,
+        variables: PyTree,
+        data: state_lib.Resident,
+        rows: jax.Array,
+        mask: jax.Array,
+        temperature: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        sharding = state_lib.over_batch(self._mesh)
+        images, labels, _ = data.at(rows)
+        images = jax.lax.with_sharding_constraint(images, sharding)
+        model = self._model
+        if temperature is not None:
+            model = network.soften(model, temperature)
+        outputs: Any = model.apply(variables, self._pixels(images), train=False)
+        logits = outputs.logits
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        right = (jnp.argmax(logits, -1) == labels) & mask
+        return jnp.sum(right), jnp.sum(jnp.where(mask, losses, 0.0))

@@ -1,0 +1,229 @@
+"""What does not change while a student is trained, and what every step does alike."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from lakd_jax import distill
+from lakd_jax.data import augment
+from lakd_jax.distill.base import method as method_lib
+from lakd_jax.local import cuts
+from lakd_jax.models import chain
+from lakd_jax.training import optim
+from lakd_jax.training import state as state_lib
+
+PyTree = Any
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """How uint8 images become a network's input.
+
+    Attributes:
+      mean, std: per channel, of pixels in 0..1.
+      dtype: of the result.
+      size: side that the network expects; 0 for that of the images.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dtype: Any
+    size: int = 0
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """(B, H, W, 3) uint8 -> normalised (B, size, size, 3) of `dtype`."""
+        images = augment.resize(images, self.size)
+        return augment.normalise(images, self.mean, self.std, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """Everything about a step that does not change while training.
+
+    Attributes:
+      student, teacher: the networks; the teacher may be None.
+      method: Linen module that turns `Signals` into one loss a module.
+      facts: of the method.
+      partition: the student's modules and the teacher's matching joints.
+      cut_scale: gradient kept at each cut, 0 (isolated) to 1 (end to end).
+      module_input: "student", or "teacher": each module is fed the teacher's
+        activation at the joint below it.
+      uncut: also hand the method joints whose gradients cross the cuts.
+      vam_gamma: weight of the entropy of the student's gates, if it has any.
+      starts: the epoch from which each module's gates count; () for all at once.
+      views: augmented views of an example that come again and again, one an epoch; 0:
+        every epoch has new ones.
+      preact: joints before the last ReLU.
+      examples: of the training split.
+      optimizer_of: makes the optimiser of any part of the parameters from the labels
+        of that part; `optimizer` is that of all of them.
+      apart: the optimiser takes the gradient of the labels' losses apart from that of
+        all others, see `dot`.
+      anneal: temperature of the student's soft gates times the epoch, see
+        `temperature`; None where it has none, or where they are hard.
+    """
+
+    student: chain.Chain
+    teacher: chain.Chain | None
+    method: method_lib.Method
+    facts: distill.Facts
+    partition: cuts.Partition
+    cut_scale: float
+    module_input: str
+    uncut: bool
+    vam_gamma: float
+    starts: tuple[float, ...]
+    preact: bool
+    student_pixels: Pixels
+    teacher_pixels: Pixels
+    pad: int
+    flip: bool
+    views: int
+    steps_per_epoch: int
+    examples: int
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    weight_decay: float
+    labels: PyTree  # module index of every parameter
+    mesh: Mesh
+    optimizer_of: Callable[[PyTree], optax.GradientTransformation]
+    apart: bool = False
+    anneal: float | None = None
+
+    @property
+    def isolated(self) -> bool:
+        """Whether modules can be run one by one, as no gradient crosses a cut.
+
+        Neither may a module's loss need anything of a later one: gates share the weight
+        of one mean, and norms at the entry of a unit make the pre-activation below it.
+        """
+        if self.teacher is None or self.student.vam or self.anneal is not None:
+            return False
+        if not self.facts.local or self.uncut or self.method.needs_logits:
+            return False
+        entry = self.student.PREACTIVATION or self.teacher.PREACTIVATION
+        return self.cut_scale == 0 and not (self.preact and entry)
+
+    def view(self, step: jax.Array) -> jax.Array:
+        """Which augmented view of the examples the step with this number sees."""
+        epoch = step // self.steps_per_epoch
+        return epoch % self.views if self.views else epoch
+
+    def temperature(self, step: Any) -> jax.Array | None:
+        """Of the student's gates in the step with this number, from 0; None: hard."""
+        if self.anneal is None:
+            return None
+        epoch = jnp.asarray(step // self.steps_per_epoch + 1, jnp.float32)
+        return self.anneal / epoch
+
+
+def batch(
+    learner: Learner, step: jax.Array, data: state_lib.Resident, indices: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Augmented images (B,H,W,3) uint8 and labels (B,), split over devices.
+
+    An example's augmentation depends on (seed, view, example id) alone, not on
+    the batch it comes in.
+    """
+    images = augmented(learner, data, indices, learner.view(step))
+    return shared(learner, (images, data.at(indices)[1]))
+
+
+def augmented(
+    learner: Learner, data: state_lib.Resident, indices: jax.Array, view: jax.Array
+) -> jax.Array:
+    """One augmented view of the examples at `indices` (B,), (B,H,W,3) uint8."""
+    images, _, ids = data.at(indices)
+    return augment.augment(
+        data.key,
+        images,
+        ids,
+        view,
+        pad=learner.pad,
+        flip=learner.flip,
+    )
+
+
+def shared(learner: Learner, batch: PyTree) -> PyTree:
+    """A batch (arrays of (B, ...)) split over the devices, if they can share it."""
+    if jax.tree.leaves(batch)[0].shape[0] % learner.mesh.size:
+        return batch  # a short one, whole everywhere
+    return jax.lax.with_sharding_constraint(batch, state_lib.over_batch(learner.mesh))
+
+
+def joints(
+    learner: Learner, model: chain.Chain, outputs: chain.Outputs, names: tuple[str, ...]
+) -> tuple[jax.Array, ...]:
+    """What is compared at the joints `names` of a whole pass, (B, H, W, C) each."""
+    return tuple(
+        chain.feature_at(outputs, model, n, preact=learner.preact) for n in names
+    )
+
+
+def preacts(
+    model: chain.Chain, outputs: chain.Outputs, names: tuple[str, ...]
+) -> tuple[jax.Array, ...]:
+    """The joints `names` of a whole pass before the next ReLU, (B, H, W, C) each."""
+    return tuple(chain.feature_at(outputs, model, n, preact=True) for n in names)
+
+
+def unlike(learner: Learner, side: int) -> list[str]:
+    """The joints whose features differ in shape from the teacher's, one a line.
+
+    `side` is that of the data's images, which a network may be fed at another size.
+    """
+    if learner.teacher is None or "joints" not in learner.facts.teacher_reads:
+        return []
+    partition, lines = learner.partition, []
+    ours = chain.joint_shapes(
+        learner.student, partition.student_joints, learner.student_pixels.size or side
+    )
+    theirs = chain.joint_shapes(
+        learner.teacher, partition.teacher_joints, learner.teacher_pixels.size or side
+    )
+    for name, own, other in zip(partition.student_joints, ours, theirs, strict=True):
+        if own != other:
+            shapes = ("x".join(map(str, shape[1:])) for shape in (own, other))
+            lines.append(f"{name} {' from '.join(shapes)}")
+    return lines
+
+
+def span(joints: tuple[str, ...], k: int) -> tuple[str, str]:
+    """(after, until) of module `k`, as a chain takes them; the last runs the head."""
+    after = joints[k - 1] if k else ""
+    return after, joints[k] if k + 1 < len(joints) else ""
+
+
+def passed(outputs: chain.Outputs, joint: str) -> jax.Array:
+    """The activation (B, H, W, C) at `joint`, with which this pass ended."""
+    if joint == "stem":
+        assert outputs.stem is not None
+        return outputs.stem
+    return next(stage[-1] for stage in reversed(outputs.blocks) if stage)
+
+
+def end(learner: Learner, outputs: chain.Outputs, joint: str) -> jax.Array:
+    """What is compared where this pass ended: what `joints` gives of a whole pass."""
+    return outputs.preacts[-1] if learner.preact else passed(outputs, joint)
+
+
+def norms(learner: Learner, grads: PyTree, params: PyTree, labels: PyTree) -> Metrics:
+    """Per module the norm of its gradient and of its next weight-decay term.
+
+    `params` are those after the update, so that numbers that overflowed are seen
+    before they are saved; `labels` is the module of each.
+    A gradient far below the decay means that the module shrinks instead of
+    learning (a danger where its only loss is a mean over many features).
+    """
+    out = {}
+    for k, norm in optim.module_norms(grads, labels).items():
+        out[f"module{k + 1}/grad_norm"] = norm
+    for k, norm in optim.module_norms(optim.decayed(params), labels).items():
+        out[f"module{k + 1}/decay_norm"] = learner.weight_decay * norm
+    return out
