@@ -4,9 +4,9 @@
     python scripts/same_bits.py v0.2.0 --only='lakd*'   # some of the cases
     python scripts/same_bits.py HEAD --full             # compiled as users do
 
-The cases are those of tests/recordings.py. Both sides run on this machine, one after
-the other, with the recorder of the working tree; where that cannot read what the other
-commit leaves, with the commit's own. Run it by hand before and after a rewrite: a
+The cases are those of tests/support/recordings.py. Both sides run on this machine, one
+after the other, with the recorder of the working tree; where that cannot read what the
+other commit leaves, with the commit's own. Run it by hand before and after a rewrite: a
 difference is no fault where the arithmetic was meant to change.
 """
 
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-RECORDER = pathlib.Path("tests", "recordings.py")
+RECORDER = pathlib.Path("tests", "support", "recordings.py")
 
 Bits = dict[str, dict[str, str]]  # of each case, by the name of a loss or leaf
 

@@ -1,11 +1,11 @@
 """Records what training gives: losses and states of tiny runs, case by case.
 
-    python -m tests.recordings                   # rewrites tests/recordings.json
-    python -m tests.recordings --only='lakd*'    # these cases of it
+    python -m tests.support.recordings                   # rewrites recordings.json
+    python -m tests.support.recordings --only='lakd*'    # these cases of it
 
 Every case is a run of three steps (four with a short batch) on made images, from a
-teacher whose weights are made as well. `tests/test_recordings.py` holds the code to
-the numbers; `scripts/same_bits.py` compares two commits to the bit.
+teacher whose weights are made as well. `tests/long/test_recordings.py` holds the code
+to the numbers; `scripts/same_bits.py` compares two commits to the bit.
 
 Only what users rely on is used, so that the package can be rewritten below it: the
 fields of the config, `lakd_jax.train`, and the files of a run. Reading a checkpoint has

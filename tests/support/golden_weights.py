@@ -12,7 +12,7 @@ import zlib
 
 import numpy as np
 
-FOLDER = pathlib.Path(__file__).parent / "golden"
+FOLDER = pathlib.Path(__file__).parents[1] / "golden"
 
 
 def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 from lakd_jax import config as config_lib
 from lakd_jax.config import methods, tree
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture

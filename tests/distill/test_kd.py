@@ -13,7 +13,7 @@ from lakd_jax.distill import kd
 from lakd_jax.distill.base import method
 from lakd_jax.models import chain
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "losses_kd.npz"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "losses_kd.npz"
 
 
 def outputs(logits):

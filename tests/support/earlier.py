@@ -22,7 +22,7 @@ from lakd_jax.store import checkpoint
 from lakd_jax.training import evaluate, spec
 from lakd_jax.training import state as state_lib
 
-FOLDER = pathlib.Path(__file__).parent / "golden" / "runs"
+FOLDER = pathlib.Path(__file__).parents[1] / "golden" / "runs"
 FIELDS = {"method": "lakd", "epochs": 2, "checkpoint__every_steps": 5}
 STOPPED = 12  # of 20 steps, two into the second epoch
 

@@ -10,7 +10,7 @@ from lakd_jax import config as config_lib
 from lakd_jax.config import check
 from lakd_jax.training import setup
 
-CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "cifar10_hme.py"
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "cifar10_hme.py"
 HME = {"student__name": "hme", "method": "kd"}
 
 

@@ -15,7 +15,7 @@ from lakd_jax.distill import lakd
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 # Text that is no choice, and cut points, which are checked against the networks.
 FREE = {
     "data.source",

@@ -30,7 +30,7 @@ from lakd_jax.store import checkpoint, manifest, workdir
 from lakd_jax.training import modules, record, setup, spec
 from lakd_jax.training import state as state_lib
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reliability.md"
 
 # ------------------------------------------------------------------------- the page
@@ -42,6 +42,12 @@ def rows():
     numbers = [int(number) for number, _ in lines]
     assert numbers == list(range(1, 35))
     return {int(n): [c.strip() for c in rest.split(" | ")] for n, rest in lines}
+
+
+def file_of(name):
+    """The path of a test file; their names are unique."""
+    (path,) = (ROOT / "tests").rglob(f"{name}.py")
+    return path
 
 
 def docstrings(path):
@@ -66,14 +72,14 @@ def test_the_page_names_a_test_of_every_promise(number):
     named = re.findall(r"`(test_\w+)::(test_\w+)`", tests)
     assert named or tests.startswith("not promised: ")
     for file, function in named:
-        found = docstrings(ROOT / "tests" / f"{file}.py")
+        found = docstrings(file_of(file))
         assert function in found, f"{file} has no {function}"
         assert number in promised(found[function]), f"{function} does not name it"
 
 
 def test_every_test_that_names_a_promise_is_on_the_page():
     table = rows()
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
         for function, text in docstrings(path).items():
             for number in promised(text):
                 assert f"`{path.stem}::{function}`" in table[number][1]
@@ -84,7 +90,7 @@ def test_security_page_names_tests_that_are_there():
     named = re.findall(r"`(test_\w+)::(test_\w+)`", text)
     assert len(named) > 10
     for file, function in named:
-        assert function in docstrings(ROOT / "tests" / f"{file}.py"), function
+        assert function in docstrings(file_of(file)), function
 
 
 # ------------------------------------------------------------ checkpoints, resume

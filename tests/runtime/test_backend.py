@@ -68,7 +68,7 @@ jax.jit(lambda x: x @ x + 1)(jax.numpy.ones((3, 3)))
 def test_programs_are_kept_in_the_cache(tmp_path, cache):
     environment = dict(os.environ)
     del environment["JAX_COMPILATION_CACHE_DIR"]
-    environment["PYTHONPATH"] = str(pathlib.Path(__file__).parents[1])
+    environment["PYTHONPATH"] = str(pathlib.Path(__file__).parents[2])
     command = [sys.executable, "-c", START, cache]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=120)
     assert bool(list(tmp_path.rglob("*-cache"))) == bool(cache)

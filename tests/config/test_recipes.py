@@ -11,7 +11,7 @@ from lakd_jax.config import check, recipes
 from lakd_jax.data import order
 from lakd_jax.training import setup
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 782
 STATISTICS = {
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),

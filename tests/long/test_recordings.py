@@ -147,6 +147,7 @@ def test_training_gives_what_was_recorded(name, held, tmp_path):
         [
             f"{len(lines)} values of {name} are not as recorded:",
             *lines[:12],
-            f"If they are to change: python -m tests.recordings --only='{name}'",
+            "If they are to change:",
+            f"    python -m tests.support.recordings --only='{name}'",
         ]
     )

@@ -26,7 +26,7 @@ from lakd_jax.runtime import hosts
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
-PROGRAM = pathlib.Path(__file__).with_name("one_of_several.py")
+PROGRAM = pathlib.Path(__file__).parents[1] / "support" / "one_of_several.py"
 LONG = pytest.mark.long
 PLAIN = {"method": "none", "epochs": 2, "optim__lr": 0.01, "compile_cache": ""}
 

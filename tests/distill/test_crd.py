@@ -14,7 +14,7 @@ import pytest
 from lakd_jax.distill import crd
 from lakd_jax.distill.base import method
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 INPUTS = dict(np.load(GOLDEN / "losses_inputs.npz"))
 LOSSES = dict(np.load(GOLDEN / "losses.npz"))
 COUNT = 50  # examples of the golden split

@@ -2,7 +2,7 @@
 
 import pathlib
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 DIGITS = f"--config={ROOT / 'configs' / 'digits_lakd.py'}"
 
 

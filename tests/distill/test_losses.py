@@ -27,7 +27,7 @@ from lakd_jax.distill import (
     sp,
 )
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 INPUTS = dict(np.load(GOLDEN / "losses_inputs.npz"))
 LOSSES = dict(np.load(GOLDEN / "losses.npz"))
 

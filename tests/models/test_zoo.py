@@ -22,7 +22,7 @@ from lakd_jax.distill import ab, cc, fitnet, ft, kdsvd, vid
 from lakd_jax.distill.base import method
 from lakd_jax.models import chain
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 INPUTS = dict(np.load(GOLDEN / "losses_inputs.npz"))
 LOSSES = dict(np.load(GOLDEN / "losses.npz"))
 EPOCHS = 2.0

@@ -24,7 +24,7 @@ from lakd_jax.store import checkpoint
 
 pytestmark = pytest.mark.long
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 EPOCH, STEPS, SAVE_EVERY = 22, 44, 3  # steps
 # Steps as fast as can be, and starts that find all of their programs compiled.
 FAST = {"XLA_FLAGS": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

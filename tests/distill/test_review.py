@@ -15,7 +15,7 @@ import tap_toys
 from lakd_jax.distill import review
 from lakd_jax.distill.base import method
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 INPUTS = dict(np.load(GOLDEN / "losses_inputs.npz"))
 LOSSES = dict(np.load(GOLDEN / "losses.npz"))
 

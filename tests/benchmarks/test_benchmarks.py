@@ -19,7 +19,7 @@ from lakd_jax.runs import phases, single
 from lakd_jax.runtime import interrupt
 from lakd_jax.training import state as state_lib
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

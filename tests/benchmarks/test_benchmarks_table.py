@@ -23,7 +23,7 @@ from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
 from lakd_jax.training import state as state_lib
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
