@@ -32,6 +32,7 @@ $(VENV)/ready: requirements.txt requirements-dev.txt pyproject.toml
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
 
 types: setup
 	$(BIN)/pyrefly check

@@ -27,6 +27,7 @@ from typing import Any
 
 from benchmarks import flag_types, gate_entropy
 from lakd_jax import cli, paths
+from lakd_jax.config import command_line
 from lakd_jax.report import table
 from lakd_jax.runs import command as command_lib
 from lakd_jax.runs import rows
@@ -367,7 +368,7 @@ def _run_one(
     print(text, flush=True)
     for name, place in places.items():
         command = [argument.replace(name, place) for argument in command]
-    config, _, _ = cli.parse(command)
+    config, _, _ = command_line.parse(command)
     result = command_lib.run(config, directory, guard=guard)
     environment = workdir.read_json(directory / "environment.json")
     return {"command": text, "result": result, "versions": environment["versions"]}

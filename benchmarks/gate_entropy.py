@@ -10,8 +10,9 @@ import numpy as np
 
 from lakd_jax import models
 from lakd_jax.hme import network, tree
+from lakd_jax.interop import weights
 from lakd_jax.report import table
-from lakd_jax.runs import phases, weights
+from lakd_jax.store import workdir
 from lakd_jax.training import state as state_lib
 
 Entropies = dict[str, dict[str, Any]]  # by temperature: of each gate, and their mean
@@ -20,7 +21,7 @@ Entropies = dict[str, dict[str, Any]]  # by temperature: of each gate, and their
 def tell(directory: Path) -> dict[str, Any]:
     """What the gates of a run's stage 1 say, and what they said before training."""
     loaded, card = weights.student(
-        directory / phases.STAGE1 / weights.STUDENT_FILE, "float32"
+        directory / workdir.STAGE1 / workdir.STUDENT, "float32"
     )
     variables: Any = loaded.variables
     drawn = untrained(card["result"]["seed"], loaded.model)

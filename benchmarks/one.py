@@ -25,6 +25,7 @@ import jax
 
 from lakd_jax import cli, errors
 from lakd_jax.config import check as check_lib
+from lakd_jax.config import command_line
 from lakd_jax.runs import command as command_lib
 from lakd_jax.runtime import interrupt
 from lakd_jax.store import workdir
@@ -37,7 +38,7 @@ def check(commands: Sequence[list[str]]) -> dict[str, Any]:
     devices, faults = jax.devices(), []
     for command in commands:
         try:
-            config, _, _ = cli.parse(command)
+            config, _, _ = command_line.parse(command)
             faults += check_lib.problems(config, len(devices))
         except errors.ConfigError as error:
             faults += error.problems
@@ -59,7 +60,7 @@ def memory() -> dict[str, int | None]:
 def run(told: Path, command: list[str], guard: interrupt.Guard) -> None:
     """Trains; `told` then holds the memory or the error, or is not there: stopped."""
     try:
-        config, directory, _ = cli.parse(command)
+        config, directory, _ = command_line.parse(command)
         command_lib.run(config, directory, guard=guard)
     except interrupt.Interrupted:
         raise

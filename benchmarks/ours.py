@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lakd_jax import config as config_lib
 from lakd_jax import data, distill, interop
+from lakd_jax.interop import weights
 from lakd_jax.models import folding
-from lakd_jax.runs import weights
 from lakd_jax.runtime import backend
 from lakd_jax.training import setup as setup_lib
 from lakd_jax.training import spec, step

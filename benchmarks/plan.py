@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lakd_jax import cli, distill, errors
-from lakd_jax.config import recipes
+from lakd_jax import distill, errors
+from lakd_jax.config import command_line, recipes
 
 FOLDER = "folder:"
 
@@ -181,7 +181,7 @@ def _command(
         base, fields = f"--config=configs/{data}.py:{','.join((*pair, method))}", []
     if request.data.startswith(FOLDER):
         fields.append(f"data.source={request.data}")
-    config, _, _ = cli.parse([base, *map(_override, fields)])
+    config, _, _ = command_line.parse([base, *map(_override, fields)])
     shorter = recipes.shortened(config, request.epochs or config.epochs)
     fields += [f"{field}={_literal(value)}" for field, value in shorter.items()]
     fields += [*overrides, "baselines=()"]

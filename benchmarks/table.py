@@ -33,7 +33,6 @@ import jax
 from benchmarks import flag_types, plan, records, table_text
 from lakd_jax import cli, errors
 from lakd_jax.report import summary
-from lakd_jax.runs import weights
 from lakd_jax.runtime import interrupt
 from lakd_jax.store import workdir
 
@@ -90,13 +89,13 @@ class Harness:
 
     def _make(self, group: Sequence[plan.Job]) -> None:
         directory, command = group[0].directory, plan.command(group)
-        began = all((job.run / weights.RESULT_FILE).exists() for job in group)
+        began = all((job.run / workdir.RESULT).exists() for job in group)
         ended = _process(command, directory, self._guard)
         if began:  # made before, in a process that could not tell of it
             ended.pop("memory", None)
         text = f"python main.py {shlex.join(command)}"
         for job in group:
-            done = job.run / weights.RESULT_FILE
+            done = job.run / workdir.RESULT
             own: dict[str, Any] = {"error": ended.get("error", "left no result")}
             if done.exists():
                 own = {

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from lakd_jax import cli, explain, export, paths
 from lakd_jax import config as config_lib
+from lakd_jax import explain, export, paths
+from lakd_jax.config import command_line
 from lakd_jax.models import chain
 from lakd_jax.report import metrics
-from lakd_jax.runs import command, weights
+from lakd_jax.runs import command
 from lakd_jax.runtime import hosts
 from lakd_jax.store import workdir
 from lakd_jax.training import spec
@@ -117,7 +118,7 @@ def train(
         saved, and the same call goes on from there.
     """
     if isinstance(config, str | Path):
-        config, _, _ = cli.parse([f"--config={config}"])
+        config, _, _ = command_line.parse([f"--config={config}"])
     command.run(config, directory)
     if config.seeds:
         directory = paths.local(directory, "--workdir")
@@ -139,7 +140,7 @@ def load(directory: str | Path) -> Run:
     return Run(
         directory=directory,
         settings=settings,
-        result=workdir.read_json(directory / weights.RESULT_FILE),
+        result=workdir.read_json(directory / workdir.RESULT),
         history=metrics.read(directory),
         model=student.model,
         variables=jax.device_put(student.variables),

@@ -10,8 +10,8 @@ import jax.export
 import jax.numpy as jnp
 
 from lakd_jax import errors, fields, interop, paths
+from lakd_jax.interop import weights as weights_lib
 from lakd_jax.report import model_card
-from lakd_jax.runs import weights as weights_lib
 from lakd_jax.store import workdir
 from lakd_jax.training import spec
 
@@ -112,8 +112,8 @@ def student(
     Raises:
       errors.ExportError: no finished run, or damaged.
     """
-    settings = weights_lib.settings(directory)
-    path = directory / weights_lib.STUDENT_FILE
+    settings = workdir.settings(directory)
+    path = directory / workdir.STUDENT
     try:
         return *weights_lib.student(path, settings["dtype"]), settings
     except errors.TeacherError as error:

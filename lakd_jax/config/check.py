@@ -13,7 +13,6 @@ from lakd_jax import distill, errors, models, paths
 from lakd_jax import fields as fields_lib
 from lakd_jax.config import rules_of_runs
 from lakd_jax.distill import lakd, rtk, sdd
-from lakd_jax.hme import network as network_lib
 from lakd_jax.local import cuts
 from lakd_jax.models import vam
 
@@ -311,9 +310,10 @@ def _added(field: str) -> Check:
 
 def _hme_ranges() -> dict[str, Check]:
     """Of the hierarchy of experts."""
+    options = models.family("hme").OPTIONS
     return {
-        "hme.layout": one_of(network_lib.HME.OPTIONS["layout"]),
-        "hme.base": one_of(network_lib.HME.OPTIONS["base"]),
+        "hme.layout": one_of(options["layout"]),
+        "hme.base": one_of(options["base"]),
         "hme.output": one_of(("nce", "ce")),
         "hme.loss": one_of(("kway", "binary")),
         "hme.positive_weight": above(0),

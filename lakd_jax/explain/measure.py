@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lakd_jax.explain import conflict, similarity, subject
+from lakd_jax.interop import weights
 from lakd_jax.models import chain
 from lakd_jax.report import metrics
-from lakd_jax.runs import pictures, weights
+from lakd_jax.runs import pictures
+from lakd_jax.store import workdir
 
 PyTree = Any
 
@@ -185,7 +187,7 @@ def conflicts(s: subject.Subject) -> dict[str, dict[str, float]]:
     images = np.asarray(s.pixels(jnp.asarray(split.images[chosen])))
     students = {s.config.method: s.student}
     for method in s.config.baselines:
-        path = s.directory / method / weights.STUDENT_FILE
+        path = s.directory / method / workdir.STUDENT
         if path.exists():
             students[method], _ = weights.student(path, s.config.dtype)
     return {

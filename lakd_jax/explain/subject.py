@@ -12,8 +12,9 @@ import numpy as np
 from lakd_jax import config as config_lib
 from lakd_jax import distill, errors
 from lakd_jax.data import order
+from lakd_jax.interop import weights
 from lakd_jax.models import chain
-from lakd_jax.runs import single, weights
+from lakd_jax.runs import single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
 from lakd_jax.store import checkpoint, workdir
@@ -63,7 +64,7 @@ def load(
         errors.ExportError: there is none, or it was made by another version.
         errors.LakdError: its images or its teacher are not there any more.
     """
-    settings = weights.settings(directory)
+    settings = workdir.settings(directory)
     try:
         config = config_lib.from_dict(settings)
     except ValueError as error:
@@ -74,7 +75,7 @@ def load(
     teacher = None
     if distill.facts(config.method).needs_teacher:
         teacher = teacher_lib.make(config, bench)
-    result = workdir.read_json(directory / weights.RESULT_FILE)
+    result = workdir.read_json(directory / workdir.RESULT)
     pixels = setup.pixels(config)
     return Subject(directory, config, bench, student, pixels, teacher, result)
 
@@ -84,7 +85,7 @@ def past(subject: Subject) -> Iterator[tuple[int, PyTree]]:
 
     They are those of `subject.student.model`: checkpoints have gates that it has not.
     """
-    folder = subject.directory / "checkpoints"
+    folder = subject.directory / workdir.CHECKPOINTS
     model = subject.student.model.clone(vam=setup.vam_options(subject.config))
     for step in checkpoint.list_steps(folder):
         _, arrays, _ = checkpoint.read_arrays(folder, step)

@@ -11,7 +11,7 @@ from lakd_jax import distill
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.explain import subject
 from lakd_jax.report import grids, page
-from lakd_jax.store import checkpoint
+from lakd_jax.store import checkpoint, workdir
 from lakd_jax.training import setup
 
 METHODS = ("afd", "rtk")
@@ -92,7 +92,7 @@ def over_training(s: subject.Subject) -> list[tuple[float, np.ndarray]]:
         (found,) = jax.tree.leaves(left["intermediates"])
         return found
 
-    out, folder = [], s.directory / "checkpoints"
+    out, folder = [], s.directory / workdir.CHECKPOINTS
     for step in checkpoint.list_steps(folder):
         _, arrays, _ = checkpoint.read_arrays(folder, step)
         parts = [subject.part(arrays, name) for name in ("student", "method")]

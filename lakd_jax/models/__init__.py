@@ -2,23 +2,24 @@
 
 A family is one file with a `chain.Chain` subclass and a table `NETWORKS` from name
 to a partial of it; adding the file to `_FAMILIES` is all it takes to register it.
+Families that are built from other parts of the package stand in `_ELSEWHERE`.
 `register` is for networks that are kept elsewhere.
 """
 
 import functools
+import importlib
 from typing import Any
 
 import jax.numpy as jnp
 
 from lakd_jax import fields
-from lakd_jax.hme import network
 from lakd_jax.models import chain, mobilenet, resnet, shufflenet, vgg, wrn
 
-_FAMILIES = (resnet, wrn, vgg, mobilenet, shufflenet, network)
+_FAMILIES = (resnet, wrn, vgg, mobilenet, shufflenet)
+_ELSEWHERE = {"hme": "lakd_jax.hme.network"}  # imported when it is first made
 _NETWORKS: dict[str, Any] = {  # partials of Chain classes
     name: build for family in _FAMILIES for name, build in family.NETWORKS.items()
-}
-
+} | dict.fromkeys(_ELSEWHERE)
 
 _BUILT_IN = frozenset(_NETWORKS)
 
@@ -59,6 +60,8 @@ def family(name: str) -> type[chain.Chain]:
 
 def _builder(name: str) -> Any:
     """The partial that makes the network; wide ResNets of any size are known."""
+    if name in _ELSEWHERE:
+        return importlib.import_module(_ELSEWHERE[name]).NETWORKS[name]
     builder = _NETWORKS.get(name) or wrn.from_name(name)
     if builder is None:
         fields.check("network", name, names())

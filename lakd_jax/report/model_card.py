@@ -5,8 +5,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_collections
-
 from lakd_jax import config as config_lib
 
 Facts = Mapping[str, Any]
@@ -159,7 +157,7 @@ def _numbers(values: Sequence[float]) -> str:
 def _changed(settings: Facts) -> dict[str, str]:
     """Fields of the run whose values are not the defaults."""
     default = config_lib.to_dict(config_lib.default())
-    flat = [config_lib.flat(ml_collections.ConfigDict(x)) for x in (default, settings)]
+    flat = [config_lib.flat(config_lib.ConfigDict(x)) for x in (default, settings)]
     before, now = ({k: json.dumps(v) for k, v in x.items()} for x in flat)
     return {k: f"`{v}`" for k, v in now.items() if before.get(k) != v}
 

@@ -14,7 +14,7 @@ from lakd_jax import distill, paths
 from lakd_jax.config import check
 from lakd_jax.report import table
 from lakd_jax.runs import dry_run as dry_run_lib
-from lakd_jax.runs import phases, pictures, rows, seeds, single, weights
+from lakd_jax.runs import phases, pictures, rows, seeds, single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import backend, hosts, interrupt
 from lakd_jax.store import workdir
@@ -71,7 +71,7 @@ def run(
         for one in wanted:
             _draw(one, bench, teacher)
         text = _table(config, results, teacher)
-        hosts.first(lambda: (directory / "table.md").write_text(text + "\n"))
+        hosts.first(lambda: (directory / workdir.TABLE).write_text(text + "\n"))
         notify(f"\n{text}\n\n{_where(wanted, directory)}")
     last = results[config.method]
     return {"seeds": last} if config.seeds else last[0]
@@ -129,12 +129,12 @@ def _claimed(directory: Path, config: config_lib.ConfigDict) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            begun = ("checkpoints", weights.RESULT_FILE, phases.STAGE1)
+            begun = (workdir.CHECKPOINTS, workdir.RESULT, workdir.STAGE1)
             folders = [directory, *directory.glob("seed*")]
             left = any((f / name).exists() for f in folders for name in begun)
             if hosts.is_first() and not left:
                 for folder in folders:
-                    for name in (workdir.CONFIG, teacher_lib.NOTE):
+                    for name in (workdir.CONFIG, workdir.TEACHER):
                         (folder / name).unlink(missing_ok=True)
             raise
 

@@ -5,10 +5,11 @@ from typing import Any
 
 from lakd_jax import config as config_lib
 from lakd_jax.hme import phases
-from lakd_jax.runs import single, weights
+from lakd_jax.interop import weights
+from lakd_jax.runs import single
 from lakd_jax.runtime import hosts
+from lakd_jax.store import workdir
 
-STAGE1 = "stage1"  # the directory of the first training, in the run's
 _TOLD = ("epochs", "test_last", "test_best_on_minival", "best_step", "kept_step")
 _TOLD += ("seconds", "step_seconds", "images_per_second")
 
@@ -30,16 +31,16 @@ def train(
     where there is no minival. `directory` then holds what any run's does, of the hard
     tree, and `result.json` tells of stage 1 under "stage1".
     """
-    done = directory / weights.RESULT_FILE
+    done = directory / workdir.RESULT
     if not has_stages(config) or hosts.first(done.exists):
         return single.train_one(config, directory, bench, teacher)
-    folder = directory / STAGE1
-    if not hosts.first((folder / weights.RESULT_FILE).exists):
+    folder = directory / workdir.STAGE1
+    if not hosts.first((folder / workdir.RESULT).exists):
         bench.notify(f"stage 1 of 2, weights and gates, in {folder}")
     stage = phases.first(config)
     with single.prepare(folder, config):
         result = single.train_one(stage.config, folder, bench, teacher, stage)
-    kept, _ = weights.student(folder / weights.STUDENT_FILE, config.dtype)
+    kept, _ = weights.student(folder / workdir.STUDENT, config.dtype)
     bench.notify(f"stage 2 of 2, the tree of step {result['kept_step']} anew")
     told = {name: result[name] for name in _TOLD}
     stage = phases.second(config, kept.variables, told)

@@ -9,10 +9,11 @@ import numpy as np
 from lakd_jax import config as config_lib
 from lakd_jax import data, distill
 from lakd_jax.distill import lakd
+from lakd_jax.interop import weights
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
 from lakd_jax.report import maps, metrics, pictures
-from lakd_jax.runs import single, weights
+from lakd_jax.runs import single
 from lakd_jax.training import setup
 from lakd_jax.training import state as state_lib
 

@@ -14,9 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lakd_jax import config as config_lib
-from lakd_jax.runs import phases, single, weights
+from lakd_jax.runs import phases, single
 from lakd_jax.runtime import backend, hosts
-from lakd_jax.store import checkpoint
+from lakd_jax.store import checkpoint, workdir
 from lakd_jax.training import loop, teams
 from lakd_jax.training import state as state_lib
 
@@ -31,7 +31,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether its result is there."""
-        return hosts.first((self.directory / weights.RESULT_FILE).exists)
+        return hosts.first((self.directory / workdir.RESULT).exists)
 
 
 def train(

@@ -13,7 +13,8 @@ from lakd_jax import data, distill, errors
 from lakd_jax.data import order
 from lakd_jax.data.streaming import batches
 from lakd_jax.hme import phases
-from lakd_jax.runs import teacher_source, weights
+from lakd_jax.interop import weights
+from lakd_jax.runs import teacher_source
 from lakd_jax.runtime import backend, hosts, interrupt
 from lakd_jax.store import workdir
 from lakd_jax.training import engine as engine_lib
@@ -152,7 +153,7 @@ def train_one(
     of the last epoch) and `result.json` there. In stage 1 of an HME (see `phases`)
     the student is that of the best epoch on minival, if there is a minival.
     """
-    done = directory / weights.RESULT_FILE
+    done = directory / workdir.RESULT
     if hosts.first(done.exists):
         return hosts.first(lambda: workdir.read_json(done))
     own = parts(config, directory, bench, teacher, stage)
@@ -192,8 +193,8 @@ def conclude(
     )
 
     def leave() -> dict[str, Any]:
-        weights.save(directory / weights.STUDENT_FILE, kept, seen, result)
-        workdir.write_json(directory / weights.RESULT_FILE, result)
+        weights.save(directory / workdir.STUDENT, kept, seen, result)
+        workdir.write_json(directory / workdir.RESULT, result)
         return result
 
     return hosts.first(leave)

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 
 from lakd_jax import config as config_lib
 from lakd_jax import errors, paths
+from lakd_jax.interop import weights
 from lakd_jax.models import folding
-from lakd_jax.runs import single, teacher_source, weights
+from lakd_jax.runs import single, teacher_source
 from lakd_jax.runtime import hosts
 from lakd_jax.store import manifest, workdir
 from lakd_jax.training import evaluate, setup, spec
 from lakd_jax.training import state as state_lib
-
-NOTE = "teacher.json"  # in a run's directory: whose weights it learns from
 
 
 def make(config: config_lib.ConfigDict, bench: single.Bench) -> single.Teacher:
@@ -55,7 +54,7 @@ def require_same(directory: Path, teacher: single.Teacher) -> None:
       errors.TeacherError: they are others than at the start.
     """
     now = {"weights": teacher.digest, "source": teacher.network.source}
-    note = directory / NOTE
+    note = directory / workdir.TEACHER
     if not note.exists():
         workdir.write_json(note, now)
         return
@@ -96,7 +95,7 @@ def stand_in(
     config: config_lib.ConfigDict, bench: single.Bench
 ) -> single.Teacher | None:
     """For a dry run: a teacher of random weights, if it would be trained first."""
-    trained = _cached(config, bench) / weights.RESULT_FILE
+    trained = _cached(config, bench) / workdir.RESULT
     if config.teacher.init or hosts.first(trained.exists):
         return None
     loaded = single.load_network("teacher", config, bench)
@@ -122,7 +121,7 @@ def _cached(config: config_lib.ConfigDict, bench: single.Bench) -> Path:
 def _train_teacher(config: config_lib.ConfigDict, bench: single.Bench) -> None:
     """Trains the config's teacher into the cache, unless it is there."""
     directory, own = _cached(config, bench), config_lib.teacher_config(config)
-    if hosts.first((directory / weights.RESULT_FILE).exists):
+    if hosts.first((directory / workdir.RESULT).exists):
         return
     bench.notify(f"{config.teacher.name}, the teacher, in {directory}")
     with single.prepare(directory, own):

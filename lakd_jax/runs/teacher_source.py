@@ -8,8 +8,9 @@ import jax
 from lakd_jax import config as config_lib
 from lakd_jax import data, distill, paths
 from lakd_jax.data.streaming import batches
+from lakd_jax.interop import weights
 from lakd_jax.models import chain
-from lakd_jax.runs import teacher_cache, weights
+from lakd_jax.runs import teacher_cache
 from lakd_jax.runtime import interrupt
 from lakd_jax.training import feeds, setup, spec, teacher_outputs
 from lakd_jax.training import state as state_lib

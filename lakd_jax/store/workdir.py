@@ -28,8 +28,15 @@ import jax
 from lakd_jax import errors, paths, version
 from lakd_jax.runtime import hosts
 
+# What a run's directory holds.
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
+TEACHER = "teacher.json"  # whose weights the run learns from
+CHECKPOINTS = "checkpoints"
+RESULT = "result.json"  # of finished runs alone, as is the student
+STUDENT = "student.safetensors"
+TABLE = "table.md"
+STAGE1 = "stage1"  # the first training of an HME
 _LOCK = ".lock"
 _SHOWN = 8
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -133,6 +140,36 @@ def read_json(path: str | os.PathLike) -> Any:
     return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
 
 
+def settings(directory: pathlib.Path) -> dict[str, Any]:
+    """Returns the configuration of a finished run, as JSON.
+
+    Raises:
+      errors.ExportError: there is no run, or it has not finished.
+    """
+    if not (directory / CONFIG).exists():
+        raise errors.ExportError(
+            f"{directory}: is no run (it has no {CONFIG}); give --workdir the "
+            "directory of a finished run."
+        )
+    if not (directory / RESULT).exists():
+        raise errors.ExportError(
+            f"{directory}: has not finished (it has no {RESULT}); finish "
+            f"it by giving its own command again, then again.{seeds_hint(directory)}"
+        )
+    try:
+        return read_json(directory / CONFIG)
+    except ValueError as error:
+        raise errors.ExportError(
+            f"{directory / CONFIG}: not readable: {error}"
+        ) from error
+
+
+def seeds_hint(directory: pathlib.Path) -> str:
+    """Returns a line that names one of the seeds in `directory`, "" for none."""
+    found = sorted(directory.glob(f"seed*/{RESULT}"))
+    return f"\nIt holds seeds; name one, such as {found[0].parent}" if found else ""
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes a JSON file so that a reader or a crash sees the old or the new whole."""
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
@@ -211,7 +248,7 @@ def _check_config(
 ) -> bool:
     """Whether the folder has a run that may go on under `config`."""
     if not (path / CONFIG).exists():
-        if (path / "checkpoints").exists():
+        if (path / CHECKPOINTS).exists():
             raise errors.WorkdirError(f"{path}: has checkpoints but no {CONFIG}")
         return False
     if not allow_resume:

@@ -14,7 +14,7 @@ import numpy as np
 from lakd_jax import errors
 from lakd_jax.data import order
 from lakd_jax.report import metrics as metrics_lib
-from lakd_jax.store import checkpoint
+from lakd_jax.store import checkpoint, workdir
 from lakd_jax.training import evaluate as evaluate_lib
 from lakd_jax.training import feeds, spec
 from lakd_jax.training import state as state_lib
@@ -119,7 +119,7 @@ class Track:
           state: the first one.
           until: as for `checkpoint.Checkpointer.restore`.
         """
-        folder = self.directory / "checkpoints"
+        folder = self.directory / workdir.CHECKPOINTS
         saver = checkpoint.Checkpointer(folder, keep=self.plan.keep)
         self._saver = stack.enter_context(saver)
         if self._minival:

@@ -13,9 +13,9 @@ from lakd_jax import config as config_lib
 from lakd_jax import distill
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.hme import losses, phases
+from lakd_jax.interop import weights
 from lakd_jax.local import cuts
 from lakd_jax.models import vam
-from lakd_jax.runs import weights
 from lakd_jax.runtime import backend, hosts
 from lakd_jax.training import dot, feeds, optim, spec
 from lakd_jax.training import engine as engine_lib

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from lakd_jax import errors
 from lakd_jax.distill.base import method as method_lib
+from lakd_jax.interop import weights
 from lakd_jax.models import chain, folding, vam
-from lakd_jax.runs import weights
 
 PyTree = Any
 TERM = "vam_entropy"

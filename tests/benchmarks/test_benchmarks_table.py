@@ -15,9 +15,9 @@ import pytest
 import tiny
 from jax.sharding import Mesh
 
-from lakd_jax import cli, errors
 from lakd_jax import config as config_lib
-from lakd_jax.config import check
+from lakd_jax import errors
+from lakd_jax.config import check, command_line
 from lakd_jax.runs import single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
@@ -117,7 +117,7 @@ def test_commands_are_those_of_the_recipe_and_have_no_fault(tmp_path):
     )
     jobs = {job.name: job for job in plan.jobs(wanted)}
     both = [jobs[f"vgg13-mobilenet_v2/dkd+at/seed{s}"] for s in (0, 1)]
-    c, directory, _ = cli.parse(plan.command(both))
+    c, directory, _ = command_line.parse(plan.command(both))
     assert check.problems(c, 1) == []
     assert (c.teacher.name, c.student.name) == ("vgg13", "mobilenet_v2")
     assert (c.method, c.seeds, c.baselines, c.epochs) == ("dkd+at", (0, 1), (), 24)
@@ -125,7 +125,7 @@ def test_commands_are_those_of_the_recipe_and_have_no_fault(tmp_path):
     assert (c.optim.lr, c.dkd.beta, c.dkd.warmup_epochs) == (0.01, 6.0, 2.0)
     assert c.batch_size == 32 and c.teacher.mean == (0.1, 0.2, 0.3)
     assert pathlib.Path(directory) == both[0].directory == both[0].run.parent
-    own, folder, _ = cli.parse(plan.command([jobs["teachers/vgg13"]]))
+    own, folder, _ = command_line.parse(plan.command([jobs["teachers/vgg13"]]))
     assert (own.student.name, own.method, own.seeds) == ("vgg13", "none", ())
     assert (own.optim.lr, own.epochs, own.teacher.mean) == (0.05, 24, ())
     assert c.teacher.init == folder
@@ -136,12 +136,12 @@ def test_digits_and_folders_have_their_recipes(tmp_path):
 
     pairs = (("resnet14", "resnet8"),)
     digits = plan.jobs(request(tmp_path, data="digits", pairs=pairs))[-1]
-    c, _, _ = cli.parse(plan.command([digits]))
+    c, _, _ = command_line.parse(plan.command([digits]))
     assert (c.data.source, c.epochs, c.optim.schedule) == ("digits", 10, "cosine")
     assert (c.teacher.name, c.student.name) == ("resnet14", "resnet8")
     assert c.dkd.warmup_epochs == pytest.approx(20 * 10 / 240)
     folder = plan.jobs(request(tmp_path, data="folder:a/b", pairs=pairs))[-1]
-    c, _, _ = cli.parse(plan.command([folder]))
+    c, _, _ = command_line.parse(plan.command([folder]))
     assert (c.data.source, c.epochs) == ("folder:a/b", 240)
     assert c.data.std == (0.2470, 0.2435, 0.2616)
 
@@ -152,7 +152,7 @@ def test_given_teacher_is_not_trained(tmp_path):
     wanted = request(tmp_path, teachers={"resnet56": "some/file.pth"})
     jobs = plan.jobs(wanted)
     assert not [job for job in jobs if job.seed is None or job.teacher]
-    c, _, _ = cli.parse(plan.command([jobs[1]]))
+    c, _, _ = command_line.parse(plan.command([jobs[1]]))
     assert c.method == "kd" and c.teacher.init == "some/file.pth"
 
 
@@ -304,7 +304,7 @@ class Made:
         self.commands.append(command)
         if any(word in " ".join(command) for word in self._fail):
             return {"error": "ValueError: no"}
-        seeds = cli.parse(command)[0].seeds
+        seeds = command_line.parse(command)[0].seeds
         for folder in [directory / f"seed{s}" for s in seeds] or [directory]:
             leave_environment(folder)
             text = json.dumps(result(0.5, together=max(len(seeds), 1)))

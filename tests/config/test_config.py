@@ -7,9 +7,9 @@ import pathlib
 
 import pytest
 
-from lakd_jax import cli, errors, models
 from lakd_jax import config as config_lib
-from lakd_jax.config import check
+from lakd_jax import errors, models
+from lakd_jax.config import check, command_line
 from lakd_jax.distill import lakd
 
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
@@ -412,7 +412,7 @@ def test_argument_of_config_files():
 
 def test_update_from_the_command_line():
     path = CONFIGS / "digits_lakd.py"
-    c, directory, dry_run = cli.parse(
+    c, directory, dry_run = command_line.parse(
         [
             f"--config={path}:kd",
             "--config.optim.milestones=(1.5, 2)",
@@ -437,8 +437,11 @@ def test_update_from_the_command_line():
         False,
         True,
     )
-    assert cli.parse([f"--config={path}", "--config.baselines=()"])[0].baselines == ()
-    assert cli.parse([f"--config={path}", "--workdir=a/b"])[1] == "a/b"
+    assert (
+        command_line.parse([f"--config={path}", "--config.baselines=()"])[0].baselines
+        == ()
+    )
+    assert command_line.parse([f"--config={path}", "--workdir=a/b"])[1] == "a/b"
 
 
 def test_flat_and_changed():

@@ -10,7 +10,7 @@ import tiny
 
 from lakd_jax import config as config_lib
 from lakd_jax import distill, interop, models, register
-from lakd_jax.config import check, rules, rules_of_runs
+from lakd_jax.config import check, rules, rules_of_runs, tree
 from lakd_jax.distill.base import term
 from lakd_jax.models import vgg
 
@@ -37,7 +37,7 @@ def forgotten(monkeypatch):
     table = list(rules.TABLE)
     for module in (rules, rules_of_runs):
         monkeypatch.setattr(module, "TABLE", table)
-    monkeypatch.setattr(config_lib, "_ADDED", {})
+    monkeypatch.setattr(tree, "_ADDED", {})
     monkeypatch.setattr(distill, "METHODS", dict(distill.METHODS))
     monkeypatch.setattr(models, "_NETWORKS", dict(models._NETWORKS))
 
@@ -85,7 +85,7 @@ def test_a_registered_method_changes_no_other_run(tmp_path):
     recorded = config_lib.to_dict(own)
     assert recorded["mine"]["margin"] == -0.5
     assert config_lib.from_dict(recorded).mine.margin == -0.5
-    config_lib._ADDED.clear()
+    tree._ADDED.clear()
     with pytest.raises(ValueError, match="mine.margin.*must be registered first"):
         config_lib.from_dict(recorded)
 

@@ -22,8 +22,10 @@ from lakd_jax import data, errors
 from lakd_jax.config import check
 from lakd_jax.data.streaming import batches as batches_lib
 from lakd_jax.data.streaming import crops, records
-from lakd_jax.runs import command, single, weights
+from lakd_jax.interop import weights
+from lakd_jax.runs import command, single
 from lakd_jax.runtime import interrupt
+from lakd_jax.store import workdir
 from lakd_jax.training import feeds
 from lakd_jax.training import state as state_lib
 
@@ -312,10 +314,10 @@ def test_a_stopped_run_ends_as_the_unbroken_one(method, engine, whole, lab, tmp_
 def test_a_streamed_split_is_scored_as_one_in_memory(whole, lab):
     fields, folder = whole("none", "fused")
     settings = lab.config(**fields)
-    result = json.loads((folder / weights.RESULT_FILE).read_text())
+    result = json.loads((folder / workdir.RESULT).read_text())
     bench = resume.make_bench(settings, interrupt.Guard())
     held = state_lib.resident(bench.dataset.preview.test, 0, bench.mesh)
-    network, _ = weights.student(folder / weights.STUDENT_FILE, "float32")
+    network, _ = weights.student(folder / workdir.STUDENT, "float32")
     pixels = single.build.pixels(settings)
     score = single.evaluator(settings, network, pixels, bench)(network.variables, held)
     assert score.right == result["test_last"]["right"]

@@ -13,7 +13,7 @@ import toys
 from lakd_jax import config as config_lib
 from lakd_jax import distill, models
 from lakd_jax.config import methods
-from lakd_jax.runs import weights
+from lakd_jax.interop import weights
 from lakd_jax.training import setup, spec, step
 from lakd_jax.training import state as state_lib
 

@@ -21,10 +21,10 @@ from lakd_jax import data, errors, interop, version
 from lakd_jax.data import order
 from lakd_jax.distill import dkd, kd
 from lakd_jax.hme import losses
+from lakd_jax.interop import weights as weights_lib
 from lakd_jax.report import metrics
 from lakd_jax.runs import command, single
 from lakd_jax.runs import teacher as teacher_lib
-from lakd_jax.runs import weights as weights_lib
 from lakd_jax.runtime import hosts, interrupt
 from lakd_jax.store import checkpoint, manifest, workdir
 from lakd_jax.training import modules, record, setup, spec
@@ -123,7 +123,7 @@ def test_a_run_keeps_few_checkpoints_and_no_teacher(on_tiny, tmp_path):
     assert not [name for name in arrays if "teacher" in name]
     weights = "train/params/student/", "train/batch_stats/student/"
     mine = sum(x.nbytes for name, x in arrays.items() if name.startswith(weights))
-    assert (run / weights_lib.STUDENT_FILE).stat().st_size < mine + 16_384
+    assert (run / workdir.STUDENT).stat().st_size < mine + 16_384
     # Parameters, momentum and the best ones, twice, the student and small files.
     assert size_of(run) < (2 * 3 + 1) * mine + 300_000
     on_tiny(config, run)  # the same command tells the result again

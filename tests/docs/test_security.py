@@ -22,8 +22,8 @@ from tensorflow_datasets.core.download import extractor
 from lakd_jax import data, errors, interop, models
 from lakd_jax.data import images
 from lakd_jax.hme import report
+from lakd_jax.interop import weights
 from lakd_jax.report import metrics, model_card
-from lakd_jax.runs import weights
 from lakd_jax.store import checkpoint, workdir
 
 # How ml_collections loads a config file is deprecated from Python 3.12 on.

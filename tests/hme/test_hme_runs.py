@@ -11,8 +11,9 @@ import tiny
 from lakd_jax import config as config_lib
 from lakd_jax import interop
 from lakd_jax.hme import network
+from lakd_jax.interop import weights
 from lakd_jax.report import metrics
-from lakd_jax.runs import phases, single, weights
+from lakd_jax.runs import phases, single
 from lakd_jax.runtime import interrupt
 from lakd_jax.store import workdir
 
@@ -43,8 +44,8 @@ def finished(directory):
     """(variables, result without timings, metrics) of both stages."""
     out = []
     for folder in (directory / "stage1", directory):
-        variables, _ = interop.load_variables(folder / weights.STUDENT_FILE)
-        result = json.loads((folder / weights.RESULT_FILE).read_text())
+        variables, _ = interop.load_variables(folder / workdir.STUDENT)
+        result = json.loads((folder / workdir.RESULT).read_text())
         for block in (result, result.get("stage1", {})):
             for timing in TIMINGS:
                 block.pop(timing, None)
@@ -102,7 +103,7 @@ def test_what_is_left(whole):
 
 
 def test_the_student_is_the_hard_tree(whole):
-    loaded, card = weights.student(whole / weights.STUDENT_FILE, "float32")
+    loaded, card = weights.student(whole / workdir.STUDENT, "float32")
     assert loaded.model.temperature is None
     assert card["options"] == {"layout": "ltb", "base": "wrn_40_1", "output": "nce"}
     again = weights.load(

@@ -17,7 +17,7 @@ import torch_resnet
 
 from lakd_jax import config as config_lib
 from lakd_jax import errors, export, interop, models
-from lakd_jax.runs import weights as weights_lib
+from lakd_jax.interop import weights as weights_lib
 from lakd_jax.store import workdir
 from lakd_jax.training import spec
 
@@ -58,8 +58,8 @@ def write_run(run, result, **fields):
     size = config.student.image_size or result.get("image_shape", [0])[0]
     network = weights_lib.Loaded(model, None, "", MEAN, STD, size)
     weights = variables()
-    weights_lib.save(run / weights_lib.STUDENT_FILE, weights, network, result)
-    workdir.write_json(run / weights_lib.RESULT_FILE, result)
+    weights_lib.save(run / workdir.STUDENT, weights, network, result)
+    workdir.write_json(run / workdir.RESULT, result)
     workdir.write_json(run / workdir.CONFIG, config_lib.to_dict(config))
     workdir.write_json(run / workdir.ENVIRONMENT, workdir.environment())
 
@@ -231,7 +231,7 @@ def no_run(run):
 
 
 def unfinished(run):
-    (run / weights_lib.RESULT_FILE).unlink()
+    (run / workdir.RESULT).unlink()
     return run, "stablehlo", "has not finished (it has no result.json); finish it"
 
 
@@ -241,20 +241,20 @@ def damaged_config(run):
 
 
 def damaged_student(run):
-    file = run / weights_lib.STUDENT_FILE
+    file = run / workdir.STUDENT
     file.write_bytes(file.read_bytes()[:5000])
     return run, "safetensors", "no readable safetensors file"
 
 
 def another_network(run):
-    path = run / weights_lib.STUDENT_FILE
+    path = run / workdir.STUDENT
     weights, card = interop.load_variables(path)
     interop.save_variables(path, weights, card | {"network": "resnet14"})
     return run, "torch", "is no student of a run: the variables are not those of"
 
 
 def unknown_network(run):
-    path = run / weights_lib.STUDENT_FILE
+    path = run / workdir.STUDENT
     weights, card = interop.load_variables(path)
     interop.save_variables(path, weights, card | {"network": "resnet9"})
     return run, "safetensors", "did you mean 'resnet8'"

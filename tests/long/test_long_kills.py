@@ -19,8 +19,7 @@ import pytest
 
 from lakd_jax import interop
 from lakd_jax.report import metrics
-from lakd_jax.runs import weights
-from lakd_jax.store import checkpoint
+from lakd_jax.store import checkpoint, workdir
 
 pytestmark = pytest.mark.long
 
@@ -113,7 +112,7 @@ class Lab:
 
 
 def left_by(directory):
-    variables, _ = interop.load_variables(directory / weights.STUDENT_FILE)
+    variables, _ = interop.load_variables(directory / workdir.STUDENT)
     arrays = jax.tree.map(np.ndarray.tobytes, variables)
     return arrays, (directory / metrics.FILENAME).read_bytes()
 

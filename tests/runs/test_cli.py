@@ -17,8 +17,9 @@ import tiny
 from PIL import Image
 
 from lakd_jax import cli, errors, interop, models
+from lakd_jax.interop import weights as weights_lib
 from lakd_jax.runs import command, single
-from lakd_jax.runs import weights as weights_lib
+from lakd_jax.store import workdir
 from lakd_jax.training import loop
 
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
@@ -178,9 +179,9 @@ def student_file(directory, name="resnet8", classes=3, **card):
     network = weights_lib.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
     result = {"student": name} | card
     weights_lib.save(
-        directory / weights_lib.STUDENT_FILE, tiny.variables(model), network, result
+        directory / workdir.STUDENT, tiny.variables(model), network, result
     )
-    (directory / weights_lib.RESULT_FILE).write_text(json.dumps(result))
+    (directory / workdir.RESULT).write_text(json.dumps(result))
     return directory
 
 
@@ -194,8 +195,8 @@ def no_run(path):
 
 
 def no_student(path):
-    (student_file(path) / weights_lib.STUDENT_FILE).unlink()
-    return path, ["teacher.init: ", "no weights at", weights_lib.STUDENT_FILE]
+    (student_file(path) / workdir.STUDENT).unlink()
+    return path, ["teacher.init: ", "no weights at", workdir.STUDENT]
 
 
 def no_card(path):
@@ -222,7 +223,7 @@ def other_keys(path):
 
 
 def cut_short(path):
-    file = student_file(path) / weights_lib.STUDENT_FILE
+    file = student_file(path) / workdir.STUDENT
     file.write_bytes(file.read_bytes()[:5000])
     return path, ["no readable safetensors file"]
 
@@ -386,7 +387,7 @@ def test_whole_run(main, tiny_main, tmp_path, monkeypatch):
     code, out, err = main("--mode=export", f"--workdir={run}", "--to=safetensors")
     assert code == 0, err
     given = interop.load_torch_file(run / "export" / "small.safetensors")
-    kept, _ = interop.load_variables(run / weights_lib.STUDENT_FILE)
+    kept, _ = interop.load_variables(run / workdir.STUDENT)
     jax.tree.map(
         np.testing.assert_array_equal, interop.from_torch(tiny.NETWORK, given), kept
     )
@@ -404,7 +405,7 @@ def test_whole_run(main, tiny_main, tmp_path, monkeypatch):
     assert code == 0, err
     assert f"teacher small from {run / 'student.safetensors'}" in out
     first, last = (
-        interop.load_variables(d / weights_lib.STUDENT_FILE)[0]["params"]
+        interop.load_variables(d / workdir.STUDENT)[0]["params"]
         for d in (run / "none", tmp_path / "b")
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), first, last)

@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 from lakd_jax import config as config_lib
 from lakd_jax import errors, interop
+from lakd_jax.interop import weights
 from lakd_jax.report import metrics
-from lakd_jax.runs import single, weights
+from lakd_jax.runs import single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
 from lakd_jax.store import checkpoint, workdir
@@ -52,8 +53,8 @@ def run(mesh, tmp_path):
 
 def finished(directory):
     """All that a run leaves, its speed apart."""
-    variables, _ = interop.load_variables(directory / weights.STUDENT_FILE)
-    result = json.loads((directory / weights.RESULT_FILE).read_text())
+    variables, _ = interop.load_variables(directory / workdir.STUDENT)
+    result = json.loads((directory / workdir.RESULT).read_text())
     for timing in ("seconds", "step_seconds", "images_per_second"):
         del result[timing]
     return jax.tree.map(np.ndarray.tobytes, variables), result, metrics.read(directory)
@@ -70,8 +71,8 @@ def student_of_nan(directory):
     variables["params"]["stage2"]["block1"]["conv"]["kernel"][:] = np.nan
     network = weights.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
     result = {"student": tiny.NETWORK}
-    weights.save(directory / weights.STUDENT_FILE, variables, network, result)
-    workdir.write_json(directory / weights.RESULT_FILE, result)
+    weights.save(directory / workdir.STUDENT, variables, network, result)
+    workdir.write_json(directory / workdir.RESULT, result)
     return str(directory)
 
 
@@ -95,7 +96,7 @@ def test_learning_rate_too_high_stops_the_run(run):
     step, arrays, _ = checkpoint.read_arrays(run / "checkpoints", None)
     assert step == 6
     assert all(np.all(np.isfinite(a)) for a in arrays.values())
-    assert not (run / weights.RESULT_FILE).exists()
+    assert not (run / workdir.RESULT).exists()
 
 
 def test_term_that_is_not_finite_is_named(run, tmp_path, mesh):
@@ -264,9 +265,9 @@ def test_teacher_of_other_images_is_not_taken_from_the_cache(run, monkeypatch):
         model = tiny.SMALL(num_classes=3)
         network = weights.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
         result = {"student": config.student.name}
-        file = directory / weights.STUDENT_FILE
+        file = directory / workdir.STUDENT
         weights.save(file, tiny.variables(model), network, result)
-        workdir.write_json(directory / weights.RESULT_FILE, result)
+        workdir.write_json(directory / workdir.RESULT, result)
         trained.append(directory)
 
     monkeypatch.setattr(single, "train_one", leave)

@@ -11,8 +11,9 @@ import safetensors.numpy
 import tiny
 
 from lakd_jax import errors, interop, models
+from lakd_jax.interop import weights as weights_lib
 from lakd_jax.runs import single
-from lakd_jax.runs import weights as weights_lib
+from lakd_jax.store import workdir
 
 OPTIONS = {"shortcut": "projection", "dtype": "float32", "num_classes": 7}
 
@@ -28,7 +29,7 @@ def torch_file(folder, dtype):
 
 def own_file(folder, dtype):
     """The same kind of network as `networks.save` writes it."""
-    path = folder / weights_lib.STUDENT_FILE
+    path = folder / workdir.STUDENT
     model = models.create("resnet8", num_classes=7)
     half = jax.tree.map(lambda x: x.astype(dtype), tiny.variables(model))
     network = weights_lib.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)

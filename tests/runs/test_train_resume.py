@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from lakd_jax import config as config_lib
 from lakd_jax import interop
 from lakd_jax.report import metrics
-from lakd_jax.runs import single, weights
+from lakd_jax.runs import single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
 from lakd_jax.store import workdir
@@ -55,8 +55,8 @@ def train(config, directory, bench, guard, teacher):
 
 
 def finished(directory):
-    variables, _ = interop.load_variables(directory / weights.STUDENT_FILE)
-    result = json.loads((directory / weights.RESULT_FILE).read_text())
+    variables, _ = interop.load_variables(directory / workdir.STUDENT)
+    result = json.loads((directory / workdir.RESULT).read_text())
     for timing in ("seconds", "step_seconds", "images_per_second"):
         del result[timing]
     return variables, result, metrics.read(directory)
@@ -182,5 +182,5 @@ def test_every_reading_with_state_resumes(tmp_path):
 
 
 def test_finished_run_is_not_trained_again(lab, whole):
-    first = json.loads((whole("none") / weights.RESULT_FILE).read_text())
+    first = json.loads((whole("none") / workdir.RESULT).read_text())
     assert lab.train(whole("none"), tiny.StopAfter(0), method="none") == first

@@ -11,9 +11,10 @@ from lakd_jax import config as config_lib
 from lakd_jax import errors, export, interop
 from lakd_jax.config import check as check_lib
 from lakd_jax.report import metrics
-from lakd_jax.runs import command, teacher, weights
+from lakd_jax.runs import command, teacher
 from lakd_jax.runs import single as single_lib
 from lakd_jax.runtime import interrupt
+from lakd_jax.store import workdir
 
 LONG = pytest.mark.long
 
@@ -43,7 +44,7 @@ def run(config, directory, guard=None):
 
 
 def variables(directory):
-    return interop.load_variables(directory / weights.STUDENT_FILE)[0]
+    return interop.load_variables(directory / workdir.STUDENT)[0]
 
 
 def assert_close(one, other, limit):

@@ -20,8 +20,8 @@ from lakd_jax import errors, interop
 from lakd_jax.config import rules_of_runs
 from lakd_jax.report import metrics
 from lakd_jax.runs import command as command_lib
-from lakd_jax.runs import weights
 from lakd_jax.runtime import hosts
+from lakd_jax.store import workdir
 
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -74,8 +74,8 @@ def both(folder, fields):
 def finished(folder):
     """Variables, result without times, records of the run in `folder`."""
     run = folder / "run"
-    variables, _ = interop.load_variables(run / weights.STUDENT_FILE)
-    result = json.loads((run / weights.RESULT_FILE).read_text())
+    variables, _ = interop.load_variables(run / workdir.STUDENT)
+    result = json.loads((run / workdir.RESULT).read_text())
     for timing in ("seconds", "step_seconds", "images_per_second"):
         del result[timing]
     return variables, result, metrics.read(run)
@@ -158,7 +158,7 @@ def test_a_signal_to_one_stops_both_and_both_go_on(tmp_path, alone):
         assert "Stopped; the same command goes on" in err
     stopped = sorted(int(p.name) for p in (run / "checkpoints").iterdir())
     assert 4 <= stopped[-1] < 96
-    assert not (run / weights.RESULT_FILE).exists()
+    assert not (run / workdir.RESULT).exists()
     shutil.copytree(tmp_path / "parts", tmp_path / "one")
     both(tmp_path / "parts", fields)
     whole, parts = finished(tmp_path / "whole"), finished(tmp_path / "parts")

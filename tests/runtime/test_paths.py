@@ -17,8 +17,8 @@ from lakd_jax import api, data, errors, explain, export, interop, paths
 from lakd_jax.config import check
 from lakd_jax.data.streaming import batches
 from lakd_jax.data.tfds import source as source_lib
+from lakd_jax.interop import weights as weights_lib
 from lakd_jax.runs import single, teacher, teacher_source
-from lakd_jax.runs import weights as weights_lib
 from lakd_jax.runtime import backend, interrupt
 from lakd_jax.store import workdir
 from lakd_jax.training import state as state_lib

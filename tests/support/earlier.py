@@ -16,7 +16,8 @@ import tiny
 
 from lakd_jax import config as config_lib
 from lakd_jax import version
-from lakd_jax.runs import single, weights
+from lakd_jax.interop import weights
+from lakd_jax.runs import single
 from lakd_jax.runtime import interrupt
 from lakd_jax.store import checkpoint
 from lakd_jax.training import evaluate, spec

@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 
 from lakd_jax import config as config_lib
 from lakd_jax import data, models
+from lakd_jax.interop import weights
 from lakd_jax.models import vgg
-from lakd_jax.runs import single, weights
+from lakd_jax.runs import single
 from lakd_jax.runtime import interrupt
 from lakd_jax.training import evaluate, spec
 from lakd_jax.training import state as state_lib

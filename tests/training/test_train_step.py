@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from lakd_jax import config as config_lib
 from lakd_jax import errors, models
-from lakd_jax.runs import single, weights
+from lakd_jax.interop import weights
+from lakd_jax.runs import single
 from lakd_jax.training import record, setup, spec, step
 from lakd_jax.training import state as state_lib
 

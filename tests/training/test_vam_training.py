@@ -17,9 +17,10 @@ from lakd_jax import errors, export, models
 from lakd_jax.config import check
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.explain import subject
+from lakd_jax.interop import weights
 from lakd_jax.local import cuts
 from lakd_jax.models import folding, vam
-from lakd_jax.runs import command, single, weights
+from lakd_jax.runs import command, single
 from lakd_jax.training import optim, record, setup, step
 from lakd_jax.training import state as state_lib
 from lakd_jax.training import vam as vam_lib

@@ -16,9 +16,6 @@ from lakd_jax.store import workdir
 
 PyTree = Any
 
-STUDENT_FILE = "student.safetensors"  # in every finished run
-RESULT_FILE = "result.json"
-
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
@@ -108,39 +105,14 @@ def save(path: Path, variables: PyTree, network: Loaded, result: dict) -> None:
     interop.save_variables(path, variables, card)
 
 
-def settings(directory: Path) -> dict[str, Any]:
-    """The configuration of a finished run, as JSON; ExportError if it is none."""
-    if not (directory / workdir.CONFIG).exists():
-        raise errors.ExportError(
-            f"{directory}: is no run (it has no {workdir.CONFIG}); give --workdir the "
-            "directory of a finished run."
-        )
-    if not (directory / RESULT_FILE).exists():
-        raise errors.ExportError(
-            f"{directory}: has not finished (it has no {RESULT_FILE}); finish "
-            f"it by giving its own command again, then again.{_seeds_in(directory)}"
-        )
-    try:
-        return workdir.read_json(directory / workdir.CONFIG)
-    except ValueError as error:
-        raise errors.ExportError(
-            f"{directory / workdir.CONFIG}: not readable: {error}"
-        ) from error
-
-
 def _student_of(field: str, directory: Path) -> Path:
-    if not (directory / RESULT_FILE).exists():
+    if not (directory / workdir.RESULT).exists():
         raise errors.TeacherError(
             f"{field}.init: {directory} is not a finished run (it has no "
-            f"{RESULT_FILE}); finish it by giving its own command again, or name "
-            f"another.{_seeds_in(directory)}"
+            f"{workdir.RESULT}); finish it by giving its own command again, or name "
+            f"another.{workdir.seeds_hint(directory)}"
         )
-    return directory / STUDENT_FILE
-
-
-def _seeds_in(directory: Path) -> str:
-    found = sorted(directory.glob(f"seed*/{RESULT_FILE}"))
-    return f"\nIt holds seeds; name one, such as {found[0].parent}" if found else ""
+    return directory / workdir.STUDENT
 
 
 def student(path: Path, dtype: str) -> tuple[Loaded, dict[str, Any]]:
