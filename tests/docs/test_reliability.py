@@ -127,7 +127,7 @@ def test_a_run_keeps_few_checkpoints_and_no_teacher(on_tiny, tmp_path):
     # Parameters, momentum and the best ones, twice, the student and small files.
     assert size_of(run) < (2 * 3 + 1) * mine + 300_000
     on_tiny(config, run)  # the same command tells the result again
-    note = workdir.read_json(run / teacher_lib.NOTE)
+    note = workdir.read_json(run / workdir.TEACHER)
     file = pathlib.Path(note["source"])
     variables, card = interop.load_variables(file)
     assert note["weights"] == manifest.digest(variables)

@@ -57,7 +57,7 @@ def test_a_cache_that_jax_was_told_of_stays(tmp_path):
 
 START = """
 import sys, jax
-from lakd_jax import backend
+from lakd_jax.runtime import backend
 backend.prepare(sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.jit(lambda x: x @ x + 1)(jax.numpy.ones((3, 3)))

@@ -95,7 +95,7 @@ _COMPILE = """
 import time
 import jax
 import jax.numpy as jnp
-from lakd_jax import interrupt
+from lakd_jax.runtime import interrupt
 
 def slow(x):
     for i in range(1500):
@@ -131,7 +131,7 @@ def test_signal_during_a_compilation_ends_it_at_once():
 
 _STUBBORN = """
 import time
-from lakd_jax import interrupt
+from lakd_jax.runtime import interrupt
 interrupt._DUPLICATE_SECONDS = 0.2
 with interrupt.Guard() as guard:
     print("ready", flush=True)
@@ -164,7 +164,7 @@ def test_second_signal_kills(first, second):
 
 _EXIT = """
 import logging, sys, threading, time
-from lakd_jax import interrupt
+from lakd_jax.runtime import interrupt
 threading.Thread(target=time.sleep, args=(60,)).start()
 print("out", end="")
 sys.stderr.write("err")

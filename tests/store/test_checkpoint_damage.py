@@ -143,7 +143,7 @@ def test_none_left_is_an_error_now_and_at_the_next_start(copied):
 _RESTORER = """
 import sys
 import numpy as np
-from lakd_jax import checkpoint
+from lakd_jax.store import checkpoint
 template = {f"w{i}": np.zeros((60, 60)) for i in range(40)}
 with checkpoint.Checkpointer(sys.argv[1], keep=2) as saver:
     print(saver.restore(template)[0])
@@ -167,7 +167,7 @@ def test_damage_is_told_in_one_line_on_the_terminal(tmp_path):
 _SAVER = """
 import sys
 import numpy as np
-from lakd_jax import checkpoint
+from lakd_jax.store import checkpoint
 with checkpoint.Checkpointer(sys.argv[1], keep=2) as saver:
     found = saver.restore({"w": np.zeros((300, 1000))})
     first = 1 if found is None else found[0] + 1
@@ -216,7 +216,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
 import numpy as np
 from jax.experimental import multihost_utils
-from lakd_jax import checkpoint
+from lakd_jax.store import checkpoint
 mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
 replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 state = {"w": jax.device_put(np.arange(16.0, dtype=np.float32), replicated), "n": 3}

@@ -154,7 +154,7 @@ def test_path_that_cannot_be_a_folder(tmp_path):
 
 _HOLDER = """
 import sys, time
-from lakd_jax import workdir
+from lakd_jax.store import workdir
 run = workdir.prepare(sys.argv[1], {})
 print("held", flush=True)
 time.sleep(60)
