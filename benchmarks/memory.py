@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks import ours
 from lakd_jax import config as config_lib
-from lakd_jax.runtime import backend
+from lakd_jax.runtime import backend, interrupt
 from lakd_jax.training import modules, setup, teacher_outputs
 
 
@@ -40,7 +40,7 @@ def of_engine(chosen: argparse.Namespace, count: int, engine: str) -> float:
     config = cut(chosen, count, engine)
     made = ours.setup(config)
     run = setup.engine(
-        config, made.learner, made.teacher, made.resident, lambda compile: compile()
+        config, made.learner, made.teacher, made.resident, interrupt.Guard()
     )
     run.load(made.state)
     run.run(np.zeros((1, chosen.batch), np.int32))

@@ -1,6 +1,7 @@
 """The command line: flags, error lines, exit codes."""
 
 import contextlib
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -49,6 +50,8 @@ def end_with(work: Callable[[interrupt.Guard], None]) -> NoReturn:
 
     Faults meant for the user are printed without a traceback.
     """
+    # Python's own handler would wait for a compilation to end, see Guard.released.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     guard = interrupt.Guard()
     try:
         with guard:
@@ -64,8 +67,7 @@ def end_with(work: Callable[[interrupt.Guard], None]) -> NoReturn:
         print(ten_lines(str(e)), file=sys.stderr)
         code = 2
     guard.leave(code)
-    # An abandoned compilation may still run in a thread, see interrupt.Guard.
-    interrupt.exit_now(code)
+    sys.exit(code)
 
 
 def _run(argv: list[str], guard: interrupt.Guard) -> None:
@@ -83,7 +85,8 @@ def _run(argv: list[str], guard: interrupt.Guard) -> None:
     elif values.mode == "export":
         from lakd_jax import export
 
-        guard.run(export.run, values.workdir, values.to)
+        with guard.released():
+            export.run(values.workdir, values.to)
     elif values.mode == "explain":
         from lakd_jax import explain
 
@@ -134,7 +137,8 @@ def _train(argv: list[str], values: Any, guard: interrupt.Guard) -> None:
         raise errors.ConfigError([fault])
     with contextlib.ExitStack() as stack:
         if values.coordinator:
-            guard.run(hosts.connect, *where)
+            with guard.released():
+                hosts.connect(*where)
             guard.leave = hosts.leave
             stack.enter_context(hosts.together())
             guard = stack.enter_context(hosts.Guard())

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import shutil
+import signal
 
 import compilation
 
@@ -17,7 +18,6 @@ import pytest  # noqa: E402
 import states  # noqa: E402
 
 from lakd_jax import cli  # noqa: E402
-from lakd_jax.runtime import interrupt  # noqa: E402
 from lakd_jax.store import checkpoint  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", compilation.DEVICES)
@@ -47,13 +47,9 @@ def copied(two_steps, tmp_path):
 
 
 @pytest.fixture
-def main(monkeypatch, capfd):
+def main(capfd):
     """Calls `cli.main`; gives (exit code, stdout, stderr)."""
-
-    def leave(code):
-        raise SystemExit(code)
-
-    monkeypatch.setattr(interrupt, "exit_now", leave)
+    handler = signal.getsignal(signal.SIGINT)
 
     def run(*args):
         capfd.readouterr()
@@ -61,4 +57,5 @@ def main(monkeypatch, capfd):
             cli.main([str(a) for a in args])
         return caught.value.code, *capfd.readouterr()
 
-    return run
+    yield run
+    signal.signal(signal.SIGINT, handler)

@@ -169,7 +169,6 @@ def _run_ranges() -> dict[str, Check]:
         "steps_per_dispatch": at_least(0),
         "seed": between(0, SEEDS - 1),
         "seeds": each(whole_seed),
-        "seeds_by": one_of(("auto", "turn", "program", "device")),
         "data.image_size": at_least(0),
         "data.minival": between(0, 0.5),
         "data.max_bad": at_least(0),

@@ -115,13 +115,6 @@ def _streaming_views(c: rules.Config, _: int) -> str:
     )
 
 
-@rules.reads("data.streaming", "seeds_by")
-def _streaming_seeds(c: rules.Config, _: int) -> str:
-    if not c.data.streaming or c.seeds_by in ("auto", "turn"):
-        return ""
-    return f"seeds_by={c.seeds_by} is for data in memory: use seeds_by=turn"
-
-
 @rules.reads("optim.dot_delta", "optim.momentum")
 def _dot_momenta(c: rules.Config, _: int) -> str:
     delta, momentum = c.optim.dot_delta, c.optim.momentum
@@ -166,24 +159,6 @@ def _dot(c: rules.Config, _: int) -> str:
 def _seeds(c: rules.Config, _: int) -> str:
     again = [seed for i, seed in enumerate(c.seeds) if seed in c.seeds[:i]]
     return f"seeds has {again[0]} twice" if again else ""
-
-
-@rules.reads("seeds_by", "student.name", "local.engine", "teacher.views")
-def _seeds_by(c: rules.Config, _: int) -> str:
-    if c.seeds_by in ("auto", "turn"):
-        return ""
-    if c.student.name == "hme":
-        return f"seeds_by={c.seeds_by} is not for student.name=hme: use seeds_by=turn"
-    if c.local.engine != "fused":
-        return (
-            f"seeds_by={c.seeds_by} needs local.engine=fused; with "
-            f"{c.local.engine} use seeds_by=turn"
-        )
-    if c.seeds_by == "device" and hosts.count() > 1:
-        return "seeds_by=device is for one process: use seeds_by=turn or program"
-    if c.teacher.views:
-        return f"seeds_by={c.seeds_by} is not for teacher.views: use seeds_by=turn"
-    return ""
 
 
 @rules.reads(*rules.METHODS, "teacher.views", "epochs")

@@ -28,7 +28,6 @@ def default() -> ConfigDict:
     c.method = "lakd"
     c.seed = 0  # initialisation, order and augmentation follow from it
     c.seeds = ()  # a run each, in WORKDIR/seed0, ...; empty: one run, of `seed`
-    c.seeds_by = "auto"  # auto | turn | program (one for all) | device (one each)
     c.epochs = 240
     c.batch_size = 64  # global, over all devices
     c.eval_batch_size = 512

@@ -16,6 +16,10 @@ from lakd_jax.store import workdir
 
 PyTree = Any
 
+# What a student's file must say of it.
+_CARD = frozenset({"network", "num_classes", "options", "vam"})
+_CARD |= {"mean", "std", "image_size"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
@@ -126,7 +130,7 @@ def student(path: Path, dtype: str) -> tuple[Loaded, dict[str, Any]]:
       errors.TeacherError: no such file, damaged, or not written by `save`.
     """
     variables, card = interop.load_variables(path)
-    missing = {"network", "num_classes", "options", "mean", "std"} - card.keys()
+    missing = _CARD - card.keys()
     if missing:
         raise errors.TeacherError(
             f"is no student of a run: its card lacks {', '.join(sorted(missing))}."
@@ -144,14 +148,14 @@ def student(path: Path, dtype: str) -> tuple[Loaded, dict[str, Any]]:
         classes = interop.options_from_torch(name, weights)["num_classes"]
         if classes != model.num_classes:
             raise ValueError(f"it has {classes} classes, its card {model.num_classes}")
-        if card.get("vam"):  # dynamic gates, which stay
+        if card["vam"]:  # dynamic gates, which stay
             model = model.clone(vam=vam.Options(**card["vam"]))
         mean, std = (_channels(card[name]) for name in ("mean", "std"))
     except (ValueError, TypeError, AttributeError) as error:  # a card made up or torn
         raise errors.TeacherError(f"is no student of a run: {error}") from error
     remark = _remark(flax.traverse_util.flatten_dict(variables, sep="/"))
     variables = jax.tree.map(lambda x: x.astype(np.float32), variables)
-    size = card.get("image_size", 0)  # runs before it was recorded resized nothing
+    size = card["image_size"]
     return Loaded(model, variables, str(path), mean, std, size, remark), card
 
 

@@ -52,7 +52,7 @@ def run(
     with contextlib.ExitStack() as stack:
         guard = guard or stack.enter_context(hosts.guard())
         stack.enter_context(_claimed(directory, config))
-        wanted = _of_seeds(config, directory)
+        wanted = seeds.of_config(config, directory)
         for one in wanted if config.seeds else ():
             stack.enter_context(single.prepare(one.directory, one.config))
         bench = single.bench(config, guard, notify)
@@ -62,12 +62,12 @@ def run(
         if any(distill.facts(m).needs_teacher for m in methods):
             teacher = teacher_lib.make(config, bench)
             hosts.first(functools.partial(teacher_lib.require_same, directory, teacher))
-        results, by = {}, config.seeds_by
+        results = {}
         for method in config.baselines:
             notify(_title(config, method))
-            results[method] = _baselines(wanted, method, by, bench, teacher)
+            results[method] = _baselines(wanted, method, bench, teacher)
         notify(_title(config, config.method))
-        results[config.method] = seeds.train(wanted, by, bench, teacher)
+        results[config.method] = seeds.train(wanted, bench, teacher)
         for one in wanted:
             _draw(one, bench, teacher)
         text = _table(config, results, teacher)
@@ -77,28 +77,16 @@ def run(
     return {"seeds": last} if config.seeds else last[0]
 
 
-def _of_seeds(config: config_lib.ConfigDict, directory: Path) -> list[seeds.Run]:
-    """A run a seed; without `config.seeds` the one in `directory` itself."""
-    if not config.seeds:
-        return [seeds.Run(config, directory)]
-    alone = {"seeds": (), "seeds_by": "auto"}
-    return [
-        seeds.Run(
-            config_lib.changed(config, {**alone, "seed": seed}),
-            directory / f"seed{seed}",
-        )
-        for seed in config.seeds
-    ]
-
-
-def _draw(one: seeds.Run, bench: single.Bench, teacher: single.Teacher | None) -> None:
+def _draw(
+    one: seeds.SeedRun, bench: single.Bench, teacher: single.Teacher | None
+) -> None:
     folders = {distill.title(m): one.directory / m for m in one.config.baselines}
     folders[distill.title(one.config.method)] = one.directory
     draw = functools.partial(pictures.draw, one.config, one.directory, bench, teacher)
     hosts.first(lambda: draw(folders))
 
 
-def _where(wanted: Sequence[seeds.Run], directory: Path) -> str:
+def _where(wanted: Sequence[seeds.SeedRun], directory: Path) -> str:
     if len(wanted) == 1:
         directory = wanted[0].directory
         return f"Pictures, metrics and the student are in {directory}"
@@ -125,7 +113,7 @@ def _claimed(directory: Path, config: config_lib.ConfigDict) -> Iterator[None]:
 
     A path that was mistyped may then be corrected and the command given again.
     """
-    with single.prepare(directory, config, may_change=("seeds", "seeds_by")):
+    with single.prepare(directory, config, may_change=("seeds",)):
         try:
             yield
         except BaseException:
@@ -140,22 +128,21 @@ def _claimed(directory: Path, config: config_lib.ConfigDict) -> Iterator[None]:
 
 
 def _baselines(
-    wanted: Sequence[seeds.Run],
+    wanted: Sequence[seeds.SeedRun],
     method: str,
-    by: str,
     bench: single.Bench,
     teacher: single.Teacher | None,
 ) -> list[dict[str, Any]]:
     """Of all seeds, each in METHOD of the seed's directory."""
     change = {"method": method, "baselines": ()}
     own = [
-        seeds.Run(config_lib.changed(w.config, change), w.directory / method)
+        seeds.SeedRun(config_lib.changed(w.config, change), w.directory / method)
         for w in wanted
     ]
     with contextlib.ExitStack() as stack:
         for one in own:
             stack.enter_context(single.prepare(one.directory, one.config))
-        return seeds.train(own, by, bench, teacher)
+        return seeds.train(own, bench, teacher)
 
 
 def _title(config: config_lib.ConfigDict, method: str) -> str:
@@ -175,7 +162,7 @@ def dry_run(
     stands in with random weights.
     """
     config, notify = _begin(config), hosts.notifier(notify)
-    config = _of_seeds(config, Path())[0].config
+    config = seeds.of_config(config, Path())[0].config
     bench = single.bench(config, guard, notify)
     notify(_describe_data(bench))
     teacher = None

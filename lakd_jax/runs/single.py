@@ -26,7 +26,6 @@ from lakd_jax.training import (
     setup,
     spec,
     teacher_outputs,
-    teams,
     vam,
 )
 from lakd_jax.training import state as state_lib
@@ -81,7 +80,8 @@ def bench(
             batches.load, d.source, views, workers=d.workers, **common
         )
     # A download may take long, and two of them into one folder would clash.
-    dataset = guard.run(hosts.in_turn, load)
+    with guard.released():
+        dataset = hosts.in_turn(load)
     hosts.agree({f"images of data.source {d.source}": dataset.fingerprint()})
     if len(dataset.train) < config.batch_size:
         raise errors.DataError(
@@ -129,14 +129,8 @@ class Parts:
 def prepare(
     directory: Path, config: config_lib.ConfigDict, **options: Any
 ) -> workdir.Workdir:
-    """Claims the directory of a run of `config`; see `workdir.prepare`.
-
-    A run that an earlier version began goes on: fields that it did not know have their
-    defaults.
-    """
-    defaults = config_lib.to_dict(config_lib.default())
-    settings = config_lib.to_dict(config)
-    return workdir.prepare(directory, settings, defaults=defaults, **options)
+    """Claims the directory of a run of `config`; see `workdir.prepare`."""
+    return workdir.prepare(directory, config_lib.to_dict(config), **options)
 
 
 def train_one(
@@ -157,7 +151,7 @@ def train_one(
     if hosts.first(done.exists):
         return hosts.first(lambda: workdir.read_json(done))
     own = parts(config, directory, bench, teacher, stage)
-    (trained,) = job(own, bench).run()
+    trained = job(own, bench).run()
     return conclude(own, bench, teacher, trained, stage)
 
 
@@ -167,15 +161,11 @@ def conclude(
     teacher: Teacher | None,
     trained: record.Trained,
     stage: phases.Stage | None = None,
-    together: int = 1,
 ) -> dict[str, Any]:
-    """Tests a trained student and writes it and its result: the end of a run.
-
-    `together`: how many seeds were trained in the time that was measured.
-    """
+    """Tests a trained student and writes it and its result: the end of a run."""
     directory = own.track.directory
     student, trained = _deployed(own.student, trained)
-    result = _result(own, bench, teacher, student, trained) | {"together": together}
+    result = _result(own, bench, teacher, student, trained)
     kept = trained.last
     if stage:
         best = stage.number == 1 and trained.best is not None
@@ -275,13 +265,12 @@ def parts(
 
 def engine(own: Parts, bench: Bench) -> engine_lib.Engine:
     """What runs the steps of a single run."""
-    compile_with = bench.guard.run
-    return setup.engine(own.config, own.learner, own.source, own.data, compile_with)
+    return setup.engine(own.config, own.learner, own.source, own.data, bench.guard)
 
 
 def job(own: Parts, bench: Bench) -> loop.Fit:
     """The training loop of a single run."""
-    return loop.Fit([own.track], teams.Apart([engine(own, bench)]), bench.guard)
+    return loop.Fit(own.track, engine(own, bench), bench.guard)
 
 
 def load_network(
@@ -315,8 +304,7 @@ def evaluator(
         pixels,
         config.eval_batch_size,
         bench.mesh,
-        check=bench.guard.check,
-        compile_with=bench.guard.run,
+        bench.guard,
     )
 
 

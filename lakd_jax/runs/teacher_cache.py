@@ -76,9 +76,8 @@ class Asker:
             function = functools.partial(teacher_outputs.ask, self.learner)
             lowered = jax.jit(function).lower(*self._arguments, *asked)
             options = backend.compiler_options()
-            self._program = self._guard.run(
-                functools.partial(lowered.compile, compiler_options=options)
-            )
+            with self._guard.released():
+                self._program = lowered.compile(compiler_options=options)
         answers = jax.device_get(self._program(*self._arguments, *asked))
         self._guard.check()
         return jax.tree.map(lambda x: x[:count], answers)

@@ -254,8 +254,10 @@ class Guard(interrupt.Guard):
         if np.any(multihost_utils.process_allgather(np.bool_(self.requested))):
             raise interrupt.Interrupted
 
-    def abandon(self) -> None:
-        """Leaves no call under way: the others would wait for this process in it."""
+    @contextlib.contextmanager
+    def released(self) -> Iterator[None]:
+        """Does nothing: the others would wait for a process that ended in a call."""
+        yield
 
 
 @contextlib.contextmanager

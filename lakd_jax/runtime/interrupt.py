@@ -1,27 +1,22 @@
 """SIGTERM and Ctrl-C: finish the step, save, stop.
 
 Python runs a signal handler only between bytecodes of the main thread, so a signal
-that comes while this thread is inside an XLA compilation is seen minutes later.
-Long calls therefore go through `Guard.run`, which puts them in a worker thread.
+that comes while this thread is inside an XLA compilation would be seen minutes later.
+`Guard.released` therefore gives signals their usual effect during such calls.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
-import logging
 import os
 import signal
-import sys
 import threading
 import time
 import types
-from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-Result = TypeVar("Result")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_POLL_SECONDS = 0.05
 # `timeout` and container runtimes deliver one SIGTERM twice, moments apart.
 _DUPLICATE_SECONDS = 1.0
 
@@ -52,8 +47,7 @@ class Guard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._set(self._previous)
         self._previous = {}
 
     def check(self) -> None:
@@ -61,32 +55,31 @@ class Guard:
         if self.requested:
             raise Interrupted
 
-    def abandon(self) -> None:
-        """Raises `Interrupted` if a call under way is to be left."""
-        self.check()
+    @contextlib.contextmanager
+    def released(self) -> Iterator[None]:
+        """Gives signals the effect that they had before, while a long call runs.
 
-    def run(self, function: Callable[..., Result], *args: Any) -> Result:
-        """Calls `function(*args)` so that a signal ends the wait within 0.1 s.
-
-        The call runs in another thread: settings that JAX keeps per thread (`with
-        jax.default_device(...)`, `jax.set_mesh`) must be made inside `function`. When
-        a signal comes the thread is abandoned; end the process with `exit_now`, as
-        the interpreter cannot take down a thread that is inside XLA.
+        SIGTERM then ends the process at once. What that loses is at most what was done
+        since the last checkpoint: nothing is written to a run during such calls.
 
         Raises:
-          Interrupted: a signal came, before or during the call.
+          Interrupted: a signal has come before the call.
         """
-        self.abandon()
+        self.check()
         if not self._previous:
-            return function(*args)
-        future: concurrent.futures.Future[Result] = concurrent.futures.Future()
-        threading.Thread(
-            target=_call, args=(future, function, args), daemon=True
-        ).start()
-        while not future.done():
-            concurrent.futures.wait([future], timeout=_POLL_SECONDS)
-            self.abandon()
-        return future.result()
+            yield
+            return
+        handlers = {number: signal.getsignal(number) for number in self._previous}
+        self._set(self._previous)
+        try:
+            yield
+        finally:
+            self._set(handlers)
+
+    @staticmethod
+    def _set(handlers: Mapping[signal.Signals, Any]) -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, _: types.FrameType | None) -> None:
         if self.requested:
@@ -102,25 +95,3 @@ class Guard:
         with contextlib.suppress(OSError):
             # Not print: the signal may have come in the middle of another print.
             os.write(2, line.encode())
-
-
-def exit_now(code: int) -> NoReturn:
-    """Flushes what is written and ends the process without the interpreter's own exit.
-
-    That exit crashes or waits when a thread is still compiling in XLA. Open files
-    and checkpoints must be closed before.
-    """
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            stream.flush()
-    os._exit(code)
-
-
-def _call(
-    future: concurrent.futures.Future, function: Callable, args: tuple[Any, ...]
-) -> None:
-    try:
-        future.set_result(function(*args))
-    except BaseException as error:  # handed to the waiting thread as it is
-        future.set_exception(error)

@@ -80,10 +80,8 @@ class Checkpointer:
             self._manager.save(step, args=args, force=True)
         self._own.add(step)
 
-    def restore(
-        self, template: PyTree, *, until: int | None = None
-    ) -> tuple[int, PyTree, dict[str, Any]] | None:
-        """Reads the newest checkpoint that is whole, of those up to step `until`.
+    def restore(self, template: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
+        """Reads the newest checkpoint that is whole.
 
         Damaged ones on the way are renamed to `STEP.broken` and reported.
         `template` is a state, or `jax.ShapeDtypeStruct`s, with the shardings wanted.
@@ -97,8 +95,6 @@ class Checkpointer:
         self.wait()
         damaged, found = {}, None
         for step in reversed(self.steps()):
-            if until is not None and step > until:
-                continue
             try:
                 found = restore_step(self._directory, step, template)
                 self._own.add(step)

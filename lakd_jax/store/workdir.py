@@ -69,7 +69,6 @@ def prepare(
     *,
     allow_resume: bool = True,
     may_change: Collection[str] = (),
-    defaults: Mapping[str, Any] | None = None,
 ) -> Workdir:
     """Makes, tests and locks the folder of a run, before step 1.
 
@@ -80,24 +79,21 @@ def prepare(
       config: the resolved configuration, nested, of values JSON can hold.
       allow_resume: whether a folder that already has a run is accepted.
       may_change: dotted fields in which the run here may differ from `config`.
-      defaults: nested like `config`; what a field is taken to have been in a run that
-        an earlier version began, before there was the field.
 
     Returns:
       The folder; its `resumed` says whether it already had a run.
 
     Raises:
       ConfigError: it is no local path.
-      WorkdirError: it cannot be written, is in use, or is of another configuration.
+      WorkdirError: it cannot be written, is in use, or is of another configuration
+        or another version of lakd_jax.
       HostsError: it is not the same folder for all processes.
     """
     path = paths.local(workdir, "--workdir").absolute()
     made = Workdir(path, resumed=False, lock=-1)
 
     def make() -> bool:
-        made.lock, resumed = _claim(
-            path, config, allow_resume, may_change, defaults or {}
-        )
+        made.lock, resumed = _claim(path, config, allow_resume, may_change)
         return resumed
 
     made.resumed = hosts.first(make)
@@ -114,7 +110,6 @@ def _claim(
     config: Mapping[str, Any],
     allow_resume: bool,
     may_change: Collection[str],
-    defaults: Mapping[str, Any],
 ) -> tuple[int, bool]:
     """(the lock, whether the folder already had a run); see `prepare`."""
     try:
@@ -124,7 +119,7 @@ def _claim(
     except OSError as error:
         raise _unwritable(path, error) from error
     try:
-        resumed = _check_config(path, config, allow_resume, may_change, defaults)
+        resumed = _check_config(path, config, allow_resume, may_change)
         _record(path, config, resumed)
     except OSError as error:
         os.close(lock)
@@ -244,7 +239,6 @@ def _check_config(
     config: Mapping[str, Any],
     allow_resume: bool,
     may_change: Collection[str],
-    defaults: Mapping[str, Any],
 ) -> bool:
     """Whether the folder has a run that may go on under `config`."""
     if not (path / CONFIG).exists():
@@ -257,9 +251,8 @@ def _check_config(
         old = _flat(read_json(path / CONFIG))
     except ValueError as error:
         raise errors.WorkdirError(f"{path / CONFIG}: not readable: {error}") from error
+    _require_version(path)
     new = _flat(json.loads(json.dumps(config)))
-    filled = {k: v for k, v in _flat(defaults).items() if k in new}
-    old = filled | old
     changed = _changes(old, new, may_change)
     if changed:
         more = f" (first {_SHOWN} shown)" if len(changed) > _SHOWN else ""
@@ -269,6 +262,19 @@ def _check_config(
             + "\nUse another --workdir, or give these fields their old values."
         )
     return True
+
+
+def _require_version(path: pathlib.Path) -> None:
+    """Raises WorkdirError where another version of lakd_jax began the run."""
+    try:
+        then = read_json(path / ENVIRONMENT)["versions"]["lakd_jax"]
+    except (FileNotFoundError, ValueError, KeyError):  # lost: the config must do
+        return
+    if then != version.VERSION:
+        raise errors.WorkdirError(
+            f"{path}: was begun by lakd_jax {then}, this is {version.VERSION}: install "
+            f"lakd_jax {then} to go on, or use another --workdir."
+        )
 
 
 def _record(path: pathlib.Path, config: Mapping[str, Any], resumed: bool) -> None:

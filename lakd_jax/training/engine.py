@@ -18,13 +18,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lakd_jax.models import chain
-from lakd_jax.runtime import backend
+from lakd_jax.runtime import backend, interrupt
 from lakd_jax.training import feeds, modules, spec, step
 from lakd_jax.training import state as state_lib
 
 PyTree = Any
-# Runs a compilation so that a signal is heard meanwhile, see `interrupt.Guard.run`.
-CompileWith = Callable[..., Any]
 _STEM = "['stem']"  # which no other unit is like
 
 
@@ -66,8 +64,8 @@ class Engine(Protocol):
 
 
 def first_step(state: state_lib.TrainState) -> int:
-    """The number of the step that comes next; of stacked seeds, of all of them."""
-    return int(np.ravel(jax.device_get(state_lib.on_one_device(state.step)))[0])
+    """Returns the number of the step that comes next."""
+    return int(jax.device_get(state_lib.on_one_device(state.step)))
 
 
 class Fused:
@@ -78,14 +76,11 @@ class Fused:
         learner: spec.Learner,
         teacher_variables: PyTree,
         data: state_lib.Resident | feeds.Run,
-        compile_with: CompileWith,
-        run_steps: Callable | None = None,
+        guard: interrupt.Guard,
     ):
-        """`run_steps` stands in for `step.run_steps` of the learner."""
         self._learner, self._teacher = learner, teacher_variables
+        self._guard = guard
         self._feed = feeds.feed(data)
-        self._compile_with = compile_with
-        self._run_steps = run_steps or functools.partial(step.run_steps, learner)
         self._programs: dict[tuple[int, ...], Any] = {}
 
     def load(self, state: state_lib.TrainState) -> None:
@@ -106,13 +101,11 @@ class Fused:
         arguments = (self._state, self._teacher, self._feed.next(rows), rows)
         if rows.shape not in self._programs:
             program = jax.jit(
-                self._run_steps,
+                functools.partial(step.run_steps, self._learner),
                 donate_argnums=0,
                 out_shardings=_whole(self._learner.mesh),
             )
-            self._programs[rows.shape] = _compiled(
-                program, arguments, self._compile_with
-            )
+            self._programs[rows.shape] = _compiled(program, arguments, self._guard)
         self._last = self._programs[rows.shape]
         self._state, metrics = self._last(*arguments)
         return (metrics,)
@@ -130,7 +123,7 @@ class Modules:
         learner: spec.Learner,
         teacher_variables: PyTree,
         data: state_lib.Resident | feeds.Run,
-        compile_with: CompileWith,
+        guard: interrupt.Guard,
         devices: Sequence[Any] = (),
     ):
         """Raises ValueError where modules need more than the boundary below.
@@ -141,7 +134,7 @@ class Modules:
         """
         if not learner.isolated:
             raise ValueError("modules that need each other need local.engine=fused")
-        self._learner, self._compile_with = learner, compile_with
+        self._learner, self._guard = learner, guard
         count = len(learner.partition.names)
         self._meshes = [learner.mesh] * count
         if devices:
@@ -224,7 +217,7 @@ class Modules:
         )
         arguments = (self._states[0].step, data, row)
         passed = jax.eval_shape(begin, *arguments)
-        start = _compiled(begin, arguments, self._compile_with)
+        start = _compiled(begin, arguments, self._guard)
         compiled: dict[Any, Any] = {}
         programs = []
         for k, (mesh, first) in enumerate(zip(self._meshes, self._as, strict=True)):
@@ -234,7 +227,7 @@ class Modules:
             _, above, _ = jax.eval_shape(program, *arguments)
             key = (first, tuple(mesh.devices.flat), _shapes(passed), _shapes(above))
             if key not in compiled:
-                compiled[key] = _compiled(program, arguments, self._compile_with)
+                compiled[key] = _compiled(program, arguments, self._guard)
             programs.append(compiled[key])
             passed = (above, *passed[1:])
         return start, programs
@@ -341,10 +334,10 @@ def _numbered(metrics: spec.Metrics, old: int, new: int) -> spec.Metrics:
     return {name.replace(prefix, own): value for name, value in metrics.items()}
 
 
-def _compiled(function: Any, arguments: tuple, compile_with: CompileWith) -> Any:
+def _compiled(function: Any, arguments: tuple, guard: interrupt.Guard) -> Any:
     lowered = function.lower(*arguments)
-    options = backend.compiler_options()
-    return compile_with(functools.partial(lowered.compile, compiler_options=options))
+    with guard.released():
+        return lowered.compile(compiler_options=backend.compiler_options())
 
 
 def _costs(programs: Sequence[Any]) -> Costs:

@@ -1,8 +1,6 @@
 """Exact counts over a whole split."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +10,7 @@ import optax
 
 from lakd_jax.hme import network
 from lakd_jax.models import chain
-from lakd_jax.runtime import backend
+from lakd_jax.runtime import backend, interrupt
 from lakd_jax.training import feeds, spec
 from lakd_jax.training import state as state_lib
 
@@ -37,8 +35,7 @@ class Evaluator:
     """Scores a network on a split, each example exactly once.
 
     The last batch is filled up with the first example and masked, so that one
-    compiled program serves all batches. `check` is called between batches and
-    `compile_with` runs the compilation (both let an interruption through).
+    compiled program serves all batches. A signal to `guard` stops it between batches.
     """
 
     def __init__(
@@ -47,13 +44,10 @@ class Evaluator:
         pixels: spec.Pixels,
         batch_size: int,
         mesh: jax.sharding.Mesh,
-        *,
-        check: Callable[[], None],
-        compile_with: Callable[..., Any],
+        guard: interrupt.Guard,
     ):
         self._model, self._pixels, self._mesh = model, pixels, mesh
-        self._batch_size = batch_size
-        self._check, self._compile_with = check, compile_with
+        self._batch_size, self._guard = batch_size, guard
         self._programs: dict[tuple[int, ...], Any] = {}
 
     def __call__(
@@ -71,7 +65,7 @@ class Evaluator:
         for held, rows, mask in feeds.testing(data, self._batch_size):
             arguments = (variables, held, rows, mask, temperature)
             totals.append(self._program(arguments)(*arguments))
-            self._check()
+            self._guard.check()
         right, loss = np.sum(jax.device_get(totals), axis=0)
         return Score(int(right), examples, float(loss) / examples)
 
@@ -80,9 +74,8 @@ class Evaluator:
         if shape not in self._programs:
             lowered = jax.jit(self._batch).lower(*arguments)
             options = backend.compiler_options()
-            self._programs[shape] = self._compile_with(
-                functools.partial(lowered.compile, compiler_options=options)
-            )
+            with self._guard.released():
+                self._programs[shape] = lowered.compile(compiler_options=options)
         return self._programs[shape]
 
     def _batch(

@@ -24,7 +24,7 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How long and how often, the same for all seeds; durations in steps."""
+    """How long a run is and how often it logs, evaluates and saves, in steps."""
 
     batch_size: int
     drop_last: bool
@@ -56,8 +56,7 @@ class Ledger:
       evaluated: the step of the last evaluation on minival.
       best_step, best_right: the evaluation with most right answers; the first
         of several equal ones.
-      seconds: wall time of the run; `step_seconds`: that of the steps alone. Seeds
-        that are trained together share both.
+      seconds: wall time of the run; `step_seconds`: that of the steps alone.
       images: how many were seen in `step_seconds`.
     """
 
@@ -85,7 +84,7 @@ class Trained:
 
 
 class Track:
-    """What belongs to one seed; the loop calls its methods in lockstep with others'."""
+    """What a run keeps on disk and between steps, for the loop to call."""
 
     def __init__(
         self,
@@ -110,14 +109,12 @@ class Track:
         self,
         stack: contextlib.ExitStack,
         state: state_lib.TrainState,
-        until: int | None,
     ) -> tuple[int, state_lib.TrainState]:
         """The newest checkpoint, or (0, `state`) if there is none.
 
         Args:
           stack: closes the checkpoints' writer.
           state: the first one.
-          until: as for `checkpoint.Checkpointer.restore`.
         """
         folder = self.directory / workdir.CHECKPOINTS
         saver = checkpoint.Checkpointer(folder, keep=self.plan.keep)
@@ -125,7 +122,7 @@ class Track:
         if self._minival:
             self._best = jax.device_get(student_variables(state))
         template = {"train": state, "best": self._best}
-        found = self._saver.restore(template, until=until)
+        found = self._saver.restore(template)
         if found is None:
             return 0, state
         step, arrays, extra = found
@@ -226,13 +223,10 @@ class Track:
         return self._learner.temperature(step - 1)
 
     def save(self, step: int, state: state_lib.TrainState) -> None:
-        """Starts to write a checkpoint; `wait` must follow."""
+        """Writes a checkpoint and blocks until it is on disk."""
         self.ledger.seconds = time.perf_counter() - self._began
         extra = dataclasses.asdict(self.ledger)
         self._saver.save(step, {"train": state, "best": self._best}, extra=extra)
-
-    def wait(self, step: int) -> None:
-        """Blocks until the checkpoint of `step` is on disk."""
         self._saver.wait()
         self.saved = step
 

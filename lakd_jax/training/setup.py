@@ -16,7 +16,7 @@ from lakd_jax.hme import losses, phases
 from lakd_jax.interop import weights
 from lakd_jax.local import cuts
 from lakd_jax.models import vam
-from lakd_jax.runtime import backend, hosts
+from lakd_jax.runtime import backend, hosts, interrupt
 from lakd_jax.training import dot, feeds, optim, spec
 from lakd_jax.training import engine as engine_lib
 from lakd_jax.training import state as state_lib
@@ -111,11 +111,11 @@ def engine(
     learner: spec.Learner,
     teacher_variables: PyTree,
     data: state_lib.Resident | feeds.Run,
-    compile_with: engine_lib.CompileWith,
+    guard: interrupt.Guard,
 ) -> engine_lib.Engine:
     """What runs the steps: `local.engine` for methods that cut the student."""
     kind = config.local.engine if distill.facts(config.method).local else "fused"
-    arguments = (learner, teacher_variables, data, compile_with)
+    arguments = (learner, teacher_variables, data, guard)
     if kind == "fused":
         return engine_lib.Fused(*arguments)
     devices = tuple(learner.mesh.devices.flat) if kind == "pipeline" else ()

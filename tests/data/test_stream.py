@@ -386,7 +386,6 @@ def test_a_stall_is_told(photos, monkeypatch):
         ({"data__source": "digits"}, "data.source=digits needs it False"),
         ({"data__crop_scale": (0.0, 1.0)}, "data.crop_scale must be"),
         ({"teacher__views": 2, "method": "kd"}, "teacher.views is for data in memory"),
-        ({"seeds": (0, 1), "seeds_by": "program"}, "use seeds_by=turn"),
     ],
 )
 def test_what_cannot_be_streamed_is_said_first(fields, line, photos, tmp_path):

@@ -4,10 +4,8 @@ import ast
 import dataclasses
 import pathlib
 import re
-import shutil
 import types
 
-import earlier
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +15,7 @@ import tiny
 from PIL import Image
 
 from lakd_jax import config as config_lib
-from lakd_jax import data, errors, interop, version
+from lakd_jax import data, errors, interop
 from lakd_jax.data import order
 from lakd_jax.distill import dkd, kd
 from lakd_jax.hme import losses
@@ -27,7 +25,7 @@ from lakd_jax.runs import command, single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import hosts, interrupt
 from lakd_jax.store import checkpoint, manifest, workdir
-from lakd_jax.training import modules, record, setup, spec
+from lakd_jax.training import modules, setup, spec
 from lakd_jax.training import state as state_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -150,48 +148,6 @@ def test_another_teacher_than_at_the_start_is_refused(tmp_path):
         teacher_lib.require_same(tmp_path, teacher("b", "2"))
     assert "b has other weights (2) than" in str(caught.value)
     assert "was begun with (1, from a)" in str(caught.value)
-
-
-def test_there_is_a_run_of_this_release():
-    """Promise 7: whoever raises the version writes its run."""
-    assert (earlier.FOLDER / version.VERSION).is_dir(), "run python tests/earlier.py"
-
-
-@pytest.mark.parametrize("release", sorted(p.name for p in earlier.FOLDER.iterdir()))
-def test_a_run_of_an_earlier_release_goes_on(release, tmp_path):
-    """Promise 7: its checkpoint, its metrics and its config are taken over."""
-    run = pathlib.Path(shutil.copytree(earlier.FOLDER / release, tmp_path / "run"))
-    before = metrics.read(run)
-    (step,) = checkpoint.list_steps(run / "checkpoints")
-    assert step == earlier.STOPPED
-    # The zeros of its kernels' momentum would not be there in a new run.
-    result = earlier.train(earlier.config(), run, interrupt.Guard())
-    assert result["epochs"] == earlier.FIELDS["epochs"]
-    after = metrics.read(run)
-    assert after[: len(before)] == before and len(after) > len(before)
-    assert [r["step"] for r in after if r["kind"] == "train"] == [4, 8, 10, 12, 16, 20]
-    assert all(np.isfinite(r["loss"]) for r in after)
-    assert checkpoint.list_steps(run / "checkpoints")[0] >= step
-
-
-def test_a_field_that_did_not_exist_has_its_default(tmp_path):
-    """Promises 7, 8: an earlier version's run goes on, unless the field says more."""
-    config = config_lib.default()
-    old = config_lib.to_dict(config)
-    del old["data"]["max_bad"], old["afd"]
-    workdir.prepare(tmp_path, old).close()
-    other = config_lib.changed(config, {"data.max_bad": 3})
-    with pytest.raises(errors.WorkdirError, match="data.max_bad: 0 -> 3"):
-        single.prepare(tmp_path, other)
-    with single.prepare(tmp_path, config) as run:
-        assert run.resumed
-    written = workdir.read_json(tmp_path / workdir.CONFIG)
-    assert written == config_lib.to_dict(config)
-
-
-def test_what_a_checkpoint_keeps_beside_arrays_may_grow():
-    """Promise 7: numbers that an earlier version did not keep have a default."""
-    assert record.Ledger(**{}) == record.Ledger()
 
 
 # ------------------------------------------------------------------ faults, numbers

@@ -22,25 +22,23 @@ def first_state():
 
 
 class Adding:
-    """A team of one whose steps add 1 to its weights; `seen` is called before each."""
+    """An engine whose steps add 1 to its weights; `seen` is called before each."""
 
     def __init__(self, seen):
         self._seen = seen
 
-    def load(self, states):
-        (self._state,) = states
+    def load(self, state):
+        self._state = state
 
     def run(self, rows):
         state = self._state
         self._seen(int(state.step))
         params = {"student": {"w": state.params["student"]["w"] + 1}}
         self._state = dataclasses.replace(state, step=state.step + 1, params=params)
-
-    def read(self, started):
         return [{"loss": np.zeros(1), "accuracy": np.zeros(1)}]
 
-    def states(self):
-        return [self._state]
+    def state(self):
+        return self._state
 
     def close(self):
         pass
@@ -60,7 +58,7 @@ def loop(directory, guard, seen):
         keep=2,
     )
     one = record.Track(plan, directory, 0, None, first_state, None, None)
-    return loop_lib.Fit([one], Adding(seen), guard)
+    return loop_lib.Fit(one, Adding(seen), guard)
 
 
 def test_due_saves_are_on_disk_when_a_step_begins(tmp_path):
@@ -98,6 +96,6 @@ def test_a_stop_saves_the_last_finished_step(tmp_path, stop):
     step, arrays, _ = checkpoint.read_arrays(tmp_path / "checkpoints", None)
     assert step == len(made) == stop
     assert arrays["train/params/student/w"].tolist() == [stop] * 3
-    (trained,) = loop(tmp_path, interrupt.Guard(), made.append).run()
+    trained = loop(tmp_path, interrupt.Guard(), made.append).run()
     assert made == list(range(STEPS))
     assert trained.last["params"]["w"].tolist() == [STEPS] * 3

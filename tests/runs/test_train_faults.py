@@ -196,8 +196,7 @@ def test_every_example_is_counted_once(batch_size):
         pixels,
         batch_size,
         mesh,
-        check=lambda: None,
-        compile_with=lambda function: function(),
+        interrupt.Guard(),
     )
     score = evaluator(
         state_lib.replicate(variables, mesh), state_lib.resident(test, 0, mesh)

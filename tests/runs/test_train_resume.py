@@ -121,7 +121,7 @@ def whole(lab):
 
 
 def test_a_run_stopped_again_and_again_ends_as_the_unbroken_one(lab, whole, tmp_path):
-    """Promise 12: in an evaluation, within an epoch, and at its edge."""
+    """Promises 9, 12: in an evaluation, within an epoch, and at its edge."""
     own, parts = {"method": "none"}, tmp_path / "parts"
     with pytest.raises(interrupt.Interrupted):
         lab.train(parts, tiny.StopAfter(5), **own)

@@ -1,20 +1,16 @@
-"""Several seeds at once give what each gives alone, and each can go on alone."""
+"""Several seeds of one command; each can go on alone."""
 
 import json
 
-import jax
-import numpy as np
 import pytest
 import tiny
 
 from lakd_jax import config as config_lib
-from lakd_jax import errors, export, interop
+from lakd_jax import errors, export
 from lakd_jax.config import check as check_lib
-from lakd_jax.report import metrics
 from lakd_jax.runs import command, teacher
 from lakd_jax.runs import single as single_lib
 from lakd_jax.runtime import interrupt
-from lakd_jax.store import workdir
 
 LONG = pytest.mark.long
 
@@ -43,35 +39,6 @@ def run(config, directory, guard=None):
     return command.run(config, directory, guard=guard, notify=told.append), told
 
 
-def variables(directory):
-    return interop.load_variables(directory / workdir.STUDENT)[0]
-
-
-def assert_close(one, other, limit):
-    def check(a, b):
-        np.testing.assert_allclose(a, b, atol=limit * max(1, np.abs(b).max()), rtol=0)
-
-    jax.tree.map(check, one, other)
-
-
-@LONG
-def test_one_program_is_both_seeds_alone(tmp_path, cache):
-    whole, told = run(config(cache, seeds_by="program"), tmp_path / "b")
-    assert "seeds 3, 1, in one program" in told
-    assert [r["seed"] for r in whole["seeds"]] == [3, 1]
-    single, _ = run(config(cache, seeds=(), seed=1), tmp_path / "alone")
-    ours = tmp_path / "b" / "seed1"
-    assert_close(variables(ours), variables(tmp_path / "alone"), 2e-4)
-    lines = zip(metrics.read(ours), metrics.read(tmp_path / "alone"), strict=True)
-    for mine, other in lines:
-        assert mine.keys() == other.keys() and mine["step"] == other["step"]
-        np.testing.assert_allclose(mine["loss"], other["loss"], rtol=1e-4)
-    assert whole["seeds"][1]["together"] == 2 and single["together"] == 1
-    other = variables(tmp_path / "b" / "seed3")
-    kernels = [v["params"]["stem"]["conv1"]["kernel"] for v in (other, variables(ours))]
-    assert not np.allclose(*kernels)
-
-
 def stopped(config, directory, checks):
     """Stops at that check; the teacher is there before, so it has none but its test."""
     resolved = config_lib.resolve(config)
@@ -81,25 +48,9 @@ def stopped(config, directory, checks):
 
 
 @LONG
-def test_stopped_program_ends_as_the_unbroken_one(tmp_path, cache):
-    """Promise 12: several seeds in one program, and with a teacher."""
-    fields = {"method": "kd", "checkpoint__every_steps": 2}
-    both = config(cache, seeds_by="program", **fields)
-    run(both, tmp_path / "whole")
-    stopped(both, tmp_path / "parts", 3 + 2)  # the teacher's test, then steps
-    saved = {p.parents[1].name for p in (tmp_path / "parts").glob("*/checkpoints/3")}
-    assert saved == {"seed1", "seed3"}
-    _, told = run(both, tmp_path / "parts")
-    assert "seeds 3, 1, in one program" in told
-    for name in ("seed3", "seed1"):
-        folders = [tmp_path / part / name for part in ("whole", "parts")]
-        assert_close(*map(variables, folders), 0)
-        assert metrics.read(folders[0]) == metrics.read(folders[1])
-
-
-@LONG
 def test_a_seed_goes_on_alone_and_more_are_added(tmp_path, cache):
-    fields = {"method": "kd", "baselines": ("none",), "seeds_by": "turn"}
+    """Promise 8: seeds may be added; each is a run of its own."""
+    fields = {"method": "kd", "baselines": ("none",)}
     both = config(cache, **fields)
     stopped(both, tmp_path / "w", 3 + 12 + 2)  # in the baselines or soon behind
     single = config(cache, seeds=(), seed=1, method="kd", baselines=("none",))
@@ -121,7 +72,7 @@ def test_a_seed_goes_on_alone_and_more_are_added(tmp_path, cache):
 
 def test_a_seed_that_diverges_is_named(tmp_path, cache):
     with pytest.raises(errors.NonFiniteError, match="seed3"):
-        run(config(cache, optim__lr=1e30, seeds_by="program"), tmp_path / "w")
+        run(config(cache, optim__lr=1e30), tmp_path / "w")
 
 
 @pytest.mark.parametrize(
@@ -130,12 +81,6 @@ def test_a_seed_that_diverges_is_named(tmp_path, cache):
         ({"seeds": (1, 2, 1)}, "seeds has 1 twice"),
         ({"seeds": (1, -2)}, "seeds must be from 0"),
         ({"seeds": (1, 0.5)}, "seeds must be whole numbers, is 0.5"),
-        ({"seeds_by": "programme"}, "program"),
-        ({"seeds_by": "program", "student__name": "hme", "method": "none"}, "hme"),
-        (
-            {"seeds_by": "device", "local__engine": "dispatch", "method": "lakd"},
-            "needs local.engine=fused",
-        ),
     ],
 )
 def test_faults_of_seeds_are_told(fields, words, tmp_path):

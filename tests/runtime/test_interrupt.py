@@ -27,7 +27,8 @@ def test_first_signal_sets_the_flag_and_says_so(number, capfd):
         with pytest.raises(interrupt.Interrupted):
             guard.check()
         with pytest.raises(interrupt.Interrupted):
-            guard.run(pytest.fail, "was called")
+            with guard.released():
+                pytest.fail("was entered")
     assert {n: signal.getsignal(n) for n in before} == before
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(signal.Signals(number).name)
@@ -42,44 +43,32 @@ def test_the_same_sigterm_delivered_twice_does_not_kill(capfd):
     assert capfd.readouterr().err.count("\n") == 1
 
 
-def test_run_returns_and_raises_what_the_call_does():
+def test_released_signals_have_their_usual_effect(capfd):
+    """Promise 9: what was there before the guard, and the guard's own afterwards."""
+    usual = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     with interrupt.Guard() as guard:
-        assert guard.run(divmod, 17, 5) == (3, 2)
-        with pytest.raises(ZeroDivisionError) as caught:
-            guard.run(divmod, 17, 0)
-        assert caught.traceback[-1].name == "_call"
-        thread = guard.run(threading.current_thread)
-        assert thread is not threading.main_thread()
-        assert thread.daemon
-
-
-def test_run_is_left_as_soon_as_a_signal_comes():
-    release, returned = threading.Event(), threading.Event()
-
-    def work():
+        caught = {n: signal.getsignal(n) for n in usual}
+        with pytest.raises(ZeroDivisionError), guard.released():
+            assert {n: signal.getsignal(n) for n in usual} == usual
+            raise ZeroDivisionError
+        assert {n: signal.getsignal(n) for n in usual} == caught
         _send(signal.SIGTERM)
-        release.wait(30)
-        returned.set()
-
-    with interrupt.Guard() as guard, pytest.raises(interrupt.Interrupted):
-        guard.run(work)
-    assert not returned.is_set()
-    release.set()
+        assert guard.requested
+    assert capfd.readouterr().err.count("\n") == 1
 
 
-def test_without_handlers_it_only_calls():
+def test_without_handlers_nothing_is_released():
     found = []
 
     def notebook():
-        with interrupt.Guard() as guard:
+        with interrupt.Guard() as guard, guard.released():
             guard.check()
-            found.append(guard.run(threading.current_thread))
+            found.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=notebook)
     thread.start()
     thread.join()
-    assert found == [thread]
-    assert interrupt.Guard().run(threading.current_thread) is threading.main_thread()
+    assert found == [signal.getsignal(signal.SIGTERM)]
 
 
 def _start(code):
@@ -95,7 +84,7 @@ _COMPILE = """
 import time
 import jax
 import jax.numpy as jnp
-from lakd_jax.runtime import interrupt
+from lakd_jax import cli
 
 def slow(x):
     for i in range(1500):
@@ -104,29 +93,25 @@ def slow(x):
 
 lowered = jax.jit(slow).lower(jnp.ones(64))
 
-def compile():
+def work(guard):
     print("compiling", flush=True)
-    lowered.compile()
+    with guard.released():
+        lowered.compile()
     print("compiled", flush=True)
 
-with interrupt.Guard() as guard:
-    try:
-        guard.run(compile)
-    except interrupt.Interrupted:
-        print("saved", end="")
-        interrupt.exit_now(0)
+cli.end_with(work)
 """
 
 
-def test_signal_during_a_compilation_ends_it_at_once():
-    """Promise 9: nobody waits for the compiler."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_during_a_compilation_ends_the_process_at_once(number):
+    """Promise 9: nobody waits for the compiler, not even at Ctrl-C."""
     process = _start(_COMPILE)
     assert process.stdout.readline() == "compiling\n"
     time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (0, "saved")  # and never "compiled"
-    assert err.count("\n") == 1
+    assert (process.returncode, out, err) == (-number, "", "")  # never "compiled"
 
 
 _STUBBORN = """
@@ -160,19 +145,3 @@ def test_second_signal_kills(first, second):
     process.send_signal(second)
     assert process.wait(timeout=10) == -second
     process.communicate()
-
-
-_EXIT = """
-import logging, sys, threading, time
-from lakd_jax.runtime import interrupt
-threading.Thread(target=time.sleep, args=(60,)).start()
-print("out", end="")
-sys.stderr.write("err")
-interrupt.exit_now(7)
-"""
-
-
-def test_exit_now_flushes_and_waits_for_nothing():
-    process = _start(_EXIT)
-    out, err = process.communicate(timeout=20)
-    assert (process.returncode, out, err) == (7, "out", "err")

@@ -229,7 +229,7 @@ def test_home_from_python(home):
 
 
 def test_home_of_several_seeds_from_python(home, monkeypatch):
-    monkeypatch.setattr(api.train_lib, "run", lambda *_: None)
+    monkeypatch.setattr(api.command, "run", lambda *_: None)
     monkeypatch.setattr(api, "load", lambda path: path)
     config = tiny.config(home, seeds=(3, 1))
     found = lakd_jax.train(config, "~/run")
@@ -279,10 +279,11 @@ def test_home_in_teacher_cache(home, monkeypatch):
 
 def test_home_in_teacher_cache_of_views(home, monkeypatch):
     asker = types.SimpleNamespace(shapes=dict)
-    monkeypatch.setattr(teacher_source.views, "Asker", lambda *_: asker)
-    monkeypatch.setattr(teacher_source.views, "require_room", lambda *_: None)
-    monkeypatch.setattr(teacher_source.views, "settings", lambda *_, **__: "key")
-    monkeypatch.setattr(teacher_source.views, "kept", lambda cache, *_: cache)
+    cache = teacher_source.teacher_cache
+    monkeypatch.setattr(cache, "Asker", lambda *_: asker)
+    monkeypatch.setattr(cache, "require_room", lambda *_: None)
+    monkeypatch.setattr(cache, "settings", lambda *_, **__: "key")
+    monkeypatch.setattr(cache, "kept", lambda folder, *_: folder)
     config, dataset = tiny.config(home), tiny.dataset()
     config.teacher.cache = "~/teachers"
     found = teacher_source.source(

@@ -95,6 +95,19 @@ def test_fields_that_may_change_are_taken_over(tmp_path):
     assert workdir.read_json(tmp_path / "config.json")["optim"]["lr"] == 0.2
 
 
+def test_a_run_of_another_version_is_refused(tmp_path, monkeypatch):
+    """Promise 7: in one line, with both versions, and nothing is changed."""
+    workdir.prepare(tmp_path, CONFIG).close()
+    before = (tmp_path / workdir.CONFIG).read_bytes()
+    monkeypatch.setattr(workdir.version, "VERSION", "9.9.9")
+    with pytest.raises(errors.WorkdirError) as caught:
+        workdir.prepare(tmp_path, {**CONFIG, "new": 1})
+    (line,) = str(caught.value).splitlines()
+    assert "was begun by lakd_jax 0." in line and "this is 9.9.9" in line
+    assert "another --workdir" in line
+    assert (tmp_path / workdir.CONFIG).read_bytes() == before
+
+
 def test_other_versions_on_resume_are_a_warning(tmp_path, caplog):
     workdir.prepare(tmp_path, CONFIG).close()
     file = tmp_path / "environment.json"

@@ -15,7 +15,7 @@ from lakd_jax.runtime import hosts
 
 def work(guard):
     address, count, index, folder, fields = sys.argv[1:]
-    guard.run(hosts.connect, address, int(count), int(index))
+    hosts.connect(address, int(count), int(index))
     guard.leave = hosts.leave
     import tiny  # draws numbers as it is imported, which starts JAX
 

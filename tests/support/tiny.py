@@ -118,5 +118,6 @@ class StopAfter(interrupt.Guard):
         if self._left < 0:
             raise interrupt.Interrupted
 
-    def run(self, function, *args):
-        return function(*args)
+    @contextlib.contextmanager
+    def released(self):
+        yield

@@ -10,6 +10,7 @@ import test_train_step as steps
 import tiny
 
 from lakd_jax import config as config_lib
+from lakd_jax.runtime import interrupt
 from lakd_jax.training import engine as engine_lib
 from lakd_jax.training import modules, setup
 from lakd_jax.training import state as state_lib
@@ -28,7 +29,7 @@ def engine(kind, made, tmp_path):
     """An engine with a copy of the first state of `made`."""
     learner, state, teacher, data = made
     config = tiny.config(tmp_path, method="lakd", local__engine=kind)
-    run = setup.engine(config, learner, teacher, data, lambda function: function())
+    run = setup.engine(config, learner, teacher, data, interrupt.Guard())
     run.load(state_lib.replicate(state, learner.mesh))
     return run
 
@@ -133,7 +134,7 @@ def test_modules_that_need_each_other_are_refused(tmp_path):
     fields = {"method": "lakd", "local__cut_scale": 0.5}
     learner, *_ = steps.learner_of(tmp_path, 1, tiny.SMALL, **fields)
     with pytest.raises(ValueError, match="local.engine=fused"):
-        engine_lib.Modules(learner, None, None, lambda function: function())
+        engine_lib.Modules(learner, None, None, interrupt.Guard())
 
 
 def test_costs_are_of_the_step(trained):
