@@ -22,7 +22,8 @@ import numpy as np
 from benchmarks import ours
 from lakd_jax import config as config_lib
 from lakd_jax.runtime import backend, interrupt
-from lakd_jax.training import modules, setup, teacher_outputs
+from lakd_jax.training import segments, setup, teacher_outputs
+from lakd_jax.training import step as step_lib
 
 
 def cut(chosen: argparse.Namespace, count: int, engine: str) -> config_lib.ConfigDict:
@@ -57,16 +58,17 @@ def of_students(chosen: argparse.Namespace, count: int) -> float:
         *(made.teacher, made.resident, rows, rows),
     )
     step = made.state.step
-    start = functools.partial(modules.start, learner)
-    passed = jax.eval_shape(start, step, made.resident, rows)
+    start = functools.partial(segments.start, learner)
+    below, batch = jax.eval_shape(start, step, made.resident, rows)
     largest = 0
-    for k in range(count):
-        state = modules.module_state(learner, made.state, k)
-        module = functools.partial(modules.module_step, learner, k)
-        program = jax.jit(module, donate_argnums=0).lower(state, answers, *passed)
+    for segment in segments.of_student(learner):
+        state = segments.state_of(learner, made.state, segment)
+        module = functools.partial(step_lib.segment_step, learner, segment)
+        arguments = (state, answers, below, batch)
+        program = jax.jit(module, donate_argnums=0).lower(*arguments)
         compiled = program.compile(compiler_options=backend.compiler_options())
         largest = max(largest, compiled.memory_analysis().temp_size_in_bytes)
-        passed = (jax.eval_shape(module, state, answers, *passed)[1], *passed[1:])
+        below = jax.eval_shape(module, *arguments)[1]
     return largest / 2**20
 
 

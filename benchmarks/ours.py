@@ -48,8 +48,7 @@ class Setup:
     @property
     def student_torch(self) -> dict[str, np.ndarray]:
         """The student before the first step, in PyTorch's names."""
-        params, stats = self.state.params, self.state.batch_stats
-        variables = {"params": params["student"], "batch_stats": stats["student"]}
+        variables = self.state.variables("student")
         return interop.to_torch(self.config.student.name, jax.device_get(variables))
 
     def rows(self, count: int, seed: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from lakd_jax.training import setup, spec, vam
 
 PyTree = Any
 BATCH = 128
-_COLLECTIONS = ("params", "batch_stats")
+_NO_VARIABLES = ("step", "opt_state")  # of what a checkpoint has of training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ def part(arrays: dict[str, np.ndarray], name: str) -> PyTree:
     leaves = {}
     for key, array in arrays.items():
         tree, *path = key.split("/")
-        if tree == "train" and path[1:2] == [name] and path[0] in _COLLECTIONS:
+        if tree == "train" and path[1:2] == [name] and path[0] not in _NO_VARIABLES:
             leaves[path[0], *path[2:]] = array
     return flax.traverse_util.unflatten_dict(leaves)
 

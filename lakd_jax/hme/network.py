@@ -314,6 +314,7 @@ class HME(chain.Chain, kw_only=True):
     }
     STEM_IN_FEATURES: ClassVar[bool] = False
     GATED: ClassVar[bool] = False  # by `vam`
+    PHASES: ClassVar[str] = "lakd_jax.hme.phases"
 
     @nn.nowrap
     def make_stem(self, name: str) -> nn.Module:
@@ -415,9 +416,7 @@ def _size(base: str) -> tuple[int, int]:
 
 
 def soften(model: chain.Chain, temperature: jax.Array | float) -> chain.Chain:
-    """The network with soft gates; other networks have none and stay as they are."""
-    if not isinstance(model, HME):
-        return model
+    """Returns the network with soft gates."""
     return model.clone(temperature=temperature)
 
 

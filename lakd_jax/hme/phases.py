@@ -8,7 +8,8 @@ the tree and trains its weights anew; besides the gates, batch statistics remain
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import flax
 import jax
@@ -16,8 +17,10 @@ import jax.numpy as jnp
 import optax
 
 from lakd_jax import config as config_lib
-from lakd_jax.hme import network
-from lakd_jax.training import optim
+from lakd_jax.distill.base import method as method_lib
+from lakd_jax.hme import losses, network
+from lakd_jax.models import chain
+from lakd_jax.training import optim, phase
 from lakd_jax.training import state as state_lib
 
 PyTree = Any
@@ -28,67 +31,30 @@ _GATE, _OTHER = "gate", "other"
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """One training.
+class First(phase.Phase):
+    """Stage 1: weights and gates, with soft gates that harden."""
 
-    Attributes:
-      number: 1 or 2.
-      config: of the run, resolved, with the epochs of this stage.
-      start: stage 1's variables, from which stage 2 begins; None in stage 1.
-      told: what the result also tells.
-    """
-
-    number: int
-    config: config_lib.ConfigDict
-    start: PyTree | None
-    told: dict[str, Any]
-
-    @property
-    def anneal(self) -> float | None:
-        """Temperature of the gates times the epoch; None: hard gates."""
-        return self.config.hme.temperature if self.number == 1 else None
-
-    @property
-    def purpose(self) -> int:
-        """What the initial weights are drawn for, see `state`."""
-        again = state_lib.INITIALISE_AGAIN
-        return state_lib.INITIALISE if self.number == 1 else again
+    keeps_best: ClassVar[bool] = True
 
     def learning_rate(self, steps_per_epoch: int) -> optax.Schedule:
         """Of all parameters but the gates, at a step counted from 0."""
-        epochs = self.config.epochs
-        if self.number == 1:
-            lr, factor = self.config.hme.stage1_lr, warm_line
-        else:
-            lr, factor = self.config.hme.stage2_lr, halving
+        lr, epochs = self.config.hme.stage1_lr, self.config.epochs
 
         def rate(step: Any) -> jax.Array:
-            return lr * factor(step // steps_per_epoch + 1, epochs)
+            return lr * warm_line(step // steps_per_epoch + 1, epochs)
 
         return rate
 
     def optimizer(
-        self, params: PyTree, labels: PyTree, steps_per_epoch: int
+        self, steps_per_epoch: int, labels: PyTree
     ) -> optax.GradientTransformation:
-        """Of all parameters; `labels` are their modules, as in `optim.sgd`."""
-        clip, o = self.config.optim.clip_norm, self.config.optim
-        rate = self.learning_rate(steps_per_epoch)
-        first = optim.clip_by_module_norm(clip, labels) if clip else optax.identity()
-        if self.number == 1:
-            gate_rate = self._gate_rate(steps_per_epoch)
-            return optax.chain(first, adam(rate, gate_rate, o.weight_decay, params))
-        momentum = optim.sgd(
-            rate,
-            momentum=o.momentum,
-            nesterov=o.nesterov,
-            weight_decay=o.weight_decay,
-            clip_norm=0.0,
-            labels=None,
-        )
-        rules: Any = {_GATE: optax.set_to_zero(), _OTHER: momentum}
-        return optax.chain(first, optax.multi_transform(rules, groups(params)))
+        """Adam, with a rate of their own for the gates."""
+        o = self.config.optim
+        rates = self.learning_rate(steps_per_epoch), self.gate_rate(steps_per_epoch)
+        return optax.chain(_clipped(o, labels), adam(*rates, o.weight_decay, labels))
 
-    def _gate_rate(self, steps_per_epoch: int) -> optax.Schedule:
+    def gate_rate(self, steps_per_epoch: int) -> optax.Schedule:
+        """Of the gates, at a step counted from 0."""
         lr, epochs = self.config.hme.gate_lr, self.config.epochs
 
         def rate(step: Any) -> jax.Array:
@@ -97,22 +63,103 @@ class Stage:
 
         return rate
 
+    def student_at(
+        self, student: chain.Chain, steps_per_epoch: int
+    ) -> Callable[[Any], chain.Chain]:
+        """The gates' temperature is divided by the number of the epoch, from 1."""
+
+        def softened(step: Any) -> chain.Chain:
+            epoch = jnp.asarray(step // steps_per_epoch + 1, jnp.float32)
+            return network.soften(student, self.config.hme.temperature / epoch)
+
+        return softened
+
+    def method(self) -> method_lib.Method | None:
+        """See `method`."""
+        return method(self.config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Second(phase.Phase):
+    """Stage 2: the tree is fixed, its weights are trained anew.
+
+    Attributes:
+      start: stage 1's variables.
+    """
+
+    start: PyTree = None
+
+    purpose: ClassVar[int] = state_lib.INITIALISE_AGAIN
+
+    def learning_rate(self, steps_per_epoch: int) -> optax.Schedule:
+        """Of all parameters but the gates, at a step counted from 0."""
+        lr, epochs = self.config.hme.stage2_lr, self.config.epochs
+
+        def rate(step: Any) -> jax.Array:
+            return lr * halving(step // steps_per_epoch + 1, epochs)
+
+        return rate
+
+    def optimizer(
+        self, steps_per_epoch: int, labels: PyTree
+    ) -> optax.GradientTransformation:
+        """Momentum, and gates that stay as they are."""
+        o = self.config.optim
+        momentum = optim.sgd(
+            self.learning_rate(steps_per_epoch),
+            momentum=o.momentum,
+            nesterov=o.nesterov,
+            weight_decay=o.weight_decay,
+            clip_norm=0.0,
+            labels=None,
+        )
+        rules: Any = {_GATE: optax.set_to_zero(), _OTHER: momentum}
+        return optax.chain(
+            _clipped(o, labels), optax.multi_transform(rules, groups(labels))
+        )
+
     def first_variables(self, drawn: PyTree) -> PyTree:
-        """Of the student: `drawn`, or with stage 1's gates and batch statistics."""
-        if self.start is None:
-            return drawn
+        """`drawn` with stage 1's gates and batch statistics."""
         return graft(drawn, self.start)
 
+    def method(self) -> method_lib.Method | None:
+        """See `method`."""
+        return method(self.config)
 
-def first(config: config_lib.ConfigDict) -> Stage:
-    """Stage 1 of a run."""
+
+def _clipped(o: Any, labels: PyTree) -> optax.GradientTransformation:
+    if not o.clip_norm:
+        return optax.identity()
+    return optim.clip_by_module_norm(o.clip_norm, labels)
+
+
+def first(config: config_lib.ConfigDict) -> First:
+    """Returns stage 1 of a run."""
     epochs = config.hme.stage1_epochs
-    return Stage(1, config_lib.changed(config, {"epochs": epochs}), None, {})
+    return First(config_lib.changed(config, {"epochs": epochs}))
 
 
-def second(config: config_lib.ConfigDict, start: PyTree, told: dict[str, Any]) -> Stage:
-    """Stage 2 of a run, from the variables of stage 1 and what is known of them."""
-    return Stage(2, config, start, {"stage1": told})
+def second(config: config_lib.ConfigDict, start: PyTree, facts: Any) -> Second:
+    """Returns stage 2 of a run, from stage 1's variables and what is known of it."""
+    return Second(config, {"stage1": facts}, start)
+
+
+def network_options(config: config_lib.ConfigDict) -> dict[str, Any]:
+    """Returns what `models.create` takes beside what all networks have."""
+    h = config.hme
+    output = "odds" if h.loss == "binary" else h.output
+    return {"layout": h.layout, "base": h.base, "output": output}
+
+
+def method(config: config_lib.ConfigDict) -> method_lib.Method | None:
+    """Returns the method on one task per class; None for `hme.loss=kway`."""
+    if config.hme.loss != "binary":
+        return None
+    weight = config.hme.positive_weight
+    if config.method == "none":
+        return losses.BinaryPlain(weight)
+    options = {n: v for n, v in config.kd.items() if n != "standardise"}
+    return losses.BinaryKD(**options, positive_weight=weight)
 
 
 def warm_line(epoch: Any, epochs: int) -> jax.Array:

@@ -188,3 +188,22 @@ def _remark(tensors: dict[str, Any]) -> str:
     """What becomes of weights that are not float32."""
     types = " and ".join(interop.other_types(tensors))
     return f"{types} weights cast to float32" if types else ""
+
+
+def gated(loaded: Loaded, options: vam.Options | None) -> Loaded:
+    """A student that came from a file (or nowhere) as it is to be trained.
+
+    Raises errors.TeacherError where the file holds gates that are not asked for.
+    """
+    has = loaded.model.vam
+    if has is not None and has != options:
+        raise errors.TeacherError(
+            f"student.init: {loaded.source} has gates that depend on the image, with "
+            f"{_fields(has)}; set student.vam.enabled and give student.vam these "
+            "values, or start from other weights."
+        )
+    return dataclasses.replace(loaded, model=loaded.model.clone(vam=options))
+
+
+def _fields(options: vam.Options) -> str:
+    return ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(options).items())

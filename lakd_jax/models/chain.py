@@ -89,6 +89,7 @@ class Chain(nn.Module, kw_only=True):
     # Units, and the head, begin with a batch norm of their input ("entry_bn").
     PREACTIVATION: ClassVar[bool] = False
     # Whether some convolutions take `vam`.
+    PHASES: ClassVar[str] = ""
     GATED: ClassVar[bool] = True
     KERNEL_INIT: ClassVar[collections.abc.Callable] = layers.he_normal_fan_out
     # What `layers.Head` takes beside width and style.

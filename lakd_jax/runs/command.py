@@ -14,10 +14,11 @@ from lakd_jax import distill, paths
 from lakd_jax.config import check
 from lakd_jax.report import table
 from lakd_jax.runs import dry_run as dry_run_lib
-from lakd_jax.runs import phases, pictures, rows, seeds, single
+from lakd_jax.runs import pictures, rows, seeds, single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import backend, hosts, interrupt
 from lakd_jax.store import workdir
+from lakd_jax.training import phase
 
 
 def run(
@@ -169,7 +170,8 @@ def dry_run(
     if distill.facts(config.method).needs_teacher:
         teacher = teacher_lib.stand_in(config, bench) or teacher_lib.make(config, bench)
     with tempfile.TemporaryDirectory() as scratch:
-        own = phases.parts(config, Path(scratch), bench, teacher, dry=True)
+        first = phase.first(config)
+        own = single.parts(first, Path(scratch), bench, teacher, dry=True)
         notify(dry_run_lib.one_step(config, bench, own, teacher))
 
 

@@ -7,7 +7,7 @@ import jax
 from lakd_jax import config as config_lib
 from lakd_jax.report import summary
 from lakd_jax.runs import single
-from lakd_jax.training import engine, feeds, record, setup
+from lakd_jax.training import engine, feeds, setup
 from lakd_jax.training import state as state_lib
 
 
@@ -23,7 +23,7 @@ def one_step(
     size = config.eval_batch_size
     some = feeds.first(bench.test, size)
     evaluator = single.evaluator(config, own.student, setup.pixels(config), bench)
-    score = evaluator(record.student_variables(state), some)
+    score = evaluator(state.variables("student"), some)
     plan = job.plan
     lines = {
         "student": _network(config.student.name, state.params["student"]),

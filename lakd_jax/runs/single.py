@@ -12,8 +12,8 @@ from lakd_jax import config as config_lib
 from lakd_jax import data, distill, errors
 from lakd_jax.data import order
 from lakd_jax.data.streaming import batches
-from lakd_jax.hme import phases
 from lakd_jax.interop import weights
+from lakd_jax.models import chain
 from lakd_jax.runs import teacher_source
 from lakd_jax.runtime import backend, hosts, interrupt
 from lakd_jax.store import workdir
@@ -28,6 +28,7 @@ from lakd_jax.training import (
     teacher_outputs,
     vam,
 )
+from lakd_jax.training import phase as phase_lib
 from lakd_jax.training import state as state_lib
 
 PyTree = Any
@@ -111,19 +112,24 @@ def on_mesh(
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """A config's run, ready but for what executes its steps.
+    """A training, ready but for what executes its steps.
 
     Attributes:
       source: of the teacher's outputs.
       data: the training split with the keys of the run's seed.
     """
 
-    config: config_lib.ConfigDict
+    phase: phase_lib.Phase
     track: record.Track
     learner: spec.Learner
     student: weights.Loaded
     source: teacher_outputs.Source
     data: state_lib.Resident | feeds.Run
+
+    @property
+    def config(self) -> config_lib.ConfigDict:
+        """Of the phase."""
+        return self.phase.config
 
 
 def prepare(
@@ -134,25 +140,20 @@ def prepare(
 
 
 def train_one(
-    config: config_lib.ConfigDict,
-    directory: Path,
-    bench: Bench,
-    teacher: Teacher | None,
-    stage: phases.Stage | None = None,
+    phase: phase_lib.Phase, directory: Path, bench: Bench, teacher: Teacher | None
 ) -> dict[str, Any]:
-    """Trains `config`'s student in `directory`, or goes on, or returns its result.
+    """Trains a phase's student in `directory`, or goes on, or returns its result.
 
     `directory` has been prepared for this config (`prepare`). Leaves
-    `metrics.jsonl`, `checkpoints/`, `student.safetensors` (the plain student, as
-    of the last epoch) and `result.json` there. In stage 1 of an HME (see `phases`)
-    the student is that of the best epoch on minival, if there is a minival.
+    `metrics.jsonl`, `checkpoints/`, `student.safetensors` (the plain student, as of
+    the last epoch, or what the phase keeps) and `result.json` there.
     """
     done = directory / workdir.RESULT
     if hosts.first(done.exists):
         return hosts.first(lambda: workdir.read_json(done))
-    own = parts(config, directory, bench, teacher, stage)
+    own = parts(phase, directory, bench, teacher)
     trained = job(own, bench).run()
-    return conclude(own, bench, teacher, trained, stage)
+    return conclude(own, bench, teacher, trained)
 
 
 def conclude(
@@ -160,19 +161,17 @@ def conclude(
     bench: Bench,
     teacher: Teacher | None,
     trained: record.Trained,
-    stage: phases.Stage | None = None,
 ) -> dict[str, Any]:
     """Tests a trained student and writes it and its result: the end of a run."""
     directory = own.track.directory
     student, trained = _deployed(own.student, trained)
     result = _result(own, bench, teacher, student, trained)
     kept = trained.last
-    if stage:
-        best = stage.number == 1 and trained.best is not None
-        kept = trained.best if best else kept
-        end = own.track.plan.total_steps
-        result["kept_step"] = result["best_step"] if best else end
-        result |= stage.told
+    result |= own.phase.facts
+    if own.phase.keeps_best:
+        result["kept_step"] = own.track.plan.total_steps
+        if trained.best is not None:
+            kept, result["kept_step"] = trained.best, result["best_step"]
     pixels = setup.pixels(own.config)
     height, width, _ = bench.dataset.train.shape
     seen = dataclasses.replace(
@@ -201,22 +200,22 @@ def _deployed(
 
 
 def parts(
-    config: config_lib.ConfigDict,
+    phase: phase_lib.Phase,
     directory: Path,
     bench: Bench,
     teacher: Teacher | None,
-    stage: phases.Stage | None = None,
     *,
     dry: bool = False,
 ) -> Parts:
-    """What a run of `config` in `directory` is made of.
+    """Returns what a training in `directory` is made of.
 
     `dry` has zeros in place of stored outputs of the teacher (`teacher.views`).
     """
+    config = phase.config
     if not distill.facts(config.method).needs_teacher:
         teacher = None
     student = load_network("student", config, bench)
-    student = vam.gated(student, setup.vam_options(config))
+    student = weights.gated(student, setup.vam_options(config))
     _check_last_batch(config, len(bench.dataset.train))
     plan = _plan(config, len(bench.dataset.train))
     learner, first_state = setup.learner(
@@ -228,11 +227,11 @@ def parts(
         steps_per_epoch=plan.steps_per_epoch,
         examples=len(bench.dataset.train),
         mesh=bench.mesh,
-        stage=stage,
+        phase=phase,
     )
     if found := spec.unlike(learner, bench.dataset.train.shape[0]):
         bench.notify(f"features of two shapes: {', '.join(found)}")
-    scored = evaluator(config, student, setup.pixels(config), bench)
+    scored = evaluator(config, student, setup.pixels(config), bench, learner.student_at)
     minival, seed = bench.minival, config.seed
     own = feeds.of_run(
         bench.train,
@@ -254,8 +253,8 @@ def parts(
         dry=dry,
     )
     return Parts(
-        config,
-        record.Track(plan, directory, seed, learner, first_state, minival, scored),
+        phase,
+        record.Track(plan, directory, seed, first_state, minival, scored),
         learner,
         student,
         source,
@@ -297,14 +296,16 @@ def evaluator(
     network: weights.Loaded,
     pixels: spec.Pixels,
     bench: Bench,
+    model_at: Callable[[Any], chain.Chain] | None = None,
 ) -> evaluate.Evaluator:
-    """Counts right answers of a network on resident splits."""
+    """Returns what counts right answers of a network; see `evaluate.Evaluator`."""
     return evaluate.Evaluator(
         network.model,
         pixels,
         config.eval_batch_size,
         bench.mesh,
         bench.guard,
+        model_at,
     )
 
 
@@ -355,12 +356,13 @@ def _result(
 ) -> dict[str, Any]:
     """What result.json holds; the test split is looked at here and only here."""
     config, ledger = own.config, trained.ledger
-    score = evaluator(config, student, setup.pixels(config), bench)
-    end, top = own.track.plan.total_steps, ledger.best_step
-    last = score(trained.last, bench.test, own.track.temperature(end))
+    score = evaluator(
+        config, student, setup.pixels(config), bench, own.learner.student_at
+    )
+    last = score(trained.last, bench.test, own.track.plan.total_steps - 1)
     best = None
     if trained.best:
-        best = score(trained.best, bench.test, own.track.temperature(top))
+        best = score(trained.best, bench.test, ledger.best_step - 1)
     return {
         "method": config.method,
         "student": config.student.name,

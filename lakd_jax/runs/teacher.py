@@ -14,7 +14,7 @@ from lakd_jax.models import folding
 from lakd_jax.runs import single, teacher_source
 from lakd_jax.runtime import hosts
 from lakd_jax.store import manifest, workdir
-from lakd_jax.training import evaluate, setup, spec
+from lakd_jax.training import evaluate, phase, setup, spec
 from lakd_jax.training import state as state_lib
 
 
@@ -125,7 +125,7 @@ def _train_teacher(config: config_lib.ConfigDict, bench: single.Bench) -> None:
         return
     bench.notify(f"{config.teacher.name}, the teacher, in {directory}")
     with single.prepare(directory, own):
-        single.train_one(own, directory, bench, None)
+        single.train_one(phase.Phase(own), directory, bench, None)
 
 
 def _check_floor(

@@ -1,8 +1,9 @@
-"""How the steps of a run are executed: in one program, or in one a module.
+"""How the steps of a run are executed: in one program, or in one per module.
 
 All engines make the same steps. `Fused` is one program for the whole step and, on
-accelerators, for many steps. `Modules` is one program a module: what is in memory at
-once is then one module's part, and modules that are alike share a program. With
+accelerators, for many steps. `Modules` is one program per module: what is in memory at
+once is then one module's part, and modules that are alike share a program, as their
+variables are handed over by position. With
 `devices` it is a pipeline: module k of student and teacher stay on a device, only the
 boundary between modules travels, and as nothing flows back, module k works on a batch
 while module k - 1 has begun the next.
@@ -10,20 +11,19 @@ while module k - 1 has begun the next.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lakd_jax.models import chain
 from lakd_jax.runtime import backend, interrupt
-from lakd_jax.training import feeds, modules, spec, step
+from lakd_jax.training import feeds, segments, spec, step
 from lakd_jax.training import state as state_lib
 
 PyTree = Any
-_STEM = "['stem']"  # which no other unit is like
+Metrics = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +42,15 @@ class Engine(Protocol):
         """Starts from `state`, which must not be used afterwards."""
         ...
 
-    def run(self, rows: np.ndarray) -> Sequence[spec.Metrics]:
-        """One step for each row of `rows` (n, B), positions in the training split.
+    def run(self, rows: np.ndarray) -> Any:
+        """Makes a step for each row of `rows` (n, B), positions in the training split.
 
-        Returns at once: metrics (n,) each, on the device, of every program that ran;
-        `modules.together` makes those of the steps from them.
+        Returns at once what `read` takes.
         """
+        ...
+
+    def read(self, pending: Any) -> Metrics:
+        """Waits for the metrics, (n,) each, of what `run` started."""
         ...
 
     def state(self) -> state_lib.TrainState:
@@ -96,7 +99,7 @@ class Fused:
         """See `Engine`."""
         return self._state
 
-    def run(self, rows: np.ndarray) -> Sequence[spec.Metrics]:
+    def run(self, rows: np.ndarray) -> Any:
         """See `Engine`."""
         arguments = (self._state, self._teacher, self._feed.next(rows), rows)
         if rows.shape not in self._programs:
@@ -108,7 +111,11 @@ class Fused:
             self._programs[rows.shape] = _compiled(program, arguments, self._guard)
         self._last = self._programs[rows.shape]
         self._state, metrics = self._last(*arguments)
-        return (metrics,)
+        return metrics
+
+    def read(self, pending: Any) -> Metrics:
+        """See `Engine`."""
+        return jax.device_get(pending)
 
     def costs(self) -> Costs:
         """See `Engine`."""
@@ -116,7 +123,7 @@ class Fused:
 
 
 class Modules:
-    """One program a module; see the top of this file."""
+    """One program per module; see the top of this file."""
 
     def __init__(
         self,
@@ -135,7 +142,8 @@ class Modules:
         if not learner.isolated:
             raise ValueError("modules that need each other need local.engine=fused")
         self._learner, self._guard = learner, guard
-        count = len(learner.partition.names)
+        self._segments = segments.of_student(learner)
+        count = len(self._segments)
         self._meshes = [learner.mesh] * count
         if devices:
             places = [devices[k * len(devices) // count] for k in range(count)]
@@ -151,22 +159,19 @@ class Modules:
         learner = self._learner
         self._feed.begin(first_step(state))
         self._like = jax.eval_shape(lambda: state)
-        numbers = range(len(self._meshes))
-        states = [modules.module_state(learner, state, k) for k in numbers]
-        teachers = [modules.teacher_part(learner, self._teacher, k) for k in numbers]
-        alike = [_signature(learner, k, states[k], teachers[k]) for k in numbers]
+        self._states, self._teachers = [], []
+        for segment, mesh in zip(self._segments, self._meshes, strict=True):
+            names = segments.student_names(learner, segment)
+            own = segments.state_of(learner, state, segment)
+            own = segments.renamed_state(names.remove, own)
+            self._states.append(state_lib.replicate(own, mesh))
+            names = segments.teacher_names(learner, segment)
+            part = segments.teacher_of(learner, self._teacher, segment)
+            part = segments.renamed_teacher(names.remove, part)
+            self._teachers.append(state_lib.replicate(part, mesh))
+        alike = [self._signature(k) for k in range(len(self._segments))]
         # Of modules that differ only by their names the first one's program serves all.
         self._as = [alike.index(signature) for signature in alike]
-        self._own = [jax.eval_shape(lambda s=s: s) for s in states]
-        self._states, self._teachers = [], []
-        for k, mesh in enumerate(self._meshes):
-            first = self._as[k]
-            own = _like(states[first], states[k], first, k, _student_units, learner)
-            self._states.append(state_lib.replicate(own, mesh))
-            part = _like(
-                teachers[first], teachers[k], first, k, _teacher_units, learner
-            )
-            self._teachers.append(state_lib.replicate(part, mesh))
 
     def close(self) -> None:
         """See `Engine`."""
@@ -175,13 +180,13 @@ class Modules:
     def state(self) -> state_lib.TrainState:
         """See `Engine`."""
         parts = []
-        for k, (own, first) in enumerate(zip(self._own, self._as, strict=True)):
-            state = self._states[k]
-            parts.append(_like(own, state, k, first, _student_units, self._learner))
-        joined = modules.rearranged(self._like, *parts)
+        for segment, state in zip(self._segments, self._states, strict=True):
+            names = segments.student_names(self._learner, segment)
+            parts.append(segments.renamed_state(names.restore, state))
+        joined = segments.joined(self._like, *parts)
         return jax.device_put(joined, _whole(self._learner.mesh))
 
-    def run(self, rows: np.ndarray) -> Sequence[spec.Metrics]:
+    def run(self, rows: np.ndarray) -> Any:
         """See `Engine`; one row at a time."""
         (row,) = rows
         data = self._feed.next(rows)
@@ -192,146 +197,96 @@ class Modules:
             self._programs[row.shape] = self._compile(row, data)
         begin, programs = self._programs[row.shape]
         self._ran = [begin, *programs]
-        passed = begin(self._states[0].step, data, row)
-        told = []
+        below, batch = begin(self._states[0].step, data, row)
+        metrics = []
         for k, program in enumerate(programs):
-            passed = jax.device_put(passed, self._sharding(k, len(row)))
+            below, batch = jax.device_put((below, batch), self._shardings(k, len(row)))
             own = (self._states[k], self._teachers[k])
-            self._states[k], above, metrics = program(*own, *passed)
-            passed = (above, *passed[1:])
-            told.append(_numbered(metrics, self._as[k] + 1, k + 1))
-        return told
+            self._states[k], below, found = program(*own, below, batch)
+            metrics.append(found)
+        return metrics
+
+    def read(self, pending: Any) -> Metrics:
+        """See `Engine`."""
+        found: Any = segments.flat_metrics(self._segments, jax.device_get(pending))
+        return found
 
     def costs(self) -> Costs:
         """See `Engine`."""
         return _costs(self._ran)
+
+    def _signature(self, k: int) -> Any:
+        """Returns what is equal for modules that one program can run."""
+        ends = (k == 0, k + 1 == len(self._segments))
+        if self._learner.starts or any(ends):
+            return k  # it has a schedule of its own, the stem or the head
+        trees = (self._states[k], self._teachers[k])
+        return jax.tree.structure(trees), _shapes(trees)
 
     def _compile(
         self, row: np.ndarray, data: state_lib.Resident
     ) -> tuple[Any, list[Any]]:
         """The programs for a batch of this size: what feeds the modules, and theirs."""
         first_learner = dataclasses.replace(self._learner, mesh=self._meshes[0])
-        begin = jax.jit(
-            functools.partial(modules.start, first_learner),
-            out_shardings=self._sharding(0, len(row)),
-        )
+        begin = functools.partial(segments.start, first_learner)
         arguments = (self._states[0].step, data, row)
-        passed = jax.eval_shape(begin, *arguments)
-        start = _compiled(begin, arguments, self._guard)
+        below, batch = jax.eval_shape(begin, *arguments)
+        places = self._shardings(0, len(row))
+        start = _compiled(jax.jit(begin, out_shardings=places), arguments, self._guard)
         compiled: dict[Any, Any] = {}
         programs = []
         for k, (mesh, first) in enumerate(zip(self._meshes, self._as, strict=True)):
-            passed = _placed(passed, self._sharding(k, len(row)))
-            arguments = (self._states[k], self._teachers[k], *passed)
+            places = self._shardings(k, len(row))
+            below, batch = _placed((below, batch), places)
+            arguments = (self._states[k], self._teachers[k], below, batch)
             program = self._module_program(first, mesh, len(row))
             _, above, _ = jax.eval_shape(program, *arguments)
-            key = (first, tuple(mesh.devices.flat), _shapes(passed), _shapes(above))
+            key = (first, tuple(mesh.devices.flat), _shapes(below), _shapes(above))
             if key not in compiled:
                 compiled[key] = _compiled(program, arguments, self._guard)
             programs.append(compiled[key])
-            passed = (above, *passed[1:])
+            below = above
         return start, programs
 
     def _module_program(self, k: int, mesh: Mesh, examples: int) -> Any:
-        def update(*arguments: Any) -> tuple:
-            state, above, metrics = modules.module_step(self._learner, k, *arguments)
+        learner, segment = self._learner, self._segments[k]
+        names = segments.student_names(learner, segment)
+        theirs = segments.teacher_names(learner, segment)
+
+        def update(
+            state: state_lib.TrainState, teacher: PyTree, below: Any, batch: Any
+        ) -> tuple[state_lib.TrainState, segments.Boundary, segments.Metrics]:
+            state = segments.renamed_state(names.restore, state)
+            teacher = {
+                kind: theirs.restore(tree)["student"] for kind, tree in teacher.items()
+            }
+            state, above, metrics = step.segment_step(
+                learner, segment, state, teacher, below, batch
+            )
+            state = segments.renamed_state(names.remove, state)
             return state, above, jax.tree.map(lambda m: m[None], metrics)
 
         shardings = (_whole(mesh), _split(mesh, examples), _whole(mesh))
         return jax.jit(update, donate_argnums=0, out_shardings=shardings)
 
-    def _sharding(self, k: int, examples: int) -> tuple[NamedSharding, ...]:
-        """Of what module `k` is passed: the boundary, the labels, the key."""
-        split = _split(self._meshes[k], examples)
-        return split, split, _whole(self._meshes[k])
+    def _shardings(
+        self, k: int, examples: int
+    ) -> tuple[segments.Boundary, segments.Batch]:
+        """Where module `k` finds the boundary below it and the batch."""
+        split: Any = _split(self._meshes[k], examples)
+        whole: Any = _whole(self._meshes[k])
+        return segments.Boundary(split, split), segments.Batch(split, split, whole)
 
 
-def _placed(passed: tuple, shardings: tuple[NamedSharding, ...]) -> tuple:
-    """Shapes with the places that the arrays will have."""
-    return tuple(
-        jax.tree.map(
-            lambda x, s=sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            tree,
-        )
-        for tree, sharding in zip(passed, shardings, strict=True)
+def _placed(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Returns the shapes in `tree` with the places that the arrays will have."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
 
 
 def _shapes(tree: PyTree) -> tuple:
     return tuple(x.shape for x in jax.tree.leaves(tree))
-
-
-def _signature(
-    learner: spec.Learner,
-    k: int,
-    state: state_lib.TrainState,
-    teacher_variables: PyTree,
-) -> Any:
-    """Equal for modules that one program can run."""
-    if learner.starts:
-        return k  # each has a schedule of its own
-    found = []
-    for units, tree in (
-        (_student_units(learner, k), state),
-        (_teacher_units(learner, k), teacher_variables),
-    ):
-        places = {unit: f"#{i}" for i, unit in enumerate(units) if unit != _STEM}
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        names = [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in leaves]
-        found.append(sorted((_renamed(places, name), shape) for name, shape in names))
-    return found
-
-
-def _like(
-    tree: PyTree,
-    source: PyTree,
-    own: int,
-    other: int,
-    units: Callable[[spec.Learner, int], list[str]],
-    learner: spec.Learner,
-) -> PyTree:
-    """`tree` of module `own` with the leaves of module `other` in their places."""
-    names = dict(zip(units(learner, own), units(learner, other), strict=True))
-    return modules.rearranged(tree, source, rename=functools.partial(_renamed, names))
-
-
-def _student_units(learner: spec.Learner, k: int) -> list[str]:
-    """How paths name what belongs to module `k`: its losses, then the student's units.
-
-    The head is left out: it has the same name in every network.
-    """
-    joints = learner.partition.student_joints
-    units = _units(learner.student, joints, k)
-    return [f"['{learner.partition.names[k]}']", *units]
-
-
-def _teacher_units(learner: spec.Learner, k: int) -> list[str]:
-    """The same of the teacher's units beside it."""
-    assert learner.teacher is not None  # of isolated modules
-    return _units(learner.teacher, learner.partition.teacher_joints, k)
-
-
-def _units(model: chain.Chain, joints: Sequence[str], k: int) -> list[str]:
-    order = model.unit_names
-    first = order.index(joints[k - 1]) + 1 if k else 0
-    units = order[first : order.index(joints[k]) + 1]
-    return ["".join(f"['{part}']" for part in unit.split(".")) for unit in units]
-
-
-def _renamed(names: Mapping[str, str], path: str) -> str:
-    """`path` with the one of `names` that it contains replaced."""
-    for old, new in names.items():
-        if old in path:
-            return path.replace(old, new)
-    return path
-
-
-def _numbered(metrics: spec.Metrics, old: int, new: int) -> spec.Metrics:
-    """The metrics of module number `old` under the names of number `new`."""
-    if old == new:
-        return metrics
-    prefix, own = f"module{old}/", f"module{new}/"
-    return {name.replace(prefix, own): value for name, value in metrics.items()}
 
 
 def _compiled(function: Any, arguments: tuple, guard: interrupt.Guard) -> Any:

@@ -1,6 +1,7 @@
 """Exact counts over a whole split."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lakd_jax.hme import network
 from lakd_jax.models import chain
 from lakd_jax.runtime import backend, interrupt
 from lakd_jax.training import feeds, spec
@@ -45,32 +45,32 @@ class Evaluator:
         batch_size: int,
         mesh: jax.sharding.Mesh,
         guard: interrupt.Guard,
+        model_at: Callable[[Any], chain.Chain] | None = None,
     ):
+        """`model_at` gives the network as it is in a step, where that changes it."""
         self._model, self._pixels, self._mesh = model, pixels, mesh
-        self._batch_size, self._guard = batch_size, guard
+        self._batch_size, self._guard, self._model_at = batch_size, guard, model_at
         self._programs: dict[tuple[int, ...], Any] = {}
 
     def __call__(
         self,
         variables: PyTree,
         data: feeds.Data,
-        temperature: jax.Array | None = None,
+        step: int = 0,
     ) -> Score:
-        """The score of `variables` on all of `data`.
-
-        `temperature` is that of the network's soft gates, see `models.hme.soften`.
-        """
+        """Returns the score that `variables` have in this step on all of `data`."""
+        now = jnp.int32(step) if self._model_at else None
         examples = feeds.count(data)
         totals = []
         for held, rows, mask in feeds.testing(data, self._batch_size):
-            arguments = (variables, held, rows, mask, temperature)
+            arguments = (variables, held, rows, mask, now)
             totals.append(self._program(arguments)(*arguments))
             self._guard.check()
         right, loss = np.sum(jax.device_get(totals), axis=0)
         return Score(int(right), examples, float(loss) / examples)
 
     def _program(self, arguments: tuple) -> Any:
-        shape = (*arguments[1].images.shape, arguments[-1] is None)
+        shape = arguments[1].images.shape
         if shape not in self._programs:
             lowered = jax.jit(self._batch).lower(*arguments)
             options = backend.compiler_options()
@@ -84,14 +84,12 @@ class Evaluator:
         data: state_lib.Resident,
         rows: jax.Array,
         mask: jax.Array,
-        temperature: jax.Array | None,
+        step: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         sharding = state_lib.over_batch(self._mesh)
         images, labels, _ = data.at(rows)
         images = jax.lax.with_sharding_constraint(images, sharding)
-        model = self._model
-        if temperature is not None:
-            model = network.soften(model, temperature)
+        model = self._model_at(step) if self._model_at else self._model
         outputs: Any = model.apply(variables, self._pixels(images), train=False)
         logits = outputs.logits
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

@@ -7,15 +7,12 @@ steps is in the checkpoint, so a run that was stopped ends as one that was not.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
 from typing import Any
-
-import jax
 
 from lakd_jax.report import progress as progress_lib
 from lakd_jax.runtime import interrupt
 from lakd_jax.training import engine as engine_lib
-from lakd_jax.training import modules, record, spec
+from lakd_jax.training import record
 from lakd_jax.training import state as state_lib
 
 
@@ -63,7 +60,7 @@ class Fit:
         """Runs the first step alone and returns (state, its metrics, its costs)."""
         with contextlib.closing(self.engine) as engine:
             engine.load(self.track.first_state())
-            metrics = _on_host(engine.run(self.track.rows(0, 1)))
+            metrics = engine.read(engine.run(self.track.rows(0, 1)))
             first = {name: float(values[0]) for name, values in metrics.items()}
             return engine.state(), first, engine.costs()
 
@@ -84,10 +81,10 @@ class Fit:
             while step < stop:
                 rows = self.track.rows(step, stop)
                 began = time.perf_counter()
-                metrics = self.engine.run(rows)
+                pending = self.engine.run(rows)
                 self._step = step + rows.shape[0]
                 # The device works on this dispatch while the last one is read.
-                previous, unread = unread, (step, metrics)
+                previous, unread = unread, (step, pending)
                 step = self._step
                 if previous:
                     self._read(*previous)
@@ -130,8 +127,8 @@ class Fit:
         self.engine.load(state)
         return self._step
 
-    def _read(self, first: int, metrics: Sequence[spec.Metrics]) -> None:
-        self.track.note(first, _on_host(metrics))
+    def _read(self, first: int, pending: Any) -> None:
+        self.track.note(first, self.engine.read(pending))
 
     def _spent(self, seconds: float, images: int = 0) -> None:
         self.track.ledger.images += images
@@ -151,8 +148,3 @@ class Fit:
         # made while this is written would come on top of it.
         if self.track.saved < step:
             self.track.save(step, self.engine.state())
-
-
-def _on_host(metrics: Sequence[spec.Metrics]) -> dict[str, Any]:
-    """Waits for the metrics of all programs, and joins them; (n,) each."""
-    return modules.together(jax.device_get(metrics))

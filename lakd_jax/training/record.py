@@ -16,7 +16,7 @@ from lakd_jax.data import order
 from lakd_jax.report import metrics as metrics_lib
 from lakd_jax.store import checkpoint, workdir
 from lakd_jax.training import evaluate as evaluate_lib
-from lakd_jax.training import feeds, spec
+from lakd_jax.training import feeds
 from lakd_jax.training import state as state_lib
 
 PyTree = Any
@@ -91,7 +91,6 @@ class Track:
         plan: Plan,
         directory: Path,
         seed: int,
-        learner: spec.Learner,
         first_state: Callable[[], state_lib.TrainState],
         minival: feeds.Data | None,
         evaluator: evaluate_lib.Evaluator,
@@ -100,7 +99,7 @@ class Track:
         self.first_state = first_state
         self.ledger = Ledger()
         self.saved = 0
-        self._learner, self._minival, self._evaluator = learner, minival, evaluator
+        self._minival, self._evaluator = minival, evaluator
         self._best: PyTree = {}
         self._shown = (0, 0.0)
         self._began = time.perf_counter()
@@ -120,8 +119,8 @@ class Track:
         saver = checkpoint.Checkpointer(folder, keep=self.plan.keep)
         self._saver = stack.enter_context(saver)
         if self._minival:
-            self._best = jax.device_get(student_variables(state))
-        template = {"train": state, "best": self._best}
+            self._best = jax.device_get(state.variables("student"))
+        template = {"train": state.to_tree(), "best": self._best}
         found = self._saver.restore(template)
         if found is None:
             return 0, state
@@ -131,7 +130,7 @@ class Track:
         self._began -= self.ledger.seconds
         self.saved = step
         self._shown = self.ledger.images, self.ledger.step_seconds
-        return step, arrays["train"]
+        return step, state_lib.TrainState.from_tree(arrays["train"])
 
     def begin(self, stack: contextlib.ExitStack, step: int) -> None:
         """Opens metrics.jsonl, without what was written after `step`."""
@@ -207,8 +206,8 @@ class Track:
     def evaluate(self, step: int, state: state_lib.TrainState) -> evaluate_lib.Score:
         """Scores the student on minival and keeps it if it is the best so far."""
         assert self._minival  # see `evaluation_due`
-        variables = student_variables(state)
-        score = self._evaluator(variables, self._minival, self.temperature(step))
+        variables = state.variables("student")
+        score = self._evaluator(variables, self._minival, step - 1)
         epoch = step / self.plan.steps_per_epoch
         values = {"epoch": epoch, "accuracy": score.accuracy, "loss": score.loss}
         self._writer.write(step, "eval", values)
@@ -218,26 +217,15 @@ class Track:
             self._best = jax.device_get(variables)
         return score
 
-    def temperature(self, step: int) -> jax.Array | None:
-        """Of the student's soft gates in its last step, if `step` are made."""
-        return self._learner.temperature(step - 1)
-
     def save(self, step: int, state: state_lib.TrainState) -> None:
         """Writes a checkpoint and blocks until it is on disk."""
         self.ledger.seconds = time.perf_counter() - self._began
         extra = dataclasses.asdict(self.ledger)
-        self._saver.save(step, {"train": state, "best": self._best}, extra=extra)
+        arrays = {"train": state.to_tree(), "best": self._best}
+        self._saver.save(step, arrays, extra=extra)
         self._saver.wait()
         self.saved = step
 
     def trained(self, state: state_lib.TrainState) -> Trained:
         """The end of the run."""
-        return Trained(student_variables(state), self._best or None, self.ledger)
-
-
-def student_variables(state: state_lib.TrainState) -> PyTree:
-    """The plain student's variables: what is evaluated and deployed."""
-    return {
-        "params": state.params["student"],
-        "batch_stats": state.batch_stats["student"],
-    }
+        return Trained(state.variables("student"), self._best or None, self.ledger)

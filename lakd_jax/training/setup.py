@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,13 +12,13 @@ import optax
 from lakd_jax import config as config_lib
 from lakd_jax import distill
 from lakd_jax.distill.base import method as method_lib
-from lakd_jax.hme import losses, phases
 from lakd_jax.interop import weights
 from lakd_jax.local import cuts
 from lakd_jax.models import vam
 from lakd_jax.runtime import backend, hosts, interrupt
-from lakd_jax.training import dot, feeds, optim, spec
 from lakd_jax.training import engine as engine_lib
+from lakd_jax.training import feeds, spec
+from lakd_jax.training import phase as phase_lib
 from lakd_jax.training import state as state_lib
 from lakd_jax.training import step as step_lib
 from lakd_jax.training import vam as vam_lib
@@ -46,7 +46,7 @@ def learner(
     steps_per_epoch: int,
     examples: int,
     mesh: jax.sharding.Mesh,
-    stage: phases.Stage | None = None,
+    phase: phase_lib.Phase | None = None,
 ) -> tuple[spec.Learner, Callable[[], state_lib.TrainState]]:
     """The step's fixed parts, and a function that makes the first state.
 
@@ -54,9 +54,10 @@ def learner(
       config: resolved.
       image_shape: (H, W, 3) of the training images.
       examples: how many those are.
-      stage: of an HME's training; None for other students.
+      phase: of a network that is trained in several; None: the first, or the only one.
     """
-    facts, method = distill.facts(config.method), _method(config)
+    phase = phase or phase_lib.first(config)
+    facts, method = distill.facts(config.method), phase.method() or _method(config)
     local, staged = config.local, facts.staged
     partition = cuts.modules(
         student.model,
@@ -65,8 +66,13 @@ def learner(
         local.cuts if staged else (),
         local.modules if staged else 0,
     )
-    own = functools.partial(learning_rate, config)
-    rate = (stage.learning_rate if stage else own)(steps_per_epoch)
+    rate = phase.learning_rate(steps_per_epoch)
+    gates = functools.partial(
+        vam_lib.with_entropy,
+        gamma=config.student.vam.gamma,
+        owner=lambda path: cuts.module_of(path, partition, student.model),
+        starts=tuple(local.module_start_epochs) if facts.local else (),
+    )
     draft = spec.Learner(
         student=student.model,
         teacher=teacher.model if teacher else None,
@@ -76,7 +82,6 @@ def learner(
         cut_scale=facts.cut_scale if local.cut_scale < 0 else local.cut_scale,
         module_input=local.module_input if facts.local else "student",
         uncut=method.needs_uncut,
-        vam_gamma=config.student.vam.gamma,
         starts=tuple(local.module_start_epochs) if facts.local else (),
         preact=facts.local and config.lakd.preact,
         student_pixels=pixels(config),
@@ -87,23 +92,22 @@ def learner(
         steps_per_epoch=steps_per_epoch,
         examples=examples,
         optimizer=optax.identity(),  # the real one needs the parameters' names
-        optimizer_of=functools.partial(_optimizer, config, rate),
+        optimizer_of=functools.partial(phase.optimizer, steps_per_epoch),
         learning_rate=rate,
         weight_decay=config.optim.weight_decay,
         labels=None,
         mesh=mesh,
         apart=config.optim.dot_delta > 0,
-        anneal=stage.anneal if stage else None,
+        student_at=phase.student_at(student.model, steps_per_epoch),
+        regularise=gates if student.model.vam else None,
     )
-    init = _initialiser(draft, teacher, _seed_key(config, stage), image_shape)
+    init = _initialiser(draft, teacher, phase_lib.key(phase), image_shape)
     params, _ = jax.eval_shape(init)
     labels = cuts.label_tree(params, partition, student.model)
-    if stage:
-        optimizer = stage.optimizer(params, labels, steps_per_epoch)
-    else:
-        optimizer = draft.optimizer_of(labels)
-    done = dataclasses.replace(draft, optimizer=optimizer, labels=labels)
-    return done, lambda: _first_state(done, init, student.variables, stage)
+    done = dataclasses.replace(
+        draft, optimizer=draft.optimizer_of(labels), labels=labels
+    )
+    return done, lambda: _first_state(done, init, student.variables, phase)
 
 
 def engine(
@@ -122,50 +126,20 @@ def engine(
     return engine_lib.Modules(*arguments, devices)
 
 
-def _optimizer(
-    config: config_lib.ConfigDict, rate: optax.Schedule, labels: PyTree
-) -> optax.GradientTransformation:
-    """What `config.optim` describes."""
-    if config.optim.dot_delta:
-        return dot.sgd(
-            rate,
-            momentum=config.optim.momentum,
-            delta=config.optim.dot_delta,
-            weight_decay=config.optim.weight_decay,
-        )
-    return optim.sgd(
-        rate,
-        momentum=config.optim.momentum,
-        nesterov=config.optim.nesterov,
-        weight_decay=config.optim.weight_decay,
-        clip_norm=config.optim.clip_norm,
-        labels=labels,
-    )
-
-
 def _method(config: config_lib.ConfigDict) -> method_lib.Method:
-    """The method, in its form for the student's outputs."""
-    if config.student.name != "hme" or config.hme.loss != "binary":
-        names = distill.parts(config.method)
-        alone = {name: config_lib.changed(config, {"method": name}) for name in names}
-        options = {name: method_options(own) for name, own in alone.items()}
-        if len(names) > 1:
-            return distill.create_sum(options)
-        return distill.create(config.method, options[config.method])
-    weight = config.hme.positive_weight
-    if config.method == "none":
-        return losses.BinaryPlain(weight)
-    own = {n: v for n, v in config.kd.items() if n != "standardise"}
-    return losses.BinaryKD(**own, positive_weight=weight)
+    """Returns the method, or the sum of methods."""
+    names = distill.parts(config.method)
+    alone = {name: config_lib.changed(config, {"method": name}) for name in names}
+    options = {name: method_options(own) for name, own in alone.items()}
+    if len(names) > 1:
+        return distill.create_sum(options)
+    return distill.create(config.method, options[config.method])
 
 
 def network_options(config: config_lib.ConfigDict) -> dict[str, Any]:
-    """What `models.create` takes for the student beside what all networks have."""
-    if config.student.name != "hme":
-        return {}
-    h = config.hme
-    output = "odds" if h.loss == "binary" else h.output
-    return {"layout": h.layout, "base": h.base, "output": output}
+    """Returns what `models.create` takes for the student beside what all have."""
+    module = phase_lib.module_of(config.student.name)
+    return module.network_options(config) if module else {}
 
 
 def vam_options(config: config_lib.ConfigDict) -> vam.Options | None:
@@ -175,23 +149,6 @@ def vam_options(config: config_lib.ConfigDict) -> vam.Options | None:
         return None
     own = (field.name for field in dataclasses.fields(vam.Options))
     return vam.Options(**{name: block[name] for name in own})
-
-
-def learning_rate(
-    config: config_lib.ConfigDict, steps_per_epoch: int
-) -> optax.Schedule:
-    """The schedule that `config.optim` describes."""
-    o = config.optim
-    scale = config.batch_size / o.lr_batch if o.lr_batch else 1.0
-    return optim.schedule(
-        o.schedule,
-        o.lr * scale,
-        epochs=config.epochs,
-        steps_per_epoch=steps_per_epoch,
-        milestones=o.milestones,
-        decay=o.decay,
-        warmup_epochs=o.warmup_epochs,
-    )
 
 
 def method_options(config: config_lib.ConfigDict) -> dict[str, Any]:
@@ -211,12 +168,6 @@ def method_options(config: config_lib.ConfigDict) -> dict[str, Any]:
     return {**own, **kd, "module_start_epochs": starts}
 
 
-def _seed_key(config: config_lib.ConfigDict, stage: phases.Stage | None) -> jax.Array:
-    """The key of the initial weights."""
-    purpose = stage.purpose if stage else state_lib.INITIALISE
-    return jax.random.fold_in(jax.random.key(config.seed), purpose)
-
-
 def _initialiser(
     learner: spec.Learner,
     teacher: weights.Loaded | None,
@@ -229,28 +180,27 @@ def _initialiser(
 
     def init() -> tuple[PyTree, PyTree]:
         keys = dict(zip(("student", "method"), jax.random.split(key), strict=True))
-        variables = learner.student.init(
+        student = learner.student.init(
             keys["student"], learner.student_pixels(images), train=False
         )
-        params = {"student": variables["params"]}
-        stats = {"student": variables["batch_stats"]}
-        signals, _ = step_lib.observe(
-            learner,
-            params,
-            stats,
-            _zeros(teacher),
-            images,
-            labels,
-            jnp.int32(0),
-            key,
-            labels,
+        begun = _collected(jnp.int32(0), {"student": student, "method": {}})
+        signals = step_lib.first_signals(
+            learner, begun, _zeros(teacher), images, labels, key
         )
-        own = learner.method.init(keys["method"], signals, train=True)
-        params["method"] = own.get("params", {})
-        stats["method"] = own.get("batch_stats", {})
-        return params, stats
+        method = learner.method.init(keys["method"], signals, train=True)
+        state = _collected(begun.step, {"student": student, "method": method})
+        return state.params, state.collections
 
     return init
+
+
+def _collected(
+    step: jax.Array, variables: Mapping[str, Mapping[str, PyTree]]
+) -> state_lib.TrainState:
+    """Returns a state without an optimiser's, of {part: {collection: ...}}."""
+    names = dict.fromkeys(["params", *(n for v in variables.values() for n in v)])
+    kinds = {n: {p: v.get(n, {}) for p, v in variables.items()} for n in names}
+    return state_lib.TrainState(step, kinds.pop("params"), kinds, ())
 
 
 def _zeros(teacher: weights.Loaded | None) -> PyTree:
@@ -263,26 +213,21 @@ def _zeros(teacher: weights.Loaded | None) -> PyTree:
 def _first_state(
     learner: spec.Learner,
     init: Callable[[], tuple[PyTree, PyTree]],
-    student_variables: PyTree | None,
-    stage: phases.Stage | None,
+    student_variables: Mapping[str, PyTree] | None,
+    phase: phase_lib.Phase,
 ) -> state_lib.TrainState:
     # Runs once, and its random numbers take XLA's CPU compiler five times longer to
     # optimise than to run as they are.
     options: Any = {"xla_backend_optimization_level": 0} if backend.on_cpu() else None
-    params, stats = jax.jit(init).lower().compile(compiler_options=options)()
+    params, collections = jax.jit(init).lower().compile(compiler_options=options)()
+    state = state_lib.TrainState(jnp.int32(0), params, collections, ())
+    student = state.variables("student")
     if student_variables is not None:
         given = student_variables["params"]
-        params["student"] = vam_lib.completed(given, params["student"])
-        stats["student"] = student_variables["batch_stats"]
-    if stage:
-        drawn = {"params": params["student"], "batch_stats": stats["student"]}
-        begin = stage.first_variables(drawn)
-        params["student"], stats["student"] = begin["params"], begin["batch_stats"]
-    state = state_lib.TrainState(
-        step=jnp.int32(0),
-        params=params,
-        batch_stats=stats,
-        opt_state=learner.optimizer.init(params),
-    )
+        student |= student_variables
+        student["params"] = vam_lib.completed(given, params["student"])
+    for kind, tree in phase.first_variables(student).items():
+        (params if kind == "params" else collections[kind])["student"] = tree
+    state = dataclasses.replace(state, opt_state=learner.optimizer.init(params))
     hosts.agree_on_arrays("the first state", state)
     return state_lib.replicate(state, learner.mesh)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -14,7 +13,6 @@ from lakd_jax.data import augment
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
-from lakd_jax.training import optim
 from lakd_jax.training import state as state_lib
 
 PyTree = Any
@@ -55,8 +53,7 @@ class Learner:
       module_input: "student", or "teacher": each module is fed the teacher's
         activation at the joint below it.
       uncut: also hand the method joints whose gradients cross the cuts.
-      vam_gamma: weight of the entropy of the student's gates, if it has any.
-      starts: the epoch from which each module's gates count; () for all at once.
+      starts: the epoch from which each module's losses count; () for all at once.
       views: augmented views of an example that come again and again, one an epoch; 0:
         every epoch has new ones.
       preact: joints before the last ReLU.
@@ -65,8 +62,10 @@ class Learner:
         of that part; `optimizer` is that of all of them.
       apart: the optimiser takes the gradient of the labels' losses apart from that of
         all others, see `dot`.
-      anneal: temperature of the student's soft gates times the epoch, see
-        `temperature`; None where it has none, or where they are hard.
+      student_at: the student as it is in the step with a number, from 0; None where
+        it is always the same.
+      regularise: adds to the losses what the student's units sowed, given those
+        "intermediates" and the epoch; None where they sow nothing.
     """
 
     student: chain.Chain
@@ -77,7 +76,6 @@ class Learner:
     cut_scale: float
     module_input: str
     uncut: bool
-    vam_gamma: float
     starts: tuple[float, ...]
     preact: bool
     student_pixels: Pixels
@@ -94,16 +92,18 @@ class Learner:
     mesh: Mesh
     optimizer_of: Callable[[PyTree], optax.GradientTransformation]
     apart: bool = False
-    anneal: float | None = None
+    student_at: Callable[[Any], chain.Chain] | None = None
+    regularise: Callable[..., tuple[method_lib.ModuleLoss, ...]] | None = None
 
     @property
     def isolated(self) -> bool:
         """Whether modules can be run one by one, as no gradient crosses a cut.
 
-        Neither may a module's loss need anything of a later one: gates share the weight
-        of one mean, and norms at the entry of a unit make the pre-activation below it.
+        Neither may a module's loss need anything of a later one: what is sown may be
+        one mean over all modules, and norms at the entry of a unit make the
+        pre-activation below it.
         """
-        if self.teacher is None or self.student.vam or self.anneal is not None:
+        if self.teacher is None or self.regularise or self.student_at:
             return False
         if not self.facts.local or self.uncut or self.method.needs_logits:
             return False
@@ -114,13 +114,6 @@ class Learner:
         """Which augmented view of the examples the step with this number sees."""
         epoch = step // self.steps_per_epoch
         return epoch % self.views if self.views else epoch
-
-    def temperature(self, step: Any) -> jax.Array | None:
-        """Of the student's gates in the step with this number, from 0; None: hard."""
-        if self.anneal is None:
-            return None
-        epoch = jnp.asarray(step // self.steps_per_epoch + 1, jnp.float32)
-        return self.anneal / epoch
 
 
 def batch(
@@ -157,15 +150,6 @@ def shared(learner: Learner, batch: PyTree) -> PyTree:
     return jax.lax.with_sharding_constraint(batch, state_lib.over_batch(learner.mesh))
 
 
-def joints(
-    learner: Learner, model: chain.Chain, outputs: chain.Outputs, names: tuple[str, ...]
-) -> tuple[jax.Array, ...]:
-    """What is compared at the joints `names` of a whole pass, (B, H, W, C) each."""
-    return tuple(
-        chain.feature_at(outputs, model, n, preact=learner.preact) for n in names
-    )
-
-
 def preacts(
     model: chain.Chain, outputs: chain.Outputs, names: tuple[str, ...]
 ) -> tuple[jax.Array, ...]:
@@ -192,38 +176,3 @@ def unlike(learner: Learner, side: int) -> list[str]:
             shapes = ("x".join(map(str, shape[1:])) for shape in (own, other))
             lines.append(f"{name} {' from '.join(shapes)}")
     return lines
-
-
-def span(joints: tuple[str, ...], k: int) -> tuple[str, str]:
-    """(after, until) of module `k`, as a chain takes them; the last runs the head."""
-    after = joints[k - 1] if k else ""
-    return after, joints[k] if k + 1 < len(joints) else ""
-
-
-def passed(outputs: chain.Outputs, joint: str) -> jax.Array:
-    """The activation (B, H, W, C) at `joint`, with which this pass ended."""
-    if joint == "stem":
-        assert outputs.stem is not None
-        return outputs.stem
-    return next(stage[-1] for stage in reversed(outputs.blocks) if stage)
-
-
-def end(learner: Learner, outputs: chain.Outputs, joint: str) -> jax.Array:
-    """What is compared where this pass ended: what `joints` gives of a whole pass."""
-    return outputs.preacts[-1] if learner.preact else passed(outputs, joint)
-
-
-def norms(learner: Learner, grads: PyTree, params: PyTree, labels: PyTree) -> Metrics:
-    """Per module the norm of its gradient and of its next weight-decay term.
-
-    `params` are those after the update, so that numbers that overflowed are seen
-    before they are saved; `labels` is the module of each.
-    A gradient far below the decay means that the module shrinks instead of
-    learning (a danger where its only loss is a mean over many features).
-    """
-    out = {}
-    for k, norm in optim.module_norms(grads, labels).items():
-        out[f"module{k + 1}/grad_norm"] = norm
-    for k, norm in optim.module_norms(optim.decayed(params), labels).items():
-        out[f"module{k + 1}/decay_norm"] = learner.weight_decay * norm
-    return out

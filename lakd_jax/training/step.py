@@ -1,6 +1,8 @@
-"""One training step as a pure function: forward, loss, update."""
+"""One training step as a pure function, segment by segment: forward, losses, update."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,16 +10,31 @@ import jax.numpy as jnp
 import optax
 
 from lakd_jax.distill.base import method as method_lib
-from lakd_jax.hme import network
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
 from lakd_jax.runtime import backend
-from lakd_jax.training import dot, modules, spec, teacher_outputs, vam
+from lakd_jax.training import dot, optim, segments, spec, teacher_outputs
 from lakd_jax.training import state as state_lib
 
 PyTree = Any
-# Collections that the student's pass leaves; the second holds entropies of gates.
-_LEFT = ["batch_stats", "intermediates"]
+Losses = tuple[method_lib.ModuleLoss, ...]
+_SOWN = "intermediates"  # what units leave for `Learner.regularise`
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """What a forward pass of a segment leaves beside its losses.
+
+    Attributes:
+      student: the student's outputs.
+      collections: its mutable collections and the method's, after the pass.
+    """
+
+    student: chain.Outputs
+    collections: PyTree
+
+
+jax.tree_util.register_dataclass(Pass)
 
 
 def run_steps(
@@ -27,7 +44,7 @@ def run_steps(
     data: state_lib.Resident,
     indices: jax.Array,
 ) -> tuple[state_lib.TrainState, spec.Metrics]:
-    """As many steps as `indices` (n, B) has rows; metrics are (n,) each.
+    """Runs as many steps as `indices` (n, B) has rows; metrics are (n,) each.
 
     `source` is the teacher's variables, what is stored of its outputs, or None.
     On CPU the loop is unrolled: XLA runs convolutions inside loops there more
@@ -51,207 +68,283 @@ def train_step(
     data: state_lib.Resident,
     indices: jax.Array,
 ) -> tuple[state_lib.TrainState, spec.Metrics]:
-    """One update from the examples at `indices` (B,) of the training split.
+    """Makes one update from the examples at `indices` (B,) of the training split.
+
+    A segment is updated as soon as its losses are known, and all that comes after waits
+    for that: its activations are then free before the next one makes its own.
 
     Returns the new state and scalars: the loss, the batch's accuracy, every
     loss term, and per module the norms of gradient and weight-decay term.
     """
     source = teacher_outputs.of_batch(learner, source, state.step, indices)
-    one_by_one = learner.isolated and len(learner.partition.names) > 1
-    program = modules.isolated_step if one_by_one else whole_step
-    return program(learner, state, source, data, indices)
+    below, batch = segments.start(learner, state.step, data, indices)
+    found, states = [], []
+    parts = segments.of_student(learner)
+    for segment in parts:
+        own = segments.state_of(learner, state, segment)
+        own, below, metrics = segment_step(learner, segment, own, source, below, batch)
+        if len(parts) > 1:
+            own, below = _in_order(own, below)
+        states.append(own)
+        found.append(metrics)
+    done = segments.joined(state, *states) if len(parts) > 1 else states[0]
+    return done, segments.flat_metrics(parts, found)
 
 
-def whole_step(
+def segment_step(
     learner: spec.Learner,
+    segment: segments.Segment,
     state: state_lib.TrainState,
     source: teacher_outputs.Source,
-    data: state_lib.Resident,
-    indices: jax.Array,
-) -> tuple[state_lib.TrainState, spec.Metrics]:
-    """`train_step` by one gradient of the sum of all modules' losses.
+    below: segments.Boundary,
+    batch: segments.Batch,
+) -> tuple[state_lib.TrainState, segments.Boundary, segments.Metrics]:
+    """Makes one update of a segment.
 
-    Or by two, of the labels' losses and of all others, see `dot`.
+    Args:
+      state: of the segment alone, see `segments.state_of`.
+      source: the teacher's variables, those that `segments.teacher_of` gives at least,
+        or what is stored of its outputs on the batch.
+      below: at the end of the segment before.
+
+    Returns:
+      The new state, the boundary above, and the metrics; the batch's accuracy and the
+      learning rate come with the last segment.
     """
-    images, labels = spec.batch(learner, state.step, data, indices)
-    whole = jax.grad(loss, argnums=1, has_aux=True)
-    grads, (stats, metrics) = (_gradients_apart if learner.apart else whole)(
-        learner,
-        state.params,
-        state.batch_stats,
-        source,
-        images,
-        labels,
-        state.step,
-        jax.random.fold_in(data.noise, state.step),
-        indices,
+    seen = None
+    if learner.teacher is not None:
+        teacher = teacher_outputs.teacher(learner, source)
+        seen = teacher.segment(segment, below.teacher)
+    forward = functools.partial(
+        _forward, learner, segment, state, source, seen, below, batch
     )
-    updates, opt_state = learner.optimizer.update(grads, state.opt_state, state.params)
+    grads, losses, left = _gradient(learner, forward, state.params)
+    total = segment == segments.whole(learner)
+    labels = learner.labels if total else segments.labels_of(learner, state.params)
+    optimizer = learner.optimizer if total else learner.optimizer_of(labels)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     if learner.apart:
         grads = jax.tree.map(jnp.add, *grads)
-    metrics |= spec.norms(learner, grads, params, learner.labels)
-    metrics["learning_rate"] = jnp.float32(learner.learning_rate(state.step))
-    new = state_lib.TrainState(
-        step=state.step + 1,
-        params=params,
-        batch_stats=stats,
-        opt_state=opt_state,
-    )
-    return new, metrics
+    metrics = _metrics(learner, segment, losses, grads, params, labels)
+    above = below  # which nothing reads behind the last segment
+    if segment.last + 1 == len(learner.partition.names):
+        correct = jnp.argmax(left.student.logits, -1) == batch.labels
+        metrics[0]["accuracy"] = jnp.mean(correct, dtype=jnp.float32)
+        rate = learner.learning_rate(state.step)
+        metrics[0]["learning_rate"] = jnp.float32(rate)
+    elif seen is not None:
+        joint = learner.partition.student_joints[segment.last]
+        above = segments.Boundary(segments.passed(left.student, joint), seen.passed[-1])
+    new = state_lib.TrainState(state.step + 1, params, left.collections, opt_state)
+    return new, above, metrics
 
 
-def _gradients_apart(
-    learner: spec.Learner, params: PyTree, *arguments: Any
-) -> tuple[dot.Apart, tuple[PyTree, spec.Metrics]]:
-    """Two gradients from one forward pass, and what `losses` has beside the losses."""
+def _gradient(
+    learner: spec.Learner,
+    forward: Callable[[PyTree], tuple[Losses, Pass]],
+    params: PyTree,
+) -> tuple[PyTree, Losses, Pass]:
+    """Returns the gradient of all losses; with `Learner.apart` two, see `dot`.
 
-    def both(params: PyTree) -> tuple[tuple[jax.Array, jax.Array], Any]:
-        found, beside = losses(learner, params, *arguments)
-        return dot.losses(found), beside
-
-    _, backward, beside = jax.vjp(both, params, has_aux=True)
-    one, zero = jnp.float32(1), jnp.float32(0)
-    (task,), (others,) = backward((one, zero)), backward((zero, one))
-    return dot.Apart(task, others), beside
-
-
-def loss(
-    learner: spec.Learner, params: PyTree, *arguments: Any
-) -> tuple[jax.Array, tuple[PyTree, spec.Metrics]]:
-    """The sum of `losses`, and what these have beside them.
-
-    The gradient of the sum for a module's parameters is that of its own loss, since
+    The gradient of their sum for a module's parameters is that of its own loss, since
     the cuts let nothing (or `cut_scale` of it) through.
     """
-    _, beside = losses(learner, params, *arguments)
-    return beside[1]["loss"], beside
+
+    def total(params: PyTree) -> tuple[jax.Array, tuple[Losses, Pass]]:
+        losses, left = forward(params)
+        return method_lib.total(losses), (losses, left)
+
+    def both(params: PyTree) -> tuple[tuple[jax.Array, jax.Array], Any]:
+        losses, left = forward(params)
+        return dot.losses(losses), (losses, left)
+
+    if not learner.apart:
+        grads, (losses, left) = jax.grad(total, has_aux=True)(params)
+        return grads, losses, left
+    _, backward, (losses, left) = jax.vjp(both, params, has_aux=True)
+    one, zero = jnp.float32(1), jnp.float32(0)
+    (task,), (others,) = backward((one, zero)), backward((zero, one))
+    return dot.Apart(task, others), losses, left
 
 
-def losses(
+def _forward(
     learner: spec.Learner,
-    params: PyTree,
-    batch_stats: PyTree,
+    segment: segments.Segment,
+    state: state_lib.TrainState,
     source: teacher_outputs.Source,
-    images: jax.Array,
-    labels: jax.Array,
-    step: jax.Array,
-    noise: jax.Array,
-    examples: jax.Array,
-) -> tuple[tuple[method_lib.ModuleLoss, ...], tuple[PyTree, spec.Metrics]]:
-    """The losses of all modules; (new batch statistics, metrics) beside them.
-
-    Images are (B,H,W,3) uint8, already augmented.
-    """
-    signals, new = observe(
-        learner, params, batch_stats, source, images, labels, step, noise, examples
+    seen: teacher_outputs.Seen | None,
+    below: segments.Boundary,
+    batch: segments.Batch,
+    params: PyTree,
+) -> tuple[Losses, Pass]:
+    """Runs a segment and the method on it: the losses of its modules."""
+    state = dataclasses.replace(state, params=params)
+    signals, left = observe(learner, segment, state, source, seen, below, batch)
+    names = list(state.collections)
+    losses, after = learner.method.apply(
+        state.variables("method"), signals, train=True, mutable=names
     )
-    found, method_state = learner.method.apply(
-        _variables(params, batch_stats, "method"),
-        signals,
-        train=True,
-        mutable=["batch_stats"],
-    )
-    found = vam.with_entropy(
-        found,
-        new.get("intermediates", {}),
-        gamma=learner.vam_gamma,
-        owner=lambda path: cuts.module_of(path, learner.partition, learner.student),
-        epoch=signals.epoch,
-        starts=learner.starts,
-    )
-    total = method_lib.total(found)
-    correct = jnp.argmax(signals.student.logits, -1) == labels
-    metrics = {"loss": total, "accuracy": jnp.mean(correct, dtype=jnp.float32)}
-    metrics |= method_lib.flatten_metrics(found)
-    own = method_state.get("batch_stats", {})
-    new_stats = {"student": new["batch_stats"], "method": own}
-    return found, (new_stats, metrics)
+    if learner.regularise:
+        losses = learner.regularise(losses, left.get(_SOWN, {}), epoch=signals.epoch)
+    collections = {
+        name: {"student": left.get(name, {}), "method": after.get(name, {})}
+        for name in names
+    }
+    return losses, Pass(signals.student, collections)
 
 
 def observe(
     learner: spec.Learner,
-    params: PyTree,
-    batch_stats: PyTree,
+    segment: segments.Segment,
+    state: state_lib.TrainState,
+    source: teacher_outputs.Source,
+    seen: teacher_outputs.Seen | None,
+    below: segments.Boundary,
+    batch: segments.Batch,
+) -> tuple[method_lib.Signals, PyTree]:
+    """Runs the student's part: what the method sees, and what the pass leaves.
+
+    `seen` is what the teacher's part gave.
+    """
+    joints = learner.partition.student_joints
+    after, until = segment.span(joints)
+    inputs = below.student
+    if segment.first:
+        fed = below.teacher if learner.module_input == "teacher" else inputs
+        inputs = jax.lax.stop_gradient(fed)
+    model = learner.student_at(state.step) if learner.student_at else learner.student
+    variables = state.variables("student")
+    replace = None
+    if learner.module_input == "teacher" and seen is not None:
+        ends = joints[segment.first : segment.last + 1]
+        replace = dict(zip(ends, seen.passed, strict=True))
+
+    def run(scale: float) -> tuple[chain.Outputs, PyTree]:
+        cut = None
+        if segment.first != segment.last:
+            cut = cuts.joint_function(learner.partition, scale, replace)
+        left: Any = model.apply(
+            variables,
+            inputs,
+            train=True,
+            joint=cut,
+            after=after,
+            until=until,
+            mutable=[*state.collections, _SOWN],
+            rngs={"dropout": batch.noise},
+        )
+        return left
+
+    student, left = run(learner.cut_scale)
+    compared = functools.partial(segments.compared, learner, learner.student)
+    signals = method_lib.Signals(
+        student=student,
+        teacher=seen and seen.outputs,
+        labels=batch.labels,
+        epoch=state.step.astype(jnp.float32) / learner.steps_per_epoch,
+        student_joints=_among(joints, segment, compared(student, joints, segment)),
+        teacher_joints=_among(joints, segment, seen.compared) if seen else (),
+        examples=batch.examples,
+        count=learner.examples,
+        key=batch.noise,
+    )
+    more: dict[str, Any] = {}
+    if learner.uncut:
+        # The same values again; the compiler merges the two forward passes.
+        more["student_uncut"] = compared(run(1.0)[0], joints, segment)
+    if learner.facts.needs_heads:
+        more["student_head"] = functools.partial(
+            _head, learner, variables, [*state.collections, _SOWN]
+        )
+    if learner.facts.needs_preacts:
+        more["student_preacts"] = spec.preacts(learner.student, student, joints)
+    if seen is not None:
+        teacher = teacher_outputs.teacher(learner, source)
+        more["teacher_suffix"] = teacher.suffix
+        if learner.facts.needs_heads:
+            more["teacher_head"] = teacher.head
+        if learner.facts.needs_preacts:
+            more["teacher_preacts"] = teacher.preacts(seen.outputs)
+    return dataclasses.replace(signals, **more), left
+
+
+def first_signals(
+    learner: spec.Learner,
+    state: state_lib.TrainState,
     source: teacher_outputs.Source,
     images: jax.Array,
     labels: jax.Array,
-    step: jax.Array,
     noise: jax.Array,
-    examples: jax.Array,
-) -> tuple[method_lib.Signals, PyTree]:
-    """What the method sees of both networks, and what the student's pass leaves.
+) -> method_lib.Signals:
+    """Returns what the method sees of the whole student on images (B, H, W, 3) uint8.
 
-    `noise` is the key of what is drawn in this step: the student's dropout, if it has
-    any, and by the method. `examples` (B,) are the rows of the batch.
+    `state` needs no variables of the method: what it sees decides their shapes.
     """
-    teacher, teacher_joints, passed, extra = None, (), (), {}
+    everything = segments.whole(learner)
+    below = segments.of_images(learner, images)
+    batch = segments.Batch(labels, labels, noise)
+    seen = None
     if learner.teacher is not None:
-        asked = teacher_outputs.teacher(learner, source)
-        teacher, teacher_joints, passed = asked.whole(images)
-        extra["teacher_suffix"] = asked.suffix
-        if learner.facts.needs_heads:
-            extra["teacher_head"] = asked.head
-        if learner.facts.needs_preacts:
-            extra["teacher_preacts"] = asked.preacts(teacher)
-    replace = None
-    if learner.module_input == "teacher":
-        replace = dict(zip(learner.partition.student_joints, passed, strict=True))
-    variables = _variables(params, batch_stats, "student")
-    inputs = learner.student_pixels(images)
-    apply = functools.partial(_student(learner, step).apply, rngs={"dropout": noise})
-
-    def run(scale: float) -> tuple[chain.Outputs, PyTree]:
-        joint = cuts.joint_function(learner.partition, scale, replace)
-        return apply(variables, inputs, train=True, joint=joint, mutable=_LEFT)
-
-    student, new = run(learner.cut_scale)
-    uncut = ()
-    if learner.uncut:
-        # The same values again; the compiler merges the two forward passes.
-        uncut = spec.joints(
-            learner, learner.student, run(1.0)[0], learner.partition.student_joints
-        )
-    joints = learner.partition.student_joints
-    if learner.facts.needs_heads:
-        extra["student_head"] = functools.partial(_head, learner, variables)
-    if learner.facts.needs_preacts:
-        extra["student_preacts"] = spec.preacts(learner.student, student, joints)
-    signals = method_lib.Signals(
-        student=student,
-        teacher=teacher,
-        labels=labels,
-        epoch=step.astype(jnp.float32) / learner.steps_per_epoch,
-        student_joints=spec.joints(learner, learner.student, student, joints),
-        teacher_joints=teacher_joints,
-        student_uncut=uncut,
-        examples=examples,
-        count=learner.examples,
-        key=noise,
-        **extra,
-    )
-    return signals, new
+        teacher = teacher_outputs.teacher(learner, source)
+        seen = teacher.segment(everything, below.teacher)
+    return observe(learner, everything, state, source, seen, below, batch)[0]
 
 
-def _head(learner: spec.Learner, variables: PyTree, activation: jax.Array) -> jax.Array:
-    """The student's logits (N, classes) from activations (N, H, W, C) of its end."""
+def _among(
+    joints: tuple[str, ...], segment: segments.Segment, values: tuple[jax.Array, ...]
+) -> tuple[jax.Array | None, ...]:
+    """Returns the values of a segment's modules among None for all others."""
+    behind = len(joints) - 1 - segment.last
+    return (*[None] * segment.first, *values, *[None] * behind)
+
+
+def _head(
+    learner: spec.Learner, variables: PyTree, mutable: list[str], activation: jax.Array
+) -> jax.Array:
+    """Returns the student's logits (N, classes) from (N, H, W, C) of its end."""
     outputs, _ = learner.student.apply(
         variables,
         activation.astype(learner.student_pixels.dtype),
         train=True,
         after=learner.student.unit_names[-1],
-        mutable=_LEFT,
+        mutable=mutable,
     )
     return outputs.logits
 
 
-def _student(learner: spec.Learner, step: jax.Array) -> chain.Chain:
-    """The student as it is in this step: its gates may be soft."""
-    temperature = learner.temperature(step)
-    if temperature is None:
-        return learner.student
-    return network.soften(learner.student, temperature)
+def _metrics(
+    learner: spec.Learner,
+    segment: segments.Segment,
+    losses: Losses,
+    grads: PyTree,
+    params: PyTree,
+    labels: PyTree,
+) -> segments.Metrics:
+    """Returns the loss, every term, and the norms of gradient and weight decay.
+
+    `params` are those after the update, so that numbers that overflowed are seen before
+    they are saved. A gradient far below the decay means that the module shrinks instead
+    of learning (a danger where its only loss is a mean over many features).
+    """
+    found = [loss.terms | loss.diagnostics for loss in losses]
+    for k, norm in optim.module_norms(grads, labels).items():
+        found[k - segment.first]["grad_norm"] = norm
+    for k, norm in optim.module_norms(optim.decayed(params), labels).items():
+        found[k - segment.first]["decay_norm"] = learner.weight_decay * norm
+    return {"loss": method_lib.total(losses)}, tuple(found)
 
 
-def _variables(params: PyTree, batch_stats: PyTree, part: str) -> PyTree:
-    return {"params": params[part], "batch_stats": batch_stats[part]}
+def _in_order(
+    state: state_lib.TrainState, above: segments.Boundary
+) -> tuple[state_lib.TrainState, segments.Boundary]:
+    """Both unchanged, and nothing that uses `above` runs before `state` is made."""
+    params, above = jax.lax.optimization_barrier((state.params, above))
+    state = dataclasses.replace(state, params=params)
+    if not backend.on_cpu():
+        return state, above
+    # XLA drops barriers on CPU before it schedules, so there has to be a real
+    # dependence, on every weight: each that is left for later keeps activations alive.
+    # Weights are finite, or the run stops; activations may not be.
+    weights = jnp.stack([leaf.ravel()[0] for leaf in jax.tree.leaves(params)]).sum()
+    return state, jax.tree.map(lambda x: x + (0 * weights).astype(x.dtype), above)

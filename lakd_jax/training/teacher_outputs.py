@@ -14,35 +14,36 @@ import jax.numpy as jnp
 
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.models import chain
-from lakd_jax.training import spec
+from lakd_jax.training import segments, spec
 from lakd_jax.training import state as state_lib
 
 PyTree = Any
 Joints = tuple[jax.Array, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What a teacher gives beside a segment. Nothing of it has a gradient.
+
+    Attributes:
+      outputs: what has `logits`, those of the last segment only.
+      compared: what is compared at the end of each module, (B, H, W, C).
+      passed: the activations there.
+    """
+
+    outputs: Any
+    compared: Joints
+    passed: Joints
+
+
 class Teacher(Protocol):
     """What steps ask of a teacher. Nothing that it says has a gradient."""
 
-    def whole(self, images: jax.Array) -> tuple[Any, Joints, Joints]:
-        """Of a batch (B,H,W,3) uint8.
+    def segment(self, segment: segments.Segment, below: jax.Array) -> "Seen":
+        """Returns what its part beside a segment of the student gives.
 
-        Returns:
-          What has `logits`, what is compared at each of the K teacher joints, and the
-          activations there.
-        """
-        ...
-
-    def beside(self, k: int, below: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
-        """Beside module `k` (from 0).
-
-        Args:
-          k: the module.
-          below: the teacher's activation at the end of the module before.
-
-        Returns:
-          What has `logits` in the last module, what is compared at the end of the
-          module, and the activation there (B, H, W, C each).
+        `below` is its activation (B, H, W, C) at the end of the segment before, or
+        images as it takes them.
         """
         ...
 
@@ -55,7 +56,7 @@ class Teacher(Protocol):
         ...
 
     def preacts(self, outputs: Any) -> Joints:
-        """The joints before the next ReLU, from what `whole` gave first."""
+        """The joints before the next ReLU, from the outputs of a whole pass."""
         ...
 
 
@@ -66,25 +67,19 @@ class Live:
     learner: spec.Learner
     variables: PyTree
 
-    def whole(self, images: jax.Array) -> tuple[chain.Outputs, Joints, Joints]:
+    def segment(self, segment: segments.Segment, below: jax.Array) -> "Seen":
         """See `Teacher`."""
-        learner = self.learner
-        outputs = self._run(learner.teacher_pixels(images))
-        names, model = learner.partition.teacher_joints, learner.teacher
+        learner, model = self.learner, self.learner.teacher
         assert model is not None
-        compared = spec.joints(learner, model, outputs, names)
-        passed = tuple(chain.feature_at(outputs, model, name) for name in names)
-        return outputs, compared, passed
-
-    def beside(
-        self, k: int, below: jax.Array
-    ) -> tuple[chain.Outputs, jax.Array, jax.Array]:
-        """See `Teacher`."""
-        names = self.learner.partition.teacher_joints
-        after, until = spec.span(names, k)
+        names = learner.partition.teacher_joints
+        after, until = segment.span(names)
         outputs = self._run(below, after=after, until=until)
-        compared = spec.end(self.learner, outputs, names[k])
-        return outputs, compared, spec.passed(outputs, names[k])
+        compared = segments.compared(learner, model, outputs, names, segment)
+        if len(segment.modules) == len(names):
+            passed = tuple(chain.feature_at(outputs, model, name) for name in names)
+        else:
+            passed = (segments.passed(outputs, names[segment.last]),)
+        return Seen(outputs, compared, passed)
 
     def suffix(self, k: int, activation: jax.Array) -> jax.Array:
         """See `Teacher`; the activation's gradient goes through."""
@@ -126,15 +121,10 @@ class Answers:
     logits: jax.Array
     joints: Joints
 
-    def whole(self, images: jax.Array) -> tuple["Answers", Joints, Joints]:
+    def segment(self, segment: segments.Segment, below: jax.Array) -> "Seen":
         """See `Teacher`; with `lakd.preact` the activations are what is compared."""
-        return self, self.joints, self.joints
-
-    def beside(
-        self, k: int, below: jax.Array
-    ) -> tuple["Answers", jax.Array, jax.Array]:
-        """See `Teacher`; with `lakd.preact` the activation is the compared value."""
-        return self, self.joints[k], self.joints[k]
+        joints = self.joints[segment.first : segment.last + 1]
+        return Seen(self, joints, joints)
 
     def suffix(self, k: int, activation: jax.Array) -> jax.Array:
         """Raises ValueError: outputs cannot be run on."""
@@ -188,6 +178,7 @@ def ask(
     one = functools.partial(spec.augmented, learner, data)
     images = jax.vmap(lambda view, row: one(row[None], view)[0])(views, rows)
     images = spec.shared(learner, images)
-    outputs, joints, _ = Live(learner, variables).whole(images)
-    logits = outputs.logits.astype(jnp.float32)
-    return Answers(logits, joints if "joints" in reads else ())
+    below = learner.teacher_pixels(images)
+    seen = Live(learner, variables).segment(segments.whole(learner), below)
+    logits = seen.outputs.logits.astype(jnp.float32)
+    return Answers(logits, seen.compared if "joints" in reads else ())

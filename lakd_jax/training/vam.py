@@ -9,9 +9,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from lakd_jax import errors
 from lakd_jax.distill.base import method as method_lib
-from lakd_jax.interop import weights
 from lakd_jax.models import chain, folding, vam
 
 PyTree = Any
@@ -22,9 +20,9 @@ def with_entropy(
     losses: Sequence[method_lib.ModuleLoss],
     sown: Mapping[str, Any],
     *,
+    epoch: jax.Array,
     gamma: float,
     owner: Callable[[Sequence[str]], int],
-    epoch: jax.Array,
     starts: Sequence[float],
 ) -> tuple[method_lib.ModuleLoss, ...]:
     """Adds gamma H to a student's losses, H the mean over its gated convolutions.
@@ -58,25 +56,6 @@ def with_entropy(
             weights={**losses[k].weights, TERM: weight},
         )
     return tuple(result)
-
-
-def gated(loaded: weights.Loaded, options: vam.Options | None) -> weights.Loaded:
-    """A student that came from a file (or nowhere) as it is to be trained.
-
-    Raises errors.TeacherError where the file holds gates that are not asked for.
-    """
-    has = loaded.model.vam
-    if has is not None and has != options:
-        raise errors.TeacherError(
-            f"student.init: {loaded.source} has gates that depend on the image, with "
-            f"{_fields(has)}; set student.vam.enabled and give student.vam these "
-            "values, or start from other weights."
-        )
-    return dataclasses.replace(loaded, model=loaded.model.clone(vam=options))
-
-
-def _fields(options: vam.Options) -> str:
-    return ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(options).items())
 
 
 def deployed(model: chain.Chain, variables: PyTree) -> tuple[chain.Chain, PyTree]:

@@ -403,7 +403,7 @@ def test_methods_of_a_seed_see_the_same_images_in_the_same_order(tmp_path, monke
     def seen(method, seed):
         changes = {"method": method, "seed": seed}
         own = single.parts(
-            config_lib.changed(config, changes), tmp_path, bench, teacher
+            phase.first(config_lib.changed(config, changes)), tmp_path, bench, teacher
         )
         steps = own.track.plan.total_steps
         rows = [own.track.rows(step, steps).tolist() for step in range(steps)]

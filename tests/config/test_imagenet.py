@@ -6,7 +6,7 @@ import pytest
 
 from lakd_jax import config as config_lib
 from lakd_jax.config import check
-from lakd_jax.training import setup
+from lakd_jax.training import phase
 
 CONFIG = "configs/imagenet_lakd.py"
 STEPS = 2503  # 1,281,167 images in batches of 512
@@ -34,16 +34,16 @@ def test_pairs_and_methods_go_with_it(arg):
 
 
 def test_the_rate_falls_after_30_60_and_90_epochs():
-    rate = setup.learning_rate(recipe(), STEPS)
+    rate = phase.Phase(recipe()).learning_rate(STEPS)
     told = [float(rate(epoch * STEPS)) for epoch in (0, 29, 31, 61, 91)]
     assert told == pytest.approx([0.2, 0.2, 0.02, 0.002, 0.0002])
 
 
 def test_the_rate_is_in_proportion_to_the_batch():
     for batch, first in ((512, 0.2), (256, 0.1), (2048, 0.8)):
-        assert setup.learning_rate(recipe(batch_size=batch), 1)(0) == pytest.approx(
-            first
-        )
+        assert phase.Phase(recipe(batch_size=batch)).learning_rate(1)(
+            0
+        ) == pytest.approx(first)
 
 
 def test_what_depends_on_the_pair():

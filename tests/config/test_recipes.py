@@ -9,7 +9,7 @@ import pytest
 from lakd_jax import config as config_lib
 from lakd_jax.config import check, recipes
 from lakd_jax.data import order
-from lakd_jax.training import setup
+from lakd_jax.training import phase
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 782
@@ -62,7 +62,7 @@ def published_rate(lr, epoch):
 )
 def test_rate_falls_in_the_step_in_which_the_public_one_does(student, lr):
     c = config("cifar100", f"resnet32x4,{student},kd")
-    schedule = setup.learning_rate(c, STEPS)
+    schedule = phase.Phase(c).learning_rate(STEPS)
     for epoch in (1, 149, 150, 151, 180, 181, 210, 211, 240):
         wanted = published_rate(lr, epoch)
         first, last = (epoch - 1) * STEPS, epoch * STEPS - 1

@@ -77,28 +77,10 @@ def test_devices_take_the_step_of_one(name, tmp_path):
 
     (one, its), (eight, theirs) = taken(1), taken(8)
     np.testing.assert_allclose(theirs["loss"], its["loss"], rtol=1e-4)
-    for part, tolerance in {"batch_stats": 1e-3, "params": 0.0}.items():
+    for part, tolerance in {"collections": 1e-3, "params": 0.0}.items():
         both = (jax.tree.leaves(getattr(s, part)) for s in (eight, one))
         for a, b in zip(*both, strict=True):
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=1e-3)
-
-
-@pytest.mark.long
-def test_seeds_in_one_program_are_those_apart(tmp_path):
-    """What a method draws and remembers is a seed's own."""
-    made = [learner(tmp_path, toys.Toy(), seed=s, **fields("crd")) for s in (0, 1)]
-    one, _, teacher = made[0]
-    data = [state_lib.resident(tiny.split(160, 0), s, one.mesh) for s in (0, 1)]
-    states = [first() for _, first, _ in made]
-    take = functools.partial(step.train_step, one)
-    stacked = (jax.tree.map(lambda *x: jax.numpy.stack(x), *x) for x in (states, data))
-    state, own = stacked
-    every = jax.jit(jax.vmap(take, in_axes=(0, None, 0, None)))
-    _, together = every(state, teacher, own, row())
-    alone = jax.jit(take)
-    for k, first in enumerate(states):
-        _, metrics = alone(first, teacher, data[k], row())
-        np.testing.assert_allclose(together["loss"][k], metrics["loss"], rtol=1e-3)
 
 
 @pytest.mark.long

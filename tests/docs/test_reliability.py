@@ -25,7 +25,7 @@ from lakd_jax.runs import command, single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import hosts, interrupt
 from lakd_jax.store import checkpoint, manifest, workdir
-from lakd_jax.training import modules, setup, spec
+from lakd_jax.training import phase, segments, setup, spec
 from lakd_jax.training import state as state_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -209,7 +209,7 @@ def test_each_use_of_the_seed_follows_it(tmp_path):
     """Promise 13: initial weights, augmentation, dropout and order, each by itself."""
 
     def drawn(seed):
-        first = setup._seed_key(tiny.config(tmp_path, seed=seed), None)
+        first = phase.key(phase.Phase(tiny.config(tmp_path, seed=seed)))
         keys = [first, *state_lib.keys(seed).values()]
         images = order.batch_indices(seed, 0, 50, 8, True)
         return [tuple(x.tolist()) for x in (*map(jax.random.key_data, keys), images)]
@@ -230,6 +230,7 @@ def test_modules_hand_the_teacher_images_as_it_takes_them():
     other = dataclasses.replace(own, mean=(0.5,) * 3)
     learner = types.SimpleNamespace(
         student_pixels=other,
+        teacher=object(),
         teacher_pixels=own,
         view=lambda step: step,
         pad=0,
@@ -237,11 +238,11 @@ def test_modules_hand_the_teacher_images_as_it_takes_them():
         mesh=mesh,
     )
     held = state_lib.resident(split, 0, mesh)
-    below, labels, _ = modules.start(learner, jnp.int32(0), held, rows)
+    below, batch = segments.start(learner, jnp.int32(0), held, rows)
     for given, pixels in ((below.student, other), (below.teacher, own)):
         wanted = (split.images[rows] / 255 - pixels.mean) / np.array(pixels.std)
         np.testing.assert_allclose(given, wanted, atol=1e-6)
-    assert labels.tolist() == split.labels[rows].tolist()
+    assert batch.labels.tolist() == split.labels[rows].tolist()
 
 
 def test_what_the_teacher_sees_is_asked_of_the_config_its_file_and_the_data(tmp_path):
@@ -292,9 +293,9 @@ def test_processes_compare_all_that_must_agree(monkeypatch, tmp_path):
     teacher_lib._frozen(config, loaded, bench)
     assert compared["the teacher"]["params"]
 
-    drawn = {"student": {"w": jnp.ones(3)}}, {"student": {}}
+    drawn = {"student": {"w": jnp.ones(3)}}, {}
     plain = types.SimpleNamespace(optimizer=optax.identity(), mesh=bench.mesh)
-    state = setup._first_state(plain, lambda: drawn, None, None)
+    state = setup._first_state(plain, lambda: drawn, None, phase.Phase(config))
     assert compared["the first state"].params.keys() == state.params.keys()
 
     compared.clear()

@@ -17,8 +17,8 @@ STEPS, EPOCH, EVERY = 10, 5, 3
 
 
 def first_state():
-    params, none = {"student": {"w": np.zeros(3, np.float32)}}, {"student": {}}
-    return state_lib.TrainState(np.zeros((), np.int32), params, none, ())
+    params = {"student": {"w": np.zeros(3, np.float32)}}
+    return state_lib.TrainState(np.zeros((), np.int32), params, {}, ())
 
 
 class Adding:
@@ -35,7 +35,10 @@ class Adding:
         self._seen(int(state.step))
         params = {"student": {"w": state.params["student"]["w"] + 1}}
         self._state = dataclasses.replace(state, step=state.step + 1, params=params)
-        return [{"loss": np.zeros(1), "accuracy": np.zeros(1)}]
+        return {"loss": np.zeros(1), "accuracy": np.zeros(1)}
+
+    def read(self, pending):
+        return pending
 
     def state(self):
         return self._state
@@ -57,7 +60,7 @@ def loop(directory, guard, seen):
         steps_per_dispatch=1,
         keep=2,
     )
-    one = record.Track(plan, directory, 0, None, first_state, None, None)
+    one = record.Track(plan, directory, 0, first_state, None, None)
     return loop_lib.Fit(one, Adding(seen), guard)
 
 

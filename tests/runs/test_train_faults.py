@@ -19,7 +19,7 @@ from lakd_jax.runs import single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
 from lakd_jax.store import checkpoint, workdir
-from lakd_jax.training import evaluate, spec
+from lakd_jax.training import evaluate, phase, spec
 from lakd_jax.training import state as state_lib
 
 
@@ -34,7 +34,7 @@ def train(directory, *, guard=None, teacher=None, method="none", **fields):
     config = config_lib.resolve(tiny.small(directory, method=method, **fields))
     bench = single.bench(config, guard or interrupt.Guard(), lambda text: None)
     with workdir.prepare(directory, config_lib.to_dict(config)):
-        return single.train_one(config, directory, bench, teacher)
+        return single.train_one(phase.first(config), directory, bench, teacher)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from lakd_jax.runs import single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
 from lakd_jax.store import workdir
+from lakd_jax.training import phase
 from lakd_jax.training import state as state_lib
 
 LONG = pytest.mark.long
@@ -50,7 +51,10 @@ def train(config, directory, bench, guard, teacher):
         teacher = teacher_lib.make(kept, own)
     with workdir.prepare(directory, config_lib.to_dict(config)):
         return single.train_one(
-            config, directory, dataclasses.replace(own, guard=guard), teacher
+            phase.first(config),
+            directory,
+            dataclasses.replace(own, guard=guard),
+            teacher,
         )
 
 

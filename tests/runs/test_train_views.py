@@ -20,7 +20,7 @@ from lakd_jax.runs import command, phases, single, teacher_cache, teacher_source
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
 from lakd_jax.store import manifest, workdir
-from lakd_jax.training import setup, spec, step, teacher_outputs
+from lakd_jax.training import segments, setup, spec, step, teacher_outputs
 
 LONG = pytest.mark.long
 VIEWS = 2
@@ -131,7 +131,9 @@ def test_answers_are_what_the_teacher_says_of_that_view(lakd):
     rows = np.array([3, 150, 7, 7])
     for step_number in (0, 12):  # of epochs 0 and 1
         images, _ = spec.batch(learner, jnp.int32(step_number), data, rows)
-        outputs, joints, _ = teacher_outputs.Live(learner, variables).whole(images)
+        below, whole = learner.teacher_pixels(images), segments.whole(learner)
+        seen = teacher_outputs.Live(learner, variables).segment(whole, below)
+        outputs, joints = seen.outputs, seen.compared
         view = step_number // 10
         np.testing.assert_allclose(stored.logits[view, rows], outputs.logits, atol=1e-4)
         np.testing.assert_allclose(stored.joints[1][view, rows], joints[1], atol=1e-4)

@@ -14,7 +14,7 @@ from lakd_jax import config as config_lib
 from lakd_jax import errors, models
 from lakd_jax.interop import weights
 from lakd_jax.runs import single
-from lakd_jax.training import record, setup, spec, step
+from lakd_jax.training import setup, spec, step
 from lakd_jax.training import state as state_lib
 
 
@@ -225,16 +225,8 @@ def test_teacher_is_fed_with_its_own_normalisation(tmp_path):
     @jax.jit
     def observe(state, teacher, data, row):
         images, labels = spec.batch(learner, state.step, data, row)
-        signals, _ = step.observe(
-            learner,
-            state.params,
-            state.batch_stats,
-            teacher,
-            images,
-            labels,
-            state.step,
-            data.noise,
-            row,
+        signals = step.first_signals(
+            learner, state, teacher, images, labels, data.noise
         )
         return images, signals.teacher.logits
 
@@ -255,17 +247,7 @@ def test_teacher_and_student_are_fed_at_their_own_sizes(tmp_path):
 
     def observe(state, teacher, data, row):
         images, labels = spec.batch(learner, state.step, data, row)
-        return step.observe(
-            learner,
-            state.params,
-            state.batch_stats,
-            teacher,
-            images,
-            labels,
-            state.step,
-            data.noise,
-            row,
-        )[0]
+        return step.first_signals(learner, state, teacher, images, labels, data.noise)
 
     signals = jax.eval_shape(observe, state, teacher, data, rows(1)[0])
     assert signals.student.features[0].shape[1:3] == (4, 4)
@@ -282,7 +264,7 @@ def test_batch_statistics_move_once_a_step(lakd):
     def direct(state, data, row):
         images, _ = spec.batch(learner, state.step, data, row)
         return learner.student.apply(
-            record.student_variables(state),
+            state.variables("student"),
             learner.student_pixels(images),
             train=True,
             mutable=["batch_stats"],
@@ -290,7 +272,7 @@ def test_batch_statistics_move_once_a_step(lakd):
 
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-        after[0][0].batch_stats["student"],
+        after[0][0].collections["batch_stats"]["student"],
         direct(state, data, rows(1)[0]),
     )
 
@@ -302,7 +284,7 @@ def test_student_variables_are_the_plain_network(lakd):
     plain = jax.eval_shape(
         lambda: learner.student.init(jax.random.key(0), images, train=False)
     )
-    student = record.student_variables(state)
+    student = state.variables("student")
     assert jax.tree.structure(student) == jax.tree.structure(dict(plain))
     assert state.params["method"]  # there was something to leave behind
 
@@ -323,7 +305,7 @@ def test_without_beta_tap_methods_are_kd_with_their_weights(method, tmp_path):
         plain.params["student"],
     )
     shapes, wanted = (
-        jax.tree.map(jnp.shape, record.student_variables(s)) for s in (ours, plain)
+        jax.tree.map(jnp.shape, s.variables("student")) for s in (ours, plain)
     )
     assert shapes == wanted and ours.params["method"]
 

@@ -21,7 +21,7 @@ from lakd_jax.interop import weights
 from lakd_jax.local import cuts
 from lakd_jax.models import folding, vam
 from lakd_jax.runs import command, single
-from lakd_jax.training import optim, record, setup, step
+from lakd_jax.training import optim, phase, setup, step
 from lakd_jax.training import state as state_lib
 from lakd_jax.training import vam as vam_lib
 
@@ -41,7 +41,7 @@ def made(tmp_path, **fields):
     teacher = dataclasses.replace(plain, variables=tiny.variables(plain.model))
     learner, first = setup.learner(
         config,
-        vam_lib.gated(plain, setup.vam_options(config)),
+        weights.gated(plain, setup.vam_options(config)),
         teacher if config.method != "none" else None,
         teacher_pixels=setup.pixels(config),
         image_shape=(8, 8, 3),
@@ -257,7 +257,7 @@ def loaded(path, part="teacher"):
 def last_variables(folder, config, result_of):
     """The student's variables in the last checkpoint of a run."""
     bench = single.bench(config, guard(), print)
-    own = single.parts(config, folder / result_of, bench, None)
+    own = single.parts(phase.first(config), folder / result_of, bench, None)
     (trained,) = single.job(own, bench).run()
     return own.student.model, trained.last
 
@@ -342,5 +342,5 @@ def test_the_student_alone_has_the_block():
 
 def test_variables_in_evaluation_hold_no_intermediates(tmp_path):
     state, _ = run_steps(made(tmp_path, method="none", **VAM), ROWS[:1])
-    assert set(record.student_variables(state)) == {"params", "batch_stats"}
-    assert set(state.batch_stats) == {"student", "method"}
+    assert set(state.variables("student")) == {"params", "batch_stats"}
+    assert set(state.collections["batch_stats"]) == {"student", "method"}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 
 import jax
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import test_train_step as steps
 import tiny
 
-from lakd_jax.training import modules, step
+from lakd_jax.training import segments, step
 
 READINGS = {
     "default": {},
@@ -38,10 +37,11 @@ QUICK = ("default", "several")
 def both_ways(made, row):
     """(state, metrics) of two steps, module by module and by one gradient."""
     learner, state, teacher, data = made
-    assert learner.isolated
+    one = dataclasses.replace(learner, regularise=lambda losses, sown, epoch: losses)
+    assert [len(segments.of_student(x)) for x in (learner, one)] == [3, 1]
     results = []
-    for take in (modules.isolated_step, step.whole_step):
-        program, now = jax.jit(functools.partial(take, learner)), state
+    for each in (learner, one):
+        program, now = jax.jit(functools.partial(step.train_step, each)), state
         for _ in range(2):
             now, metrics = program(now, teacher, data, row)
         results.append((now, metrics))
@@ -74,13 +74,14 @@ def lakd(tmp_path_factory):
 
 def test_a_module_follows_its_own_loss(lakd):
     learner, state, teacher, data = lakd
-    below, labels, noise = modules.start(learner, state.step, data, steps.rows(1)[0])
+    below, batch = segments.start(learner, state.step, data, steps.rows(1)[0])
+    segment = segments.Segment(0, 0)
 
     def first_module(learner):
-        own = modules.module_state(learner, state, 0)
-        part = modules.teacher_part(learner, teacher, 0)
-        program = jax.jit(functools.partial(modules.module_step, learner, 0))
-        new, *_ = program(own, part, below, labels, noise)
+        own = segments.state_of(learner, state, segment)
+        part = segments.teacher_of(learner, teacher, segment)
+        program = jax.jit(functools.partial(step.segment_step, learner, segment))
+        new, *_ = program(own, part, below, batch)
         return new.params
 
     heavier = learner.method.options
@@ -92,20 +93,53 @@ def test_a_module_follows_its_own_loss(lakd):
     assert np.abs(same - changed).max() > 0
 
 
+def parts_of(learner, state):
+    return [segments.state_of(learner, state, s) for s in segments.of_student(learner)]
+
+
 def test_states_of_modules_are_the_whole_and_share_nothing(lakd):
     learner, state, _, _ = lakd
-    parts = [modules.module_state(learner, state, k) for k in range(3)]
+    parts = parts_of(learner, state)
     counts = [len(jax.tree.leaves(p.params)) for p in parts]
     assert sum(counts) == len(jax.tree.leaves(state.params)) and min(counts) > 0
-    joined = modules.rearranged(state, *parts)
+    joined = segments.joined(state, *parts)
     jax.tree.map(np.testing.assert_array_equal, joined, state)
     with pytest.raises(KeyError):
-        modules.rearranged(state, *parts[:2])
+        segments.joined(state, *parts[:2])
+
+
+def test_names_can_be_removed_and_restored(lakd):
+    """Of parameters, momentum and statistics alike."""
+    learner, state, _, _ = lakd
+    for segment, part in zip(
+        segments.of_student(learner), parts_of(learner, state), strict=True
+    ):
+        names = segments.student_names(learner, segment)
+        placed = segments.renamed_state(names.remove, part)
+        assert "block1" not in str(jax.tree.structure(placed))
+        again = segments.renamed_state(names.restore, placed)
+        jax.tree.map(np.testing.assert_array_equal, again, part)
+        assert jax.tree.structure(again.params) == jax.tree.structure(part.params)
+        leaves = [jax.tree.leaves(x.opt_state) for x in (placed, part)]
+        assert len(leaves[0]) == len(leaves[1]) > 0
+
+
+def test_units_are_handed_over_in_the_order_of_the_network():
+    """block10 comes before block2 in the alphabet."""
+    units = tuple(f"stage1.block{k}" for k in range(1, 12))
+    tree = {"stage1": {f"block{k}": {"w": np.float32(k)} for k in range(1, 12)}}
+    placed = segments.Names(units).remove({"student": tree})
+    assert [unit["w"] for unit in placed["units"]] == [*range(1, 12)]
+    assert segments.Names(units).restore(placed)["student"] == tree
+    with pytest.raises(KeyError, match="block11"):
+        segments.Names(units[:-1]).remove({"student": tree})
 
 
 def test_a_module_needs_only_its_own_part_of_the_teacher(lakd, tmp_path):
     learner, _, teacher, _ = lakd
-    parts = [modules.teacher_part(learner, teacher, k) for k in range(3)]
+    parts = [
+        segments.teacher_of(learner, teacher, s) for s in segments.of_student(learner)
+    ]
     assert [set(p["params"]) for p in parts] == [
         {"stem", "stage1"},
         {"stage2"},
@@ -113,25 +147,21 @@ def test_a_module_needs_only_its_own_part_of_the_teacher(lakd, tmp_path):
     ]
     fields = {"method": "lakd", "lakd.task": "teacher_suffix"}
     learner, _, teacher, _ = steps.small(tmp_path, 1, **fields)
-    assert "head" in modules.teacher_part(learner, teacher, 1)["params"]
+    second = segments.teacher_of(learner, teacher, segments.Segment(1, 1))
+    assert "head" in second["params"]
 
 
 @pytest.mark.parametrize(
-    ("fields", "taken"),
+    ("fields", "count"),
     [
-        ({}, "isolated_step"),
-        ({"local.cut_scale": 0.5}, "whole_step"),
-        ({"lakd.att_global": True}, "whole_step"),
-        ({"lakd.task": "aux_heads"}, "whole_step"),
-        ({"method": "kd"}, "whole_step"),
-        ({"method": "none"}, "whole_step"),
+        ({}, 3),
+        ({"local.cut_scale": 0.5}, 1),
+        ({"lakd.att_global": True}, 1),
+        ({"lakd.task": "aux_heads"}, 1),
+        ({"method": "kd"}, 1),
+        ({"method": "none"}, 1),
     ],
 )
-def test_what_crosses_a_cut_is_not_run_module_by_module(
-    fields, taken, tmp_path, monkeypatch
-):
-    for module, name in ((modules, "isolated_step"), (step, "whole_step")):
-        monkeypatch.setattr(module, name, lambda *_, name=name: name)
-    learner, _, teacher = steps.learner_of(tmp_path, 1, tiny.SMALL, **fields)
-    state = types.SimpleNamespace(step=0)
-    assert step.train_step(learner, state, teacher, None, steps.rows(1)[0]) == taken
+def test_what_crosses_a_cut_is_in_one_segment(fields, count, tmp_path):
+    learner, *_ = steps.learner_of(tmp_path, 1, tiny.SMALL, **fields)
+    assert len(segments.of_student(learner)) == count

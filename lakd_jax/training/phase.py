@@ -1,0 +1,104 @@
+"""How a training differs from a plain one: networks may be trained in phases."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, ClassVar
+
+import jax
+import optax
+
+from lakd_jax import config as config_lib
+from lakd_jax import models
+from lakd_jax.distill.base import method as method_lib
+from lakd_jax.models import chain
+from lakd_jax.training import dot, optim
+from lakd_jax.training import state as state_lib
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A plain training; a network's own phases override what differs.
+
+    Attributes:
+      config: of the run, resolved, with the epochs of this phase.
+      facts: what the result also says.
+      purpose: what the initial weights are drawn for, see `state`.
+      keeps_best: whether what is kept is the best epoch on minival, not the last.
+    """
+
+    config: config_lib.ConfigDict
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    purpose: ClassVar[int] = state_lib.INITIALISE
+    keeps_best: ClassVar[bool] = False
+
+    def learning_rate(self, steps_per_epoch: int) -> optax.Schedule:
+        """Returns the schedule that `config.optim` describes."""
+        o = self.config.optim
+        scale = self.config.batch_size / o.lr_batch if o.lr_batch else 1.0
+        return optim.schedule(
+            o.schedule,
+            o.lr * scale,
+            epochs=self.config.epochs,
+            steps_per_epoch=steps_per_epoch,
+            milestones=o.milestones,
+            decay=o.decay,
+            warmup_epochs=o.warmup_epochs,
+        )
+
+    def optimizer(
+        self, steps_per_epoch: int, labels: PyTree
+    ) -> optax.GradientTransformation:
+        """Returns the optimiser of parameters with these labels, see `optim.sgd`."""
+        o, rate = self.config.optim, self.learning_rate(steps_per_epoch)
+        if o.dot_delta:
+            return dot.sgd(
+                rate,
+                momentum=o.momentum,
+                delta=o.dot_delta,
+                weight_decay=o.weight_decay,
+            )
+        return optim.sgd(
+            rate,
+            momentum=o.momentum,
+            nesterov=o.nesterov,
+            weight_decay=o.weight_decay,
+            clip_norm=o.clip_norm,
+            labels=labels,
+        )
+
+    def student_at(
+        self, student: chain.Chain, steps_per_epoch: int
+    ) -> Callable[[Any], chain.Chain] | None:
+        """Returns what gives the student as it is in a step; None: always the same."""
+        del student, steps_per_epoch
+        return None
+
+    def first_variables(self, drawn: PyTree) -> PyTree:
+        """Returns the student's variables at the start, given those that were drawn."""
+        return drawn
+
+    def method(self) -> method_lib.Method | None:
+        """Returns the method where the network needs a form of its own."""
+        return None
+
+
+def module_of(network: str) -> ModuleType | None:
+    """Returns the module with the phases of a network; None where there are none."""
+    name = models.family(network).PHASES
+    return importlib.import_module(name) if name else None
+
+
+def first(config: config_lib.ConfigDict) -> Phase:
+    """Returns the first phase of a run, or the only one."""
+    module = module_of(config.student.name)
+    return module.first(config) if module else Phase(config)
+
+
+def key(phase: Phase) -> jax.Array:
+    """Returns the key of the initial weights."""
+    return jax.random.fold_in(jax.random.key(phase.config.seed), phase.purpose)
