@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# Throughput on an accelerator, for RESULTS.md: both pairs at both batch sizes, KD and
-# LAKD, both types, against compiled PyTorch and, if PEER names one, another library; then
-# several seeds in one program.
+# Measures throughput on an accelerator, for RESULTS.md: both pairs at both batch sizes,
+# KD and LAKD, both types, against compiled PyTorch and, if PEER names one, another
+# library.
 #
 #   benchmarks/accelerator.sh        # all parts, then the table
 #   benchmarks/accelerator.sh 1 2    # these parts
 #
-# A part is a pair at a batch size, the last one is the seeds. It ends after LIMIT_S
-# seconds, five parts within 25 minutes; every measurement is recorded when it is made and not made again, so what a
-# limit cut off is what the same command does next. The sizes can be set from outside:
+# A part is a pair at a batch size. It ends after LIMIT_S seconds, four parts within 20
+# minutes. Every measurement is recorded when it is made and is not repeated, so the
+# same command continues where a limit stopped it. The sizes can be set from outside:
 #
 #   PAIRS="resnet14,resnet8" BATCHES=4 TORCH=eager benchmarks/accelerator.sh \
 #     --rounds=2 --steps=1 --matmul_side=64 --copy_mib=1
 #
-# Exit codes: 0 all is recorded; 1 something cannot be measured here; 3 a limit was met.
+# Exit codes: 0 all is recorded; 1 something cannot be measured here; 3 a limit was
+# reached.
 set -u
 cd "$(dirname "$0")/.."
 
@@ -25,8 +26,6 @@ DTYPES=${DTYPES:-float32,bfloat16}
 TORCH=${TORCH:-compile}
 PEER=${PEER:-}
 LIMIT_S=${LIMIT_S:-300}
-SEEDS=${SEEDS:-5}
-SEEDS_PAIR=${SEEDS_PAIR:-resnet56,resnet20}
 RESULTS=${RESULTS:-benchmarks/results/throughput}
 
 parts=() flags=(--rounds=10 --steps=20)
@@ -53,18 +52,12 @@ for batch in $BATCHES; do
     case $? in
       0) ;;
       124 | 137)
-        echo "part $number met its limit of $LIMIT_S s; the same command goes on"
+        echo "part $number reached its limit of $LIMIT_S s; the same command continues it"
         status=3
         ;;
       *) exit 1 ;;
     esac
   done
 done
-number=$((number + 1))
-if [ ${#parts[@]} -eq 0 ] || [[ " ${parts[*]} " == *" $number "* ]]; then
-  echo "== part $number: $SEEDS seeds of $SEEDS_PAIR"
-  timeout --signal=INT --kill-after=20 "$LIMIT_S" \
-    "$PYTHON" -m benchmarks.seeds --pair="$SEEDS_PAIR" --seeds="$SEEDS" || status=3
-fi
 "$PYTHON" -m benchmarks.throughput --table --results="$RESULTS"
 exit $status

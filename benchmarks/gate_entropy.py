@@ -1,4 +1,4 @@
-"""The gates of a finished HME run, for a record and a table of benchmarks.compare."""
+"""The gates of a finished HME run: their entropies, for records and a table."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from lakd_jax.training import state as state_lib
 Entropies = dict[str, dict[str, Any]]  # by temperature: of each gate, and their mean
 
 
-def tell(directory: Path) -> dict[str, Any]:
+def measure(directory: Path) -> dict[str, Any]:
     """What the gates of a run's stage 1 say, and what they said before training."""
     loaded, card = weights.student(
         directory / workdir.STAGE1 / workdir.STUDENT, "float32"

@@ -51,23 +51,23 @@ def check(commands: Sequence[list[str]]) -> dict[str, Any]:
 
 def memory() -> dict[str, int | None]:
     """Peaks in bytes: of the first device where its backend counts, of the process."""
-    told = jax.local_devices()[0].memory_stats() or {}
+    report = jax.local_devices()[0].memory_stats() or {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024
-    return {"device": told.get("peak_bytes_in_use"), "process": peak * unit}
+    return {"device": report.get("peak_bytes_in_use"), "process": peak * unit}
 
 
-def run(told: Path, command: list[str], guard: interrupt.Guard) -> None:
-    """Trains; `told` then holds the memory or the error, or is not there: stopped."""
+def run(report: Path, command: list[str], guard: interrupt.Guard) -> None:
+    """Trains; `report` then holds the memory or the error, or is not there: stopped."""
     try:
         config, directory, _ = command_line.parse(command)
         command_lib.run(config, directory, guard=guard)
     except interrupt.Interrupted:
         raise
     except BaseException as error:
-        workdir.write_json(told, {"error": f"{type(error).__name__}: {error}"})
+        workdir.write_json(report, {"error": f"{type(error).__name__}: {error}"})
         raise
-    workdir.write_json(told, {"memory": memory()})
+    workdir.write_json(report, {"memory": memory()})
 
 
 def _end_with(parent: int) -> None:
@@ -88,8 +88,8 @@ def main() -> None:
         print(json.dumps(check(json.load(sys.stdin))))
         return
     _end_with(os.getppid())
-    told, command = Path(sys.argv[1]), sys.argv[2:]
-    cli.end_with(lambda guard: run(told, command, guard))
+    report, command = Path(sys.argv[1]), sys.argv[2:]
+    cli.end_with(lambda guard: run(report, command, guard))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Which trainings a table needs, each with its command, in the order they are made."""
+"""The trainings that a table needs, each with its command, in the order of training."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -9,15 +10,35 @@ from lakd_jax.config import command_line, recipes
 
 FOLDER = "folder:"
 
-# What the harness itself sets, so that an override would not mean what it says.
+# What the table itself sets, so that an override would not mean what it says.
 _OWN = ("method", "seed", "seeds", "epochs", "baselines", "student.name")
 _OWN += ("teacher.name", "teacher.init", "teacher.epochs", "teacher.lr")
 _OWN += ("teacher.seed", "teacher.cache")
 
+# A title may have "=" in it, what follows the last one before METHOD may not.
+_ARM = re.compile(r"(?P<title>\w[^/]*?)=(?P<spec>[^=:,\s]+(:.*)?)")
+_COMMA = re.compile(r",(?![^(\[]*[)\]])")  # outside of brackets
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A method, and the fields that it alone changes: a row of a table.
+
+    Attributes:
+      name: of its directories and records.
+      title: of its row.
+      overrides: FIELD=VALUE of the configuration.
+    """
+
+    name: str
+    title: str
+    method: str
+    overrides: tuple[str, ...] = ()
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What was asked for on the command line.
+    """What the command line asks for.
 
     Attributes:
       data: digits, cifar10, cifar100 or folder:DIR.
@@ -30,7 +51,7 @@ class Request:
 
     data: str
     pairs: tuple[tuple[str, str], ...]
-    methods: tuple[str, ...]
+    arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     epochs: int
     overrides: tuple[str, ...]
@@ -43,30 +64,27 @@ class Job:
     """One training.
 
     Attributes:
-      name: also that of its record below `out`/records.
-      pair: (teacher, student); a teacher's own are (itself, itself).
+      name: of its record.
+      label: for people; jobs that differ by their seed alone have the same.
+      pair: (teacher, student); a teacher's is (itself, itself).
+      arm: name of the arm; "" for a teacher.
       seed: None of a teacher, which all seeds share.
-      command: of main.py, without what depends on `out` and the seed.
-      directory: of the command; with a seed, the run's is `directory`/seedN.
+      settings: main.py's arguments as they are recorded, the same on every machine.
+      argv: all of main.py's arguments.
+      directory: of the run.
       teacher: name of the job that has to be finished before; "" for none.
-      init: directory of that job.
     """
 
     name: str
+    label: str
     pair: tuple[str, str]
+    arm: str
     method: str
     seed: int | None
-    command: tuple[str, ...]
+    settings: tuple[str, ...]
+    argv: tuple[str, ...]
     directory: Path
-    teacher: str
-    init: Path | None
-
-    @property
-    def run(self) -> Path:
-        """Where the training leaves its result."""
-        if self.seed is None:
-            return self.directory
-        return self.directory / f"seed{self.seed}"
+    teacher: str = ""
 
 
 def pairs(text: str) -> tuple[tuple[str, str], ...]:
@@ -80,30 +98,58 @@ def pairs(text: str) -> tuple[tuple[str, str], ...]:
     return tuple(dict.fromkeys((a, b) for a, b in found))
 
 
-def methods(text: str) -> tuple[str, ...]:
-    """The names in a list with commas; ConfigError for those that do not exist."""
-    found, faults = tuple(dict.fromkeys(text.split(","))), []
-    for name in found:
+def methods(text: str) -> tuple[Arm, ...]:
+    """An arm per name in a list with commas; ConfigError for unknown names."""
+    names = tuple(dict.fromkeys(text.split(",")))
+    _require_known("--methods", names)
+    return tuple(Arm(name, distill.title(name), name) for name in names)
+
+
+def arm(text: str) -> Arm:
+    """Parses "TITLE=METHOD" or "TITLE=METHOD:FIELD=VALUE,..."."""
+    found = _ARM.fullmatch(text)
+    if found is None:
+        raise errors.ConfigError(
+            [f"--arm={text}: must be TITLE=METHOD[:FIELD=VALUE,...], no / in TITLE"]
+        )
+    parsed = arm_of(found["title"], found["spec"])
+    _require_known(f"--arm={text}", [parsed.method])
+    return parsed
+
+
+def arm_of(title: str, spec: str) -> Arm:
+    """An arm by its title and "METHOD" or "METHOD:FIELD=VALUE,..."."""
+    method, _, fields = spec.partition(":")
+    overrides = tuple(_COMMA.split(fields)) if fields else ()
+    return Arm(title.replace(" ", "_"), title, method, overrides)
+
+
+def _require_known(flag: str, names: Sequence[str]) -> None:
+    faults = []
+    for name in names:
         try:
             distill.parts(name)
         except ValueError as error:
-            faults.append(f"--methods: {error}")
+            faults.append(f"{flag}: {error}")
     if faults:
         raise errors.ConfigError(faults)
-    return found
 
 
 def require(request: Request) -> None:
-    """Raises ConfigError for overrides of what the harness sets, and odd teachers."""
-    faults = [
-        f"--override={override}: must be FIELD=VALUE"
-        for override in request.overrides
-        if "=" not in override
-    ]
+    """Raises ConfigError for overrides of what the table sets, and odd teachers."""
+    given = [(f"--override={override}", override) for override in request.overrides]
+    given += [(f"--arm={a.title}: {o}", o) for a in request.arms for o in a.overrides]
+    faults = [f"{flag}: must be FIELD=VALUE" for flag, o in given if "=" not in o]
     faults += [
-        f"--override={override}: the table sets {field} itself"
-        for override in request.overrides
+        f"{flag}: the table sets {field} itself"
+        for flag, override in given
         if (field := override.partition("=")[0]) in _OWN
+    ]
+    names = [arm.name for arm in request.arms]
+    faults += [
+        f"--arm={name}: two arms have this name"
+        for name in sorted(set(names))
+        if names.count(name) > 1
     ]
     wanted = {teacher for teacher, _ in request.pairs}
     faults += [
@@ -116,63 +162,73 @@ def require(request: Request) -> None:
 
 
 def jobs(request: Request) -> list[Job]:
-    """All trainings; a teacher stands right before the first that needs it.
+    """Returns all trainings; a teacher stands right before the first that needs it.
 
-    Seed by seed, so that a budget that ends early leaves fewer seeds, not fewer methods
+    Seed by seed, so that a budget that ends early leaves fewer seeds, not fewer arms
     or pairs.
     """
     found: dict[str, Job] = {}
     for seed in request.seeds:
         for pair in request.pairs:
-            for method in request.methods:
-                for job in _with_teacher(request, pair, method, seed):
+            for arm in request.arms:
+                for job in _with_teacher(request, pair, arm, seed):
                     found.setdefault(job.name, job)
     return list(found.values())
 
 
 def _with_teacher(
-    request: Request, pair: tuple[str, str], method: str, seed: int
+    request: Request, pair: tuple[str, str], arm: Arm, seed: int
 ) -> Iterator[Job]:
     teacher, student = pair
-    given, own = [], None
-    if distill.facts(method).needs_teacher:
+    given, needed = [], None
+    if distill.facts(arm.method).needs_teacher:
         if teacher in request.teachers:
             given = [f"teacher.init={request.teachers[teacher]}"]
         else:
-            own = _teacher(request, teacher)
-            yield own
-    place = f"{teacher}-{student}/{method}"
+            needed = _teacher(request, teacher)
+            yield needed
+    overrides = [*request.overrides, *arm.overrides, *given]
+    settings = _settings(request, pair, arm.method, overrides)
+    name = f"{teacher}-{student}/{arm.name}/seed{seed}"
+    directory = request.out / "runs" / name
+    argv = [*settings, f"--workdir={directory}"]
+    if needed:
+        argv.append(override(f"teacher.init={needed.directory}"))
     yield Job(
-        name=f"{place}/seed{seed}",
+        name=name,
+        label=f"{teacher} -> {student}, {arm.name}",
         pair=pair,
-        method=method,
+        arm=arm.name,
+        method=arm.method,
         seed=seed,
-        command=_command(request, pair, method, [*request.overrides, *given]),
-        directory=request.out / "runs" / place,
-        teacher=own.name if own else "",
-        init=own.directory if own else None,
+        settings=settings,
+        argv=(*argv, override(f"seed={seed}")),
+        directory=directory,
+        teacher=needed.name if needed else "",
     )
 
 
 def _teacher(request: Request, name: str) -> Job:
-    place = f"teachers/{name}"
     kept = [o for o in request.overrides if not o.startswith(("student.", "teacher."))]
+    settings = _settings(request, (name, name), "none", kept)
+    directory = request.out / "runs" / "teachers" / name
     return Job(
-        name=place,
+        name=f"teachers/{name}",
+        label=f"{name}, teacher",
         pair=(name, name),
+        arm="",
         method="none",
         seed=None,
-        command=_command(request, (name, name), "none", kept),
-        directory=request.out / "runs" / place,
-        teacher="",
-        init=None,
+        settings=settings,
+        argv=(*settings, f"--workdir={directory}"),
+        directory=directory,
     )
 
 
-def _command(
+def _settings(
     request: Request, pair: tuple[str, str], method: str, overrides: Sequence[str]
 ) -> tuple[str, ...]:
-    """main.py's arguments but the directory and the seeds."""
+    """Returns main.py's arguments without what depends on `out` and the seed."""
     if request.data == "digits":
         base = f"--config=configs/digits_lakd.py:{method}"
         fields = [f"teacher.name={pair[0]}", f"student.name={pair[1]}"]
@@ -181,14 +237,15 @@ def _command(
         base, fields = f"--config=configs/{data}.py:{','.join((*pair, method))}", []
     if request.data.startswith(FOLDER):
         fields.append(f"data.source={request.data}")
-    config, _, _ = command_line.parse([base, *map(_override, fields)])
+    config, _, _ = command_line.parse([base, *map(override, fields)])
     shorter = recipes.shortened(config, request.epochs or config.epochs)
     fields += [f"{field}={_literal(value)}" for field, value in shorter.items()]
     fields += [*overrides, "baselines=()"]
-    return (base, *map(_override, fields))
+    return (base, *map(override, fields))
 
 
-def _override(field: str) -> str:
+def override(field: str) -> str:
+    """Returns FIELD=VALUE as an argument of main.py."""
     return f"--config.{field}"
 
 
@@ -197,27 +254,3 @@ def _literal(value: object) -> str:
     if isinstance(value, tuple):
         return f"({', '.join(map(_literal, value))},)"
     return f"{value:.10g}" if isinstance(value, float) else str(value)
-
-
-def command(group: Sequence[Job]) -> list[str]:
-    """main.py's arguments for jobs that differ by their seed alone."""
-    first = group[0]
-    fields = [*first.command, f"--workdir={first.directory}"]
-    if first.init:
-        fields.append(_override(f"teacher.init={first.init}"))
-    if first.seed is not None:
-        seeds = ", ".join(str(job.seed) for job in group)
-        fields.append(_override(f"seeds=({seeds},)"))
-    return fields
-
-
-def groups(waiting: Sequence[Job], *, together: bool) -> list[list[Job]]:
-    """Jobs that one process trains: alone, or all seeds of a pair and method.
-
-    Args:
-      together: whether the device trains several seeds in one program.
-    """
-    found: dict[object, list[Job]] = {}
-    for job in waiting:
-        found.setdefault(job.directory if together else job.name, []).append(job)
-    return list(found.values())

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks import intervals, plan, published, records
-from lakd_jax import distill
 from lakd_jax.report import summary, table
 
 BASELINE = "kd"
@@ -27,17 +26,17 @@ Records = Mapping[str, records.Record]
 
 
 def render(request: plan.Request, jobs: Sequence[plan.Job], kept: Records) -> str:
-    """A table a pair, what the columns mean below, and what was run on what."""
+    """Returns one table per pair, the meaning of the columns, and what ran where."""
     parts, cited = [], []
     for pair in request.pairs:
-        own = [job for job in jobs if job.pair == pair and job.seed is not None]
-        needed = {job.teacher for job in own}
+        students = [job for job in jobs if job.pair == pair and job.seed is not None]
+        needed = {job.teacher for job in students}
         teachers = [job for job in jobs if job.name in needed]
-        body = [_teacher(request, pair, teachers, own, kept)]
-        for method in request.methods:
-            mine = [job for job in own if job.method == method]
-            body.append(_method(request, pair, mine, own, kept))
-            body += _failures(mine, kept)
+        body = [_teacher(request, pair, teachers, students, kept)]
+        for arm in request.arms:
+            of_arm = [job for job in students if job.arm == arm.name]
+            body.append(_arm(request, arm, of_arm, students, kept))
+            body += _failures(arm, of_arm, kept)
         cited += [line[-2] for line in body]
         grid = table.grid(_HEADER, body, _WORDS)
         parts.append(f"### {pair[0]} -> {pair[1]}\n\n{grid}")
@@ -45,7 +44,7 @@ def render(request: plan.Request, jobs: Sequence[plan.Job], kept: Records) -> st
 
 
 def _results(jobs: Iterable[plan.Job], kept: Records) -> dict[int | None, Any]:
-    """Of the jobs that are finished, by seed."""
+    """Returns the results of the jobs that are finished, by seed."""
     return {
         job.seed: kept[job.name]["result"]
         for job in jobs
@@ -69,13 +68,13 @@ def _teacher(
     students: Sequence[plan.Job],
     kept: Records,
 ) -> list[str]:
-    """Its row: as its students tested it, or as its own training did."""
+    """Returns the teacher's row: as its students tested it, else as its own run did."""
     name = pair[0]
-    told = [r["teacher_test"] for r in _results(students, kept).values()]
-    tested = [score["accuracy"] for score in told if score]
-    own = _results(teachers, kept)
-    tested = tested[:1] or list(_last(own).values())
-    best = [f"{100 * accuracy:.2f}" for accuracy in _best(own)]
+    scores = [r["teacher_test"] for r in _results(students, kept).values()]
+    tested = [score["accuracy"] for score in scores if score]
+    results = _results(teachers, kept)
+    tested = tested[:1] or list(_last(results).values())
+    best = [f"{100 * accuracy:.2f}" for accuracy in _best(results)]
     note = "given" if name in request.teachers else ""
     for job in teachers:
         if "error" in kept.get(job.name, {}):
@@ -85,52 +84,46 @@ def _teacher(
     return [*cells, _published(request.data, pair, "teacher"), note]
 
 
-def _method(
+def _arm(
     request: plan.Request,
-    pair: tuple[str, str],
+    arm: plan.Arm,
     jobs: Sequence[plan.Job],
-    others: Sequence[plan.Job],
+    students: Sequence[plan.Job],
     kept: Records,
 ) -> list[str]:
-    """The row of all seeds of a method that are finished."""
-    method, results = jobs[0].method, _results(jobs, kept)
-    base = _results((job for job in others if job.method == BASELINE), kept)
-    difference = None
-    if method != BASELINE:
+    """Returns the row of all seeds of an arm that are finished."""
+    results, difference = _results(jobs, kept), None
+    plain = [a.name for a in request.arms if a.method == BASELINE and not a.overrides]
+    if arm.name not in plain:
+        base = _results((job for job in students if job.arm in plain[:1]), kept)
         difference = intervals.paired(_last(results), _last(base))
+    missing = [str(job.seed) for job in jobs if job.name not in kept]
+    # A published number is of the method as it is.
+    cited = _published(request.data, jobs[0].pair, arm.method)
     return [
-        distill.title(method),
+        arm.title,
         _interval(intervals.of(list(_last(results).values()))),
         _interval(intervals.of(_best(results))),
         difference.text(sign=True) if difference else "-",
         *_costs(jobs, kept),
-        _published(request.data, pair, method),
-        "; ".join(_notes(jobs, results, kept)),
+        "-" if arm.overrides else cited,
+        f"not run: seed {', '.join(missing)}" if missing else "",
     ]
 
 
-def _notes(
-    jobs: Sequence[plan.Job], results: Mapping[Any, Any], kept: Records
-) -> Iterator[str]:
-    together = sorted({r["together"] for r in results.values()} - {1})
-    if together:
-        yield f"{' or '.join(map(str, together))} seeds in one program"
-    missing = [str(job.seed) for job in jobs if job.name not in kept]
-    if missing:
-        yield f"not run: seed {', '.join(missing)}"
-
-
-def _failures(jobs: Sequence[plan.Job], kept: Records) -> Iterator[list[str]]:
-    """A row for each run that failed."""
+def _failures(
+    arm: plan.Arm, jobs: Sequence[plan.Job], kept: Records
+) -> Iterator[list[str]]:
+    """Yields a row for each run that failed."""
     for job in jobs:
         if "error" in kept.get(job.name, {}):
-            name = f"{distill.title(job.method)}, seed {job.seed}"
+            name = f"{arm.title}, seed {job.seed}"
             note = f"failed: {first_line(kept[job.name]['error'])}"
             yield [name, *["-"] * (len(_HEADER) - 2), note]
 
 
 def first_line(text: str) -> str:
-    """Of an error; "no reason given" of an empty one."""
+    """Returns the first line of an error; "no reason given" if it is empty."""
     return next(iter(text.splitlines()), "no reason given")
 
 
@@ -139,7 +132,7 @@ def _interval(found: intervals.Interval | None) -> str:
 
 
 def _costs(jobs: Sequence[plan.Job], kept: Records) -> list[str]:
-    """Speed and time as means over the runs, memory as the largest."""
+    """Returns means of speed and time over the runs, and the largest memory."""
     done = [kept[job.name] for job in jobs if "result" in kept.get(job.name, {})]
     speeds = [s for r in done if (s := r["result"]["images_per_second"]) is not None]
     peaks = [peak for r in done if (peak := _peak(r)) is not None]
@@ -152,7 +145,7 @@ def _costs(jobs: Sequence[plan.Job], kept: Records) -> list[str]:
 
 
 def _peak(record: records.Record) -> int | None:
-    """Of the device where its backend counts, else of the process."""
+    """Returns the peak of the device where its backend counts, else of the process."""
     memory = record["memory"] or {"device": None, "process": None}
     return memory["process"] if memory["device"] is None else memory["device"]
 
@@ -166,7 +159,7 @@ def _published(data: str, pair: tuple[str, str], method: str) -> str:
 
 
 def _legend(request: plan.Request, kept: Records, cited: Sequence[str]) -> str:
-    """What the columns mean, and on what the runs ran."""
+    """Returns what the columns mean, and where the runs ran."""
     done = [record for record in kept.values() if "result" in record]
     lines = [
         "Test accuracy: mean +- half of the 95 % interval (Student's t) and the number "

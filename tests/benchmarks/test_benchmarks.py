@@ -1,7 +1,12 @@
-"""What benchmarks.compare needs beside main.py: a subset, the gates of a run."""
+"""The named plans of benchmarks.table, the gates of an HME, the memory of modules."""
 
+import dataclasses
+import json
+import math
 import os
 import pathlib
+import re
+import shlex
 import subprocess
 import sys
 
@@ -11,9 +16,10 @@ import pytest
 import tiny
 from jax.sharding import Mesh
 
-from lakd_jax import cli
+from benchmarks import gate_entropy, named_plans, table
 from lakd_jax import config as config_lib
-from lakd_jax.config import check
+from lakd_jax import errors
+from lakd_jax.config import check, command_line
 from lakd_jax.hme import network
 from lakd_jax.runs import phases, single
 from lakd_jax.runtime import interrupt
@@ -22,77 +28,99 @@ from lakd_jax.training import state as state_lib
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def _benchmarks_are_importable(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
-
-
 def test_subset_links_some_training_images_and_all_of_the_test_split(tmp_path):
-    from benchmarks import compare
-
-    for role, count in (("train", 5), ("test", 3)):
-        for name in ("cat", "dog"):
-            folder = tmp_path / "all" / role / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                (folder / f"{i}.png").write_text(f"{role} {name} {i}")
+    counts, made = {"train": 5, "test": 3}, tmp_path / "some"
+    names = [
+        f"{r}/{c}/{i}.png" for r, n in counts.items() for c in "ab" for i in range(n)
+    ]
+    for name in names:
+        file = tmp_path / "all" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name)
     for _ in range(2):  # a second call finds all of it
-        made = compare.subset(tmp_path / "all", 2, tmp_path / "some")
-    found = {
-        str(p.relative_to(made)): p.read_text() for p in sorted(made.rglob("*.png"))
-    }
-    wanted = [("test", 3), ("train", 2)]
-    assert found == {
-        f"{role}/{name}/{i}.png": f"{role} {name} {i}"
-        for role, count in wanted
-        for name in ("cat", "dog")
-        for i in range(count)
-    }
+        named_plans.link_subset(tmp_path / "all", 2, made)
+    found = {str(p.relative_to(made)): p.read_text() for p in made.rglob("*.png")}
+    assert found == {n: n for n in names if not re.fullmatch("train/./[2-4].png", n)}
+
+
+def series(name, *flags):
+    (found,) = table.series_of(table.parse(["--plan", name, *flags]))
+    return found
+
+
+@pytest.mark.parametrize("name", named_plans.PLANS)
+def test_records_are_of_their_plans(name):
+    found, file = series(name), table.RESULTS / f"{name}.json"
+    recorded = json.loads(file.read_text()) if file.exists() else {}
+    # Reading them compares their commands.
+    assert found.store.read(found.jobs).keys() == recorded.keys()
+
+
+@pytest.mark.parametrize("name", ["digits", "experts"])
+def test_a_plan_prints_the_table_of_results(name):
+    found = series(name)
+    text = found.render(found.store.read(found.jobs))
+    assert len(text.splitlines()) > 5 and text in (ROOT / "RESULTS.md").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-def test_every_arm_of_the_long_plans_is_a_config_without_faults():
-    from benchmarks import compare
+def test_commands_in_the_documents_make_runs_without_faults(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    commands = ["--plan converged converged_more converged_resnet20 converged_cifar100"]
+    for name in ("RESULTS.md", "README.md"):
+        text = (ROOT / name).read_text().replace("\\\n", "")
+        commands += re.findall(r"^python -m benchmarks.table (.*)$", text, re.M)
+    assert len(commands) > 12
+    for command in commands:
+        flags = shlex.split(command.replace("METHODS", "none,kd"))
+        for found in table.series_of(table.parse(flags)):
+            for job in {job.label: job for job in found.jobs}.values():
+                config, _, _ = command_line.parse([*job.argv])
+                assert check.problems(config, 1) == [], job
 
-    for name in (n for n in compare.PLANS if n.startswith("converged")):
-        plan = compare.PLANS[name]()
-        for arm, (arg, fields) in plan.arms.items():
-            command = [f"--config={ROOT / plan.config}:{arg}"]
-            command += [f"--config.{field}" for field in [*fields, "seed=1"]]
-            config, _, _ = cli.parse(command)
-            assert check.problems(config, 1) == [], (name, arm)
+
+def test_a_plan_needs_its_folders_and_nothing_of_a_table(tmp_path):
+    found = series("experts_undecayed", f"--record={tmp_path}")
+    with pytest.raises(errors.ConfigError, match="--images: .*\n--weights: "):
+        found.prepare(found.jobs)
+    for flags, line in (
+        (["--plan", "vam", "--seeds=1"], "--seeds: cannot be given with --plan"),
+        (["--weights=w"], "--weights: cannot be given without --plan"),
+        (["--data=digits"], "--pairs: is missing"),
+    ):
+        with pytest.raises(errors.ConfigError, match=line):
+            table.series_of(table.parse(flags))
 
 
-def test_processes_share_the_runs_of_a_plan(tmp_path, monkeypatch):
-    from benchmarks import compare
+def test_runs_of_a_plan_are_recorded_as_on_any_machine(tmp_path, monkeypatch):
+    def process(argv, directory, guard):
+        commands.append(argv)
+        if len(commands) == 1:
+            return {"error": "ValueError: no"}
+        directory.mkdir(parents=True)
+        (directory / "environment.json").write_text('{"versions": {"jax": "1"}}')
+        (directory / "result.json").write_text('{"seconds": 1.0}')
+        return {"memory": None}
 
-    def run_one(command, places, directory, guard):
-        if directory.name == "a-0":  # a second process comes meanwhile
-            done = compare.run(plan, {}, tmp_path / "out", record, guard)
-            assert done == "b 1, c 2"
-        made.append(directory.name)
-        return {"result": len(made)}
-
-    made, record = [], tmp_path / "results" / "plan.json"
-    monkeypatch.setattr(compare, "_run_one", run_one)
-    plan = compare.Plan(
-        "x.py",
-        {name: ("", []) for name in "abc"},
-        range(1),
-        render=lambda kept: ", ".join(f"{n} {r['result']}" for n, r in kept),
-    )
-    guard = interrupt.Guard()
-    text = compare.run(plan, {}, tmp_path / "out", record, guard)
-    assert text == "a 3, b 1, c 2"
-    assert made == ["b-0", "c-0", "a-0"]  # each once
-    assert compare.run(plan, {}, tmp_path / "out", record, guard) == text
-    assert len(made) == 3
+    monkeypatch.setattr(table, "_process", process)
+    flags = [f"--{place}={tmp_path}/{place}" for place in ("images", "weights")]
+    flags += [f"--out={tmp_path}/out", f"--record={tmp_path}/kept"]
+    found, commands = dataclasses.replace(series("vam", *flags), render=str), []
+    for count in (2, 3, 3):  # a failure is not kept
+        table.Harness(found, interrupt.Guard()).run(math.inf)
+        assert len(commands) == count
+    kept = json.loads((tmp_path / "kept" / "vam.json").read_text())
+    old = json.loads((table.RESULTS / "vam.json").read_text())
+    assert kept.keys() == old.keys()
+    for name, record in kept.items():
+        assert record.keys() == old[name].keys()
+        assert record["command"] == old[name]["command"]
+    assert f"--config.data.source=folder:{tmp_path}/images" in commands[0]
+    assert f"--workdir={tmp_path}/out/vam/with_VAM-0" in commands[1]
 
 
 @pytest.mark.long
 def test_untrained_gates_are_those_that_a_run_begins_with(tmp_path, monkeypatch):
-    from benchmarks import gate_entropy
-
     one = Mesh(np.array(jax.devices()[:1]), ("data",))
     monkeypatch.setattr(single.data, "load", lambda *a, **k: tiny.dataset(train=80))
     monkeypatch.setattr(state_lib, "data_mesh", lambda: one)
@@ -106,30 +134,6 @@ def test_untrained_gates_are_those_that_a_run_begins_with(tmp_path, monkeypatch)
     for mine, wanted, foreign in zip(told, began, other, strict=True):
         np.testing.assert_array_equal(mine, wanted)
         assert np.any(mine != foreign)
-
-
-def test_table_of_gates_is_of_stage_1():
-    from benchmarks import gate_entropy
-
-    def record(right, level):
-        told = {"levels": [level, 0.5, 0.5], "mean": level}
-        gates = {"0.5": told, "1": {**told, "mean": 1.0}}
-        first = {"0.5": {**told, "mean": 0.75}, "1": told}
-        result = {"test_last": {"accuracy": 0.1}}  # of stage 2
-        result["stage1"] = {"test_last": {"accuracy": right}}
-        return {"gates": {"stage1": gates, "untrained": first}, "result": result}
-
-    kept = [("KD", record(0.4, 0.25)), ("KD", record(0.6, 0.35))]
-    lines = gate_entropy.render(kept).splitlines()
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert cells[0][:4] == ["method", "test %", "entropy, tau 0.5", "entropy, tau 1"]
-    assert cells[2][:3] == ["untrained", "-", "0.7500 +- 0.0000 (2)"]
-    assert cells[3][:2] == ["KD", "50.00 +- 14.14 (2)"]
-    assert cells[3][2:5] == [
-        "0.3000 +- 0.0707 (2)",
-        "1.0000 +- 0.0000 (2)",
-        "0.3000 +- 0.0707 (2)",
-    ]
 
 
 @pytest.mark.long

@@ -1,6 +1,7 @@
-"""benchmarks.table: the plan, what is made again, the statistics and the text."""
+"""benchmarks.table: the runs, what is made again, the statistics and the text."""
 
 import json
+import math
 import os
 import pathlib
 import re
@@ -15,6 +16,7 @@ import pytest
 import tiny
 from jax.sharding import Mesh
 
+from benchmarks import intervals, plan, published, records, table, table_text
 from lakd_jax import config as config_lib
 from lakd_jax import errors
 from lakd_jax.config import check, command_line
@@ -29,18 +31,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 
 
 @pytest.fixture(autouse=True)
-def _benchmarks_are_importable(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
+def _configs_are_found(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
 def request(out, **changes):
-    from benchmarks import plan
-
     fields = {
         "data": "cifar100",
         "pairs": (("resnet56", "resnet20"),),
-        "methods": ("none", "kd", "dkd+at"),
+        "arms": plan.methods("none,kd,dkd+at"),
         "seeds": (0, 1),
         "epochs": 0,
         "overrides": (),
@@ -50,7 +49,7 @@ def request(out, **changes):
     return plan.Request(**(fields | changes))
 
 
-def result(last, best=None, *, seconds=60.0, together=1, teacher=0.75):
+def result(last, best=None, *, seconds=60.0, teacher=0.75):
     def score(accuracy):
         return {"accuracy": accuracy, "right": 0, "examples": 100, "loss": 0.0}
 
@@ -59,7 +58,6 @@ def result(last, best=None, *, seconds=60.0, together=1, teacher=0.75):
         "test_best_on_minival": score(best) if best else None,
         "teacher_test": score(teacher) if teacher else None,
         "seconds": seconds,
-        "together": together,
         "images_per_second": 1234.0,
         "epochs": 240,
     }
@@ -72,12 +70,14 @@ def leave_environment(folder):
 
 
 def keep(out, job, **ended):
-    from benchmarks import records
-
-    leave_environment(job.run)
+    leave_environment(job.directory)
     if "result" in ended:
         ended = {"memory": {"device": None, "process": 3 * 2**20}} | ended
-    records.write(out, job, "python main.py", ended)
+    records.Folder(out / "records").add(job, ended)
+
+
+def read(out, jobs):
+    return records.Folder(out / "records").read(jobs)
 
 
 def cells(text, first):
@@ -86,8 +86,6 @@ def cells(text, first):
 
 
 def test_plan_is_seed_by_seed_with_each_teacher_once_and_first(tmp_path):
-    from benchmarks import plan
-
     pairs = (("resnet56", "resnet20"), ("resnet56", "resnet8"))
     found = plan.jobs(request(tmp_path, pairs=pairs))
     assert [job.name for job in found] == [
@@ -107,8 +105,6 @@ def test_plan_is_seed_by_seed_with_each_teacher_once_and_first(tmp_path):
 
 
 def test_commands_are_those_of_the_recipe_and_have_no_fault(tmp_path):
-    from benchmarks import plan
-
     wanted = request(
         tmp_path,
         pairs=(("vgg13", "mobilenet_v2"),),
@@ -116,59 +112,54 @@ def test_commands_are_those_of_the_recipe_and_have_no_fault(tmp_path):
         overrides=("batch_size=32", "teacher.mean=(0.1, 0.2, 0.3)"),
     )
     jobs = {job.name: job for job in plan.jobs(wanted)}
-    both = [jobs[f"vgg13-mobilenet_v2/dkd+at/seed{s}"] for s in (0, 1)]
-    c, directory, _ = command_line.parse(plan.command(both))
+    job = jobs["vgg13-mobilenet_v2/dkd+at/seed1"]
+    c, directory, _ = command_line.parse([*job.argv])
     assert check.problems(c, 1) == []
     assert (c.teacher.name, c.student.name) == ("vgg13", "mobilenet_v2")
-    assert (c.method, c.seeds, c.baselines, c.epochs) == ("dkd+at", (0, 1), (), 24)
+    assert (c.method, c.seed, c.baselines, c.epochs) == ("dkd+at", 1, (), 24)
     np.testing.assert_allclose(c.optim.milestones, (15, 18, 21))
     assert (c.optim.lr, c.dkd.beta, c.dkd.warmup_epochs) == (0.01, 6.0, 2.0)
     assert c.batch_size == 32 and c.teacher.mean == (0.1, 0.2, 0.3)
-    assert pathlib.Path(directory) == both[0].directory == both[0].run.parent
-    own, folder, _ = command_line.parse(plan.command([jobs["teachers/vgg13"]]))
+    assert pathlib.Path(directory) == job.directory
+    own, folder, _ = command_line.parse([*jobs["teachers/vgg13"].argv])
     assert (own.student.name, own.method, own.seeds) == ("vgg13", "none", ())
     assert (own.optim.lr, own.epochs, own.teacher.mean) == (0.05, 24, ())
     assert c.teacher.init == folder
 
 
 def test_digits_and_folders_have_their_recipes(tmp_path):
-    from benchmarks import plan
-
     pairs = (("resnet14", "resnet8"),)
     digits = plan.jobs(request(tmp_path, data="digits", pairs=pairs))[-1]
-    c, _, _ = command_line.parse(plan.command([digits]))
+    c, _, _ = command_line.parse([*digits.argv])
     assert (c.data.source, c.epochs, c.optim.schedule) == ("digits", 10, "cosine")
     assert (c.teacher.name, c.student.name) == ("resnet14", "resnet8")
     assert c.dkd.warmup_epochs == pytest.approx(20 * 10 / 240)
     folder = plan.jobs(request(tmp_path, data="folder:a/b", pairs=pairs))[-1]
-    c, _, _ = command_line.parse(plan.command([folder]))
+    c, _, _ = command_line.parse([*folder.argv])
     assert (c.data.source, c.epochs) == ("folder:a/b", 240)
     assert c.data.std == (0.2470, 0.2435, 0.2616)
 
 
 def test_given_teacher_is_not_trained(tmp_path):
-    from benchmarks import plan
-
     wanted = request(tmp_path, teachers={"resnet56": "some/file.pth"})
     jobs = plan.jobs(wanted)
     assert not [job for job in jobs if job.seed is None or job.teacher]
-    c, _, _ = command_line.parse(plan.command([jobs[1]]))
+    c, _, _ = command_line.parse([*jobs[1].argv])
     assert c.method == "kd" and c.teacher.init == "some/file.pth"
 
 
-def test_seeds_of_a_method_go_together_on_accelerators_alone_on_cpu(tmp_path):
-    from benchmarks import plan
-
-    jobs = plan.jobs(request(tmp_path))
-    alone = plan.groups(jobs, together=False)
-    assert alone == [[job] for job in jobs]
-    together = plan.groups(jobs, together=True)
-    assert [[job.seed for job in group] for group in together] == [
-        [0, 1],
-        [None],
-        [0, 1],
-        [0, 1],
-    ]
+def test_an_arm_changes_fields_of_its_own(tmp_path):
+    arms = (
+        *plan.methods("kd"),
+        plan.arm("KD T=2=kd:kd.temperature=2,teacher.mean=(0,0)"),
+    )
+    jobs = plan.jobs(request(tmp_path, arms=arms, overrides=("dtype=bfloat16",)))
+    names = [job.name.removeprefix("resnet56-resnet20/") for job in jobs[:3]]
+    assert names == ["teachers/resnet56", "kd/seed0", "KD_T=2/seed0"]
+    where = jobs[1].settings.index("--config.dtype=bfloat16") + 1
+    changed = ("--config.kd.temperature=2", "--config.teacher.mean=(0,0)")
+    assert jobs[2].settings[where : where + 2] == changed
+    assert {*jobs[2].settings} - {*changed} == {*jobs[1].settings}
 
 
 @pytest.mark.parametrize(
@@ -180,29 +171,32 @@ def test_seeds_of_a_method_go_together_on_accelerators_alone_on_cpu(tmp_path):
         ),
         ({"overrides": ("dtype",)}, "--override=dtype: must be FIELD=VALUE"),
         ({"teachers": {"vgg13": "x"}}, "--teacher=vgg13=...: no pair has the teacher"),
+        (
+            {"arms": (plan.arm("A=kd:epochs=1"),)},
+            "--arm=A: epochs=1: the table sets epochs itself",
+        ),
+        ({"arms": 2 * (plan.arm("A=kd"),)}, "--arm=A: two arms have this name"),
     ],
 )
 def test_what_the_table_sets_itself_is_refused(changes, line, tmp_path):
-    from benchmarks import plan
-
     with pytest.raises(errors.ConfigError, match=re.escape(line)):
         plan.require(request(tmp_path, **changes))
 
 
 def test_pairs_and_methods_are_named_if_wrong():
-    from benchmarks import plan
-
     assert plan.pairs("a:b,c:d") == (("a", "b"), ("c", "d"))
     with pytest.raises(errors.ConfigError, match="'b' must be TEACHER:STUDENT"):
         plan.pairs("a:b,b")
-    assert plan.methods("none,dkd+at") == ("none", "dkd+at")
+    titles = [arm.title for arm in plan.methods("none,dkd+at,none")]
+    assert titles == ["alone", "DKD + AT"]
     with pytest.raises(errors.ConfigError, match="kdd"):
         plan.methods("none,kdd")
+    for text in ("lakd", "a/b=kd", "LAKD=lakdd"):
+        with pytest.raises(errors.ConfigError, match=f"--arm={text}: "):
+            plan.arm(text)
 
 
 def test_intervals_are_students():
-    from benchmarks import intervals
-
     found = intervals.of([0.90, 0.92, 0.91])
     # mean 0.91, s = 0.01, t(0.975, 2) = 4.30265 of any table, sqrt(3)
     assert found.mean == pytest.approx(0.91)
@@ -215,8 +209,6 @@ def test_intervals_are_students():
 
 
 def test_pairs_of_seeds_take_out_what_they_share():
-    from benchmarks import intervals
-
     ours = {0: 0.50, 1: 0.61, 2: 0.72, 7: 0.9}
     theirs = {0: 0.49, 1: 0.59, 2: 0.69, 5: 0.1}
     found = intervals.paired(ours, theirs)
@@ -227,9 +219,8 @@ def test_pairs_of_seeds_take_out_what_they_share():
 
 
 def test_table_has_results_failures_what_is_missing_and_what_is_published(tmp_path):
-    from benchmarks import plan, records, table_text
-
-    wanted = request(tmp_path)
+    arms = (*plan.methods("none,kd,dkd+at"), plan.arm("KD T 2=kd:kd.temperature=2"))
+    wanted = request(tmp_path, arms=arms)
     jobs = plan.jobs(wanted)
     by = {job.name.removeprefix("resnet56-resnet20/"): job for job in jobs}
     keep(tmp_path, by["none/seed0"], result=result(0.68, teacher=None))
@@ -237,8 +228,9 @@ def test_table_has_results_failures_what_is_missing_and_what_is_published(tmp_pa
     keep(tmp_path, by["teachers/resnet56"], result=result(0.7, teacher=None))
     for seed, last in ((0, 0.70), (1, 0.72)):
         keep(tmp_path, by[f"kd/seed{seed}"], result=result(last, best=last + 0.01))
-    keep(tmp_path, by["dkd+at/seed1"], result=result(0.73, together=2))
-    text = table_text.render(wanted, jobs, records.read(tmp_path, jobs))
+    keep(tmp_path, by["dkd+at/seed1"], result=result(0.73, seconds=30))
+    keep(tmp_path, by["KD_T_2/seed0"], result=result(0.69))
+    text = table_text.render(wanted, jobs, read(tmp_path, jobs))
     assert "### resnet56 -> resnet20" in text
     assert cells(text, "method")[3] == "last - KD"
     assert cells(text, "resnet56, teacher")[1] == "75.00"  # as the students had it
@@ -255,14 +247,14 @@ def test_table_has_results_failures_what_is_missing_and_what_is_published(tmp_pa
     both = cells(text, "DKD + AT")
     assert both[1:4] == ["73.00 (1)", "-", "+1.00 (1)"]  # to seed 1 of KD
     assert both[6:8] == ["0:00:30", "-"]
-    assert both[-1] == "2 seeds in one program; not run: seed 0"
+    assert both[-1] == "not run: seed 0"
+    changed = cells(text, "KD T 2 ")
+    assert changed[3] == "-1.00 (1)" and changed[7] == "-"  # published is plain KD
     assert "R: RepDistiller's README" in text and "the process" in text
     assert "240 epochs; 0: x; commit c0ffee." in text
 
 
 def test_table_of_nothing_says_so(tmp_path):
-    from benchmarks import plan, table_text
-
     wanted = request(tmp_path, data="digits")
     text = table_text.render(wanted, plan.jobs(wanted), {})
     assert cells(text, "KD ")[1:] == ["-"] * 7 + ["not run: seed 0, 1"]
@@ -270,8 +262,6 @@ def test_table_of_nothing_says_so(tmp_path):
 
 
 def test_published_numbers_are_of_the_tables():
-    from benchmarks import published
-
     def top1(data, pair, method):
         row = published.find(data, pair, method)
         return (row["top1"], row["source"]) if row else None
@@ -292,83 +282,98 @@ def test_published_numbers_are_of_the_tables():
 class Made:
     """Stands in for the processes: each leaves a result, or an error."""
 
-    def __init__(self, monkeypatch, fail=(), stop_at=None):
-        from benchmarks import table
-
+    def __init__(self, monkeypatch, fail=(), stop_at=None, during_first=lambda: None):
         self.commands, self._fail, self._stop = [], fail, stop_at
+        self._during_first = during_first
         monkeypatch.setattr(table, "_process", self)
 
     def __call__(self, command, directory, guard):
         if self._stop == len(self.commands):
             raise interrupt.Interrupted
         self.commands.append(command)
+        if len(self.commands) == 1:
+            self._during_first()
         if any(word in " ".join(command) for word in self._fail):
             return {"error": "ValueError: no"}
-        seeds = command_line.parse(command)[0].seeds
-        for folder in [directory / f"seed{s}" for s in seeds] or [directory]:
-            leave_environment(folder)
-            text = json.dumps(result(0.5, together=max(len(seeds), 1)))
-            (folder / "result.json").write_text(text)
+        leave_environment(directory)
+        (directory / "result.json").write_text(json.dumps(result(0.5)))
         return {"memory": {"device": 2**20, "process": 0}}
 
 
 def harness(wanted, *, retry=False):
-    from benchmarks import table
-
-    return table.Harness(wanted, interrupt.Guard(), retry)
+    return table.Harness(table._table(wanted), interrupt.Guard(), retry)
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_stopped_table_goes_on_with_what_is_missing(together, tmp_path, monkeypatch):
-    wanted, far = request(tmp_path), time.monotonic() + 99
+def test_stopped_table_goes_on_with_what_is_missing(tmp_path, monkeypatch):
+    wanted = request(tmp_path)
     first = Made(monkeypatch, stop_at=3)
     with pytest.raises(interrupt.Interrupted):
-        harness(wanted).run(far, together=together)
+        harness(wanted).run(math.inf)
     second = Made(monkeypatch)
-    harness(wanted).run(far, together=together)
+    harness(wanted).run(math.inf)
     made = first.commands + second.commands
-    assert len(made) == (4 if together else 7)
-    assert len({tuple(command) for command in made}) == len(made)
+    assert len(made) == len({*map(tuple, made)}) == 7
     third = Made(monkeypatch)
-    harness(wanted).run(far, together=together)
+    harness(wanted).run(math.inf)
     assert third.commands == []
     assert cells((tmp_path / "table.md").read_text(), "KD ")[1].endswith("(2)")
+
+
+def test_processes_share_the_runs(tmp_path, monkeypatch):
+    wanted = request(tmp_path)
+    ours, other = harness(wanted), harness(wanted)
+    made = Made(monkeypatch, during_first=lambda: other.run(math.inf))
+    ours.run(math.inf)
+    assert len(made.commands) == len({*map(tuple, made.commands)}) == 7
+    assert cells(other.table(), "alone")[-1] == "not run: seed 0"  # was not free
+    assert cells(ours.table(), "alone")[-1] == "" == cells(ours.table(), "KD ")[-1]
+
+
+def test_a_teacher_that_another_process_trains_is_waited_for(tmp_path, monkeypatch):
+    def sleep(seconds):
+        assert len(made.commands) == 2  # both students without a teacher
+        keep(tmp_path, teacher, result=result(0.7))
+
+    wanted, made = request(tmp_path), Made(monkeypatch)
+    teacher = next(job for job in plan.jobs(wanted) if job.seed is None)
+    monkeypatch.setattr(table.time, "sleep", sleep)
+    with records.claimed(teacher.directory):
+        harness(wanted).run(math.inf)
+    assert len(made.commands) == 6
 
 
 def test_failure_is_kept_and_a_failed_teachers_students_are_not_begun(
     tmp_path, monkeypatch, capsys
 ):
-    wanted, far = request(tmp_path), time.monotonic() + 99
+    wanted = request(tmp_path)
     made = Made(monkeypatch, fail=("resnet56,resnet56",))
-    harness(wanted).run(far, together=False)
+    harness(wanted).run(math.inf)
     assert len(made.commands) == 3  # the teacher and both students without one
-    assert "teachers/resnet56 failed: ValueError: no" in capsys.readouterr().out
+    assert "resnet56, teacher failed: ValueError: no" in capsys.readouterr().out
     text = (tmp_path / "table.md").read_text()
     assert cells(text, "resnet56, teacher")[-1] == "failed: ValueError: no"
     assert cells(text, "KD ")[-1] == "not run: seed 0, 1"
     assert harness(wanted).waiting() == []
     again = Made(monkeypatch)
-    harness(wanted, retry=True).run(far, together=False)
+    harness(wanted, retry=True).run(math.inf)
     assert len(again.commands) == 5
 
 
 def test_budget_that_is_used_up_starts_nothing(tmp_path, monkeypatch, capsys):
     made = Made(monkeypatch)
-    harness(request(tmp_path)).run(time.monotonic() - 1, together=False)
+    harness(request(tmp_path)).run(time.monotonic() - 1)
     assert made.commands == []
     assert "The budget is used up" in capsys.readouterr().out
 
 
 def test_records_of_another_command_are_not_taken_for_this_ones(tmp_path, monkeypatch):
     Made(monkeypatch)
-    harness(request(tmp_path)).run(time.monotonic() + 99, together=False)
+    harness(request(tmp_path)).run(math.inf)
     with pytest.raises(errors.WorkdirError, match=r"(?s)epochs=24.*Use another --out"):
         harness(request(tmp_path, epochs=24))
 
 
 def test_estimate_is_from_the_same_method_else_from_the_pair(tmp_path):
-    from benchmarks import plan, records
-
     pairs = (("resnet56", "resnet20"), ("vgg13", "vgg8"))
     wanted = request(tmp_path, pairs=pairs)
     jobs = plan.jobs(wanted)
@@ -376,7 +381,7 @@ def test_estimate_is_from_the_same_method_else_from_the_pair(tmp_path):
     done = ["resnet56-resnet20/none/seed0", "resnet56-resnet20/kd/seed0"]
     for name, seconds in zip(done, (100.0, 300.0), strict=True):
         keep(tmp_path, by[name], result=result(0.5, seconds=seconds))
-    kept = records.read(tmp_path, jobs)
+    kept = read(tmp_path, jobs)
     waiting = [job for job in jobs if job.name not in kept]
     # none, kd and two times the mean of both; of two teachers and of vgg8 nothing
     seconds, unknown = records.estimate(waiting, jobs, kept)
@@ -420,10 +425,11 @@ def test_methods_of_a_seed_see_the_same_images_in_the_same_order(tmp_path, monke
 @pytest.mark.long
 def test_command_on_digits_is_stopped_goes_on_and_then_only_tells(tmp_path):
     command = [sys.executable, "-m", "benchmarks.table", "--data=digits"]
-    command += ["--pairs=resnet8:resnet8", "--methods=none,kd", "--seeds=1"]
+    command += ["--pairs=resnet8:resnet8", "--methods=none", "--seeds=1"]
+    command += ["--arm=KD T 2=kd:kd.temperature=2"]
     command += ["--epochs=1", "--budget=1", f"--out={tmp_path}"]
     command += ["--override=teacher.floor=0.01"]
-    records = tmp_path / "records"
+    folder = tmp_path / "records"
 
     def run():
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -431,22 +437,22 @@ def test_command_on_digits_is_stopped_goes_on_and_then_only_tells(tmp_path):
         return done.stdout
 
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as first:
-        while not list(records.rglob("*.json")):
+        while not list(folder.rglob("*.json")):
             assert first.poll() is None
             time.sleep(0.2)
         first.send_signal(signal.SIGTERM)
         assert first.wait() == 0
-    kept = {p: p.read_bytes() for p in records.rglob("*.json")}
+    kept = {p: p.read_bytes() for p in folder.rglob("*.json")}
     assert 1 <= len(kept) < 3 and (tmp_path / "table.md").exists()
     text = run()
     assert {p: p.read_bytes() for p in kept} == kept
-    (kd,) = (json.loads(p.read_text()) for p in records.rglob("kd/seed0.json"))
+    (kd,) = (json.loads(p.read_text()) for p in folder.rglob("KD_T_2/seed0.json"))
     assert kd["result"]["epochs"] == 1 and kd["memory"]["process"] > 2**20
     assert kd["command"].startswith("python main.py --config=configs/digits_lakd.py:kd")
     assert kd["versions"]["jax"] == jax.__version__ and "cpu" in kd["devices"][0]
-    every = {p: os.stat(p).st_mtime_ns for p in records.rglob("*.json")}
+    every = {p: os.stat(p).st_mtime_ns for p in folder.rglob("*.json")}
     assert len(every) == 3
     again = run()
-    assert {p: os.stat(p).st_mtime_ns for p in records.rglob("*.json")} == every
+    assert {p: os.stat(p).st_mtime_ns for p in folder.rglob("*.json")} == every
     assert "runs left: 0" in again
-    assert cells(again, "KD ") == cells(text, "KD ")
+    assert cells(again, "KD T 2 ") == cells(text, "KD T 2 ")

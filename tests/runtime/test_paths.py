@@ -11,7 +11,7 @@ import tiny
 from PIL import Image
 
 import lakd_jax
-from benchmarks import compare, flag_types, table, throughput
+from benchmarks import flag_types, table, throughput
 from benchmarks import input as input_benchmark
 from lakd_jax import api, data, errors, explain, export, interop, paths
 from lakd_jax.config import check
@@ -332,20 +332,9 @@ def test_home_in_benchmarks(home, monkeypatch):
     with pytest.raises(SystemExit, match=f"{home / 'images'} holds no JPEGs"):
         input_benchmark.main()
 
-    places = []
-    monkeypatch.setattr(compare, "run", lambda *args: places.extend(args[2:4]))
-    monkeypatch.setattr(compare.cli, "end_with", lambda work: work(None))
-    flags = ["--out=~/runs", "--record=~/kept"]
-    monkeypatch.setattr(sys, "argv", ["compare", "digits", *flags])
-    compare.main()
-    assert places == [home / "runs" / "digits", home / "kept" / "digits.json"]
-
-
-def test_home_in_a_subset_of_images(home, monkeypatch):
-    def subset(images, per_class, folder):
-        raise errors.DataError(images)
-
-    monkeypatch.setattr(compare, "subset", subset)
-    plan, places = compare.PLANS["experts"](), {"IMAGES": "~/images"}
-    with pytest.raises(errors.DataError, match=f"^{home / 'images'}$"):
-        compare.run(plan, places, home / "out", home / "record.json", None)
+    flags = ["--plan", "digits", "--out=~/runs", "--record=~/kept"]
+    (series,) = table.series_of(table.parse(flags))
+    assert series.out == home / "runs" / "digits"
+    assert series.store._path == home / "kept" / "digits.json"
+    images = table.parse(["--images=~/images"]).images
+    assert images == home / "images"
