@@ -1,4 +1,4 @@
-"""What a checkpoint costs: its checksums, what the loop waits, what lies on disk.
+"""Measures checkpoints: checksums, how long the loop waits, size on disk.
 
 `python -m benchmarks.checkpoints [--mib=200] [--saves=5]` saves a state of random
 float32 leaves into a temporary folder and prints medians.
@@ -19,7 +19,7 @@ _LEAVES = 160  # about as many as ResNet-50 has
 
 
 def state(mib: float) -> dict[str, jax.Array]:
-    """Random leaves of `mib` in all."""
+    """Returns random leaves, `mib` MiB in total."""
     rng = np.random.default_rng(0)
     size = int(mib * 2**20 / 4 / _LEAVES)
     draw = rng.standard_normal
@@ -27,7 +27,7 @@ def state(mib: float) -> dict[str, jax.Array]:
 
 
 def measure(mib: float, saves: int) -> dict[str, float]:
-    """Medians over `saves` saves and one restore, in seconds and MiB."""
+    """Returns medians over `saves` saves and one restore, in seconds and MiB."""
     held, seconds = state(mib), {"checksums": [], "start": [], "whole save": []}
     with tempfile.TemporaryDirectory() as folder:
         with checkpoint.Checkpointer(folder, keep=1) as saver:
@@ -50,7 +50,7 @@ def measure(mib: float, saves: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints one line a figure."""
+    """Prints one line per figure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mib", type=float, default=200.0)
     parser.add_argument("--saves", type=int, default=5)

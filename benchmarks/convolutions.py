@@ -1,10 +1,11 @@
-"""Every convolution of a network, forwards and backwards, ours beside PyTorch's.
+"""Times every convolution of a network, forwards and backwards, against PyTorch's.
 
     taskset -c 0 python -m benchmarks.convolutions --network=resnet8
 
-What a training step on CPU is made of. Each convolution is timed alone, in turn, with
-the compiler options that training has and with channels last in PyTorch; backwards are
-both gradients together. The sums are over the network, as often as each occurs.
+A training step on CPU consists mostly of these. Each convolution is timed alone, in
+turn, with the compiler options of training and with channels last in PyTorch;
+"backward" is both gradients together. The sums count each convolution as often as it
+occurs in the network.
 """
 
 import argparse
@@ -29,7 +30,7 @@ Timed = dict[str, Callable[[], Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Convolution:
-    """Shapes NHWC and HWIO, and how the kernel moves."""
+    """Shapes (NHWC and HWIO), strides and padding of a convolution."""
 
     image: tuple[int, ...]
     kernel: tuple[int, ...]
@@ -38,7 +39,7 @@ class Convolution:
 
 
 def found(network: str, batch: int) -> collections.Counter[Convolution]:
-    """The convolutions of a network for images of 32x32, and how often each occurs."""
+    """Counts the convolutions of a network for images of 32x32."""
     model = models.create(network, num_classes=10)
     images = jax.ShapeDtypeStruct((batch, 32, 32, 3), jnp.float32)
     traced = jax.make_jaxpr(lambda x: model.init(jax.random.key(0), x, train=False))
@@ -61,7 +62,7 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def ours(of: Convolution, image: np.ndarray, kernel: np.ndarray) -> Timed:
-    """Compiled functions that run once and wait."""
+    """Returns compiled functions that run once and wait for the result."""
 
     def forward(x: jax.Array, w: jax.Array) -> jax.Array:
         names = ("NHWC", "HWIO", "NHWC")
@@ -86,7 +87,7 @@ def ours(of: Convolution, image: np.ndarray, kernel: np.ndarray) -> Timed:
 
 
 def torchs(of: Convolution, image: np.ndarray, kernel: np.ndarray) -> Timed:
-    """The same in PyTorch; padding may differ between sides there by a copy only."""
+    """Returns the same in PyTorch, where padding must be equal on both sides."""
     import torch
 
     last = torch.channels_last
@@ -113,7 +114,7 @@ def torchs(of: Convolution, image: np.ndarray, kernel: np.ndarray) -> Timed:
 
 
 def medians(sides: dict[str, Timed], repeats: int) -> dict[tuple[str, str], float]:
-    """Milliseconds by (side, direction), the sides in turn."""
+    """Returns milliseconds by (side, direction); the sides take turns."""
     times = collections.defaultdict(list)
     for turn in range(repeats + 2):  # the first two warm up
         for side, functions in sides.items():

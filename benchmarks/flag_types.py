@@ -7,7 +7,7 @@ from lakd_jax import paths
 
 
 def path(text: str) -> Path:
-    """A path on this machine; the shell leaves the `~` of --out=~/DIR as it is."""
+    """Returns a local path; expands `~`, which shells leave alone in --out=~/DIR."""
     if fault := paths.fault(text):
         raise argparse.ArgumentTypeError(fault)
     return paths.local(text, "")

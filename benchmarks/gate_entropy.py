@@ -15,11 +15,12 @@ from lakd_jax.report import table
 from lakd_jax.store import workdir
 from lakd_jax.training import state as state_lib
 
-Entropies = dict[str, dict[str, Any]]  # by temperature: of each gate, and their mean
+# By temperature: the entropy of each gate, and their mean.
+Entropies = dict[str, dict[str, Any]]
 
 
 def measure(directory: Path) -> dict[str, Any]:
-    """What the gates of a run's stage 1 say, and what they said before training."""
+    """Computes the entropies of a run's gates after stage 1 and before training."""
     loaded, card = weights.student(
         directory / workdir.STAGE1 / workdir.STUDENT, "float32"
     )
@@ -34,28 +35,29 @@ def measure(directory: Path) -> dict[str, Any]:
 
 
 def entropies(params: Any) -> Entropies:
-    """Normalised entropies of an HME's gates at the temperatures of a report."""
+    """Computes normalised entropies of an HME's gates at a report's temperatures."""
     found = [np.asarray(gate) for gate in network.gates(params)]
-    told = [tree.conflict(found, tau) for tau in tree.TEMPERATURES]
+    reports = [tree.conflict(found, tau) for tau in tree.TEMPERATURES]
     return {
-        f"{t.temperature:g}": {"levels": list(t.levels), "mean": t.mean} for t in told
+        f"{report.temperature:g}": {"levels": list(report.levels), "mean": report.mean}
+        for report in reports
     }
 
 
 def untrained(seed: int, like: Any) -> Any:
-    """The parameters from which stage 1 began in a run of this seed.
+    """Returns the parameters from which stage 1 began in a run of this seed.
 
-    Gates are drawn like everything else, so that the arms of one seed share them.
+    Gates are initialised from the seed alone, so the arms of one seed share them.
     """
     key = jax.random.fold_in(jax.random.key(seed), state_lib.INITIALISE)
-    own, _ = jax.random.split(key)  # the other half is the method's
+    student_key, _ = jax.random.split(key)  # the other half is the method's
     model = models.create("hme", num_classes=like.num_classes, layout=like.layout)
     images = jnp.zeros((1, 32, 32, 3))
-    return model.init(own, images, train=False)["params"]
+    return model.init(student_key, images, train=False)["params"]
 
 
 def render(kept: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """A line an arm, "mean +- sd (n)" over its seeds, all of stage 1."""
+    """Returns one line per arm, "mean +- sd (n)" over its seeds, all of stage 1."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for name, record in kept:
         groups.setdefault(name, []).append(record)
@@ -66,15 +68,15 @@ def render(kept: Sequence[tuple[str, dict[str, Any]]]) -> str:
     lines.append(["untrained", "-", *_gates([r["gates"]["untrained"] for r in first])])
     for name, group in groups.items():
         right = [r["result"]["stage1"]["test_last"]["accuracy"] for r in group]
-        own = _gates([r["gates"]["stage1"] for r in group])
-        lines.append([name, _spread([100 * r for r in right], 2), *own])
+        gates = _gates([r["gates"]["stage1"] for r in group])
+        lines.append([name, _spread([100 * r for r in right], 2), *gates])
     return table.grid(lines[0], lines[1:], [0])
 
 
-def _gates(told: Sequence[Entropies]) -> list[str]:
-    means = [[t[tau]["mean"] for t in told] for tau in told[0]]
-    first = next(iter(told[0]))
-    levels = zip(*(t[first]["levels"] for t in told), strict=True)
+def _gates(runs: Sequence[Entropies]) -> list[str]:
+    means = [[run[tau]["mean"] for run in runs] for tau in runs[0]]
+    first = next(iter(runs[0]))
+    levels = zip(*(run[first]["levels"] for run in runs), strict=True)
     return [_spread(values, 4) for values in (*means, *levels)]
 
 

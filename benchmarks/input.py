@@ -1,12 +1,12 @@
-"""Images a second that each way of reading JPEGs delivers, in turn, on this machine.
+"""Measures images per second of several ways of reading JPEGs on this machine.
 
     python -m benchmarks.input --images=DIR --records=2400
 
-DIR holds JPEGs, at any depth; they are repeated to so many records. Each way cuts
-random parts and resizes them to 224. Beside ours stand a loader as torchvision's users
-write it (the whole image decoded, then cut) and, where TensorFlow is installed, plain
-tf.data with its fused decode and cut. Ways are measured in turn, `--rounds` times, each
-from its first piece of work on; the median counts.
+DIR holds JPEGs, at any depth; they are repeated until there are --records of them.
+Each way crops random parts and resizes them to 224. Ours is compared with a loader as
+torchvision's users write it (decode the whole image, then crop) and, if TensorFlow is
+installed, with plain tf.data and its fused decode and crop. The ways are measured in
+turn, `--rounds` times, each from its first result on; the median is reported.
 """
 
 import argparse
@@ -32,12 +32,12 @@ from lakd_jax.store import workdir
 SIZE, SCALE, BATCH = 224, (0.08, 1.0), 64
 RESULTS = Path(__file__).parent / "results" / "input.json"
 
-# The number of images in each piece of work that is done.
+# Yields the number of images of each piece of work when it is done.
 Way = Callable[[Sequence[str]], Iterator[int]]
 
 
 def ours(workers: int) -> Way:
-    """The trainer's own path: Grain with threads (0) or processes."""
+    """Reads as the trainer does: Grain with threads (0) or processes."""
 
     def way(paths: Sequence[str]) -> Iterator[int]:
         files = records.Files(tuple(paths), np.zeros(len(paths), np.int32))
@@ -53,7 +53,7 @@ def ours(workers: int) -> Way:
 
 
 def one_by_one(paths: Sequence[str]) -> Iterator[int]:
-    """Our decoding in this thread, nothing around it."""
+    """Decodes as we do, in this thread, with nothing around it."""
     for i, path in enumerate(paths):
         crops.train_view(path, path, crops.generator(0, 0, i), SIZE, SCALE)
         yield 1
@@ -70,22 +70,22 @@ def _whole_then_cut(job: tuple[int, str]) -> np.ndarray:
 
 
 def whole_then_cut(paths: Sequence[str]) -> Iterator[int]:
-    """As torchvision does it, in this thread."""
+    """Decodes and crops as torchvision does, in this thread."""
     yield from (1 for _ in map(_whole_then_cut, enumerate(paths)))
 
 
 def whole_then_cut_processes(paths: Sequence[str]) -> Iterator[int]:
-    """As torchvision does it, in two processes that send arrays."""
+    """Decodes and crops as torchvision does, in two processes that send arrays."""
     with concurrent.futures.ProcessPoolExecutor(2) as pool:
         jobs = enumerate(paths)
         yield from (1 for _ in pool.map(_whole_then_cut, jobs, chunksize=BATCH))
 
 
 def tf_data(antialias: bool) -> Way:
-    """tf.data with the fused decode and cut, stateless by example.
+    """Reads with tf.data and its fused decode and crop, stateless per example.
 
     Pillow's bilinear filter averages where it shrinks; TensorFlow's takes four pixels,
-    unless `antialias` is asked for.
+    unless `antialias` is set.
     """
     return functools.partial(_tf_data, antialias)
 
@@ -126,7 +126,7 @@ WAYS: dict[str, Way] = {
 
 
 def measure(paths: Sequence[str], rounds: int) -> dict[str, list[float]]:
-    """Images a second of every way that can run, by round."""
+    """Returns images per second of every way that can run, by round."""
     ways = dict(WAYS)
     if importlib.util.find_spec("tensorflow") is None:
         ways = {n: w for n, w in ways.items() if getattr(w, "func", w) is not _tf_data}
@@ -143,7 +143,7 @@ def measure(paths: Sequence[str], rounds: int) -> dict[str, list[float]]:
 
 
 def repeated(folder: Path, count: int) -> Iterator[str]:
-    """Paths of the JPEGs below a folder, over and over."""
+    """Yields paths of the JPEGs below a folder, repeated to `count`."""
     kinds = (".jpg", ".jpeg")
     found = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in kinds)
     if not found:
@@ -152,7 +152,7 @@ def repeated(folder: Path, count: int) -> Iterator[str]:
 
 
 def main() -> None:
-    """Measures and prints a table; keeps a record."""
+    """Measures, prints a table and writes a record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", required=True, type=flag_types.path)
     parser.add_argument("--records", default=2400, type=int)

@@ -1,4 +1,4 @@
-"""Means of a few seeds with their 95 % intervals, alone and in pairs."""
+"""Computes means over a few seeds with 95 % intervals, alone and in pairs."""
 
 import dataclasses
 import math
@@ -12,11 +12,11 @@ LEVEL = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A mean, and how far its interval reaches to both sides.
+    """A mean and half the width of its interval.
 
     Attributes:
-      half: None of a single value, which says nothing of its spread.
-      count: of values.
+      half: None for a single value, from which no spread can be computed.
+      count: number of values.
     """
 
     mean: float
@@ -24,14 +24,14 @@ class Interval:
     count: int
 
     def text(self, *, sign: bool = False) -> str:
-        """The percentage points of fractions, "92.31 +- 0.45 (3)"."""
+        """Returns fractions as percentage points, "92.31 +- 0.45 (3)"."""
         middle = "" if self.half is None else f" +- {100 * self.half:.2f}"
         mean = f"{100 * self.mean:+.2f}" if sign else f"{100 * self.mean:.2f}"
         return f"{mean}{middle} ({self.count})"
 
 
 def of(values: Sequence[float]) -> Interval | None:
-    """Student's t interval of the mean; None of no values."""
+    """Computes Student's t interval of the mean; None if there are no values."""
     if not values:
         return None
     mean, count = statistics.fmean(values), len(values)
@@ -43,6 +43,6 @@ def of(values: Sequence[float]) -> Interval | None:
 
 
 def paired(values: Mapping[int, float], others: Mapping[int, float]) -> Interval | None:
-    """Of the differences values - others over the seeds that both have."""
+    """Computes the interval of values - others over the seeds that both have."""
     shared = sorted(values.keys() & others.keys())
     return of([values[seed] - others[seed] for seed in shared])

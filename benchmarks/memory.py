@@ -1,16 +1,16 @@
-"""Temporary memory of the training step, by where the student is cut and by engine.
+"""Measures temporary memory of the training step, by modules and by engine.
 
     python -m benchmarks.memory --pair=resnet56,resnet56 --batch=128 --modules=1,3,4,9
 
-For each number of modules, cut so that activations are balanced, the compiler's own
-count: of the fused program, of the largest of the dispatched ones, and of the largest
-of those where the teacher's outputs are given and it is not run. Shares are of the same
-program with one module. On CPU the compiler's default is to order operations for
-concurrency, which keeps more alive: give
+For each number of modules, cut so that activations are balanced, this prints what the
+compiler counts: for the fused program, for the largest of the dispatched ones, and for
+the largest of those if the teacher's outputs are inputs. Shares are relative to one
+module. On CPU the compiler orders operations for concurrency by default, which keeps
+more of them in memory; set
 
     XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false
 
-for the order that it uses where memory matters.
+for the order that it uses to save memory.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from lakd_jax.training import step as step_lib
 
 
 def cut(chosen: argparse.Namespace, count: int, engine: str) -> config_lib.ConfigDict:
-    """LAKD with `count` modules."""
+    """Returns the configuration of LAKD with `count` modules."""
     teacher, student = chosen.pair.split(",")
     config = ours.configure(teacher, student, "lakd", chosen.batch, chosen.dtype)
     where = {"local.granularity": "bytes", "local.modules": count}
@@ -37,7 +37,7 @@ def cut(chosen: argparse.Namespace, count: int, engine: str) -> config_lib.Confi
 
 
 def of_engine(chosen: argparse.Namespace, count: int, engine: str) -> float:
-    """MiB of the largest program of a step with `count` modules."""
+    """Returns MiB of the largest program of a step with `count` modules."""
     config = cut(chosen, count, engine)
     made = ours.setup(config)
     run = setup.engine(
@@ -49,7 +49,7 @@ def of_engine(chosen: argparse.Namespace, count: int, engine: str) -> float:
 
 
 def of_students(chosen: argparse.Namespace, count: int) -> float:
-    """MiB of the largest dispatched program if the teacher's outputs are its inputs."""
+    """Returns MiB of the largest dispatched program with teacher outputs as inputs."""
     made = ours.setup(cut(chosen, count, "dispatch"))
     learner = made.learner
     rows = np.zeros(chosen.batch, np.int32)

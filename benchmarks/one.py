@@ -1,12 +1,12 @@
-"""One training as a process of its own, which tells its memory and how it ended.
+"""Runs one training as a process of its own and reports its memory and its error.
 
-    python -m benchmarks.one TOLD.json --config=FILE --workdir=DIR ...
+    python -m benchmarks.one REPORT.json --config=FILE --workdir=DIR ...
     python -m benchmarks.one check < COMMANDS.json
 
-`benchmarks.table` starts these: a run that crashes, or is killed for its memory, ends
-no other, and its peak of memory is its own. The second form trains nothing; it prints
-the device and what is wrong with each command, as the starter itself must not take
-hold of an accelerator.
+`benchmarks.table` starts these: a run that crashes, or is killed for its memory, does
+not end the others, and its peak memory is its own. The second form trains nothing; it
+prints the device and the faults of each command, because the process that starts the
+runs must not occupy an accelerator itself.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ _POLL_SECONDS = 1.0
 
 
 def check(commands: Sequence[list[str]]) -> dict[str, Any]:
-    """The device, and every fault of the commands' configurations, once each."""
+    """Returns the device and every fault of the commands' configurations, once each."""
     devices, faults = jax.devices(), []
     for command in commands:
         try:
@@ -50,15 +50,15 @@ def check(commands: Sequence[list[str]]) -> dict[str, Any]:
 
 
 def memory() -> dict[str, int | None]:
-    """Peaks in bytes: of the first device where its backend counts, of the process."""
-    report = jax.local_devices()[0].memory_stats() or {}
+    """Returns peaks in bytes of the first device, if it counts, and of the process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024
-    return {"device": report.get("peak_bytes_in_use"), "process": peak * unit}
+    return {"device": stats.get("peak_bytes_in_use"), "process": peak * unit}
 
 
 def run(report: Path, command: list[str], guard: interrupt.Guard) -> None:
-    """Trains; `report` then holds the memory or the error, or is not there: stopped."""
+    """Trains, and writes the memory or the error to `report`; nothing if stopped."""
     try:
         config, directory, _ = command_line.parse(command)
         command_lib.run(config, directory, guard=guard)
@@ -71,7 +71,7 @@ def run(report: Path, command: list[str], guard: interrupt.Guard) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Stops as a signal does once the starter is gone, which cannot pass one on."""
+    """Stops this process, as SIGTERM does, once its parent has died."""
 
     def watch() -> None:
         while os.getppid() == parent:

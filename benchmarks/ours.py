@@ -1,4 +1,4 @@
-"""Our training step on random images, built and compiled as training does it."""
+"""Builds and compiles our training step on random images, as training does."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ CLASSES = 100
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What every competitor starts from: the same images, weights and recipe.
+    """Images, weights and recipe, the same for all that are measured.
 
     Attributes:
       config: resolved.
@@ -47,12 +47,12 @@ class Setup:
 
     @property
     def student_torch(self) -> dict[str, np.ndarray]:
-        """The student before the first step, in PyTorch's names."""
+        """Returns the student before the first step, in PyTorch's names."""
         variables = self.state.variables("student")
         return interop.to_torch(self.config.student.name, jax.device_get(variables))
 
     def rows(self, count: int, seed: int) -> np.ndarray:
-        """Positions (count, B) of random examples."""
+        """Returns positions (count, B) of random examples."""
         shape = (count, self.config.batch_size)
         return np.random.default_rng(seed).integers(0, EXAMPLES, shape, np.int32)
 
@@ -60,14 +60,14 @@ class Setup:
 def configure(
     teacher: str, student: str, method: str, batch: int, dtype: str
 ) -> config_lib.ConfigDict:
-    """The default recipe for this pair; what is not named here is `config.default`."""
+    """Returns the default recipe for this pair; other fields are `config.default`."""
     config = config_lib.with_pair(config_lib.default(), f"{teacher},{student},{method}")
     changes = {"batch_size": batch, "dtype": dtype}
     return config_lib.resolve(config_lib.changed(config, changes))
 
 
 def setup(config: config_lib.ConfigDict) -> Setup:
-    """Random images and weights on one device; the teacher folded, if it shall be."""
+    """Makes random images and weights on one device; folds the teacher if it is set."""
     mesh = Mesh(np.array(jax.local_devices()[:1]), ("data",))
     split = _images()
     student, teacher = _network(config, "student"), None
@@ -127,10 +127,10 @@ def _with_weights(loaded: weights.Loaded) -> weights.Loaded:
 
 
 class Ours:
-    """Compiles at once; `run` makes steps and waits for the last of them.
+    """Our step, compiled when the object is made; a `timing.Subject`.
 
     Attributes:
-      facts: what is known before timing, for the record.
+      facts: figures that are known before timing, for the record.
     """
 
     name = "ours"
@@ -159,7 +159,7 @@ class Ours:
         self._batches = itertools.cycle(rows)
 
     def run(self, steps: int) -> None:
-        """At least `steps` of them: whole dispatches."""
+        """Runs at least `steps` steps, in whole dispatches, and waits for the last."""
         metrics: Any = None
         for _ in range(-(-steps // self._several)):
             self._state, metrics = self._program(
@@ -171,7 +171,7 @@ class Ours:
         jax.block_until_ready((self._state, metrics))
 
     def peak_bytes(self) -> int | None:
-        """Of the device since the process began, where it counts."""
+        """Returns the peak since the process began, if the device counts it."""
         stats = jax.local_devices()[0].memory_stats()
         return stats.get("peak_bytes_in_use") if stats else None
 
@@ -189,7 +189,7 @@ class Ours:
 
 
 def _costs(program: Any) -> dict[str, float]:
-    """What XLA counts of a program of one step (in loops it counts one turn)."""
+    """Returns XLA's counts for a program of one step (a loop counts as one turn)."""
     costs, memory = program.cost_analysis(), program.memory_analysis()
     return {
         "flops": costs["flops"],

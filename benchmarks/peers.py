@@ -1,11 +1,10 @@
-"""Public PyTorch libraries, each measured with its own training loop.
+"""Adapts public PyTorch libraries, each measured with its own training loop.
 
-Neither comes with this repository: the first is a package that has to be installed,
-the second a folder that has to be there. What a loop does beside the step (it waits
-for the loss in every one, to log it) is its own and stays. Batches are what a data
-loader would hand over, ready made: normalised floats in pinned memory, so a peer is
-spared the augmentation that ours and the baseline do. bfloat16 is autocast around the
-loop, as neither has an option for it.
+Neither is part of this repository: torchdistill is a package to install, mdistiller a
+folder to check out. A loop's other work (it waits for the loss in every step, to log
+it) is left in. Batches are those of a data loader, prepared in advance: normalised
+floats in pinned memory, so a peer does not do the augmentation that ours and the
+baseline do. bfloat16 is autocast around the loop, as neither has an option for it.
 """
 
 import contextlib
@@ -24,7 +23,7 @@ from benchmarks import ours, timing, torch_step
 
 
 def find(peer: str) -> type["Peer"]:
-    """The adapter of a package's name or of a checkout's folder.
+    """Returns the adapter for the name of a package or the folder of a checkout.
 
     Raises:
       timing.Unusable: neither is known.
@@ -40,9 +39,9 @@ def find(peer: str) -> type["Peer"]:
 
 
 class Peer:
-    """What the adapters share; `timing.Subject` says what it is for.
+    """What the adapters share; a `timing.Subject`.
 
-    A subclass says in `loop` how its library makes one step of a batch.
+    A subclass implements `loop`, one step of its library.
     """
 
     name: ClassVar[str]
@@ -59,11 +58,11 @@ class Peer:
 
     @classmethod
     def make(cls, made: ours.Setup) -> timing.Subject:
-        """The subject."""
+        """Returns the subject."""
         return cls(made)
 
     def loop(self, made: ours.Setup) -> Callable[..., None]:
-        """A function of (images, labels, indices), on the host, that makes a step."""
+        """Returns a function for one step, of (images, labels, indices) on the host."""
         raise NotImplementedError
 
     def run(self, steps: int) -> None:
@@ -76,7 +75,7 @@ class Peer:
             torch.cuda.synchronize()
 
     def peak_bytes(self) -> int | None:
-        """See `timing.Subject`; with that of other PyTorch subjects."""
+        """See `timing.Subject`; includes that of other PyTorch subjects."""
         cuda = self._device.type == "cuda"
         return torch.cuda.max_memory_allocated() if cuda else None
 
@@ -129,7 +128,7 @@ class Torchdistill(Peer):
 
 
 def _criterion(made: ours.Setup) -> dict[str, Any]:
-    """Weighted sum of one term, in torchdistill's configuration."""
+    """Returns a weighted sum of one term, in torchdistill's configuration."""
     k, logits = made.config.kd, {"io": "output", "module_path": "."}
     if made.teacher_torch is None:
         wrapper = {"input": {"is_from_teacher": False, **logits}}
@@ -190,23 +189,23 @@ class Mdistiller(Peer):
             parts += [network(c.teacher.name), settings]
         kind = {"none": "NONE", "kd": "KD"}[c.method]
         distiller = distillers.distiller_dict[kind](*parts).to(self._device)
-        own = trainer.BaseTrainer(
+        loop = trainer.BaseTrainer(
             "throughput", torch.nn.DataParallel(distiller), None, None, settings
         )
-        own.distiller.train()
+        loop.distiller.train()
         names = ("training_time", "data_time", "losses", "top1", "top5")
         meters = {name: utils.AverageMeter() for name in names}
 
         def step(*batch: torch.Tensor) -> None:
             with _cuda_or_stay(self._device):
-                own.train_iter(batch, 1, meters)
+                loop.train_iter(batch, 1, meters)
 
         return step
 
 
 @contextlib.contextmanager
 def _cuda_or_stay(device: torch.device) -> Iterator[None]:
-    """On CPUs `.cuda()`, which the trainer calls, leaves tensors where they are."""
+    """Makes `.cuda()`, which the trainer calls, do nothing on CPUs."""
     if device.type == "cuda":
         yield
         return
@@ -217,7 +216,7 @@ def _cuda_or_stay(device: torch.device) -> Iterator[None]:
 def _batches(
     made: ours.Setup, device: torch.device
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """A few (images (B, 3, 32, 32) float32, labels (B,), indices (B,)), on the host."""
+    """Returns a few (images (B, 3, 32, 32), labels (B,), indices (B,)) on the host."""
     d, found = made.config.data, []
     mean, std = torch.tensor(d.mean), torch.tensor(d.std)
     for row in made.rows(4, 1):

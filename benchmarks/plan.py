@@ -10,19 +10,19 @@ from lakd_jax.config import command_line, recipes
 
 FOLDER = "folder:"
 
-# What the table itself sets, so that an override would not mean what it says.
+# What the table itself sets; an override of it would be lost.
 _OWN = ("method", "seed", "seeds", "epochs", "baselines", "student.name")
 _OWN += ("teacher.name", "teacher.init", "teacher.epochs", "teacher.lr")
 _OWN += ("teacher.seed", "teacher.cache")
 
-# A title may have "=" in it, what follows the last one before METHOD may not.
+# Titles may contain "=": the first one that a METHOD follows ends the title.
 _ARM = re.compile(r"(?P<title>\w[^/]*?)=(?P<spec>[^=:,\s]+(:.*)?)")
 _COMMA = re.compile(r",(?![^(\[]*[)\]])")  # outside of brackets
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """A method, and the fields that it alone changes: a row of a table.
+    """A row of a table: a method with fields of its own.
 
     Attributes:
       name: of its directories and records.
@@ -38,7 +38,7 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the command line asks for.
+    """A table as the command line requests it.
 
     Attributes:
       data: digits, cifar10, cifar100 or folder:DIR.
@@ -88,7 +88,7 @@ class Job:
 
 
 def pairs(text: str) -> tuple[tuple[str, str], ...]:
-    """ "A:B,C:D" -> ((A, B), (C, D)); ConfigError for anything else."""
+    """Parses "A:B,C:D" as ((A, B), (C, D)); ConfigError for anything else."""
     found = [tuple(part.split(":")) for part in text.split(",")]
     wrong = [":".join(p) for p in found if len(p) != 2 or not all(p)]
     if wrong:
@@ -99,7 +99,7 @@ def pairs(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def methods(text: str) -> tuple[Arm, ...]:
-    """An arm per name in a list with commas; ConfigError for unknown names."""
+    """Returns an arm per name in a list with commas; ConfigError if one is unknown."""
     names = tuple(dict.fromkeys(text.split(",")))
     _require_known("--methods", names)
     return tuple(Arm(name, distill.title(name), name) for name in names)
@@ -118,7 +118,7 @@ def arm(text: str) -> Arm:
 
 
 def arm_of(title: str, spec: str) -> Arm:
-    """An arm by its title and "METHOD" or "METHOD:FIELD=VALUE,..."."""
+    """Returns an arm, given its title and "METHOD" or "METHOD:FIELD=VALUE,..."."""
     method, _, fields = spec.partition(":")
     overrides = tuple(_COMMA.split(fields)) if fields else ()
     return Arm(title.replace(" ", "_"), title, method, overrides)

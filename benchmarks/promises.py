@@ -1,7 +1,7 @@
-"""Measures the times behind docs/reliability.md, which no test asserts.
+"""Measures the times in docs/reliability.md, which no test asserts.
 
-`python -m benchmarks.promises [--repeats=3]` runs `python main.py` in processes of its
-own, on the digits where they train, and prints medians with the extremes in brackets.
+`python -m benchmarks.promises [--repeats=3]` runs `python main.py` in separate
+processes, on the digits if they train, and prints medians, with extremes in brackets.
 """
 
 import argparse
@@ -29,11 +29,11 @@ FAULTS = (
 ORDERS = (("CIFAR", 50_000, 64), ("ImageNet", 1_281_167, 256))
 FAR = 10**6 + 1  # a step
 _INTO_COMPILATION = 1.0  # seconds from the line before it
-_PATIENCE = 300  # seconds that a process may take, which is many times what it needs
+_PATIENCE = 300  # seconds that a process may take, many times what it needs
 
 
 def ended(*args: str, code: int) -> float:
-    """Seconds that `python main.py ARGS` takes to end with `code`."""
+    """Returns the seconds that `python main.py ARGS` takes to end with `code`."""
     command = [sys.executable, str(ROOT / "main.py"), *args]
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
@@ -43,7 +43,7 @@ def ended(*args: str, code: int) -> float:
 
 
 def drawn(examples: int, batch_size: int) -> float:
-    """Seconds to compute a far step's batch, with nothing kept of its epoch."""
+    """Returns the seconds to compute a far step's batch without a cached epoch."""
     order._permutation.cache_clear()
     began = time.perf_counter()
     order.batch_indices(123, FAR, examples, batch_size, False)
@@ -51,9 +51,9 @@ def drawn(examples: int, batch_size: int) -> float:
 
 
 def stopped(after: str, wait: float) -> float:
-    """Seconds from SIGTERM to the end of a process that trains on the digits.
+    """Returns the seconds from SIGTERM to the end of a training on the digits.
 
-    It is sent `wait` seconds after the first line that begins with `after`.
+    The signal is sent `wait` seconds after the first line that begins with `after`.
     """
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
@@ -89,7 +89,7 @@ def _require(condition: bool, text: str) -> None:
 
 
 def rows() -> dict[str, Callable[[], float]]:
-    """What is measured: its name in the table and what gives its seconds."""
+    """Returns what is measured: name in the table -> function that returns seconds."""
     far = f"batch of step {FAR:,}"
     orders = {
         f"{far}, {name}'s size": lambda examples=examples, batch=batch: drawn(

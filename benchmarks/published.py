@@ -1,8 +1,8 @@
-"""Published accuracies, for the column beside ours: benchmarks/published.json.
+"""Looks up published accuracies in benchmarks/published.json.
 
-By data set, pair of networks and method: top-1 (and top-5) of the test split in
-percent, the letter of the source, and what a reader has to know to compare. Numbers
-that nobody could read at their source are not in it.
+The file has, by data set, pair of networks and method, top-1 (and top-5) of the test
+split in percent, the letter of the source, and notes needed for a comparison. Numbers
+that could not be read at their source are left out.
 """
 
 import functools
@@ -12,18 +12,18 @@ from typing import Any
 
 FILE = Path(__file__).with_name("published.json")
 
-# Where a row is not called as the method in capital letters.
+# Methods whose rows are not named after them.
 _ROWS = {"none": "student", "review": "ReviewKD"}
 
 
 @functools.cache
 def tables() -> dict[str, Any]:
-    """All of the file."""
+    """Returns the whole file."""
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
 def find(data: str, pair: str, method: str) -> dict[str, Any] | None:
-    """The number of a method as in `config.method`, or of "teacher", if there is one.
+    """Returns the row of a method as in `config.method`, or of "teacher"; or None.
 
     Args:
       data: "cifar100" or "imagenet"; there are none of other data.
@@ -35,6 +35,6 @@ def find(data: str, pair: str, method: str) -> dict[str, Any] | None:
 
 
 def sources(letters: set[str]) -> str:
-    """What the letters stand for, in one line."""
+    """Returns the sources that the letters stand for, in one line."""
     known = tables()["sources"]
     return "; ".join(f"{letter}: {known[letter]}" for letter in sorted(letters))

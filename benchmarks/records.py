@@ -119,6 +119,9 @@ class File:
             workdir.write_json(self._path, self._all() | {job.name: record})
         return record
 
+    def forget_failures(self, jobs: Iterable[plan.Job]) -> None:
+        """See `Folder`; there are none."""
+
 
 def text(arguments: Sequence[str]) -> str:
     """Returns a command of main.py as it is typed."""

@@ -4,9 +4,8 @@
 
 Images are random, 32x32; the input part is gathering, cropping, mirroring and
 normalising a batch on the device. Prints the medians and the share of the input.
-`--views=1` has the teacher's outputs stored before, as `teacher.views` does, and
-`--plain` leaves out what `lakd_jax.runtime.backend` sets for the device, to see what
-it gains.
+`--views=1` stores the teacher's outputs before, as `teacher.views` does, and `--plain`
+leaves out the settings of `lakd_jax.runtime.backend`, to show what they gain.
 """
 
 import argparse
@@ -27,13 +26,15 @@ from lakd_jax.runtime import backend, interrupt
 from lakd_jax.training import spec, step, teacher_outputs
 from lakd_jax.training import state as state_lib
 
-ASKED = 500  # images that the teacher is asked about at a time
+ASKED = 500  # images of one batch of teacher outputs
 
 
 def programs(made: ours.Setup, options: dict[str, Any]) -> dict[str, Callable]:
-    """Compiled functions by name; each runs once and waits for the device.
+    """Returns compiled functions by name; each runs once and waits for the device.
 
-    `options` are the compiler's.
+    Args:
+      made: networks and data.
+      options: of the compiler.
     """
     learner, rows = made.learner, made.rows(1, 0)
     source = stored(made) if learner.views else made.teacher
@@ -59,7 +60,7 @@ def programs(made: ours.Setup, options: dict[str, Any]) -> dict[str, Callable]:
 
 
 def stored(made: ours.Setup) -> teacher_outputs.Answers:
-    """What the teacher says of the images, stored and read as a run does it."""
+    """Returns the teacher's outputs, stored and read as in a run."""
     learner, guard = made.learner, interrupt.Guard()
     asker = teacher_cache.Asker(learner, made.teacher, made.resident, ASKED, guard)
     names = {"teacher": made.config.teacher.name, "data": "random", "seed": 0}

@@ -296,7 +296,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def series_of(chosen: argparse.Namespace) -> list[Series]:
-    """Returns what the command line asks for; ConfigError names its faults."""
+    """Returns the requested series of runs; ConfigError names the faults."""
     others, word = (_OF_TABLES, "with") if chosen.plan else (_OF_PLANS, "without")
     faults = [
         f"--{name}: cannot be given {word} --plan"

@@ -1,19 +1,19 @@
-"""Training throughput: ours, a PyTorch baseline and other libraries, taking turns.
+"""Measures training throughput: ours, a PyTorch baseline and other libraries.
 
     python -m benchmarks.throughput --pair=resnet32x4,resnet8x4 --method=kd,lakd
         --batch=64,1024 --dtype=float32,bfloat16 --torch --peer=torchdistill
     python -m benchmarks.throughput --table
 
-Everything trains the same pair on the same random 32x32 images of 100 classes, the
-teacher's pass included, on the first local device. `--torch` adds our own PyTorch
-step (benchmarks/torch_step.py): bare, it is compiled on accelerators and eager on
-CPUs; or name the kinds. `--peer` adds a public library with its own loop
-(benchmarks/peers.py): `torchdistill`, or the folder of an mdistiller checkout.
+All train the same pair on the same random 32x32 images of 100 classes, including the
+teacher's pass, on the first local device, in turn. `--torch` adds our own PyTorch step
+(benchmarks/torch_step.py); without a value it is compiled on accelerators and eager on
+CPUs. `--peer` adds a public library with its own loop (benchmarks/peers.py):
+`torchdistill`, or the folder of an mdistiller checkout.
 
-One file a (device, pair, batch, dtype) under --results keeps what was measured; a
-method that is in it with all that is asked for is not measured again. Sizes left at 0
-are: one step a round on CPUs and 50, in one dispatch, elsewhere; matrices of 2048 on
-CPUs and 8192 elsewhere, arrays of 256 MiB and 1 GiB, for the ceilings.
+Results are kept in one file per (device, pair, batch, dtype) under --results; a method
+is not measured again if its file has all that is requested. Sizes left at 0 are: one
+step per round on CPUs and 50, in one dispatch, elsewhere; matrices of 2048 on CPUs and
+8192 elsewhere, arrays of 256 MiB and 1 GiB, for the ceilings.
 """
 
 import argparse
@@ -43,7 +43,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "torch", "torchdistill")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; lists are split."""
+    """Parses the command line; lists are split."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--pair", default="resnet56,resnet20", help="TEACHER,STUDENT")
@@ -73,7 +73,7 @@ def _list(text: str) -> list[str]:
 
 
 def resolve(chosen: argparse.Namespace) -> argparse.Namespace:
-    """The same with what is left to the device filled in."""
+    """Fills in what depends on the device."""
     backend.prepare(cache="")
     cpu = backend.on_cpu()
     chosen.steps = chosen.steps or (1 if cpu else 50)
@@ -85,14 +85,14 @@ def resolve(chosen: argparse.Namespace) -> argparse.Namespace:
 
 
 def record_path(chosen: argparse.Namespace, batch: str, dtype: str) -> Path:
-    """Where this measurement is kept; the name says what it is of."""
+    """Returns the file of this measurement, named after what is measured."""
     kind = re.sub(r"[^a-z0-9]+", "-", jax.local_devices()[0].device_kind.lower())
     pair = chosen.pair.replace(",", "-")
     return chosen.results / f"{kind}-{pair}-b{batch}-{dtype}.json"
 
 
 def names(chosen: argparse.Namespace, method: str) -> list[str]:
-    """Who is measured with this method."""
+    """Returns the names of what is measured with this method."""
     found = ["ours", *(f"torch {kind}" for kind in chosen.torch)]
     if chosen.peer:
         from benchmarks import peers  # needs PyTorch
@@ -106,10 +106,10 @@ def names(chosen: argparse.Namespace, method: str) -> list[str]:
 def measure(
     chosen: argparse.Namespace, method: str, batch: int, dtype: str
 ) -> dict[str, Any]:
-    """Builds all competitors, times them in turn, and says what came out.
+    """Builds all subjects, times them in turn, and returns the figures.
 
-    Where torch.compile fails (it needs a C++ compiler, say), that competitor is left
-    out, and recorded under "failed" with its error.
+    If torch.compile fails (e.g. without a C++ compiler), its subject is left out and
+    recorded under "failed" with the error.
     """
     teacher, student = chosen.pair.split(",")
     load = os.getloadavg()
@@ -159,21 +159,21 @@ def _summary(
     peak: int | None,
 ) -> dict[str, Any]:
     seconds = timing.spread(times)
-    own = {
+    figures = {
         "step_s": seconds,
         "images_per_s": batch / seconds["median"],
         # Of one measurement only if it was the process's first: none can reset it.
         "process_peak_bytes": peak,
     }
     if "flops" in facts:
-        own["reached"] = timing.roofline(facts, best, seconds["median"])
-    return facts | own
+        figures["reached"] = timing.roofline(facts, best, seconds["median"])
+    return facts | figures
 
 
 def environment(
     chosen: argparse.Namespace, method: str, batch: int, dtype: str
 ) -> dict[str, Any]:
-    """On what and with which command; without this machine's paths and times."""
+    """Returns device, versions and command, without paths of this machine."""
     command = {
         "pair": chosen.pair,
         "method": method,
@@ -199,7 +199,7 @@ def environment(
 
 
 def _threads() -> int:
-    """Cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -221,7 +221,7 @@ def _versions() -> dict[str, str]:
 
 
 def update(chosen: argparse.Namespace, method: str, batch: str, dtype: str) -> None:
-    """Measures what the record lacks, and adds it."""
+    """Measures what the record lacks and adds it."""
     path = record_path(chosen, batch, dtype)
     record = workdir.read_json(path) if path.exists() else {"methods": {}}
     kept = record["methods"].get(method, {"subjects": {}, "failed": {}})
@@ -244,13 +244,13 @@ def update(chosen: argparse.Namespace, method: str, batch: str, dtype: str) -> N
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures all that the command line asks for, or prints what is recorded."""
+    """Measures what the command line requests, or prints what is recorded."""
     chosen = parse(arguments)
     if chosen.table:
         records = map(workdir.read_json, sorted(chosen.results.glob("*.json")))
         print(throughput_table.render(list(records)))
         return
-    # Read when JAX first asks for its devices: PyTorch needs its share of the memory.
+    # Read when JAX first lists its devices: PyTorch needs its share of the memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     chosen = resolve(chosen)
     try:

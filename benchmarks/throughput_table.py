@@ -1,4 +1,4 @@
-"""The records of `benchmarks.throughput` as a markdown table."""
+"""Renders the records of `benchmarks.throughput` as a Markdown table."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ _COLUMNS = (
 
 
 def render(records: Sequence[dict[str, Any]]) -> str:
-    """One line a competitor, in the order of the records.
+    """Returns one line per subject, in the order of the records.
 
     The ratio is the median of pairs of neighbouring rounds; above 1, ours is faster.
     """
@@ -28,7 +28,7 @@ def render(records: Sequence[dict[str, Any]]) -> str:
 
 
 def only(record: dict[str, Any], method: str) -> dict[str, Any]:
-    """The record with that method alone."""
+    """Returns the record with one method only."""
     return record | {"methods": {method: record["methods"][method]}}
 
 

@@ -1,4 +1,4 @@
-"""Interleaved timing, its statistics, and what the device can do at best."""
+"""Times subjects in turn, with statistics, and measures a device's best rates."""
 
 import statistics
 import time
@@ -10,37 +10,37 @@ import jax.numpy as jnp
 
 
 class Unusable(Exception):
-    """What was asked for cannot be measured here; says why and what to do."""
+    """The requested measurement is impossible here; the message has the remedy."""
 
 
 class Subject(Protocol):
-    """Something that makes training steps: ours, the baseline, a peer.
+    """An implementation of training steps: ours, the baseline or a peer.
 
     Attributes:
       name: in records and tables.
-      facts: what is known of it before timing.
+      facts: figures that are known before timing.
     """
 
     name: str
     facts: dict[str, Any]
 
     def run(self, steps: int) -> None:
-        """That many steps; returns when the device has made them."""
+        """Runs `steps` steps; returns when the device has finished them."""
 
     def peak_bytes(self) -> int | None:
-        """Largest memory of the device in use so far; None where nobody counts."""
+        """Returns the device's peak memory so far; None if it is not counted."""
 
 
 def interleaved(
     subjects: Sequence[Subject], *, rounds: int, steps: int, warm_up: int
 ) -> dict[str, list[float]]:
-    """Seconds a step, by subject, one number a round; the subjects take turns.
+    """Returns seconds per step, by subject, one number per round; they take turns.
 
     Args:
       subjects: timed in this order in every round (A, B, A, B, ...).
-      rounds: that are kept.
+      rounds: number of rounds that are timed.
       steps: of each subject in a round.
-      warm_up: rounds before, which are not kept.
+      warm_up: number of rounds before these.
     """
     times: dict[str, list[float]] = {subject.name: [] for subject in subjects}
     for turn in range(warm_up + rounds):
@@ -53,7 +53,7 @@ def interleaved(
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles and extremes of at least one number."""
+    """Computes median, quartiles and extremes of at least one number."""
     low, middle, high = values[0], values[0], values[0]
     if len(values) > 1:
         low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -67,20 +67,20 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratios(times: Mapping[str, Sequence[float]], of: str) -> dict[str, dict]:
-    """How many times longer each other subject takes than `of`, from pairs.
+    """Computes how many times longer each other subject takes than `of`.
 
-    A pair is two neighbours in time, so that a load on the machine that comes and
-    goes falls on both.
+    From pairs of neighbouring rounds, so that a load on the machine that comes and
+    goes affects both.
     """
     return {
-        name: spread([t / own for t, own in zip(values, times[of], strict=True)])
+        name: spread([t / base for t, base in zip(values, times[of], strict=True)])
         for name, values in times.items()
         if name != of
     }
 
 
 def ceilings(dtype: str, side: int, mebibytes: int) -> dict[str, float]:
-    """The best rates that this device shows: of a matrix product, and of a copy.
+    """Measures the best rates of this device: of a matrix product, and of a copy.
 
     Args:
       dtype: of the product.
@@ -102,7 +102,7 @@ def ceilings(dtype: str, side: int, mebibytes: int) -> dict[str, float]:
 
 
 def _fastest(program: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
-    """Least seconds of ten calls, each on the last one's result, after a first."""
+    """Returns the least seconds of ten calls, each on the previous result."""
     seconds = []
     for _ in range(11):
         began = time.perf_counter()
@@ -112,11 +112,11 @@ def _fastest(program: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
 
 
 def roofline(facts: Mapping[str, Any], best: Mapping[str, float], s: float) -> dict:
-    """Rates reached by a step of `s` seconds, and as a share of the roofline.
+    """Computes the rates of a step of `s` seconds, also as a share of the roofline.
 
-    The share is the least time that the ceilings `best` allow, that of the operations
-    or that of the bytes, over the time taken. Bytes are those that XLA counts, which
-    caches may save, so on CPUs the share is a rough one.
+    The share is the least time that the ceilings `best` allow, for the operations or
+    for the bytes, divided by the time taken. Bytes are those that XLA counts, some of
+    which caches save, so on CPUs the share is approximate.
     """
     compute = facts["flops"] / best["flops_per_s"]
     memory = facts["bytes"] / best["bytes_per_s"]

@@ -1,4 +1,4 @@
-"""The same training step in PyTorch, as fast as we know how to write it.
+"""Implements the same training step in PyTorch, as fast as we know how to write it.
 
 Images stay on the device as padded uint8; one gather crops and mirrors a batch.
 Everything is channels-last. The teacher has its batch norms folded into its
@@ -27,7 +27,7 @@ _EPS = 1e-8  # in the mask's mean
 
 
 def device() -> torch.device:
-    """Where PyTorch shall compute: where JAX does.
+    """Returns the device of PyTorch, the one that JAX uses.
 
     Raises:
       timing.Unusable: JAX has an accelerator that this PyTorch cannot use.
@@ -44,7 +44,7 @@ def device() -> torch.device:
 
 
 def prepare(threads: int) -> None:
-    """As many threads as JAX has; TF32 where JAX uses it; fastest convolutions."""
+    """Sets threads and TF32 as in JAX, and selects the fastest convolutions."""
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
@@ -52,7 +52,7 @@ def prepare(threads: int) -> None:
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions beside a shortcut."""
+    """Two 3x3 convolutions with a shortcut."""
 
     def __init__(self, old: int, new: int, stride: int):
         super().__init__()
@@ -66,7 +66,7 @@ class Block(nn.Module):
             self.downsample = nn.Sequential(conv, nn.BatchNorm2d(new))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) to (B, new, H / stride, W / stride)."""
+        """Maps (B, C, H, W) to (B, new, H / stride, W / stride)."""
         h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(h + self.downsample(x))
 
@@ -75,7 +75,7 @@ class ResNet(nn.Module):
     """A CIFAR ResNet of three stages.
 
     Raises:
-      timing.Unusable: another network's name.
+      timing.Unusable: the network is not one of these.
     """
 
     def __init__(self, name: str, classes: int):
@@ -97,7 +97,7 @@ class ResNet(nn.Module):
     def joints(
         self, x: torch.Tensor, cut: bool
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Images (B, 3, H, W) to logits and the ends of the stages.
+        """Maps images (B, 3, H, W) to logits and the outputs of the stages.
 
         `cut` stops the gradient between stages.
         """
@@ -109,12 +109,12 @@ class ResNet(nn.Module):
         return self.fc(pooled.to(self.fc.weight.dtype)), ends
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) to logits (B, classes)."""
+        """Maps images (B, 3, H, W) to logits (B, classes)."""
         return self.joints(x, False)[0]
 
 
 def network(name: str, weights: dict[str, np.ndarray]) -> ResNet:
-    """`name` with weights in PyTorch's names (`interop.to_torch`)."""
+    """Returns `name` with weights in PyTorch's names (`interop.to_torch`)."""
     net = ResNet(name, len(weights["fc.bias"]))
     state = {key: torch.tensor(value) for key, value in weights.items()}
     missing, surplus = net.load_state_dict(state, strict=False)
@@ -124,7 +124,7 @@ def network(name: str, weights: dict[str, np.ndarray]) -> ResNet:
 
 
 def fold(net: nn.Module) -> nn.Module:
-    """Batch norms of a network in evaluation mode go into the convolutions."""
+    """Folds the batch norms of a network in evaluation mode into its convolutions."""
     pairs = (("conv1", "bn1"), ("conv2", "bn2"), ("0", "1"))
     for module in list(net.modules()):
         for conv, norm in pairs:
@@ -136,13 +136,13 @@ def fold(net: nn.Module) -> nn.Module:
 
 
 def kd_loss(student: torch.Tensor, teacher: torch.Tensor, t: float) -> torch.Tensor:
-    """t^2 KL(teacher || student) of logits (B, classes), softened by t."""
+    """Computes t^2 KL(teacher || student) of logits (B, classes), softened by t."""
     log_s, log_t = (F.log_softmax(x.float() / t, 1) for x in (student, teacher))
     return t * t * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
 
 
 def mask(z: torch.Tensor, a: float, b: float, window: int) -> torch.Tensor:
-    """LAKD's weights of a teacher's map z (B, C, H, W): (B, 1, H, W), mean 1."""
+    """Computes LAKD's mask (B, 1, H, W), mean 1, of a teacher's map z (B, C, H, W)."""
     s, pad = z.abs().sum(1, keepdim=True), window // 2
     average = F.avg_pool2d(s, window, 1, pad, count_include_pad=False)
     w = a * average + b * F.max_pool2d(s, window, 1, pad)
@@ -150,7 +150,7 @@ def mask(z: torch.Tensor, a: float, b: float, window: int) -> torch.Tensor:
 
 
 class Torch:
-    """The baseline's step; `facts` as of `timing.Subject`.
+    """The training step of the baseline; a `timing.Subject`.
 
     Covers the defaults of methods none, kd and lakd: LAKD with stages as modules,
     isolated, masks of mean 1 and adapters everywhere.
@@ -184,7 +184,7 @@ class Torch:
         self._wait()
 
     def step(self, indices: torch.Tensor) -> torch.Tensor:
-        """One update from the examples at `indices` (B,); the loss before it."""
+        """Updates from the examples at `indices` (B,); returns the loss before."""
         if self._graphs:  # the last step's tensors may be overwritten
             torch.compiler.cudagraph_mark_step_begin()
         loss = self._loss(indices)
@@ -206,7 +206,7 @@ class Torch:
             torch.cuda.synchronize()
 
     def _load(self, made: ours.Setup) -> None:
-        """Networks and adapters with the weights of ours, on the device."""
+        """Puts networks and adapters with our weights on the device."""
         c, last = made.config, torch.channels_last
         student = network(c.student.name, made.student_torch).train()
         self.student = student.to(self._device, memory_format=last)
@@ -226,7 +226,7 @@ class Torch:
             ]
 
     def _data(self, made: ours.Setup) -> None:
-        """Padded images (N, H + 2 pad, W + 2 pad, 3) and labels on the device."""
+        """Puts padded images (N, H + 2 pad, W + 2 pad, 3) and labels on the device."""
         d, images = made.config.data, torch.tensor(made.split.images)
         self._side = images.shape[1]
         padded = F.pad(images, (0, 0, d.pad, d.pad, d.pad, d.pad))
@@ -238,7 +238,7 @@ class Torch:
         self._batches = itertools.cycle(rows)
 
     def _pixels(self, indices: torch.Tensor) -> torch.Tensor:
-        """Cropped, mirrored, normalised images (B, 3, H, W), channels last."""
+        """Returns cropped, mirrored, normalised images (B, 3, H, W), channels last."""
         d, where = self._config.data, self._device
         count, line = len(indices), torch.arange(self._side, device=where)
         top, left = torch.randint(0, 2 * d.pad + 1, (2, count, 1), device=where)
@@ -251,7 +251,7 @@ class Torch:
         return (images * self._scale + self._shift).permute(0, 3, 1, 2)
 
     def _whole(self, indices: torch.Tensor) -> torch.Tensor:
-        """The loss of the examples at `indices` (B,), float32 scalar."""
+        """Computes the loss of the examples at `indices` (B,), a float32 scalar."""
         c, labels = self._config, self._labels[indices]
         x = self._pixels(indices)
         with torch.autocast(self._device.type, torch.bfloat16, self._bfloat16):
@@ -269,7 +269,7 @@ class Torch:
         return loss
 
     def _local(self, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """L_lf + L_att of a module: u (B, C, H, W) the adapted student's map."""
+        """Computes L_lf + L_att from (B, C, H, W): adapted map u, teacher's map v."""
         k, errors = self._config.lakd, u - v
         with torch.no_grad():
             w = mask(v, k.a, k.b, k.window)
@@ -280,7 +280,7 @@ class Torch:
 
 
 def _adapter(params: dict) -> nn.Module:
-    """1x1 convolution and batch norm with the parameters of ours."""
+    """Returns a 1x1 convolution and batch norm with our parameters."""
     kernel = torch.tensor(np.ascontiguousarray(params["conv"]["kernel"][0, 0].T))
     conv = nn.Conv2d(kernel.shape[1], kernel.shape[0], 1, bias=False)
     norm = nn.BatchNorm2d(kernel.shape[0])

@@ -129,9 +129,9 @@ def test_untrained_gates_are_those_that_a_run_begins_with(tmp_path, monkeypatch)
     bench = single.bench(config, interrupt.Guard(), lambda text: None)
     own = phases.parts(config, tmp_path, bench, None)
     began = network.gates(own.track.first_state().params["student"])
-    told = network.gates(gate_entropy.untrained(3, own.student.model))
+    found = network.gates(gate_entropy.untrained(3, own.student.model))
     other = network.gates(gate_entropy.untrained(4, own.student.model))
-    for mine, wanted, foreign in zip(told, began, other, strict=True):
+    for mine, wanted, foreign in zip(found, began, other, strict=True):
         np.testing.assert_array_equal(mine, wanted)
         assert np.any(mine != foreign)
 

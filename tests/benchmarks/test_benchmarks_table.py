@@ -65,8 +65,8 @@ def result(last, best=None, *, seconds=60.0, teacher=0.75):
 
 def leave_environment(folder):
     folder.mkdir(parents=True, exist_ok=True)
-    told = {"versions": {}, "commit": "c0ffee", "devices": ["0: x"], "platform": "l"}
-    (folder / "environment.json").write_text(json.dumps(told))
+    fields = {"versions": {}, "commit": "c0ffee", "devices": ["0: x"], "platform": "l"}
+    (folder / "environment.json").write_text(json.dumps(fields))
 
 
 def keep(out, job, **ended):
@@ -254,7 +254,7 @@ def test_table_has_results_failures_what_is_missing_and_what_is_published(tmp_pa
     assert "240 epochs; 0: x; commit c0ffee." in text
 
 
-def test_table_of_nothing_says_so(tmp_path):
+def test_table_of_nothing_lists_missing_seeds(tmp_path):
     wanted = request(tmp_path, data="digits")
     text = table_text.render(wanted, plan.jobs(wanted), {})
     assert cells(text, "KD ")[1:] == ["-"] * 7 + ["not run: seed 0, 1"]
@@ -304,7 +304,7 @@ def harness(wanted, *, retry=False):
     return table.Harness(table._table(wanted), interrupt.Guard(), retry)
 
 
-def test_stopped_table_goes_on_with_what_is_missing(tmp_path, monkeypatch):
+def test_stopped_table_continues_with_what_is_missing(tmp_path, monkeypatch):
     wanted = request(tmp_path)
     first = Made(monkeypatch, stop_at=3)
     with pytest.raises(interrupt.Interrupted):
@@ -386,9 +386,9 @@ def test_estimate_is_from_the_same_method_else_from_the_pair(tmp_path):
     # none, kd and two times the mean of both; of two teachers and of vgg8 nothing
     seconds, unknown = records.estimate(waiting, jobs, kept)
     assert (seconds, unknown) == (100 + 300 + 2 * 200, 2 + 6)
-    told = harness(wanted).plan_text()
-    assert "resnet56 -> resnet20, none, seed 0, 1: 1 to make, 1 finished" in told
-    assert told.endswith(
+    text = harness(wanted).plan_text()
+    assert "resnet56 -> resnet20, none, seed 0, 1: 1 to make, 1 finished" in text
+    assert text.endswith(
         "runs left: 12, about 0:13:20 without the 8 of pairs not timed yet"
     )
 
@@ -423,7 +423,7 @@ def test_methods_of_a_seed_see_the_same_images_in_the_same_order(tmp_path, monke
 
 
 @pytest.mark.long
-def test_command_on_digits_is_stopped_goes_on_and_then_only_tells(tmp_path):
+def test_command_on_digits_is_stopped_continues_and_then_only_prints(tmp_path):
     command = [sys.executable, "-m", "benchmarks.table", "--data=digits"]
     command += ["--pairs=resnet8:resnet8", "--methods=none", "--seeds=1"]
     command += ["--arm=KD T 2=kd:kd.temperature=2"]

@@ -199,7 +199,7 @@ def test_an_unknown_peer_is_refused_with_what_there_is(tmp_path):
         peers.find(str(tmp_path))
 
 
-def test_missing_pytorch_is_told_before_any_work(monkeypatch, capsys):
+def test_missing_pytorch_is_reported_before_any_work(monkeypatch, capsys):
     monkeypatch.setattr(throughput.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         throughput.parse([*TINY, "--torch"])
