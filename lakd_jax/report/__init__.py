@@ -1,1 +1,1 @@
-"""What a person sees of a run: progress, metrics, tables and pictures."""
+"""Presents a run to its user: progress display, metrics, tables and pictures."""

@@ -1,4 +1,4 @@
-"""The picture of attention maps: where each module looks, teacher and student."""
+"""Draws attention maps: where teacher and student respond in each module."""
 
 import dataclasses
 import math
@@ -9,12 +9,12 @@ import numpy as np
 
 from lakd_jax.report import canvas
 
-WRONG = "#b3400a"  # vermillion, darkened to contrast 4.5:1 and more on white
+WRONG = "#b3400a"  # vermillion, darkened to a contrast of at least 4.5:1 on white
 
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-    """Class names for one image: the truth and what the networks say."""
+    """Class names for one image: the true class and the two predictions."""
 
     truth: str
     teacher: str
@@ -23,7 +23,7 @@ class Caption:
 
 @dataclasses.dataclass(frozen=True)
 class ModuleMaps:
-    """Maps of one module, (N, h, w) each; no mask where the method has none."""
+    """Maps of one module, (N, h, w) each; `mask` is None if the method has none."""
 
     name: str
     teacher: np.ndarray
@@ -31,7 +31,7 @@ class ModuleMaps:
     student: np.ndarray
 
     def columns(self) -> list[tuple[str, np.ndarray]]:
-        """Returns (title, maps) of the columns this module takes."""
+        """Returns (title, maps) for each column of this module."""
         shown = [("teacher", self.teacher), ("mask", self.mask)]
         shown.append(("student", self.student))
         return [(title, maps) for title, maps in shown if maps is not None]
@@ -39,11 +39,11 @@ class ModuleMaps:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the tiles are, in pixels from the upper left corner.
+    """Computes where the tiles go, in pixels from the upper left corner.
 
     Attributes:
       images: number of rows.
-      groups: number of columns of each module.
+      groups: number of columns per module.
     """
 
     images: int
@@ -58,23 +58,23 @@ class Layout:
 
     @property
     def tile(self) -> int:
-        """Side of a tile: smaller the more columns there are."""
+        """Returns the side of a tile; it shrinks as the number of columns grows."""
         return max(84, min(150, 2200 // (1 + sum(self.groups)) // 6 * 6))
 
     def x(self, column: int) -> int:
-        """Left edge of a column; 0 is the image, modules follow."""
+        """Returns the left edge of a column; 0 is the image, modules follow."""
         starts = np.cumsum((1, *self.groups))
         groups_before = int(np.searchsorted(starts, column, side="right"))
         separators = groups_before * (self.group_gap - self.gap)
         return self.left + column * (self.tile + self.gap) + separators
 
     def y(self, row: int) -> int:
-        """Upper edge of a row."""
+        """Returns the upper edge of a row."""
         return self.top + row * (self.tile + self.gap)
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the picture."""
+        """Returns the width and height of the picture."""
         width = self.x(sum(self.groups)) + self.tile + self.right
         return width, self.y(self.images - 1) + self.tile + self.bottom
 
@@ -88,15 +88,15 @@ def attention(
     """Draws, for each image, where teacher and student respond in each module.
 
     Columns: the image, then for every module the teacher's map, the mask and the
-    student's map. Each map is coloured from its own lowest to its own highest
-    value, so that places are compared, not strengths. Wrong predictions are
-    bold, coloured and crossed.
+    student's map. The colour scale of each map runs from its lowest to its highest
+    value, so places are comparable between maps, magnitudes are not. Wrong
+    predictions are bold, coloured and marked with a cross.
 
     Args:
-      path: image file to write; its suffix is the format.
-      images: (N, H, W, 3) uint8, N from 1.
-      rows: N captions.
-      modules: K from 1, maps (N, h, w) of any size.
+      path: image file to write; the suffix selects the format.
+      images: (N, H, W, 3) uint8, N >= 1.
+      rows: one caption per image.
+      modules: at least one; maps (N, h, w) of any size.
 
     Raises:
       ValueError: the lengths disagree.
@@ -105,7 +105,7 @@ def attention(
     lengths |= {len(maps) for module in modules for _, maps in module.columns()}
     if len(lengths) > 1 or not len(images) or not modules:
         raise ValueError(
-            f"images, rows and maps must be of one length from 1, got {lengths}"
+            f"images, rows and maps must have one length, at least 1; got {lengths}"
         )
     page = _Page(Layout(len(images), tuple(len(m.columns()) for m in modules)))
     page.titles(modules)
@@ -120,7 +120,7 @@ def attention(
 
 
 class _Page:
-    """Tiles go into an array of pixels, texts on top of it."""
+    """Draws tiles into a pixel array, and text on top of it."""
 
     def __init__(self, layout: Layout):
         self._layout = layout
@@ -185,7 +185,7 @@ class _Page:
             self._text(98, y, mark + name, limit=self._layout.left - 110, **style)
 
     def colour_bar(self) -> None:
-        # Two tiles wide: every module has at least these two.
+        # Two tiles wide: every module has at least two columns.
         left, width = self._layout.x(1), 2 * self._layout.tile + self._layout.gap
         y = self._height - self._layout.bottom + 36
         ramp = _coloured(np.linspace(0, 1, width, dtype=np.float32)[None, :])

@@ -1,6 +1,6 @@
-"""What all pictures share: figures by the pixel, text measured, ink colours.
+"""Shared by all pictures: figures sized in pixels, text measurement, ink colours.
 
-matplotlib is used through its objects, not pyplot: no global state, no display.
+Uses matplotlib's objects rather than pyplot: no global state, no display.
 """
 
 import os
@@ -21,7 +21,7 @@ def cut(text: str, length: int) -> str:
 
 
 def text_width(figure: Any, text: str, **style: Any) -> float:
-    """Returns the width in pixels that `text` takes when drawn."""
+    """Returns the width of `text` in pixels when drawn."""
     probe = figure.text(0, 0, text, **style)
     width = probe.get_window_extent(figure.canvas.get_renderer()).width
     probe.remove()
@@ -33,7 +33,7 @@ def new_figure(width: int, height: int) -> Any:
     from matplotlib import figure
     from matplotlib.backends import backend_agg
 
-    # The canvas rounds down: the hundredth keeps 313 / 150 * 150 from being 312.
+    # The canvas rounds down: without the 0.01, 313 / 150 * 150 could become 312.
     size = ((width + 0.01) / DPI, (height + 0.01) / DPI)
     result = figure.Figure(figsize=size, dpi=DPI, facecolor="white")
     backend_agg.FigureCanvasAgg(result)

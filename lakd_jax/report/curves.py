@@ -1,4 +1,4 @@
-"""The picture of accuracy and loss over epochs."""
+"""Draws accuracy and loss over epochs."""
 
 import dataclasses
 import math
@@ -9,8 +9,8 @@ import numpy as np
 
 from lakd_jax.report import canvas
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, without the
-# yellow that white swallows; line patterns take over when they are used up.
+# Okabe and Ito's palette, safe for colour-blind readers, without the yellow, which
+# is unreadable on white. Once all colours are used, the line pattern changes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 PATTERNS = ("-", "--", ":", "-.")
 _SIZE = (1350, 1050)  # pixels
@@ -26,7 +26,7 @@ class _Curve:
 
     @property
     def last(self) -> int:
-        """Index of the last finite value; there is at least one."""
+        """Returns the index of the last finite value; there is at least one."""
         return int(np.flatnonzero(np.isfinite(self.values))[-1])
 
 
@@ -39,16 +39,17 @@ def curves(
     loss: str = "loss",
     split: str = "minival",
 ) -> None:
-    """Draws accuracy and loss over epochs, one line per run, named at its end.
+    """Draws accuracy and loss over epochs, one line per run, labelled at its end.
 
     Args:
-      path: image file to write (1350 x 1050 pixels); its suffix is the format.
-      runs: records by run name, as `metrics.read` returns them; those of kind
-        "eval" with "epoch" and the named values are drawn.
-      teacher_accuracy: on the test split, as a horizontal line; None leaves it out.
+      path: image file to write (1350 x 1050 pixels); the suffix selects the format.
+      runs: records by run name, as returned by `metrics.read`; only records of kind
+        "eval" that have "epoch" and the named values are drawn.
+      teacher_accuracy: the teacher's accuracy on the test split, drawn as a
+        horizontal line; None omits it.
       accuracy: name of the accuracy in the records, a fraction of 1.
       loss: name of the evaluation loss in the records.
-      split: what was evaluated on, for the axis labels.
+      split: name of the evaluated split, for the axis labels.
     """
     figure = canvas.new_figure(*_SIZE)
     grid = figure.add_gridspec(2, 1, height_ratios=(3, 2), hspace=0.1)
@@ -57,7 +58,7 @@ def curves(
     ends = _plot(top, _collect(runs, accuracy, 100.0), "{name}  {value:.1f}")
     ends_below = _plot(below, _collect(runs, loss, 1.0), "{name}")
     if ends_below and all(end.value > 0 for end in ends_below):
-        below.set_yscale("log")  # a first epoch may be a hundred times the last
+        below.set_yscale("log")  # the first loss can be a hundred times the last
     if teacher_accuracy is not None and ends:
         level = 100 * teacher_accuracy
         top.axhline(level, color=canvas.FAINT, linestyle="--", linewidth=1.2)
@@ -85,12 +86,12 @@ def lines(
     *,
     label: str,
 ) -> None:
-    """Draws one panel of lines over epochs, each named at its end.
+    """Draws one panel of lines over epochs, each labelled at its end.
 
     Args:
-      path: image file to write (1350 x 600 pixels); its suffix is the format.
-      series: (epoch, value) points by name; values that are not finite are left out.
-      label: of the vertical axis.
+      path: image file to write (1350 x 600 pixels); the suffix selects the format.
+      series: (epoch, value) points by name; values that are not finite are omitted.
+      label: label of the vertical axis.
     """
     figure = canvas.new_figure(_SIZE[0], 600)
     axes = figure.add_subplot()
@@ -129,7 +130,7 @@ def _collect(
 
 @dataclasses.dataclass(frozen=True)
 class _End:
-    """Where a line ends, and what is written there."""
+    """The end point of a line and its label."""
 
     epoch: float
     value: float
@@ -177,8 +178,9 @@ def _dress(axes: Any, label: str, filled: bool) -> None:
         axes.text(0.5, 0.5, "no evaluations recorded", color=canvas.FAINT, **place)
 
 
-# Right of the axes, in pixels: a line from the curve's end fans out to the height
-# of the label, goes on as a sample of the line's pattern, then the text follows.
+# Offsets in pixels from the right edge of the axes: a thin line fans out from the
+# curve's end to the height of its label, then a sample of the line's pattern, then
+# the text.
 _FAN, _SAMPLE, _TEXT = 26, 62, 72
 
 
@@ -193,11 +195,11 @@ def _label_margin(figure: Any, labels: Sequence[str]) -> float:
 def _label_ends(axes: Any, ends: Sequence[_End]) -> None:
     box = axes.get_window_extent()
     right = axes.get_xlim()[1]
-    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # stop following the data
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # freeze the limits
     values = [(right, end.value) for end in ends]
-    own = [float(y) - box.y0 for _, y in map(axes.transData.transform, values)]
-    heights = spread(own, 25, box.height)
-    for end, start, height in zip(ends, own, heights, strict=True):
+    starts = [float(y) - box.y0 for _, y in map(axes.transData.transform, values)]
+    heights = spread(starts, 25, box.height)
+    for end, start, height in zip(ends, starts, heights, strict=True):
         style = {"color": end.colour, "transform": None, "clip_on": False}
         x = box.x1 + np.array([0, _FAN, _SAMPLE])
         y = box.y0 + np.array([start, height, height])
@@ -218,16 +220,16 @@ def _line(x: np.ndarray, y: np.ndarray, **style: Any) -> Any:
     return lines.Line2D(x, y, **style)
 
 
-def spread(wanted: Sequence[float], gap: float, height: float) -> list[float]:
-    """Returns positions near `wanted`, in the same order, at least `gap` apart.
+def spread(targets: Sequence[float], gap: float, height: float) -> list[float]:
+    """Returns positions near `targets`, in the same order, at least `gap` apart.
 
-    Positions stay within 0 and `height` unless there are too many to fit.
+    Positions stay between 0 and `height` unless there are too many to fit.
     """
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    order = sorted(range(len(targets)), key=lambda i: targets[i])
     # Neighbours that are too close merge into a block centred on their mean.
-    blocks: list[tuple[float, int]] = []  # (mean of the wanted, members)
+    blocks: list[tuple[float, int]] = []  # (mean target, members)
     for index in order:
-        mean, count = float(wanted[index]), 1
+        mean, count = float(targets[index]), 1
         while blocks:
             below, members = blocks[-1]
             if mean - below >= gap * (count + members) / 2:
@@ -245,4 +247,4 @@ def spread(wanted: Sequence[float], gap: float, height: float) -> list[float]:
         placed[i] = min(placed[i], height - gap * (len(placed) - 1 - i))
     for i in range(len(placed)):
         placed[i] = max(placed[i], gap * i)
-    return [placed[order.index(i)] for i in range(len(wanted))]
+    return [placed[order.index(i)] for i in range(len(targets))]

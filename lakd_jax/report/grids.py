@@ -1,4 +1,4 @@
-"""Pictures of matrices and trees: who attends to whom."""
+"""Draws attention matrices and trees."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 from lakd_jax.report import canvas
 
 _CELL, _MARGIN = 26, 150  # pixels
-_NODE = 150  # between neighbours of a tree
+_NODE = 150  # spacing of a tree's nodes
 
 
 def matrices(
@@ -20,13 +20,13 @@ def matrices(
     row_title: str,
     column_title: str,
 ) -> None:
-    """Draws matrices of one shape above each other, all on one scale from 0.
+    """Draws matrices of one shape in a column, on a common colour scale from 0.
 
     Args:
-      path: image file to write; its suffix is the format.
-      panels: (title, matrix (R, C) of values from 0 on), at least one.
+      path: image file to write; the suffix selects the format.
+      panels: (title, matrix (R, C) of non-negative values), at least one.
       rows, columns: R and C labels.
-      row_title, column_title: what the labels are.
+      row_title, column_title: titles of the two axes.
     """
     height, width = panels[0][1].shape
     size = (max(700, width * _CELL + 2 * _MARGIN), len(panels) * (height * _CELL + 130))
@@ -58,12 +58,12 @@ def tree(
     path: canvas.Path,
     levels: Sequence[Sequence[tuple[str, int | None, float]]],
 ) -> None:
-    """Draws a tree from its root, at the top, to its leaves.
+    """Draws a tree with its root at the top.
 
     Args:
-      path: image file to write; its suffix is the format.
+      path: image file to write; the suffix selects the format.
       levels: from the root's children down, nodes as (label, index of the parent in
-        the level above, weight of the edge in 0..1); a parent of None is the root.
+        the level above, weight of the edge in [0, 1]); a parent of None is the root.
     """
     widest = max(len(level) for level in levels)
     figure = canvas.new_figure(

@@ -1,4 +1,4 @@
-"""Activation maps of features: where in the image a module responds."""
+"""Computes activation maps: where in the image a module responds."""
 
 from collections.abc import Sequence
 
@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 
 def attention_maps(features: Sequence[jax.Array]) -> list[jax.Array]:
-    """Returns one map per feature, sum over channels of |x|, scaled to [0, 1].
+    """Returns one map per feature: the sum over channels of |x|, scaled to [0, 1].
 
     The sum of absolute values is the map F_sum of activation-based attention
-    transfer (Zagoruyko and Komodakis, ICLR 2017, section 3.1, p = 1). Every image
-    is scaled by its own lowest and highest value; a constant map becomes 0.
+    transfer (Zagoruyko and Komodakis, ICLR 2017, section 3.1, p = 1). Each map
+    is scaled by the minimum and maximum within its image; a constant map becomes 0.
 
     Args:
       features: arrays (B, h, w, C) of any float type, one per module.
@@ -23,7 +23,7 @@ def attention_maps(features: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def _absolute_sum(feature: jax.Array) -> jax.Array:
-    # Cast first: hundreds of bfloat16 terms would lose the small ones.
+    # Cast first: a bfloat16 sum over hundreds of channels drops the small terms.
     return jnp.sum(jnp.abs(jnp.asarray(feature, jnp.float32)), axis=-1)
 
 

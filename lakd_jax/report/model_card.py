@@ -1,4 +1,4 @@
-"""The page that goes with an exported student: what it is, how to feed and load it."""
+"""Writes the model card of an exported student: facts, input format, loading."""
 
 import html
 import json
@@ -11,7 +11,8 @@ Facts = Mapping[str, Any]
 
 _LOADING = {
     ".safetensors": """\
-PyTorch's names and layout. In PyTorch, with `model` a {network} of {classes} classes:
+Uses PyTorch's names and layout. In PyTorch, with `model` a {network} with {classes}
+classes:
 
 ```python
 import safetensors.torch
@@ -37,8 +38,8 @@ python main.py --config=FILE.py --config.teacher.name={network} \\
 ```
 """,
     ".pth": """\
-A plain dictionary of tensors in PyTorch's names and layout. In PyTorch, with `model`
-a {network} of {classes} classes:
+A plain dictionary of tensors with PyTorch's names and layout. In PyTorch, with
+`model` a {network} with {classes} classes:
 
 ```python
 import torch
@@ -46,8 +47,9 @@ model.load_state_dict(torch.load("{file}", weights_only=True))
 ```
 """,
     ".stablehlo": """\
-The whole computation for CPU, CUDA, ROCm and TPU, normalisation included. It needs
-`pip install jax flatbuffers`, with the JAX named above or one up to six months newer:
+The entire computation for CPU, CUDA, ROCm and TPU, including normalisation. Loading
+needs `pip install jax flatbuffers`, with the JAX version named above or one up to six
+months newer:
 
 ```python
 import jax.export
@@ -65,24 +67,24 @@ def render(
     """Returns the model card as Markdown.
 
     Args:
-      card: what `weights.save` keeps with a student.
+      card: the card stored with a student by `weights.save`.
       settings: the run's configuration, nested.
-      environment: what the run ran on; empty if that is not known.
-      files: names of the exported files that the card goes with.
+      environment: contents of the run's environment.json; empty if unknown.
+      files: names of the exported files described by the card.
     """
     result = card["result"]
     parts = [
         f"# {card['network']}",
-        "A student that lakd_jax trained: the plain network, no teacher or adapters.",
+        "A student trained by lakd_jax: the plain network, no teacher or adapters.",
         _table(_facts(card, settings, environment)),
         "## Images",
         _images(card, settings),
     ]
     if "class_names" in result:
         names = json.dumps(result["class_names"], ensure_ascii=False)
-        # Of a folder's making, so not to be taken for marks of this page.
+        # Class names come from folders: quoted, so that they cannot act as Markdown.
         names = f"```json\n{names}\n```"
-        parts += ["## Classes", f"In the order of the logits:\n\n{names}"]
+        parts += ["## Classes", f"In logit order:\n\n{names}"]
     for file in files:
         parts += [f"## {file}", _loading(card, settings, file)]
     parts += ["## Settings that differ from the defaults", _table(_changed(settings))]
@@ -131,7 +133,7 @@ def _images(card: Facts, settings: Facts) -> str:
     return (
         f"RGB, values 0 to 255, {size}. The weights alone expect each channel{first} "
         f"as\n\n    (value / 255 - mean) / std\n    mean = {mean}\n    std = {std}\n\n"
-        "A `.stablehlo` file does this itself and takes the values."
+        "A `.stablehlo` file does this itself: pass it the raw values."
     )
 
 
@@ -155,7 +157,7 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def _changed(settings: Facts) -> dict[str, str]:
-    """Fields of the run whose values are not the defaults."""
+    """Returns the fields that differ from the defaults."""
     default = config_lib.to_dict(config_lib.default())
     flat = [config_lib.flat(config_lib.ConfigDict(x)) for x in (default, settings)]
     before, now = ({k: json.dumps(v) for k, v in x.items()} for x in flat)
@@ -164,4 +166,4 @@ def _changed(settings: Facts) -> dict[str, str]:
 
 def _table(rows: Mapping[str, str]) -> str:
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
-    return "\n".join(["| what | value |", "| --- | --- |", *lines])
+    return "\n".join(["| field | value |", "| --- | --- |", *lines])

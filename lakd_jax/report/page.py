@@ -1,4 +1,4 @@
-"""A report as one HTML file: text, tables and embedded pictures, nothing fetched."""
+"""Renders a report as one self-contained HTML file: text, tables and pictures."""
 
 import base64
 import html
@@ -21,11 +21,11 @@ pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; }
 
 
 def render(title: str, sections: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """The whole page.
+    """Returns the page as HTML.
 
     Args:
-        title: of the page, plain text.
-        sections: (heading, parts); the parts are from the functions below.
+        title: title of the page, plain text.
+        sections: (heading, parts); the functions below return parts.
     """
     body = [f"<h1>{html.escape(title)}</h1>"]
     for heading, parts in sections:
@@ -35,7 +35,7 @@ def render(title: str, sections: Sequence[tuple[str, Sequence[str]]]) -> str:
             "<!doctype html>",
             '<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            # A browser asks for an icon unless it is given one.
+            # Without an icon here, a browser requests one.
             '<link rel="icon" href="data:,">',
             f"<title>{html.escape(title)}</title>",
             f"<style>{_STYLE}</style></head><body>",
@@ -47,19 +47,19 @@ def render(title: str, sections: Sequence[tuple[str, Sequence[str]]]) -> str:
 
 
 def text(words: str, *, note: bool = False) -> str:
-    """A paragraph of plain text; a note is set fainter."""
+    """Returns a paragraph of plain text, in a fainter colour if it is a note."""
     kind = ' class="note"' if note else ""
     return f"<p{kind}>{html.escape(words)}</p>"
 
 
 def code(title: str, words: str) -> str:
-    """Text as it is, in lines, which are shown when the title is clicked on."""
+    """Returns preformatted text that unfolds when its title is clicked."""
     head = f"<summary>{html.escape(title)}</summary>"
     return f"<details>{head}<pre>{html.escape(words)}</pre></details>"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of plain text; all columns but the first stand right."""
+    """Returns a table of plain text; all columns but the first are right-aligned."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     lines = [
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
@@ -71,7 +71,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def picture(path: Path, description: str) -> str:
-    """A PNG file, embedded; `description` is for those who cannot see it."""
+    """Returns an embedded PNG file with `description` as its alternative text."""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     alt = html.escape(description, quote=True)
     return f'<img src="data:image/png;base64,{data}" alt="{alt}">'

@@ -1,4 +1,4 @@
-"""The pictures of a run: `curves`, `lines` (over epochs) and `attention` (maps)."""
+"""Draws the pictures of a run: `curves`, `lines` (over epochs), `attention` (maps)."""
 
 from lakd_jax.report.attention import Caption, Layout, ModuleMaps, attention
 from lakd_jax.report.curves import curves, lines

@@ -1,4 +1,4 @@
-"""Progress of training: one live line on a terminal, plain lines elsewhere."""
+"""Displays training progress: a live line on a terminal, plain lines elsewhere."""
 
 import contextlib
 import dataclasses
@@ -13,15 +13,15 @@ from typing import Any, Self, TextIO
 
 from lakd_jax.report import summary
 
-PLAIN_WIDTH = 160  # characters; logs are read in editors and web pages
-REDRAW_SECONDS = 0.1  # the eye cannot follow more, and slow links cannot carry it
+PLAIN_WIDTH = 160  # characters, since logs are read in editors and web pages
+REDRAW_SECONDS = 0.1  # faster is unreadable, and too much for slow connections
 _GAP = "  "
 _TERM_RANK = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A part of the line; of two, the one of higher rank is dropped first."""
+    """A part of the line; pieces of higher rank are dropped first."""
 
     rank: int
     text: str
@@ -31,8 +31,9 @@ class Piece:
 def fit(pieces: Sequence[Piece], width: int) -> list[Piece]:
     """Returns the pieces, in order, that fit into `width` characters.
 
-    Loss terms go first, from the last one on, and "+N more" stands for them as
-    long as one is left; the piece of lowest rank is cut if it alone is too long.
+    Loss terms are dropped first, starting with the last one; "+N more" replaces
+    them as long as one remains. If even the piece of lowest rank is too long, it is
+    truncated.
     """
     order = sorted(pieces, key=lambda piece: piece.rank)
     for count in range(len(order), 0, -1):
@@ -56,12 +57,12 @@ def _join(pieces: Sequence[Piece]) -> str:
 
 
 class Progress:
-    """Shows how far training is; a context manager.
+    """Displays the progress of training; a context manager.
 
-    On a terminal one line is redrawn in place and notes appear above it;
-    elsewhere every call prints one plain line. A stream that breaks (closed
-    pipe, lost terminal) silences the display and does not stop training. Of several
-    processes the first one alone shows something.
+    On a terminal, one line is redrawn in place and notes appear above it; elsewhere,
+    every call prints one plain line. A broken stream (closed pipe, lost terminal)
+    silences the display and does not stop training. With several processes, only the
+    first one displays anything.
     """
 
     def __init__(
@@ -70,8 +71,8 @@ class Progress:
         """Prepares the display.
 
         Args:
-          total_steps: steps of the whole run, those before a resume included.
-          steps_per_epoch: to turn steps into epochs.
+          total_steps: steps of the entire run, including those before a resume.
+          steps_per_epoch: converts steps to epochs.
           stream: where to write; None is sys.stderr at the time of entering.
         """
         self._total = total_steps
@@ -112,13 +113,13 @@ class Progress:
     def update(
         self, step: int, values: dict[str, float], images_per_second: float
     ) -> None:
-        """Shows the state after `step` completed steps.
+        """Displays the state after `step` completed steps.
 
         Args:
           step: completed steps, 1 to total_steps.
-          values: loss terms by name; "loss" (the total) comes first, of the
-            others as many as fit.
-          images_per_second: training speed; left out unless positive and finite.
+          values: loss terms by name; "loss" (the total) comes first, then as many
+            of the others as fit.
+          images_per_second: training speed; omitted unless positive and finite.
         """
         if self._broken:
             return
@@ -132,7 +133,7 @@ class Progress:
                 self._draw()
 
     def note(self, text: str) -> None:
-        """Prints `text` on lines of its own, above the live line if there is one."""
+        """Prints `text` on separate lines, above the live line if there is one."""
         if self._broken:
             return
         if self._live is None:
@@ -141,14 +142,14 @@ class Progress:
         from rich import text as rich_text
 
         with self._unless_broken():
-            self._draw()  # a note must not appear beside an older step
-            # soft_wrap leaves long lines to the terminal, so they copy in one piece.
+            self._draw()  # a note must not appear above an outdated step
+            # With soft_wrap the terminal wraps long lines, so they can be copied whole.
             self._live.console.print(rich_text.Text(text), soft_wrap=True)
 
     def epoch_line(
         self, epoch: float, split: str, accuracy: float, loss: float
     ) -> None:
-        """Notes the result of an evaluation; `accuracy` is a fraction of 1.
+        """Prints the result of an evaluation; `accuracy` is a fraction of 1.
 
         For example "epoch 3  minival 91.2 %  loss 0.41".
         """
@@ -177,8 +178,8 @@ class Progress:
         return pieces
 
     def _remaining(self, step: int, now: float) -> str:
-        # Counted from the first report, so that compilation does not distort it;
-        # evaluations and checkpoints are in it, for they will come again.
+        # Measured from the first update, which excludes compilation. Evaluations
+        # and checkpoints are included, since more of them follow.
         assert self._first is not None
         first_step, first_time = self._first
         if step <= first_step:
@@ -191,7 +192,7 @@ class Progress:
 
         width = _columns(self._stream)
         self._live.console.width = width
-        # The last column stays free: some terminals wrap once it is filled.
+        # The last column stays empty: some terminals wrap once it is filled.
         kept = fit(self._pieces, width - 1)
         line = rich_text.Text(_GAP, no_wrap=True, overflow="crop").join(
             [rich_text.Text(piece.text, style=piece.style) for piece in kept]
@@ -213,9 +214,9 @@ class Progress:
 
 
 def _short(value: float, digits: int) -> str:
-    """Returns `value` at a steady width, so that the line is calm: 12.3, 1.23, 0.12.
+    """Formats `value` at a constant width, to avoid flicker: 12.3, 1.23, 0.12.
 
-    Below 1 the leading zero counts as a digit, unless less than two would be left.
+    Below 1, the leading zero counts as a digit unless fewer than two would remain.
     """
     size = abs(value)
     if size == 0 or 10.0 ** (2 - digits) <= size < 1:
@@ -224,7 +225,7 @@ def _short(value: float, digits: int) -> str:
 
 
 def _live_display(stream: TextIO) -> Any:
-    """Returns a stopped rich.live.Live, or None where a line cannot be redrawn."""
+    """Returns a rich.live.Live, not yet started; None if lines cannot be redrawn."""
     if not stream.isatty():
         return None
     from rich import console as rich_console
@@ -233,8 +234,8 @@ def _live_display(stream: TextIO) -> Any:
     console = rich_console.Console(file=stream, force_jupyter=False, highlight=False)
     if not console.is_interactive:  # e.g. TERM=dumb
         return None
-    # Prints from elsewhere appear above the line, except where the person sent
-    # them into a file: rich would pull them out of it onto the terminal.
+    # Output of other code appears above the live line, unless it is redirected to a
+    # file: there, rich would divert it from the file to the terminal.
     return live.Live(
         console=console,
         auto_refresh=False,
@@ -244,7 +245,7 @@ def _live_display(stream: TextIO) -> Any:
 
 
 def _columns(stream: TextIO) -> int:
-    # rich asks standard input first, which may be another terminal or none.
+    # rich would query standard input first, which may be another terminal or none.
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80
     except (OSError, ValueError):

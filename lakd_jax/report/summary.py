@@ -1,11 +1,11 @@
-"""Aligned text blocks and durations, shared by the other reports."""
+"""Formats aligned text blocks and durations for the other reports."""
 
 
 def describe(items: dict[str, str]) -> str:
     """Returns `items` as two aligned columns, one line per name.
 
-    A value of several lines continues under its own column. Units belong to the
-    values ("1.2 GiB"); an empty dictionary gives the empty string.
+    The lines of a multi-line value are aligned in the second column. Units belong in
+    the values ("1.2 GiB"). An empty dictionary yields the empty string.
     """
     width = max((len(name) for name in items), default=0)
     lines = []

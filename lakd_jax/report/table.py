@@ -1,4 +1,4 @@
-"""The results of runs as a table: aligned text that is also Markdown."""
+"""Renders the results of runs as a table: aligned text that is also Markdown."""
 
 import dataclasses
 import statistics
@@ -9,9 +9,9 @@ from lakd_jax.report import summary
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One run, or one network measured alone (a teacher).
+    """One run, or one network that was only evaluated (a teacher).
 
-    Accuracies are fractions of 1. What does not apply is None and shown as "-".
+    Accuracies are fractions of 1. Values that do not apply are None, shown as "-".
 
     Attributes:
       name: network and method, e.g. "resnet20, LAKD".
@@ -21,7 +21,7 @@ class Row:
       parameters: number of trainable parameters of the deployed network.
       seconds: training time.
       images_per_second: training speed.
-      note: shown in a last column, which exists if any row has one.
+      note: shown in a last column, which exists if any row has a note.
     """
 
     name: str
@@ -45,7 +45,7 @@ _HEADER = (
 
 
 def render(rows: Sequence[Row]) -> str:
-    """Returns one line per row, below them the number of test images."""
+    """Returns one line per row, followed by the number of test images."""
     body = [
         [row.name, _percent(row.test_last), _percent(row.test_best), *_costs([row])]
         for row in rows
@@ -54,7 +54,7 @@ def render(rows: Sequence[Row]) -> str:
 
 
 def render_seeds(rows: Sequence[Row]) -> str:
-    """Returns one line per name: "mean +- sd (n)" over the rows that bear it.
+    """Returns one line per name: "mean +- sd (n)" over the rows of that name.
 
     sd is the sample standard deviation, in percentage points. Training time and
     speed are means; parameters and note are those of the first row.
@@ -75,13 +75,13 @@ def render_seeds(rows: Sequence[Row]) -> str:
 
 
 def summarise(values: Sequence[float]) -> tuple[float, float | None, int]:
-    """Returns mean, sample standard deviation (None for one value) and count.
+    """Returns the mean, sample standard deviation (None for one value) and count.
 
     Raises:
       ValueError: `values` is empty.
     """
     if not values:
-        raise ValueError("values is empty: there is no mean of nothing")
+        raise ValueError("values is empty: it has no mean")
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return statistics.fmean(values), deviation, len(values)
 
@@ -129,12 +129,12 @@ def _grid(body: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
 def grid(
     header: Sequence[str], body: Sequence[Sequence[str]], left: Collection[int]
 ) -> str:
-    """Returns cells as Markdown whose columns are aligned in the text, too.
+    """Returns a Markdown table whose columns are also aligned as plain text.
 
     Args:
-      header: the names of the columns.
-      body: lines of as many cells.
-      left: which columns hold words, not numbers, and begin at the left.
+      header: column names.
+      body: rows, each with one cell per column.
+      left: indices of the left-aligned columns (words); others are right-aligned.
     """
     lines = [[_escape(cell) for cell in line] for line in (header, *body)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

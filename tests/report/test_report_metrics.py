@@ -18,7 +18,7 @@ def _write(workdir, steps, resume_step=None):
 
 
 def _events(workdir):
-    """All events, file after file; each record is framed by 12 and 4 bytes."""
+    """Returns the events of all files; a record has 12 bytes before and 4 after it."""
     found = []
     for path in sorted(workdir.glob("events.out.tfevents.*")):
         data = path.read_bytes()
@@ -30,7 +30,7 @@ def _events(workdir):
 
 
 def _visible(events):
-    """What TensorBoard shows: a restart hides earlier events of its step on."""
+    """Returns what TensorBoard shows: a restart hides events from its step on."""
     shown = []
     for event in events:
         if event.session_log.status == 1:
@@ -54,11 +54,11 @@ def test_resumed_files_equal_the_unbroken_ones(tmp_path, resume_step):
 def test_a_line_cut_by_a_crash_is_dropped(tmp_path):
     _write(tmp_path, range(1, 4))
     path = tmp_path / "metrics.jsonl"
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"step": 3, "kind": "ev')
+    intact = path.read_bytes()
+    path.write_bytes(intact + b'{"step": 3, "kind": "ev')
     assert [record["step"] for record in metrics.read(tmp_path)] == [1, 2, 2, 3]
     _write(tmp_path, [], resume_step=3)
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == intact
 
 
 def test_lines_are_on_disk_at_once_and_in_the_agreed_form(tmp_path):
@@ -93,7 +93,7 @@ def test_reading_where_nothing_was_written(tmp_path):
 
 
 class _Full:
-    """A file on a disk that is full from the second write on."""
+    """A file on a disk that is full after the first write."""
 
     def __init__(self, file):
         self._file = file
@@ -115,7 +115,7 @@ class _Full:
 
 @pytest.mark.parametrize("victim", ["_lines", "_events"])
 def test_full_disk_warns_once_and_lets_training_go_on(tmp_path, victim):
-    """Promise 34: metrics are not worth a run."""
+    """Promise 34: failing metrics do not stop a run."""
     warnings = []
     with metrics.MetricWriter(
         tmp_path, resume_step=None, warn=warnings.append
@@ -135,7 +135,7 @@ def test_really_full_device(tmp_path, capsys):
         writer._lines = open("/dev/full", "ab")
         writer.write(1, "train", {"loss": 1.0})
         writer.write(2, "train", {"loss": 1.0})
-    assert capsys.readouterr().err.count("training goes on") == 1
+    assert capsys.readouterr().err.count("training continues") == 1
 
 
 def test_unusable_directory_warns_instead_of_raising(tmp_path, capsys):

@@ -15,7 +15,7 @@ def _load(path):
 
 
 def _has(pixels, colour):
-    """Whether the exact colour "#rrggbb" occurs."""
+    """Returns whether the colour "#rrggbb" occurs, up to rounding."""
     rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
     return bool((np.abs(pixels.astype(int) - rgb).max(axis=-1) <= 1).any())
 
@@ -65,7 +65,7 @@ def test_every_tile_is_in_its_place(tmp_path, images, modules, masked):
         picture[layout.y(0) + side - 1, layout.x(0) + side - 1],
     )
     assert (corners == pixels[0, [0, -1], [0, -1]]).all()
-    # Every map spans the whole scale, and its brightest cell is where it was.
+    # Every map spans the full scale, and its brightest cell is its maximum.
     y, x = layout.y(images - 1), layout.x(sum(layout.groups))
     tile = picture[y : y + side, x : x + side].astype(int)
     student = parts[-1].student[-1]
@@ -163,9 +163,9 @@ def test_curves_of_runs_with_little_to_show(tmp_path, records):
 
 
 def test_labels_are_spread_in_order_and_within_bounds():
-    wanted = [50.0, 50.0, 49.0, 98.0, 99.0, 10.0]
-    placed = curves.spread(wanted, 12, 100)
-    in_order = [placed[i] for i in np.argsort(wanted, kind="stable")]
+    targets = [50.0, 50.0, 49.0, 98.0, 99.0, 10.0]
+    placed = curves.spread(targets, 12, 100)
+    in_order = [placed[i] for i in np.argsort(targets, kind="stable")]
     assert all(b - a >= 12 - 1e-9 for a, b in zip(in_order, in_order[1:], strict=False))
     assert min(placed) >= 0 and max(placed) <= 100
     assert placed[5] == 10.0

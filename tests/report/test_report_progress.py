@@ -16,14 +16,14 @@ TERMS = {f"module{k}/{name}": 0.52 for k in range(1, 10) for name in ("kd", "fea
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still unless the test moves it."""
+    """Replaces the clock by one that only the test advances."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
 
 
 class Terminal:
-    """The far end of a pseudo terminal: what a person would see on it."""
+    """The master end of a pseudo terminal; shows what a user would see."""
 
     def __init__(self, columns):
         self._master, slave = pty.openpty()
@@ -37,7 +37,7 @@ class Terminal:
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, size)
 
     def drain(self):
-        """Reads what was written; without it the stream blocks after a few kB."""
+        """Reads the output; otherwise the stream blocks after a few kB."""
         self.stream.flush()
         try:
             while chunk := os.read(self._master, 65536):
@@ -46,7 +46,7 @@ class Terminal:
             pass
 
     def lines(self):
-        """Plays carriage returns and erasures; fails on any other movement."""
+        """Interprets carriage returns and erasures; fails on other cursor moves."""
         self.drain()
         text = re.sub(r"\x1b\[[\d;]*m|\x1b\[\?25[hl]", "", self.raw)
         screen, column = [""], 0
@@ -158,25 +158,25 @@ def test_terminal_shows_one_line_and_the_notes_above(terminal, clock):
     assert screen[10].startswith("step 440/440  epoch 10.00/10  loss 1.250")
     assert screen[10].endswith("12,345 images/s  ETA 0:00:00")
     assert all(len(line) < 80 for line in screen)
-    # After the end: the line stays, the cursor is below it and visible again.
+    # Afterwards the line stays, and the cursor is visible again below it.
     assert terminal.lines() == [*screen, ""]
     assert terminal.raw.rindex("\x1b[?25h") > terminal.raw.rindex("\x1b[?25l")
 
 
-def test_terminal_redraws_no_more_than_the_eye_can_follow(terminal, clock):
+def test_terminal_redraws_at_most_ten_times_a_second(terminal, clock):
     with progress.Progress(10**6, 1000, stream=terminal.stream) as display:
         for step in range(1, 1001):
             clock[0] += 0.001
             display.update(step, {"loss": 1.0}, 1.0)
             terminal.drain()
         assert terminal.raw.count("step ") <= 11
-    # The last state is shown at the end, drawn or not before.
+    # The last state is drawn at the end, even if its update was skipped.
     assert terminal.lines()[-2].startswith("step 1000/1000000")
 
 
 def test_a_note_stands_above_the_step_it_belongs_to(terminal, clock):
     with progress.Progress(440, 44, stream=terminal.stream) as display:
-        for step in (1, 2, 3):  # too soon after each other to be drawn
+        for step in (1, 2, 3):  # too close together to be drawn
             display.update(step, {"loss": 1.0}, 5.0)
         display.note("a [bold]note[/bold] " + "x" * 100)
         note, line = terminal.lines()
