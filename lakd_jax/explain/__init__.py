@@ -1,4 +1,4 @@
-"""Explains a finished run in one page: `run(directory)` writes report.html there."""
+"""Explains a finished run: `run(directory)` writes report.html into it."""
 
 import tempfile
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from lakd_jax.runtime import interrupt
 from lakd_jax.store import workdir
 
 REPORT = "report.html"
-_SHOWN = 5  # test images that the student gets right, and as many it gets wrong
+_SHOWN = 5  # test images that the student classifies correctly, and as many wrongly
 
 
 def run(
@@ -23,20 +23,20 @@ def run(
     guard: interrupt.Guard,
     notify: Callable[[str], None] = print,
 ) -> Path:
-    """Looks into a finished run's networks and writes what it finds.
+    """Analyses the networks of a finished run and writes a report.
 
     Args:
-        directory: of the run, or of one of its baselines.
-        guard: signals to stop at.
-        notify: receives the lines meant for the person watching.
+        directory: directory of the run, or of one of its baselines.
+        guard: stops the analysis on a signal.
+        notify: receives progress lines for the user.
 
     Returns:
-        The page, one file that needs no network to be read.
+        The path of the page, a single file that loads nothing from the network.
 
     Raises:
-        errors.ConfigError: `directory` is no local path.
-        errors.ExportError: no finished run.
-        errors.LakdError: its images or its teacher cannot be had any more.
+        errors.ConfigError: `directory` is not a local path.
+        errors.ExportError: there is no finished run.
+        errors.LakdError: the run's images or teacher are no longer available.
     """
     s = subject.load(paths.local(directory, "--workdir"), guard, notify)
     with tempfile.TemporaryDirectory() as scratch:
@@ -92,14 +92,14 @@ def _attention(
         path, s.config, s.bench.dataset.preview, s.student, s.teacher, chosen
     )
     words = (
-        "For test images that the student gets right (first) and wrong (after them): "
-        "where teacher and student respond at the end of each module, as the sum of "
-        "absolute values over channels, and the teacher's mask (NDAM), which says "
-        "where LAKD weighs the comparison most. Each map has its own scale: compare "
-        "places, not strengths."
+        "Test images that the student classifies correctly (first) and wrongly (after "
+        "them): where teacher and student respond at the end of each module, as the "
+        "sum of absolute values over channels, and the teacher's mask (NDAM), which "
+        "shows where LAKD gives the comparison most weight. Each map has its own "
+        "scale: compare places, not magnitudes."
     )
-    described = "Attention maps of teacher and student and masks, module by module."
-    return [page.text(words), page.picture(path, described)]
+    description = "Attention maps of teacher and student, and masks, per module."
+    return [page.text(words), page.picture(path, description)]
 
 
 def _modules(s: subject.Subject, _: Path, notify: Callable[[str], None]) -> list[str]:
@@ -121,12 +121,12 @@ def _modules(s: subject.Subject, _: Path, notify: Callable[[str], None]) -> list
         "CKA: linear centred kernel alignment of student and teacher features on "
         f"{measure.IMAGES} test images, 1 where they agree up to rotation and scale. "
         "Probe: accuracy of a linear classifier on the module's features, averaged "
-        f"over positions, trained on {measure.PROBE_TRAIN:,} training images and "
-        f"tested on {measure.PROBE_TEST:,} test images (fewer where there are fewer)."
+        f"over positions, trained on up to {measure.PROBE_TRAIN:,} training images "
+        f"and tested on up to {measure.PROBE_TEST:,} test images."
     )
     past = (
-        "Earlier epochs are those whose checkpoints are still there; "
-        "checkpoint.keep says how many are kept."
+        "Earlier epochs are those whose checkpoints still exist; checkpoint.keep "
+        "sets how many are kept."
     )
     return [page.table(header, rows), page.text(words), page.text(past, note=True)]
 
@@ -140,13 +140,12 @@ def _feature_errors(
     path = scratch / "errors.png"
     pictures.lines(path, found, label="relative feature error")
     words = (
-        "The squared distance of a module's adapted features from the teacher's, as a "
-        "share of the teacher's own squared size, on the training batches: 1 is what "
-        "guessing zero would give."
+        "The squared distance between a module's adapted features and the teacher's, "
+        "relative to the squared norm of the teacher's, on training batches: "
+        "predicting zero would give 1."
     )
-    return [
-        page.picture(path, "Relative feature error of each module over epochs.")
-    ] + [page.text(words)]
+    description = "Relative feature error of each module over epochs."
+    return [page.picture(path, description), page.text(words)]
 
 
 def _taps(
@@ -175,8 +174,8 @@ def _conflict(s: subject.Subject, _: Path, notify: Callable[[str], None]) -> lis
         "Mean cosine between the gradients of different classes' losses with respect "
         f"to the same weights, over up to {measure.CONFLICT_CLASSES} classes with "
         f"{measure.CONFLICT_IMAGES} training images each, at the end of training. "
-        "Below 0, learning one class undoes another. Our reading of KDExplainer's "
-        "knowledge conflict; compare methods within a row."
+        "Below 0, learning one class undoes another. This is our interpretation of "
+        "KDExplainer's knowledge conflict; compare methods within a row."
     )
     return [page.table(["part", *found], rows), page.text(words)]
 

@@ -1,8 +1,8 @@
-"""Knowledge conflict: do the classes pull shared weights in different directions?
+"""Measures knowledge conflict: whether classes pull shared weights apart.
 
-Our reading of KDExplainer's term: the cosine between the gradients of different
+Our interpretation of KDExplainer's term: the cosine between the gradients of different
 classes' losses with respect to the same weights. Below 0, learning one class undoes
-another; distillation is said to dampen that.
+another; the paper claims that distillation reduces this.
 """
 
 from typing import Any
@@ -24,21 +24,21 @@ def mean_cosines(
     labels: np.ndarray,
     classes: np.ndarray,
 ) -> dict[str, float]:
-    """Mean cosine between the loss gradients of different classes, unit by unit.
+    """Computes the mean cosine between class-wise loss gradients, part by part.
 
-    Each class's loss is the cross-entropy over its images, with the running batch
-    statistics (so that one class's images do not normalise another's).
+    The loss of a class is the cross-entropy over its images, with running batch
+    statistics, so that images of one class do not affect the normalisation of another.
 
     Args:
-        model: the network, without batch norms folded.
+        model: the network, with unfolded batch norms.
         variables: its parameters and statistics.
         images: (n, H, W, 3), normalised.
         labels: (n,) integers.
-        classes: which of them to compare, two or more, each with images.
+        classes: the labels to compare, two or more, each with images.
 
     Returns:
         Top-level part ("stem", "stage1", ...) -> mean over pairs of classes, in
-        [-1, 1]; a class whose gradient is zero there counts as 0.
+        [-1, 1]; a class whose gradient there is zero counts as 0.
 
     Raises:
         ValueError: fewer than two classes, or one without images.
@@ -59,7 +59,7 @@ def mean_cosines(
     per_class = [
         gradient(variables["params"], jnp.asarray(labels == c)) for c in classes
     ]
-    # The head is left out: its rows belong to single classes.
+    # The head is excluded: each of its rows belongs to a single class.
     parts = dict.fromkeys(name.split(".")[0] for name in model.unit_names)
     return {
         part: _mean_cosine([_flat(tree[part]) for tree in per_class])
@@ -71,7 +71,7 @@ def mean_cosines(
 def _masked_cross_entropy(
     logits: jax.Array, labels: np.ndarray, chosen: jax.Array
 ) -> jax.Array:
-    """Mean over the images in `chosen` (n,); the others have no part in it."""
+    """Computes the mean over the images selected by the mask `chosen` (n,)."""
     each = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
     weights = chosen.astype(jnp.float32)
     return jnp.sum(each * weights) / jnp.sum(weights)
@@ -82,9 +82,9 @@ def _flat(tree: PyTree) -> np.ndarray:
 
 
 def _mean_cosine(gradients: list[np.ndarray]) -> float:
-    """Over all pairs; (|sum of unit vectors|^2 - n) / (n (n - 1))."""
+    """Averages over all pairs: (|sum of unit vectors|^2 - n) / (n (n - 1))."""
     norms = [np.linalg.norm(g) for g in gradients]
     units = [g / n if n > 0 else g for g, n in zip(gradients, norms, strict=True)]
-    alive = sum(n > 0 for n in norms)
+    nonzero = sum(n > 0 for n in norms)
     count = len(units)
-    return float((np.linalg.norm(sum(units)) ** 2 - alive) / (count * (count - 1)))
+    return float((np.linalg.norm(sum(units)) ** 2 - nonzero) / (count * (count - 1)))

@@ -1,4 +1,4 @@
-"""The numbers of a report, module by module and over training."""
+"""Computes the numbers of a report, per module and over training."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,12 +18,12 @@ PyTree = Any
 
 IMAGES = 500  # test images for CKA
 PROBE_TRAIN, PROBE_TEST = 1500, 1000
-CONFLICT_CLASSES, CONFLICT_IMAGES = 10, 20  # compared; of each class
+CONFLICT_CLASSES, CONFLICT_IMAGES = 10, 20  # classes compared; images per class
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """One module at one moment; all in 0..1, None where there is no teacher."""
+    """Scores of one module at one step, in [0, 1]; None if there is no teacher."""
 
     name: str
     joint: str
@@ -34,7 +34,7 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """The student after `step` steps, module by module."""
+    """Scores of the student after `step` steps, per module."""
 
     step: int
     epoch: float
@@ -42,7 +42,7 @@ class Moment:
 
 
 def over_training(s: subject.Subject, notify: Callable[[str], None]) -> list[Moment]:
-    """The checkpoints that are left and, if none of them is the end, the end."""
+    """Returns scores for every remaining checkpoint and for the final student."""
     past, total = list(subject.past(s)), s.steps_per_epoch * s.config.epochs
     if not past or past[-1][0] < total:
         past.append((total, s.student.variables))
@@ -58,7 +58,7 @@ def over_training(s: subject.Subject, notify: Callable[[str], None]) -> list[Mom
 
 @dataclasses.dataclass(frozen=True)
 class _Side:
-    """Features of a network at the end of each module, for CKA and the probes."""
+    """Features of one network at the end of each module, and its probes."""
 
     names: tuple[str, ...]
     joints: tuple[str, ...]
@@ -103,11 +103,11 @@ class _Side:
 def _modules(s: subject.Subject, student: _Side, teacher: _Side | None) -> list[Module]:
     out = []
     for k, (name, joint) in enumerate(zip(student.names, student.joints, strict=True)):
-        cka, theirs = None, None
+        cka, teacher_probe = None, None
         if teacher:
             cka = similarity.linear_cka(student.test[k], teacher.test[k])
-            theirs = teacher.probes[k]
-        out.append(Module(name, joint, cka, student.probes[k], theirs))
+            teacher_probe = teacher.probes[k]
+        out.append(Module(name, joint, cka, student.probes[k], teacher_probe))
     return out
 
 
@@ -117,7 +117,7 @@ def _partition(s: subject.Subject) -> Any:
 
 
 def _probe_images(s: subject.Subject) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(images, labels) to train the probes and to test them, the same every time."""
+    """Returns fixed (images, labels) for training and for testing the probes."""
     splits = (
         (s.bench.dataset.preview.train, PROBE_TRAIN),
         (s.bench.dataset.preview.test, PROBE_TEST),
@@ -130,10 +130,13 @@ def _probe_images(s: subject.Subject) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def right_and_wrong(s: subject.Subject, count: int) -> np.ndarray:
-    """Positions of up to `count` test images each that the student gets right, wrong.
+    """Returns up to `count` correctly and up to `count` wrongly classified images.
 
-    The first of either kind in the test split's order, at most one of a class until
-    there are no other classes.
+    Images are taken in a fixed random order, at most one per class as long as there
+    are other classes.
+
+    Returns:
+        Positions in the test split, the correct ones first.
     """
     test = s.bench.dataset.preview.test
     order = np.random.default_rng(0).permutation(len(test))[:2000]
@@ -148,7 +151,7 @@ def right_and_wrong(s: subject.Subject, count: int) -> np.ndarray:
 
 
 def _spread(places: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
-    """Up to `count` of `places`, of as many classes as possible."""
+    """Selects up to `count` of `places`, from as many classes as possible."""
     seen: dict[int, int] = {}
     rank = []
     for place in places:
@@ -159,7 +162,7 @@ def _spread(places: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def feature_errors(s: subject.Subject) -> dict[str, list[tuple[float, float]]]:
-    """Module -> (epoch, relative feature error) as they were logged in training.
+    """Returns module -> [(epoch, relative feature error)] as logged in training.
 
     Empty for methods that do not compare features.
     """
@@ -173,9 +176,9 @@ def feature_errors(s: subject.Subject) -> dict[str, list[tuple[float, float]]]:
 
 
 def conflicts(s: subject.Subject) -> dict[str, dict[str, float]]:
-    """Run's method -> part of the network -> mean cosine between class gradients.
+    """Returns method -> part of the network -> mean cosine of class gradients.
 
-    Of the run itself and of its baselines, on the same training images.
+    Covers the run and its baselines, on the same training images.
     """
     split = s.bench.dataset.preview.train
     generator = np.random.default_rng(0)

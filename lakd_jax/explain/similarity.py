@@ -1,19 +1,19 @@
-"""How alike two networks' features are, and what can be read from them."""
+"""Compares the features of two networks, and probes them with linear classifiers."""
 
 import numpy as np
 
 
 def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
-    """Linear centred kernel alignment of two feature sets, from 0 to 1.
+    """Computes the linear centred kernel alignment of two feature sets, in [0, 1].
 
     Kornblith et al., "Similarity of Neural Network Representations Revisited" (arXiv
-    1905.00414), equation 3 with linear kernels. It does not change with rotation or
-    scale of either set; n different images should outnumber what is compared loosely:
-    with few images everything looks alike.
+    1905.00414), equation 3 with linear kernels. Invariant to rotation, shift and
+    scaling of either set. Use many images: with n below the number of features, even
+    unrelated features score high.
 
     Args:
-        x: (n, ...) features of n images, flattened behind the first axis.
-        y: (n, ...) features of the same images, of any other width.
+        x: (n, ...) features of n images; all axes but the first are flattened.
+        y: (n, ...) features of the same images, of any width.
 
     Raises:
         ValueError: different numbers of images, or fewer than two.
@@ -39,7 +39,7 @@ def probe_accuracy(
     test: np.ndarray,
     test_labels: np.ndarray,
 ) -> float:
-    """Share of test images that a linear classifier on frozen features gets right.
+    """Computes the test accuracy of a linear classifier on frozen features.
 
     Logistic regression on standardised features (Alain and Bengio, "Understanding
     intermediate layers using linear classifier probes", arXiv 1610.01644).

@@ -1,4 +1,4 @@
-"""A finished run brought back: its student, its teacher, its images, its past."""
+"""Loads a finished run: student, teacher, images and past checkpoints."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -27,16 +27,16 @@ _NO_VARIABLES = ("step", "opt_state")  # of what a checkpoint has of training
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What a report is about.
+    """The run that a report describes.
 
     Attributes:
-        directory: of the run.
-        config: of the run, resolved.
+        directory: the run's directory.
+        config: the run's resolved config.
         bench: its data and devices.
-        student: the network and its variables at the end.
-        pixels: how the student is fed.
-        teacher: None where the method has none.
-        result: what `result.json` holds.
+        student: the network with its final variables.
+        pixels: converts uint8 images to the student's input.
+        teacher: None if the method has no teacher.
+        result: the contents of `result.json`.
     """
 
     directory: Path
@@ -49,7 +49,7 @@ class Subject:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Updates in an epoch of its training."""
+        """Returns the number of updates per training epoch."""
         c = self.config
         examples = len(self.bench.dataset.train)
         return order.steps_per_epoch(examples, c.batch_size, c.data.drop_last)
@@ -58,11 +58,11 @@ class Subject:
 def load(
     directory: Path, guard: interrupt.Guard, notify: Callable[[str], None]
 ) -> Subject:
-    """Everything of the finished run in `directory`.
+    """Loads the finished run in `directory`.
 
     Raises:
-        errors.ExportError: there is none, or it was made by another version.
-        errors.LakdError: its images or its teacher are not there any more.
+        errors.ExportError: there is none, or another version made it.
+        errors.LakdError: its images or its teacher are no longer available.
     """
     settings = workdir.settings(directory)
     try:
@@ -81,9 +81,10 @@ def load(
 
 
 def past(subject: Subject) -> Iterator[tuple[int, PyTree]]:
-    """(step, the student's variables) of every checkpoint that is still there.
+    """Yields (step, the student's variables) for every remaining checkpoint.
 
-    They are those of `subject.student.model`: checkpoints have gates that it has not.
+    The variables fit `subject.student.model`: the gates of virtual attention, which
+    only checkpoints have, are folded into the convolutions.
     """
     folder = subject.directory / workdir.CHECKPOINTS
     model = subject.student.model.clone(vam=setup.vam_options(subject.config))
@@ -93,10 +94,11 @@ def past(subject: Subject) -> Iterator[tuple[int, PyTree]]:
 
 
 def part(arrays: dict[str, np.ndarray], name: str) -> PyTree:
-    """The variables of the student or of the method ("student", "method").
+    """Returns the variables of the student or of the method ("student", "method").
 
     Args:
-        arrays: of a checkpoint, as "train/params/student/stem/conv/kernel".
+        arrays: a checkpoint's arrays by key, "train/params/student/stem/conv/kernel".
+        name: "student" or "method".
     """
     leaves = {}
     for key, array in arrays.items():
@@ -113,11 +115,15 @@ def observe(
     images: np.ndarray,
     joints: tuple[str, ...],
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Logits (n, classes) and the activations at `joints` (n, H, W, C), in batches.
+    """Computes logits (n, classes) and activations at `joints` (n, H, W, C).
 
     Args:
-        images: (n, H, W, 3) uint8; the last batch is filled up, so that one program
-            serves all.
+        model: the network.
+        variables: its variables.
+        pixels: converts uint8 images to its input.
+        images: (n, H, W, 3) uint8, processed in batches; the last batch is padded, so
+            that a single compiled program suffices.
+        joints: names of the joints.
     """
 
     @jax.jit
@@ -128,7 +134,7 @@ def observe(
     parts = []
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
-        filled = np.concatenate([batch, np.repeat(batch[:1], BATCH - len(batch), 0)])
-        parts.append(jax.device_get(run(variables, filled)))
+        padded = np.concatenate([batch, np.repeat(batch[:1], BATCH - len(batch), 0)])
+        parts.append(jax.device_get(run(variables, padded)))
     count = len(images)
     return jax.tree.map(lambda *xs: np.concatenate(xs)[:count], *parts)

@@ -1,4 +1,4 @@
-"""Which teacher taps a student's taps attend to, under AFD and RTK."""
+"""Reports the attention between student taps and teacher taps (AFD and RTK)."""
 
 from pathlib import Path
 from typing import Any
@@ -19,45 +19,46 @@ IMAGES = 256  # test images
 
 
 def section(s: subject.Subject, scratch: Path) -> list[str]:
-    """The parts of the report's section on the taps' attention.
+    """Returns the parts of the report's section on attention between taps.
 
-    Empty where no checkpoint is left: the attention is no part of the student.
+    Empty if no checkpoint is left, since the exported student has no attention.
     """
     found = over_training(s)
     if not found:
         return []
     panels = [(f"after epoch {epoch:g}", a.mean(0)) for epoch, a in found]
-    _, ours, theirs = found[0][1].shape
+    _, student_taps, teacher_taps = found[0][1].shape
     path = scratch / "taps.png"
     grids.matrices(
         path,
         panels,
-        rows=[str(i) for i in range(1, ours + 1)],
-        columns=[str(i) for i in range(1, theirs + 1)],
+        rows=[str(i) for i in range(1, student_taps + 1)],
+        columns=[str(i) for i in range(1, teacher_taps + 1)],
         row_title="student tap",
         column_title="teacher tap",
     )
     over = "student taps" if s.config.method == "afd" else "teacher taps"
     words = (
-        f"Mean attention over {IMAGES} test images (fewer where there are fewer), "
-        f"for every checkpoint that is left. Under {s.config.method.upper()} weights "
-        f"sum to 1 over {over}. Entropy is that of these weights over its largest "
-        "value: 1 where all taps count alike."
+        f"Mean attention over up to {IMAGES} test images, for every remaining "
+        f"checkpoint. Under {s.config.method.upper()}, weights sum to 1 over {over}. "
+        "Entropy is that of these weights, relative to its maximum: 1 if all taps "
+        "have equal weight."
     )
     rows = [[f"{epoch:g}", f"{_entropy(s, a):.4f}"] for epoch, a in found]
-    described = "Matrices of attention between student taps and teacher taps."
-    parts = [page.picture(path, described), page.table(["epoch", "entropy"], rows)]
+    description = "Matrices of attention between student taps and teacher taps."
+    parts = [page.picture(path, description), page.table(["epoch", "entropy"], rows)]
     parts.append(page.text(words))
     return parts + (_chosen(found[-1][1]) if s.config.method == "rtk" else [])
 
 
 def _chosen(attention: np.ndarray) -> list[str]:
-    """How often each teacher tap is a representative, at the last checkpoint."""
+    """Returns how often each teacher tap is a representative, as parts of the page."""
     shares = (attention > 0).mean((0, 1))
     rows = [[f"teacher {i}", f"{100 * x:.1f} %"] for i, x in enumerate(shares, 1)]
     words = (
-        "How often each teacher tap passes the filter, over images and student taps. "
-        "RTK is our reading of a method whose details are not public."
+        "How often each teacher tap passes the filter, over images and student taps, "
+        "at the last checkpoint. RTK is our interpretation of a method whose details "
+        "are not public."
     )
     return [page.table(["tap", "representative"], rows), page.text(words)]
 
@@ -71,7 +72,7 @@ def _entropy(s: subject.Subject, attention: np.ndarray) -> float:
 
 
 def over_training(s: subject.Subject) -> list[tuple[float, np.ndarray]]:
-    """(epoch, attention (n, student taps, teacher taps)) of every checkpoint."""
+    """Returns (epoch, attention (n, student taps, teacher taps)) per checkpoint."""
     method = distill.create(s.config.method, setup.method_options(s.config))
     test = s.bench.dataset.preview.test
     images, labels = (jnp.asarray(x[:IMAGES]) for x in (test.images, test.labels))
@@ -79,7 +80,7 @@ def over_training(s: subject.Subject) -> list[tuple[float, np.ndarray]]:
     teacher, pixels = s.teacher.network, s.teacher.pixels
 
     @jax.jit
-    def attend(student: Any, own: Any, frozen: Any) -> jax.Array:
+    def attend(student: Any, method_variables: Any, frozen: Any) -> jax.Array:
         signals = method_lib.Signals(
             student=s.student.model.apply(student, s.pixels(images), train=False),
             teacher=teacher.model.apply(frozen, pixels(images), train=False),
@@ -88,8 +89,10 @@ def over_training(s: subject.Subject) -> list[tuple[float, np.ndarray]]:
             student_joints=(),
             teacher_joints=(),
         )
-        _, left = method.apply(own, signals, train=False, mutable=["intermediates"])
-        (found,) = jax.tree.leaves(left["intermediates"])
+        _, state = method.apply(
+            method_variables, signals, train=False, mutable=["intermediates"]
+        )
+        (found,) = jax.tree.leaves(state["intermediates"])
         return found
 
     out, folder = [], s.directory / workdir.CHECKPOINTS

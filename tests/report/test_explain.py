@@ -1,4 +1,4 @@
-"""Explaining a run: measures by hand, the page, the whole command."""
+"""Tests the report of a run: hand-computed measures, the page, the command."""
 
 import base64
 import html.parser
@@ -31,15 +31,15 @@ def test_cka_by_hand():
     """<K, L> / |K| |L| of centred Gram matrices, here of rank one each."""
     x = np.array([[1.0], [-1.0], [0.0]])
     y = np.array([[1.0], [1.0], [-2.0]])
-    # x.y = 0: nothing in common. With z = x + y: (x.z)^2 / (x.x z.z) = 4 / (2 * 8).
+    # x.y = 0: unrelated. With z = x + y: (x.z)^2 / (x.x z.z) = 4 / (2 * 8).
     assert similarity.linear_cka(x, y) == pytest.approx(0.0, abs=1e-12)
     assert similarity.linear_cka(x, x + y) == pytest.approx((2**2) / (2 * 8))
 
 
-def test_cka_does_not_see_rotation_scale_or_shift():
+def test_cka_is_invariant_to_rotation_scale_and_shift():
     x = RNG.standard_normal((40, 5))
-    turn, _ = np.linalg.qr(RNG.standard_normal((5, 5)))
-    assert similarity.linear_cka(x, 3.0 * x @ turn + 7.0) == pytest.approx(1.0)
+    rotation, _ = np.linalg.qr(RNG.standard_normal((5, 5)))
+    assert similarity.linear_cka(x, 3.0 * x @ rotation + 7.0) == pytest.approx(1.0)
     assert similarity.linear_cka(x, RNG.standard_normal((40, 5))) < 0.4
     maps = x.reshape(40, 1, 5, 1)
     assert similarity.linear_cka(maps, x) == pytest.approx(1.0)
@@ -84,8 +84,9 @@ def test_conflict_is_the_mean_cosine_of_class_gradients():
 
     flat = []
     for c in range(3):
-        own = slice(2 * c, 2 * c + 2)
-        gradient = slope(variables["params"], images[own], labels[own])["stage2"]
+        members = slice(2 * c, 2 * c + 2)
+        batch = images[members], labels[members]
+        gradient = slope(variables["params"], *batch)["stage2"]
         g = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
         flat.append(g / np.linalg.norm(g))
     pairs = [flat[0] @ flat[1], flat[0] @ flat[2], flat[1] @ flat[2]]
@@ -126,7 +127,7 @@ def test_page_escapes_and_embeds(tmp_path):
 
 
 def self_contained(text):
-    """Nothing on the page is fetched from anywhere."""
+    """Asserts that the page fetches nothing."""
     links = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'> ]+)", text)
     assert links
     assert all(link.startswith("data:") for link in links)
@@ -163,7 +164,7 @@ def test_matrices_and_trees_are_drawn(tmp_path):
 
 
 def test_section_on_experts(tmp_path):
-    """Two classes of each expert of the last level; level 1 decided for its first."""
+    """Two classes per expert of the last level; the others chose their first parent."""
     rows = {"stage2": (4, 2), "stage3": (8, 4)}
     params = {}
     for stage, (children, parents) in rows.items():
@@ -175,10 +176,10 @@ def test_section_on_experts(tmp_path):
     params["head"] = {"gate": {"logits": last}}
     names = tuple(f"class{i}" for i in range(10))
     text = "".join(report.section(params, names, "cifar10", tmp_path))
-    # Of levels 1 and 2 one expert each is alive, of level 3 five.
+    # One expert is alive in each of levels 1 and 2, five in level 3.
     assert "7 of 14 experts serve no class; the 10 classes take 5 different" in text
     assert "<td>level 1</td><td>100.0 %</td><td>100.0 %</td>" in text
-    # Of 21 related pairs (6 of vehicles, 15 of animals) 0-1, 8-9, 2-3, 4-5, 6-7 meet.
+    # Of 21 related pairs (6 vehicles, 15 animals), 0-1, 8-9, 2-3, 4-5 and 6-7 meet.
     assert (
         f"<td>level 3</td><td>{100 * 5 / 21:.1f} %</td><td>{100 * 5 / 45:.1f}" in text
     )
@@ -223,12 +224,12 @@ def test_attention_between_taps_is_read_from_checkpoints(method, finished, tmp_p
     assert ("representative" in text) == (method == "rtk")
 
 
-# ------------------------------------------------------------------ a whole run
+# ------------------------------------------------------------------ a full run
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished LAKD run on the tiny data; `tiny.bench` stays in force."""
+    """Yields a finished LAKD run on tiny data, inside `tiny.bench`."""
     directory = tmp_path_factory.mktemp("explained")
     with tiny.bench():
         from lakd_jax.runs import command
@@ -254,7 +255,7 @@ def test_the_report_of_a_run(finished):
         "Knowledge conflict",
     ]
     assert text.count("data:image/png") == 3
-    # Two checkpoints of three modules; plain and LAKD side by side.
+    # Two checkpoints with three modules each; plain and LAKD side by side.
     assert len(re.findall("<td>module[123]</td>", text)) == 6
     assert "<th>lakd</th><th>none</th>" in text
 
@@ -271,7 +272,7 @@ def test_a_baseline_without_teacher_has_a_report_too(finished):
 
 
 @pytest.mark.long
-def test_right_and_wrong_images_are_what_they_are_called(finished):
+def test_right_and_wrong_images_are_right_and_wrong(finished):
     s = subject.load(finished, interrupt.Guard(), lambda text: None)
     chosen = measure.right_and_wrong(s, 4)
     test = s.bench.dataset.test
@@ -310,7 +311,7 @@ def test_config_comes_back_from_its_json(tmp_path):
 
 
 class _Page(html.parser.HTMLParser):
-    """What a page would fetch or run, and its pictures; nesting is checked."""
+    """Collects what a page would fetch or run, and its pictures; checks nesting."""
 
     VOID = ("meta", "link", "img", "br", "hr", "input")
 
@@ -361,6 +362,6 @@ def test_the_report_is_whole_fetches_nothing_and_runs_nothing(finished):
     ],
 )
 def test_a_page_that_fetches_or_runs_something_is_noticed(body):
-    """What the test before needs in order to mean anything."""
+    """Shows that the previous test can fail."""
     seen = _Page(f"<p>{body}</p>")
     assert seen.scripts or not all(str(r).startswith("data:") for r in seen.references)
