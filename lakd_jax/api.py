@@ -1,4 +1,4 @@
-"""From Python: train as the command line does, and use what a run has left."""
+"""The Python interface: trains like the command line, and loads finished runs."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from lakd_jax.runtime import hosts
 from lakd_jax.store import workdir
 from lakd_jax.training import spec
 
-_BATCH = 256  # images at once: what is in memory does not grow with their number
+_BATCH = 256  # images per call, so that memory does not grow with their number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,16 +27,16 @@ class Run:
     """A finished run: its student, ready to use, and its record.
 
     Attributes:
-      directory: of the run; its pictures are there. Baselines are in subdirectories
-        by the name of the method, for `load`.
+      directory: the run's directory, which also has its pictures. Baselines are in
+        subdirectories named after their method; `load` accepts these, too.
       settings: the config it was trained with, as plain dictionaries.
-      result: what `result.json` holds: `result["test_last"]["accuracy"]` is that of
-        the last epoch on the test split, in 0..1.
-      history: its metrics, oldest first: dictionaries with `step` and `kind`, "train"
+      result: the contents of `result.json`; `result["test_last"]["accuracy"]` is the
+        accuracy of the last epoch on the test split, in [0, 1].
+      history: the metrics, oldest first: dictionaries with `step` and `kind`, "train"
         or "eval".
       model: the student.
-      variables: the student's, of the last epoch.
-      pixels: uint8 images (N, H, W, 3) of any size -> the student's input.
+      variables: the student's variables after the last epoch.
+      pixels: converts uint8 images (N, H, W, 3) of any size to the student's input.
     """
 
     directory: Path
@@ -49,45 +49,47 @@ class Run:
 
     @property
     def accuracy(self) -> float:
-        """On the test split, of the last epoch, in 0..1."""
+        """Returns the test accuracy after the last epoch, in [0, 1]."""
         return self.result["test_last"]["accuracy"]
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names, in the order of the logits."""
+        """Returns the class names, in logit order."""
         return tuple(self.result["class_names"])
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """The student's logits (N, classes) float32 of uint8 RGB images (N, H, W, 3).
+        """Computes float32 logits (N, classes) of uint8 RGB images (N, H, W, 3).
 
         Raises:
-          ValueError: images of another type or shape.
+          ValueError: the images have another type or shape.
         """
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.shape[3:] != (3,):
             raise ValueError(
                 "images must be uint8 of shape (N, H, W, 3), are "
-                f"{images.dtype} of {images.shape}; a single one is images[None]"
+                f"{images.dtype} of {images.shape}; pass a single one as images[None]"
             )
         starts = range(0, max(len(images), 1), _BATCH)
         parts = [self._logits(self.variables, images[s : s + _BATCH]) for s in starts]
         return np.concatenate([np.asarray(part) for part in parts])
 
     def predict(self, images: np.ndarray) -> list[str]:
-        """The names of the likeliest classes; as calling it."""
+        """Returns the predicted class names of uint8 RGB images (N, H, W, 3)."""
         return [self.classes[index] for index in self(images).argmax(-1)]
 
     def report(self) -> Path:
-        """Writes and gives `report.html`, one page about what was learnt.
+        """Writes `report.html`, one page about what was learnt, and returns its path.
 
-        Networks and methods of your own must be registered. It needs the run's data
-        and teacher; errors.LakdError where they are gone.
+        Custom networks and methods must be registered first.
+
+        Raises:
+          errors.LakdError: the run's data or teacher are no longer available.
         """
         with hosts.guard() as guard:
             return explain.run(self.directory, guard=guard)
 
     def export(self, to: str) -> Path:
-        """Gives the student out; see `lakd_jax.export.run`."""
+        """Exports the student; see `lakd_jax.export.run`."""
         return export.run(self.directory, to)
 
     @functools.cached_property
@@ -102,20 +104,20 @@ class Run:
 def train(
     config: config_lib.ConfigDict | str | Path, directory: str | Path
 ) -> Run | Sequence[Run]:
-    """Trains what `config` describes, or goes on, or brings back what is finished.
+    """Trains as `config` describes, resumes the run, or loads it if it is finished.
 
     Args:
-      config: `lakd_jax.config.default()` with fields set, or the path of a file in
-        `configs/`, to which ":ARG" may be added.
-      directory: where the run is kept, `--workdir` of the command line.
+      config: `lakd_jax.config.default()` with fields set, or the path of a config
+        file, optionally followed by ":ARG".
+      directory: the run's directory, `--workdir` of the command line.
 
     Returns:
-      The run; with `config.seeds` one for each.
+      The run; with `config.seeds`, one run per seed.
 
     Raises:
-      errors.LakdError: what the command line would print; see `lakd_jax.errors`.
+      errors.LakdError: the errors the command line prints; see `lakd_jax.errors`.
       interrupt.Interrupted: Ctrl-C, or a notebook's stop button. The last step is
-        saved, and the same call goes on from there.
+        saved; the same call resumes from there.
     """
     if isinstance(config, str | Path):
         config, _, _ = command_line.parse([f"--config={config}"])
@@ -127,12 +129,12 @@ def train(
 
 
 def load(directory: str | Path) -> Run:
-    """A finished run, or one of its baselines.
+    """Loads a finished run, or one of its baselines.
 
-    A network of your own must be registered first.
+    Custom networks must be registered first.
 
     Raises:
-      errors.ConfigError: it is no local path.
+      errors.ConfigError: `directory` is not a local path.
       errors.ExportError: there is no finished run, or it is damaged.
     """
     directory = paths.local(directory, "--workdir")

@@ -1,4 +1,4 @@
-"""The command line: flags, error lines, exit codes."""
+"""Runs the command line: flags, error messages, exit codes."""
 
 import contextlib
 import signal
@@ -19,19 +19,19 @@ python main.py --mode=export --workdir=DIR --to=safetensors|torch|stablehlo
 python main.py --mode=explain --workdir=DIR
 python main.py --mode=networks
 
-  --config      a Python file with get_config(arg); FILE.py:ARG hands ARG over
-  --workdir     where the run is kept; the same command again goes on from there
+  --config      a Python file with get_config(arg); FILE.py:ARG passes ARG to it
+  --workdir     the run's directory; the same command resumes a stopped run
                 (default: runs/ and the name of the config file)
   --dry_run     build everything, run one step and one evaluation batch, stop
   --config.X    changes one field; docs/configuration.md lists them with their meaning
-  --coordinator where process 0 of N can be reached, each of which is given the same
-                command but its own --process_id, from 0; all share --workdir.
-                --coordinator=auto alone: as Slurm, a TPU pod or MPI says
+  --coordinator address of process 0 of N; every process is started with the same
+                command, except for --process_id, counted from 0; all share --workdir.
+                --coordinator=auto alone: detected from Slurm, a TPU pod or MPI
   --mode        train (default); export: write the student of the finished run in
                 --workdir to DIR/export, with a model card; explain: write
-                DIR/report.html about it; networks: list them
-  --to          safetensors, torch: weights in PyTorch's names and layout;
-                stablehlo: the whole computation, for JAX alone"""
+                DIR/report.html about it; networks: list the networks
+  --to          safetensors, torch: weights with PyTorch's names and layout;
+                stablehlo: the entire computation, for JAX only"""
 
 MODES = ("train", "export", "explain", "networks")
 
@@ -46,9 +46,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def end_with(work: Callable[[interrupt.Guard], None]) -> NoReturn:
-    """Does the work and ends the process with the documented exit code.
+    """Calls `work` and ends the process with the documented exit code.
 
-    Faults meant for the user are printed without a traceback.
+    Errors meant for the user are printed without a traceback.
     """
     # Python's own handler would wait for a compilation to end, see Guard.released.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -63,7 +63,7 @@ def end_with(work: Callable[[interrupt.Guard], None]) -> NoReturn:
     except errors.LakdError as e:
         print(ten_lines(str(e)), file=sys.stderr)
         code = e.exit_code
-    except OSError as e:  # a full or lost disk, outside what the run guards itself
+    except OSError as e:  # a full or lost disk, where the run does not handle it
         print(ten_lines(str(e)), file=sys.stderr)
         code = 2
     guard.leave(code)
@@ -77,7 +77,7 @@ def _run(argv: list[str], guard: interrupt.Guard) -> None:
     if problems:
         raise errors.ConfigError(problems)
     if values.mode == "networks":
-        from lakd_jax.models import describe  # starts JAX, as all below
+        from lakd_jax.models import describe  # starts JAX, like all imports below
 
         for line in describe.table():
             guard.check()
@@ -96,7 +96,7 @@ def _run(argv: list[str], guard: interrupt.Guard) -> None:
 
 
 def _misplaced(values: Any, overrides: list[list[str]]) -> list[str]:
-    """Flags that the mode does not take, or takes and did not get."""
+    """Returns messages about flags that the mode does not accept, or lacks."""
     if fault := fields_lib.fault(values.mode, MODES):
         return [f"--mode {fault}"]
     given = {
@@ -109,21 +109,21 @@ def _misplaced(values: Any, overrides: list[list[str]]) -> list[str]:
         "--process_id": values.process_id is not None,
         **{override[0].partition("=")[0]: True for override in overrides},
     }
-    taken = {
+    accepted = {
         "train": given.keys() - {"--to"},
         "export": {"--workdir", "--to"},
         "explain": {"--workdir"},
         "networks": set(),
     }[values.mode]
     problems = [
-        f"{flag} means nothing with --mode={values.mode}; leave it out"
+        f"{flag} has no effect with --mode={values.mode}; remove it"
         for flag, is_given in given.items()
-        if is_given and flag not in taken
+        if is_given and flag not in accepted
     ]
     if values.mode in ("export", "explain"):
         problems += [
             f"{flag} is missing, which --mode={values.mode} needs"
-            for flag in sorted(taken, reverse=True)
+            for flag in sorted(accepted, reverse=True)
             if not given[flag]
         ]
     return problems
@@ -132,13 +132,13 @@ def _misplaced(values: Any, overrides: list[list[str]]) -> list[str]:
 def _train(argv: list[str], values: Any, guard: interrupt.Guard) -> None:
     from lakd_jax.runtime import hosts
 
-    where = (values.coordinator, values.num_processes, values.process_id)
-    if fault := hosts.fault(*where):
+    process = (values.coordinator, values.num_processes, values.process_id)
+    if fault := hosts.fault(*process):
         raise errors.ConfigError([fault])
     with contextlib.ExitStack() as stack:
         if values.coordinator:
             with guard.released():
-                hosts.connect(*where)
+                hosts.connect(*process)
             guard.leave = hosts.leave
             stack.enter_context(hosts.together())
             guard = stack.enter_context(hosts.Guard())
@@ -152,7 +152,7 @@ def _train(argv: list[str], values: Any, guard: interrupt.Guard) -> None:
 
 
 def ten_lines(text: str) -> str:
-    """At most ten lines; the last says how many were left out."""
+    """Truncates `text` to ten lines; the last one counts the omitted lines."""
     lines = text.splitlines()
     if len(lines) <= 10:
         return text

@@ -1,4 +1,4 @@
-"""Gives out the plain student of a finished run, in forms that others can load."""
+"""Exports the plain student of a finished run in formats other tools can load."""
 
 import functools
 from collections.abc import Callable
@@ -26,18 +26,18 @@ def run(
     """Writes the student of a run and its model card to `directory`/export.
 
     Args:
-      directory: of a finished run, or of one of its baselines.
+      directory: directory of a finished run, or of one of its baselines.
       to: "safetensors" or "torch" (PyTorch's names and layout), or "stablehlo" (the
-        whole computation, see `program`).
-      notify: receives the lines meant for the person watching.
+        entire computation, see `program`).
+      notify: receives progress lines for the user.
 
     Returns:
-      The file with the student.
+      The path of the exported file.
 
     Raises:
-      errors.ConfigError: unknown `to`, or `directory` is no local path.
-      errors.ExportError: no finished run, damaged, or `to` needs a package that is
-        missing.
+      errors.ConfigError: `to` is unknown, or `directory` is not a local path.
+      errors.ExportError: there is no finished run, it is damaged, or `to` needs a
+        package that is missing.
       errors.WorkdirError: the files cannot be written.
     """
     faults = {"--workdir": paths.fault(directory), "--to": fields.fault(to, ENDINGS)}
@@ -68,26 +68,26 @@ def run(
             f"{path.parent}: cannot be written: {error.strerror or error}\n"
             "Free space or change rights there."
         ) from error
-    notify(f"{path} ({path.stat().st_size:,} bytes), told of in {path.stem}.md")
+    notify(f"{path} ({path.stat().st_size:,} bytes), described in {path.stem}.md")
     return path
 
 
 def program(network: weights_lib.Loaded, image_shape: tuple[int, ...]) -> bytes:
-    """The network from pixels to logits as one serialised `jax.export` artifact.
+    """Serialises the network, from pixels to logits, as a `jax.export` artifact.
 
-    It maps uint8 RGB images (B, H, W, 3), for any B, to float32 logits (B, classes):
-    normalisation and weights are inside. It runs on CPU, CUDA, ROCm and TPU, computes
-    in the network's own dtype, and needs nothing but JAX (and flatbuffers) to load.
+    It maps uint8 RGB images (B, H, W, 3), for any B, to float32 logits (B, classes)
+    and contains the normalisation and the weights. It runs on CPU, CUDA, ROCm and TPU,
+    computes in the network's dtype, and only needs JAX (and flatbuffers) to load.
 
     Args:
-      network: with variables, mean and std.
+      network: the network with variables, mean and std.
       image_shape: (H, W, 3).
     """
-    see = pixels(network)
+    to_input = pixels(network)
     variables: Any = network.variables
 
     def logits(images: jax.Array) -> jax.Array:
-        outputs: Any = network.model.apply(variables, see(images), train=False)
+        outputs: Any = network.model.apply(variables, to_input(images), train=False)
         return outputs.logits
 
     (batch,) = jax.export.symbolic_shape("b")
@@ -97,9 +97,13 @@ def program(network: weights_lib.Loaded, image_shape: tuple[int, ...]) -> bytes:
 
 
 def pixels(network: weights_lib.Loaded) -> spec.Pixels:
-    """How uint8 images become its input; ValueError where that is not known."""
+    """Returns the conversion of uint8 images to the network's input.
+
+    Raises:
+      ValueError: its normalisation is unknown.
+    """
     if network.mean is None or network.std is None:
-        raise ValueError(f"{network.source}: mean and std of its images are not known")
+        raise ValueError(f"{network.source}: mean and std of its images are unknown")
     dtype = network.model.dtype
     return spec.Pixels(network.mean, network.std, dtype, network.size)
 
@@ -107,10 +111,10 @@ def pixels(network: weights_lib.Loaded) -> spec.Pixels:
 def student(
     directory: Path,
 ) -> tuple[weights_lib.Loaded, dict[str, Any], dict[str, Any]]:
-    """A finished run's student, the card in its file, and the run's settings.
+    """Loads a finished run's student, the card in its file, and the run's settings.
 
     Raises:
-      errors.ExportError: no finished run, or damaged.
+      errors.ExportError: there is no finished run, or it is damaged.
     """
     settings = workdir.settings(directory)
     path = directory / workdir.STUDENT
@@ -123,7 +127,7 @@ def student(
 def _write_card(
     directory: Path, path: Path, card: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    """A model card beside the file, which also tells of earlier exports there."""
+    """Writes the model card next to the file; it also covers earlier exports there."""
     environment = {}
     if (directory / workdir.ENVIRONMENT).exists():
         environment = workdir.read_json(directory / workdir.ENVIRONMENT)

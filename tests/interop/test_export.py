@@ -318,10 +318,10 @@ def test_torch_missing(main, finished, monkeypatch):
         (
             ["--mode=export", "--workdir=a", "--to=torch", commands.DIGITS]
             + ["--dry_run", "--config.epochs=3"],
-            ["--config means nothing with --mode=export", "--dry_run", "config.epochs"],
+            ["--config has no effect with --mode=export", "--dry_run", "config.epochs"],
         ),
-        (["--mode=networks", "--to=torch"], ["--to means nothing"]),
-        ([commands.DIGITS, "--to=torch"], ["--to means nothing with --mode=train"]),
+        (["--mode=networks", "--to=torch"], ["--to has no effect"]),
+        ([commands.DIGITS, "--to=torch"], ["--to has no effect with --mode=train"]),
         (["--mode=train"], ["--config is missing"]),
     ],
 )
@@ -334,5 +334,5 @@ def test_export_from_the_command_line(main, finished):
     code, out, err = main(*args)
     assert (code, err) == (0, "")
     assert out.startswith(f"{finished}/export/resnet8.safetensors (3")
-    assert out.endswith(" bytes), told of in resnet8.md\n")
+    assert out.endswith(" bytes), described in resnet8.md\n")
     assert json.loads((finished / "result.json").read_text()) == RESULT

@@ -274,4 +274,4 @@ def test_slurm_is_asked_who_is_who(tmp_path):
 
 def test_other_modes_take_no_processes(main, tmp_path):
     result = main("--mode=explain", f"--workdir={tmp_path}", "--num_processes=2")
-    commands.refused(result, "--num_processes means nothing with --mode=explain")
+    commands.refused(result, "--num_processes has no effect with --mode=explain")
