@@ -1,1 +1,1 @@
-"""KDExplainer's hierarchical mixture of experts: network, losses, phases, report."""
+"""Implements KDExplainer's hierarchical mixture of experts, with losses and report."""

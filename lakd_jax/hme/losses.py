@@ -1,18 +1,18 @@
-"""One yes-or-no task for every class, with and without a teacher.
+"""Binary losses, one yes-or-no task per class, with and without a teacher.
 
-Source: KDExplainer (arXiv 2105.04181) speaks of a multi-class task as many binary ones.
-The released code stops short of the losses, so they are our reading: with a_k the two
-units of the head of class k and d_k = a_k[1] - a_k[0],
+Source: KDExplainer (arXiv 2105.04181) treats a multi-class task as many binary ones.
+The released code does not include the losses, so they are our interpretation: with a_k
+the two units of the head of class k and d_k = a_k[1] - a_k[0],
 
     hard_k = 2-way cross-entropy of a_k against [y == k]
     q      = softmax(teacher / T)
     soft_k = T^2 KL([1 - q_k, q_k] || softmax(a_k / T))
     L      = mean over classes of ce_weight hard_k + kd_weight soft_k
 
-Softmax over two units depends on d_k alone: its second entry is the logistic function
-of d_k / T. So d_k is what networks give as logits
-(`models.hme.HME` with output "odds") and what the largest is predicted from. The mean
-over classes, where the code begins a sum, keeps learning rates usable for many.
+The softmax over two units depends only on d_k: its second entry is the logistic
+function of d_k / T. So networks return d_k as their logits (`hme.network.HME` with
+output "odds"), and the prediction is the class of the largest. The released code starts
+a sum over classes; the mean keeps learning rates usable for many classes.
 """
 
 from typing import ClassVar
@@ -27,13 +27,13 @@ from lakd_jax.distill.base import method
 def binary_cross_entropy(
     odds: jax.Array, labels: jax.Array, positive_weight: float
 ) -> jax.Array:
-    """Mean over images and classes of hard_k; our reading, see above.
+    """Computes the mean of hard_k over images and classes; our interpretation.
 
     Args:
       odds: (B, classes) d_k, any floating type.
       labels: (B,) integers.
-      positive_weight: factor on the one class in `classes` that is right; 1 is the
-        bare formula.
+      positive_weight: factor on the true class, one of `classes`; 1 gives the plain
+        formula.
 
     Returns:
       Scalar float32, never negative.
@@ -47,7 +47,7 @@ def binary_cross_entropy(
 def binary_kd(
     odds: jax.Array, teacher_logits: jax.Array, temperature: float
 ) -> jax.Array:
-    """Mean over images and classes of soft_k; our reading, see above.
+    """Computes the mean of soft_k over images and classes; our interpretation.
 
     The teacher gets no gradient.
 
@@ -65,13 +65,13 @@ def binary_kd(
     xlogx = jax.scipy.special.xlogy
     cross = q * nn.log_sigmoid(odds) + (1 - q) * nn.log_sigmoid(-odds)
     divergence = xlogx(q, q) + xlogx(1 - q, 1 - q) - cross
-    # As in `kd.kd_loss`: equal distributions can round to just below 0.
+    # As in `kd.kd_loss`: rounding can make equal distributions slightly negative.
     lift = jax.lax.stop_gradient(jnp.maximum(-divergence, 0.0))
     return temperature**2 * jnp.mean(divergence + lift)
 
 
 class BinaryPlain(method.Method):
-    """No teacher: the term `head_ce`, `binary_cross_entropy`."""
+    """Trains without a teacher, on the term `head_ce` (`binary_cross_entropy`)."""
 
     positive_weight: float
 
@@ -82,7 +82,7 @@ class BinaryPlain(method.Method):
     def __call__(
         self, signals: method.Signals, *, train: bool
     ) -> tuple[method.ModuleLoss, ...]:
-        """One `ModuleLoss`."""
+        """Returns a single `ModuleLoss`."""
         odds, labels = signals.student.logits, signals.labels
         terms = {"head_ce": binary_cross_entropy(odds, labels, self.positive_weight)}
         return (
@@ -91,7 +91,7 @@ class BinaryPlain(method.Method):
 
 
 class BinaryKD(method.Method):
-    """The terms `head_ce`, `binary_cross_entropy`, and `head_kd`, `binary_kd`."""
+    """Sums the terms `head_ce` (`binary_cross_entropy`) and `head_kd` (`binary_kd`)."""
 
     ce_weight: float
     kd_weight: float
@@ -102,7 +102,7 @@ class BinaryKD(method.Method):
     def __call__(
         self, signals: method.Signals, *, train: bool
     ) -> tuple[method.ModuleLoss, ...]:
-        """One `ModuleLoss`."""
+        """Returns a single `ModuleLoss`."""
         odds, labels = signals.student.logits, signals.labels
         terms = {
             "head_ce": binary_cross_entropy(odds, labels, self.positive_weight),

@@ -1,22 +1,22 @@
-"""Hierarchical multi-task experts: a lattice of small networks that becomes a tree.
+"""Hierarchical multi-task experts (HME): a lattice of experts that becomes a tree.
 
 Source: Xue et al., "KDExplainer: A Task-oriented Attention Model for Explaining
 Knowledge Distillation" (IJCAI 2021, arXiv 2105.04181) and the network its authors
-released ("learning to branch"). Every class is a task with a head of its own. Between
-two levels each child (an expert, or a class's head) takes a mixture of all experts
-above, with weights that are learnt and the same for every image:
+released ("learning to branch"). Every class is a task with a separate head. Between two
+levels, each child (an expert, or the head of a class) receives a mixture of all experts
+of the level above. The mixture weights are learnt and do not depend on the image:
 
     soft  D = softmax(2 M / t)      M (children, parents) drawn from U[0, 1)
     hard  D = one-hot at the largest entry of M: a tree, whose leaves are the classes
 
-As a chain: a level is a stage of one block, whose activation has the experts' maps side
-by side in its channels; the gate belongs to the unit that reads the mixtures. The stem
-is counted in no feature. There are no pre-activations of their own and no published
-weights, so the names in PyTorch files are ours.
+As a chain, a level is a stage with one block; its activation concatenates the experts'
+maps along the channels, and the gate belongs to the unit that reads the mixtures. The
+stem is not among the features. Pre-activations equal activations. No weights have been
+published, so the names in PyTorch files are our own.
 
-Layout "ltb" is the released one: the image itself goes to 2 experts, then 4, then 8.
-Layout "split", our reading of the authors' figure, splits a wide ResNet: its stem is
-shared, each stage becomes four experts of a quarter of the width.
+Layout "ltb" is the released one: the image goes to 2 experts, then to 4, then to 8.
+Layout "split", our interpretation of the authors' figure, splits a wide ResNet: the
+stem is shared, and each stage becomes four experts of a quarter of the width.
 """
 
 import collections.abc
@@ -34,27 +34,27 @@ from lakd_jax.models import chain, layers, wrn
 
 PyTree = Any
 
-DROPOUT = 0.15  # in front of the second and the last layer of a head
-_BINS = 7  # a head of "ltb" reads maps pooled to 7x7
+DROPOUT = 0.15  # before the second and the last layer of a head
+_BINS = 7  # side of the pooled maps that a head of "ltb" reads
 _HIDDEN = 128
-_SPLIT = 4  # experts a level of "split"
+_SPLIT = 4  # experts per level of "split"
 _LTB = ((2, (64, 64)), (4, (64, 64)), (8, (64, 32)))  # experts, widths by level
 _gate_init = nn.initializers.uniform(1.0)
 
 
 def attention(logits: jax.Array, temperature: jax.Array | float | None) -> jax.Array:
-    """D, how much each child takes of each parent; exact.
+    """Computes D, the weight of each parent in each child's mixture.
 
-    The released code has a softmax of the logarithm of softmax(M / 0.5), over t, which
-    is softmax(2 M / t).
+    Equals the released code, which computes softmax(log(softmax(M / 0.5)) / t), that
+    is, softmax(2 M / t).
 
     Args:
         logits: M (children, parents).
-        temperature: t > 0; None for the hard gate, the first of equal entries, through
-            which no gradient reaches M.
+        temperature: t > 0; None selects the hard gate, which takes the first of equal
+            entries and passes no gradient to M.
 
     Returns:
-        (children, parents) float32, rows sum to 1.
+        (children, parents) float32; rows sum to 1.
     """
     logits = logits.astype(jnp.float32)
     if temperature is None:
@@ -64,15 +64,20 @@ def attention(logits: jax.Array, temperature: jax.Array | float | None) -> jax.A
 
 
 def mix(weights: jax.Array, maps: jax.Array) -> jax.Array:
-    """D (children, parents) over maps (B, H, W, parents, C): (B, H, W, children, C)."""
+    """Mixes maps (B, H, W, parents, C) by D (children, parents).
+
+    Returns:
+        (B, H, W, children, C).
+    """
     return jnp.einsum("mn,bhwnc->bhwmc", weights.astype(maps.dtype), maps)
 
 
 def bins(size: int, count: int) -> np.ndarray:
-    """Matrix (count, size) of adaptive average pooling of `size` values to `count`.
+    """Returns the matrix (count, size) that pools `size` values to `count` averages.
 
-    As PyTorch: bin i averages the values from floor(i size / count) up to
-    ceil((i + 1) size / count), so that bins overlap where there are more of them.
+    Like PyTorch's adaptive pooling, bin i averages the values from
+    floor(i size / count) up to ceil((i + 1) size / count); bins overlap if `count` does
+    not divide `size`.
     """
     matrix = np.zeros((count, size), np.float32)
     for i in range(count):
@@ -82,21 +87,22 @@ def bins(size: int, count: int) -> np.ndarray:
 
 
 def is_gate(path: collections.abc.Sequence[str]) -> bool:
-    """Whether the parameter at `path` is a gate's M."""
+    """Returns whether the parameter at `path` is the M of a gate."""
     return tuple(path[-2:]) == ("gate", "logits")
 
 
 def gates(params: PyTree) -> list[jax.Array]:
-    """Every M (children, parents) of a network's parameters, from image to classes.
+    """Returns every M (children, parents) in `params`, from the image to the classes.
 
-    Raises KeyError if they are of another family.
+    Raises:
+        KeyError: the parameters are not those of an HME.
     """
     units = (params["stage2"]["block1"], params["stage3"]["block1"], params["head"])
     return [unit["gate"]["logits"] for unit in units]
 
 
 class _Gate(nn.Module):
-    """M of one boundary between levels; called for D."""
+    """Holds the M between two levels; calling it computes D."""
 
     children: int
     parents: int
@@ -110,7 +116,7 @@ class _Gate(nn.Module):
 
 
 class _Start(nn.Module):
-    """The images as they are, for layouts in which no unit comes before the experts."""
+    """Passes the images through, for layouts without a unit before the experts."""
 
     dtype: Any
 
@@ -120,14 +126,14 @@ class _Start(nn.Module):
 
 
 class _Plain(nn.Module):
-    """Expert of "ltb": twice 3x3 convolution, norm and ReLU; then 2x2 max pooling."""
+    """Expert of "ltb": two of 3x3 convolution, norm and ReLU, then 2x2 max pooling."""
 
     widths: tuple[int, ...]
     style: layers.Style
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Map (B, H, W, C) to (B, H / 2, W / 2, widths[-1])."""
+        """Maps (B, H, W, C) to (B, H / 2, W / 2, widths[-1])."""
         for index, width in enumerate(self.widths, 1):
             size, name = (width, 3, 1, self.style), f"conv{index}"
             x = layers.conv_norm(x, *size, train=train, name=name, bias=True)
@@ -136,7 +142,7 @@ class _Plain(nn.Module):
 
 
 class _Wide(nn.Module):
-    """Expert of "split": a wide ResNet's stage of fewer filters."""
+    """Expert of "split": a stage of a wide ResNet with fewer filters."""
 
     blocks: int
     features: int
@@ -145,7 +151,7 @@ class _Wide(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Map (B, H, W, C) to (B, H / stride, W / stride, features)."""
+        """Maps (B, H, W, C) to (B, H / stride, W / stride, features)."""
         for index in range(1, self.blocks + 1):
             stride = self.stride if index == 1 else 1
             block = wrn.Block(self.features, stride, self.style, name=f"block{index}")
@@ -154,15 +160,15 @@ class _Wide(nn.Module):
 
 
 class _Level(nn.Module):
-    """The experts of one level, each fed a mixture of the maps of the level above.
+    """The experts of one level, each applied to its mixture of the level above.
 
-    Experts are called one by one: XLA runs the grouped convolution that `vmap` makes of
-    them eleven times slower on CPU.
+    Experts are called one by one: `vmap` turns them into grouped convolutions, which
+    XLA runs eleven times slower on CPU.
 
     Attributes:
-        experts: how many.
-        parents: experts of the level above; 0: all are given the input unchanged.
-        temperature: of the gate.
+        experts: number of experts.
+        parents: number of experts in the level above; 0: each receives the input.
+        temperature: temperature of the gate.
         make: makes the expert called `name`.
     """
 
@@ -173,11 +179,14 @@ class _Level(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """(B, H, W, parents * C) to (B, H', W', experts * C'), twice the same."""
+        """Maps (B, H, W, parents * C) to (B, H', W', experts * C').
+
+        The result is returned twice, as activation and as pre-activation.
+        """
         inputs = [x] * self.experts
         if self.parents:
             gate = _Gate(self.experts, self.parents, self.temperature, name="gate")
-            mixed = mix(gate(), _side_by_side(x, self.parents))
+            mixed = mix(gate(), _split_experts(x, self.parents))
             inputs = [mixed[..., i, :] for i in range(self.experts)]
         outs = [
             self.make(name=f"expert{i}")(inputs[i - 1], train=train)
@@ -187,16 +196,16 @@ class _Level(nn.Module):
         return x, x
 
 
-def _side_by_side(x: jax.Array, experts: int) -> jax.Array:
-    """(B, H, W, experts * C) to (B, H, W, experts, C)."""
+def _split_experts(x: jax.Array, experts: int) -> jax.Array:
+    """Reshapes (B, H, W, experts * C) to (B, H, W, experts, C)."""
     *front, channels = x.shape
     return x.reshape(*front, experts, channels // experts)
 
 
 class _Tasks(nn.Module):
-    """A dense layer with weights of its own for every class.
+    """A dense layer with separate weights for every class.
 
-    One array of all classes: a hundred small ones are slow to compile and to save.
+    One array holds all classes: a hundred small ones are slow to compile and to save.
     """
 
     features: int
@@ -204,7 +213,7 @@ class _Tasks(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, classes, C) to (B, classes, features)."""
+        """Maps (B, classes, C) to (B, classes, features)."""
         _, tasks, inputs = x.shape
         shape = (tasks, inputs, self.features)
         kernel = self.param("kernel", layers.small_normal, shape, jnp.float32)
@@ -215,14 +224,14 @@ class _Tasks(nn.Module):
 
 
 class _Head(nn.Module):
-    """A head for every class, on its own mixture of the last level's maps.
+    """The heads of all classes, each on its mixture of the last level's maps.
 
     Attributes:
-        num_classes: how many.
-        parents: experts of the last level.
+        num_classes: number of classes.
+        parents: number of experts in the last level.
         output: see `HME`.
-        temperature: of the gate.
-        style: of the network.
+        temperature: temperature of the gate.
+        style: the network's style.
     """
 
     num_classes: int
@@ -233,32 +242,32 @@ class _Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """(B, H, W, parents * C) to logits (B, classes) and pooled (B, parents * C)."""
+        """Returns logits (B, classes) and pooled features (B, parents * C)."""
         pooled = jnp.mean(x, (1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
         gate = _Gate(self.num_classes, self.parents, self.temperature, name="gate")
-        h = self.read(_side_by_side(x, self.parents), gate(), train)
+        h = self.read(_split_experts(x, self.parents), gate(), train)
         units = 1 if self.output == "ce" else 2
         scores = _Tasks(units, self.style.dtype, name="fc3")(h)
         return score(scores, self.output), pooled
 
     def read(self, maps: jax.Array, weights: jax.Array, train: bool) -> jax.Array:
-        """What each class's last layer reads, (B, classes, features)."""
+        """Computes the input of each class's last layer, (B, classes, features)."""
         raise NotImplementedError
 
 
 class _PlainHead(_Head):
-    """Head of "ltb": pooled to 7x7, then two hidden layers."""
+    """Head of "ltb": pooling to 7x7, then two hidden layers."""
 
     def read(self, maps: jax.Array, weights: jax.Array, train: bool) -> jax.Array:
-        """(B, H, W, parents, C) to (B, classes, 128)."""
+        """Maps (B, H, W, parents, C) to (B, classes, 128)."""
         rows, columns = (
             jnp.asarray(bins(side, _BINS), maps.dtype) for side in maps.shape[1:3]
         )
-        # Pooled before they are mixed: the same, as both are linear, and cheaper where
-        # there are more classes than experts.
+        # Pooling before mixing gives the same result, since both are linear, and is
+        # cheaper if there are more classes than experts.
         small = jnp.einsum("ih,bhwpc,jw->bijpc", rows, maps, columns)
         h = mix(weights, small).transpose(0, 3, 4, 1, 2)
-        # Channels first, as the released code flattens.
+        # Channels first, the order in which the released code flattens.
         h = h.reshape(*h.shape[:2], math.prod(h.shape[2:]))
         for name in ("fc1", "fc2"):
             h = nn.relu(_Tasks(_HIDDEN, self.style.dtype, name=name)(h))
@@ -267,21 +276,21 @@ class _PlainHead(_Head):
 
 
 class _WideHead(_Head):
-    """Head of "split": norm, ReLU and mean over positions."""
+    """Head of "split": norm, ReLU and the mean over positions."""
 
     def read(self, maps: jax.Array, weights: jax.Array, train: bool) -> jax.Array:
-        """(B, H, W, parents, C) to (B, classes, C)."""
+        """Maps (B, H, W, parents, C) to (B, classes, C)."""
         mixed = mix(weights, maps)
         *front, tasks, channels = mixed.shape
-        h = mixed.reshape(*front, tasks * channels)  # a norm's channels are apart
+        h = mixed.reshape(*front, tasks * channels)  # a norm treats channels separately
         h = nn.relu(layers.norm(self.style, train=train, name="entry_bn")(h))
         return jnp.mean(h, (1, 2)).reshape(-1, tasks, channels)
 
 
 def score(units: jax.Array, output: str) -> jax.Array:
-    """A class's one number from its head's units, (B, classes, 1 or 2) to (B, classes).
+    """Reduces the units of each head, (B, classes, 1 or 2), to logits (B, classes).
 
-    See `HME.output`; of "nce", only the larger unit gets a gradient.
+    See `HME.output`; under "nce", only the larger unit gets a gradient.
     """
     if output == "ce":
         return units[..., 0]
@@ -294,12 +303,14 @@ class HME(chain.Chain, kw_only=True):
     """Three levels of experts and a head for every class.
 
     Attributes:
-        layout: "ltb" or "split", see the top of the file.
+        layout: "ltb" or "split", see the module's docstring.
         base: the wide ResNet of "split".
-        output: "ce", a head has one unit and that is the logit; "nce", it has two and
-            the larger is; "odds", the second minus the first is: the log-odds of "this
-            is class k", as `distill.binary` trains it (only differences matter there).
-        temperature: of soft gates, a number or scalar array; None: hard gates.
+        output: "ce": a head has one unit, the logit. "nce": it has two, and the larger
+            is the logit. "odds": the logit is the second minus the first, the log-odds
+            of "this is class k", as trained by `hme.losses`, where only differences
+            matter.
+        temperature: temperature of soft gates, a number or scalar array; None: hard
+            gates.
     """
 
     layout: str = "ltb"
@@ -326,7 +337,7 @@ class HME(chain.Chain, kw_only=True):
     @nn.nowrap
     def make_block(self, stage: int, index: int, name: str) -> nn.Module:
         """See `chain.Chain`."""
-        del index  # one block a level
+        del index  # one block per level
         if self.layout == "ltb":
             make = functools.partial(_Plain, _LTB[stage][1], self.style)
         else:
@@ -342,8 +353,8 @@ class HME(chain.Chain, kw_only=True):
         """See `chain.Chain`."""
         head = _PlainHead if self.layout == "ltb" else _WideHead
         parents = self._experts[-1]
-        own = (self.num_classes, parents, self.output, self.temperature)
-        return head(*own, self.style, name=name)
+        args = (self.num_classes, parents, self.output, self.temperature)
+        return head(*args, self.style, name=name)
 
     @property
     def _experts(self) -> tuple[int, ...]:
@@ -353,12 +364,12 @@ class HME(chain.Chain, kw_only=True):
 
     @nn.nowrap
     def torch_name(self, path: tuple[str, ...]) -> str:
-        """("stage2", "block1", "gate") -> "stage2.block1.gate": our own names."""
+        """Returns "stage2.block1.gate" for ("stage2", "block1", "gate")."""
         return ".".join(path)
 
     @classmethod
     def tree_options(cls) -> list[dict[str, str]]:
-        """See `chain.Chain`: the deepest network has all the arrays of the others."""
+        """See `chain.Chain`; the deepest network has all arrays of the others."""
         layouts = cls.OPTIONS["layout"]
         return [{"layout": layout, "base": "wrn_40_1"} for layout in layouts]
 
@@ -366,7 +377,7 @@ class HME(chain.Chain, kw_only=True):
     def options_from_torch(
         cls, shapes: collections.abc.Mapping[str, tuple[int, ...]]
     ) -> dict[str, Any]:
-        """See `chain.Chain`; by its arrays "odds" is "nce", and "ltb" has any base."""
+        """See `chain.Chain`; returns "nce" for "odds", the first base for "ltb"."""
         units, _, classes = _cube(shapes, "head.fc3.weight")
         options = {"num_classes": classes, "output": "ce" if units == 1 else "nce"}
         if "stem.conv.weight" not in shapes:
@@ -390,7 +401,7 @@ class HME(chain.Chain, kw_only=True):
             return cls.options_from_torch(shapes)
         except KeyError as error:
             raise ValueError(
-                f"the variables are no HME's: no {error.args[0]}"
+                f"the variables are not those of an HME: no {error.args[0]}"
             ) from None
 
 
@@ -402,7 +413,7 @@ def _torch_key(path: tuple[Any, ...]) -> str:
 def _cube(
     shapes: collections.abc.Mapping[str, tuple[int, ...]], key: str
 ) -> tuple[int, ...]:
-    """The three sides of an array; KeyError(key) if it has not three."""
+    """Returns the shape of an array with three axes; KeyError(key) for any other."""
     shape = shapes.get(key, ())
     if len(shape) != 3:
         raise KeyError(key)
@@ -410,7 +421,7 @@ def _cube(
 
 
 def _size(base: str) -> tuple[int, int]:
-    """Blocks a stage and width factor of a wide ResNet "wrn_D_K"."""
+    """Returns blocks per stage and width factor of a wide ResNet "wrn_D_K"."""
     depth, widen = map(int, re.findall(r"\d+", base))
     return (depth - 4) // 6, widen
 

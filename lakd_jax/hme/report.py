@@ -1,4 +1,4 @@
-"""What a report says of an HME: its gates, its tree, what its tasks share."""
+"""Renders the report's section on an HME: gates, tree and shared experts."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ from lakd_jax.report import grids, page
 def section(
     params: dict, names: tuple[str, ...], dataset: str, scratch: Path
 ) -> list[str]:
-    """The parts of the report's section on the experts.
+    """Returns the parts of the report's section on the experts.
 
     Args:
-        params: of the network.
-        names: of the classes.
-        dataset: its name, from which superclasses are known or not.
-        scratch: a folder for pictures.
+        params: the network's parameters.
+        names: class names.
+        dataset: name of the data set; superclasses are shown if it has known ones.
+        scratch: folder for pictures.
     """
     found = [np.asarray(gate) for gate in network.gates(params)]
     made = tree.tree(found)
@@ -27,18 +27,19 @@ def section(
     parts.append(
         page.text(
             f"{dead} of {sum(made.experts)} experts serve no class; the "
-            f"{len(names)} classes take {made.distinct_paths} different ways."
+            f"{len(names)} classes take {made.distinct_paths} different paths."
         )
     )
     return parts + _superclasses(made, dataset)
 
 
 _WORDS = (
-    "Every class is a task that takes its features from one expert of the last level, "
-    "which takes its own from one of the level above: the largest entry of each gate "
-    "makes the tree. Entropy is that of softmax(M / tau) over log(parents), 1 for "
-    "gates that have not decided and 0 for decided ones, at fixed temperatures, since "
-    "that of training falls by itself. Our reading of KDExplainer's measure."
+    "Every class is a task that reads the features of one expert of the last level, "
+    "which in turn reads one expert of the level above: the largest entry of each gate "
+    "defines the tree. Entropy is that of softmax(M / tau) divided by log(parents): 1 "
+    "for undecided gates, 0 for decided ones. Temperatures are fixed, since at that of "
+    "training, entropy falls by itself. This is our interpretation of KDExplainer's "
+    "measure."
 )
 
 
@@ -46,8 +47,8 @@ def _entropies(found: list[np.ndarray]) -> str:
     header = ["tau", *(f"gate {k}" for k in range(1, len(found) + 1)), "mean"]
     rows = []
     for temperature in tree.TEMPERATURES:
-        told = tree.conflict(found, temperature)
-        values = [f"{value:.4f}" for value in (*told.levels, told.mean)]
+        conflict = tree.conflict(found, temperature)
+        values = [f"{value:.4f}" for value in (*conflict.levels, conflict.mean)]
         rows.append([f"{temperature:g}", *values])
     return page.table(header, rows)
 
@@ -55,7 +56,7 @@ def _entropies(found: list[np.ndarray]) -> str:
 def _tree(found: list[np.ndarray], names: tuple[str, ...], scratch: Path) -> list[str]:
     made, tau = tree.tree(found), tree.TEMPERATURES[0]
     weights = [tree.attention(gate, tau) for gate in found]
-    # Experts in the order of the classes below them, so that no two edges cross.
+    # Experts follow the order of the classes below them, so that no edges cross.
     paths = [made.paths[label] for label in made.order]
     alive = [list(dict.fromkeys(level)) for level in zip(*paths, strict=True)]
     first: list[tuple[str, int | None, float]]
@@ -73,9 +74,9 @@ def _tree(found: list[np.ndarray], names: tuple[str, ...], scratch: Path) -> lis
         above = children
     path = scratch / "tree.png"
     grids.tree(path, levels)
-    described = "The tree from the image through the experts to the classes."
-    dot = page.code("the same for Graphviz", tree.dot(found, names, tau))
-    return [page.picture(path, described), dot]
+    description = "The tree from the image through the experts to the classes."
+    dot = page.code("source for Graphviz", tree.dot(found, names, tau))
+    return [page.picture(path, description), dot]
 
 
 def _heat_maps(found: list[np.ndarray], names: tuple[str, ...], scratch: Path) -> str:
@@ -90,7 +91,9 @@ def _heat_maps(found: list[np.ndarray], names: tuple[str, ...], scratch: Path) -
         row_title="class, ordered by path",
         column_title="expert",
     )
-    return page.picture(path, "How much each class takes of each last expert.")
+    return page.picture(
+        path, "Weight of each expert of the last level in each class's mixture."
+    )
 
 
 def _superclasses(made: tree.Tree, dataset: str) -> list[str]:
@@ -101,5 +104,5 @@ def _superclasses(made: tree.Tree, dataset: str) -> list[str]:
         [f"level {k}", f"{100 * share.same:.1f} %", f"{100 * share.chance:.1f} %"]
         for k, share in enumerate(tree.shares(made, groups), 1)
     ]
-    header = ["", "pairs of a superclass with one ancestor", "all pairs"]
+    header = ["", "pairs of a superclass with a common ancestor", "all pairs"]
     return [page.table(header, rows)]

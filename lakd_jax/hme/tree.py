@@ -1,13 +1,13 @@
-"""What the gates of an HME say: how torn its tasks are, and the tree they make.
+"""Analyses the gates of an HME: conflict between tasks, and the tree they select.
 
-Source: KDExplainer (arXiv 2105.04181) reads a lower entropy of the gates under
-distillation as fewer conflicts between the tasks. It has not published its formula, so
-the measures here are our reading. They are taken at a fixed temperature: with that of
-training, 10 / epoch, entropy falls by itself, even where nothing is learnt.
+Source: KDExplainer (arXiv 2105.04181) interprets a lower entropy of the gates under
+distillation as fewer conflicts between the tasks. Its formula is not published, so the
+measures here are our interpretation. They use a fixed temperature: at the temperature
+of training, 10 / epoch, entropy falls by itself, even if nothing is learnt.
 
-Gates are the matrices of `models.hme.gates`: one (children, parents) for each boundary
-between levels, from the image to the classes. NumPy only; the same gates give the same
-answer to the last letter.
+Gates are the matrices returned by `hme.network.gates`: one (children, parents) per
+boundary between levels, from the image to the classes. NumPy only, so results are
+deterministic.
 """
 
 import collections.abc
@@ -16,11 +16,14 @@ import itertools
 
 import numpy as np
 
-TEMPERATURES = (0.5, 1.0)  # to compare runs at; the first is that of the released code
+TEMPERATURES = (
+    0.5,
+    1.0,
+)  # at which runs are compared; the first is the released code's
 
 Gates = collections.abc.Sequence[np.ndarray]
 
-# The superclass of each label: vehicles and animals; the twenty of CIFAR-100.
+# The superclass of each label: vehicles and animals, or CIFAR-100's twenty.
 SUPERCLASSES: dict[str, tuple[int, ...]] = {
     "cifar10": (0, 0, 1, 1, 1, 1, 1, 1, 0, 0),
     "cifar100": (
@@ -35,15 +38,15 @@ SUPERCLASSES: dict[str, tuple[int, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Conflict:
-    """How undecided gates are at one temperature.
+    """The indecision of gates at one temperature.
 
     Attributes:
         temperature: tau.
-        levels: for each gate the mean over children of the entropy of its row over
-            log(parents): 1 for uniform rows, 0 for one-hot ones and single parents.
-        mean: of `levels`.
-        parents: for each gate the effective number of parents of every child, the
-            exponential of the entropy.
+        levels: for each gate, the mean over children of entropy(row) / log(parents): 1
+            for uniform rows, 0 for one-hot rows and single parents.
+        mean: mean of `levels`.
+        parents: for each gate, the effective number of parents of every child, which is
+            the exponential of the entropy.
     """
 
     temperature: float
@@ -54,11 +57,11 @@ class Conflict:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Pairs of classes that have the same ancestor in one level.
+    """Shares of class pairs with a common ancestor in one level.
 
     Attributes:
-        same: share of the pairs within a superclass, in 0..1.
-        chance: share of all pairs, which is what superclasses drawn at random get.
+        same: share among pairs within a superclass, in [0, 1].
+        chance: share among all pairs, expected for random superclasses.
     """
 
     same: float
@@ -67,12 +70,12 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """The tree that hard gates leave; indices count from 0, level by level.
+    """The tree selected by hard gates; indices count from 0 within each level.
 
     Attributes:
-        parents: for each gate the parent of every child; the last gate's children are
+        parents: for each gate, the parent of every child; the last gate's children are
             the classes.
-        experts: how many each level has.
+        experts: number of experts per level.
     """
 
     parents: tuple[tuple[int, ...], ...]
@@ -80,7 +83,7 @@ class Tree:
 
     @property
     def paths(self) -> tuple[tuple[int, ...], ...]:
-        """Of every class, the experts between the image and its head, in that order."""
+        """Returns the experts on the path from the image to each class's head."""
         return tuple(self._path(label) for label in range(len(self.parents[-1])))
 
     def _path(self, label: int) -> tuple[int, ...]:
@@ -92,13 +95,13 @@ class Tree:
 
     @property
     def alive(self) -> tuple[tuple[int, ...], ...]:
-        """In each level the experts that serve a class."""
+        """Returns, per level, the experts that serve at least one class."""
         levels = zip(*self.paths, strict=True)
         return tuple(tuple(sorted(set(level))) for level in levels)
 
     @property
     def dead(self) -> tuple[tuple[int, ...], ...]:
-        """In each level the experts that serve none."""
+        """Returns, per level, the experts that serve no class."""
         pairs = zip(self.experts, self.alive, strict=True)
         return tuple(
             tuple(i for i in range(count) if i not in alive) for count, alive in pairs
@@ -106,32 +109,32 @@ class Tree:
 
     @property
     def distinct_paths(self) -> int:
-        """Ways from the image that some class goes."""
+        """Returns the number of different paths that classes take."""
         return len(set(self.paths))
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The classes sorted by path, so that relatives stand together."""
+        """Returns the classes sorted by path, which groups related ones."""
         paths = self.paths
         return tuple(sorted(range(len(paths)), key=lambda label: (paths[label], label)))
 
 
 def attention(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """softmax(M / tau) over parents: (children, parents) float64, rows sum to 1."""
+    """Computes softmax(M / tau): (children, parents) float64, rows sum to 1."""
     scaled = np.asarray(logits, np.float64) / temperature
     weights = np.exp(scaled - scaled.max(-1, keepdims=True))
     return weights / weights.sum(-1, keepdims=True)
 
 
 def conflict(gates: Gates, temperature: float) -> Conflict:
-    """The measure of conflict at one temperature; our reading, see above.
+    """Measures conflict at one temperature; our interpretation, see above.
 
     Args:
         gates: (children, parents) each.
         temperature: tau > 0, the same for all runs that are compared.
 
     Raises:
-        ValueError: gates that do not follow on each other, or tau not above 0.
+        ValueError: consecutive gates do not fit together, or tau is not above 0.
     """
     _check(gates)
     if not temperature > 0:
@@ -139,23 +142,24 @@ def conflict(gates: Gates, temperature: float) -> Conflict:
     levels, parents = [], []
     for logits in gates:
         entropy = _entropy(attention(logits, temperature))
-        most = np.log(logits.shape[1])
-        levels.append(float(entropy.mean() / most) if most else 0.0)
+        largest = np.log(logits.shape[1])
+        levels.append(float(entropy.mean() / largest) if largest else 0.0)
         parents.append(np.exp(entropy))
     mean = float(np.mean(levels))
     return Conflict(temperature, tuple(levels), mean, tuple(parents))
 
 
 def _entropy(weights: np.ndarray) -> np.ndarray:
-    """-sum p log p over the last axis, with 0 log 0 = 0."""
+    """Computes -sum p log p over the last axis, with 0 log 0 = 0."""
     logs = np.log(weights, out=np.zeros_like(weights), where=weights > 0)
     return np.maximum(-np.sum(weights * logs, axis=-1), 0.0)
 
 
 def tree(gates: Gates) -> Tree:
-    """The tree of the largest entry in each row, the first of equal ones.
+    """Returns the tree of each row's largest entry, the first of equal ones.
 
-    Raises ValueError for gates that do not follow on each other.
+    Raises:
+        ValueError: consecutive gates do not fit together.
     """
     _check(gates)
     parents = tuple(tuple(int(i) for i in np.argmax(g, axis=-1)) for g in gates)
@@ -163,21 +167,22 @@ def tree(gates: Gates) -> Tree:
 
 
 def shares(tree: Tree, groups: collections.abc.Sequence[int]) -> tuple[Share, ...]:
-    """Do classes of one superclass stay together? One answer a level of experts.
+    """Measures, per level, how often classes of one superclass share an ancestor.
 
     Args:
-        tree: of the network.
+        tree: the network's tree.
         groups: the superclass of every class, such as `SUPERCLASSES["cifar10"]`.
 
     Raises:
-        ValueError: not one entry a class, or no two classes in one superclass.
+        ValueError: `groups` does not have one entry per class, or no two classes are
+            in one superclass.
     """
     if len(groups) != len(tree.paths):
         raise ValueError(f"{len(groups)} groups given for {len(tree.paths)} classes")
     pairs = list(itertools.combinations(range(len(groups)), 2))
     related = [(a, b) for a, b in pairs if groups[a] == groups[b]]
     if not related:
-        raise ValueError("no two classes are of the same group")
+        raise ValueError("no two classes are in the same group")
     result = []
     for level in range(len(tree.experts)):
         node = [path[level] for path in tree.paths]
@@ -190,18 +195,19 @@ def shares(tree: Tree, groups: collections.abc.Sequence[int]) -> tuple[Share, ..
 
 
 def dot(gates: Gates, names: collections.abc.Sequence[str], temperature: float) -> str:
-    """The tree as text for Graphviz, from the image down to the classes.
+    """Returns the tree as Graphviz source, from the image down to the classes.
 
-    Experts that serve no class are left out. An edge is labelled, and drawn as thick,
-    as its attention at `temperature`. Expert 3.2 is the second of the third level.
+    Experts that serve no class are omitted. Label and width of an edge show its
+    attention at `temperature`. Expert 3.2 is the second of the third level.
 
     Args:
         gates: (children, parents) each.
-        names: of the classes.
+        names: class names.
         temperature: tau > 0.
 
     Raises:
-        ValueError: gates that do not follow on each other, or not one name a class.
+        ValueError: consecutive gates do not fit together, or `names` does not have one
+            entry per class.
     """
     made = tree(gates)
     if len(names) != len(made.paths):
@@ -238,5 +244,5 @@ def _check(gates: Gates) -> None:
         if one.shape[0] != other.shape[1]:
             raise ValueError(
                 f"gate {number} has {one.shape[0]} children, gate {number + 1} "
-                f"{other.shape[1]} parents: they must be the same experts"
+                f"{other.shape[1]} parents: both must be the number of experts between"
             )

@@ -1,4 +1,4 @@
-"""HME networks: golden values and the properties of gates, levels and heads."""
+"""Tests HME networks: golden values, properties of gates, levels and heads."""
 
 import functools
 
@@ -28,7 +28,7 @@ score = jax.jit(network_lib.score, static_argnums=1)
 
 @functools.cache
 def network(layout="ltb"):
-    """A small network with its variables, and (variables, images) -> outputs."""
+    """Returns a small network, its variables and (variables, images) -> outputs."""
     model = hme_weights.small(layout=layout, base="wrn_10_1")
     apply = jax.jit(functools.partial(model.apply, train=False))
     return model, hme_weights.drawn(model), apply
@@ -46,10 +46,10 @@ def count(model):
 
 @functools.cache
 def soft_logits(output):
-    """Of all golden epochs in one program, for the golden network."""
+    """Returns the golden network's logits at all golden epochs, and the recording."""
     variables, images, recorded = hme_weights.golden(output)
     model = models.create("hme", num_classes=10, output=output)
-    # The weights are an argument: as constants XLA would fold them, for seconds.
+    # The weights are an argument: XLA would spend seconds folding constants.
     apply = jax.jit(
         lambda t, *of: network_lib.soften(model, t).apply(*of, train=False).logits
     )
@@ -61,8 +61,8 @@ def soft_logits(output):
 def test_golden_soft(output):
     ours, recorded = soft_logits(output)
     for epoch, logits in ours.items():
-        wanted = recorded[f"logits_soft_epoch{epoch}"]
-        assert golden_weights.distance(logits, wanted) < 1e-4
+        expected = recorded[f"logits_soft_epoch{epoch}"]
+        assert golden_weights.distance(logits, expected) < 1e-4
 
 
 @pytest.mark.parametrize("output", ["ce", "nce"])
@@ -75,8 +75,8 @@ def test_golden_hard_and_gates(output):
     for i, logits in enumerate(network_lib.gates(variables["params"])):
         for epoch in (1, 100):
             ours = attention(logits, 10 / epoch)
-            wanted = recorded[f"gate{i}_soft_epoch{epoch}"]
-            assert golden_weights.distance(ours, wanted) < 1e-4
+            expected = recorded[f"gate{i}_soft_epoch{epoch}"]
+            assert golden_weights.distance(ours, expected) < 1e-4
         hard = attention(logits, None)
         np.testing.assert_array_equal(hard, recorded[f"gate{i}_hard"])
 
@@ -96,7 +96,11 @@ def test_property_1_counts(output, classes, parameters):
     params = hme_weights.shapes(model)["params"]
     levels = [jax.tree.leaves(params[f"stage{s}"]) for s in (1, 2, 3)]
     sizes = [sum(leaf.size for leaf in leaves) for leaves in levels]
-    assert sizes == [77_952, 296_448 + 8, 444_672 + 32]  # with the gates above them
+    assert sizes == [
+        77_952,
+        296_448 + 8,
+        444_672 + 32,
+    ]  # including the gates above them
 
 
 @pytest.mark.parametrize("output", ["ce", "nce", "odds"])
@@ -107,7 +111,7 @@ def test_property_1_shapes(output):
         jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32),
     )
     assert out.logits.shape == (2, 7)
-    # Experts side by side in the channels: 2 of 64, 4 of 64, 8 of 32.
+    # Concatenated experts: 2 of 64 channels, 4 of 64, 8 of 32.
     shapes = [(2, 16, 16, 128), (2, 8, 8, 256), (2, 4, 4, 256)]
     assert [f.shape for f in out.features] == shapes
     assert out.stem.shape == (2, 32, 32, 3)
@@ -163,31 +167,32 @@ def test_mixture_by_hand():
     np.testing.assert_allclose(mixed[0, 0, 0], [[1, 2], [5.5, 11], [10, 20]])
 
 
-def test_property_5_gates_see_no_image():
+def test_property_5_gates_do_not_depend_on_the_image():
     gate = network_lib._Gate(4, 2, 0.5)
     variables = {"params": {"logits": noise(4, 2)}}
-    assert gate.apply(variables).shape == (4, 2)  # called with nothing
+    assert gate.apply(variables).shape == (4, 2)  # takes no input
     _, variables, apply = network()
-    together = apply(variables, images()).logits
-    for i in range(4):  # with other images beside it
-        others = noise(4, 8, 8, 3, seed=7)
-        others[i] = images()[i]
-        beside = apply(variables, others).logits
-        np.testing.assert_allclose(beside[i], together[i], atol=1e-5)
-        assert np.abs(beside - together)[np.arange(4) != i].max() > 1e-2
+    expected = apply(variables, images()).logits
+    for i in range(4):  # in a batch with other images
+        batch = noise(4, 8, 8, 3, seed=7)
+        batch[i] = images()[i]
+        logits = apply(variables, batch).logits
+        np.testing.assert_allclose(logits[i], expected[i], atol=1e-5)
+        assert np.abs(logits - expected)[np.arange(4) != i].max() > 1e-2
 
 
 @functools.cache
 def gradients(soft):
-    """Of a loss with respect to the parameters, in evaluation mode."""
+    """Returns the gradients of a loss, in evaluation mode, and the parameters."""
     model, variables, _ = network()
     model = network_lib.soften(model, 1.0) if soft else model
 
     @jax.jit
     @jax.grad
     def gradient(params):
-        whole = {**variables, "params": params}
-        return jnp.sum(model.apply(whole, images()[:3], train=False).logits ** 2)
+        all_variables = {**variables, "params": params}
+        out = model.apply(all_variables, images()[:3], train=False)
+        return jnp.sum(out.logits**2)
 
     return jax.device_get(gradient(variables["params"])), variables["params"]
 
@@ -224,12 +229,12 @@ def test_property_7_pooling():
     np.testing.assert_array_equal(network_lib.bins(4, 7), half)
     for size in range(1, 12):
         matrix, x = network_lib.bins(size, 7), np.random.default_rng(size).random(size)
-        wanted = [
+        expected = [
             x[int(np.floor(i * size / 7)) : int(np.ceil((i + 1) * size / 7))].mean()
             for i in range(7)
         ]
-        np.testing.assert_allclose(matrix @ x, wanted, rtol=1e-5)
-        np.testing.assert_allclose(matrix.sum(1), 1, rtol=1e-6)  # constants stay
+        np.testing.assert_allclose(matrix @ x, expected, rtol=1e-5)
+        np.testing.assert_allclose(matrix.sum(1), 1, rtol=1e-6)  # preserves constants
         np.testing.assert_array_equal(
             matrix[[0, -1]][:, [0, -1]] > 0, size == 1 or np.eye(2)
         )
@@ -271,7 +276,7 @@ def test_property_8_a_head_moves_its_own_column_only():
     for path, leaf in flat.items():
         if path[:2] == ("params", "head") and path[2] != "gate":
             flat[path] = leaf.copy()
-            flat[path][1] += 0.1  # of the second class
+            flat[path][1] += 0.1  # the second class
     moved = flax.traverse_util.unflatten_dict(flat)
     before, after = (apply(v, images()).logits for v in (variables, moved))
     changed = np.any(np.abs(after - before) > 0, 0)
@@ -296,42 +301,43 @@ def test_restart_behind_every_joint(layout):
     model, variables, _ = network(layout)
 
     @jax.jit
-    def restarted(variables, x):  # in one program, which computes what is equal once
-        whole = model.apply(variables, x, train=False)
-        middles = [chain.feature_at(whole, model, joint) for joint in model.unit_names]
-        return whole.logits, [
+    def restarted(variables, x):  # one program computes common parts once
+        out = model.apply(variables, x, train=False)
+        middles = [chain.feature_at(out, model, joint) for joint in model.unit_names]
+        return out.logits, [
             model.apply(variables, h, train=False, after=joint).logits
             for joint, h in zip(model.unit_names, middles, strict=True)
         ]
 
-    whole, rest = restarted(variables, images())
+    expected, rest = restarted(variables, images())
     assert len(rest) == 4
     for logits in rest:
-        np.testing.assert_allclose(logits, whole, atol=1e-5)
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["ltb", "split"])
 def test_folded_network_gives_the_same(layout):
     model, variables, apply = network(layout)
-    folded, few = folding.fold(model, variables)
-    assert set(few) == {"params"}
-    ours = jax.jit(functools.partial(folded.apply, train=False))(few, images())
-    wanted = apply(variables, images())
-    np.testing.assert_allclose(ours.logits, wanted.logits, atol=1e-4)
+    folded, folded_variables = folding.fold(model, variables)
+    assert set(folded_variables) == {"params"}
+    apply_folded = jax.jit(functools.partial(folded.apply, train=False))
+    ours = apply_folded(folded_variables, images())
+    expected = apply(variables, images())
+    np.testing.assert_allclose(ours.logits, expected.logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["ltb", "split"])
-def test_weights_go_out_and_come_back(layout):
+def test_weights_survive_export_and_import(layout):
     model = hme_weights.small("nce", layout=layout, base="wrn_10_1")
     variables = hme_weights.drawn(model)
     weights = interop.to_torch("hme", variables)
-    told = interop.options_from_torch("hme", weights)
-    made = models.create("hme", **told)
+    options = interop.options_from_torch("hme", weights)
+    made = models.create("hme", **options)
     assert made == (model if layout == "split" else models.create("hme", num_classes=3))
     jax.tree.map(
         np.testing.assert_array_equal, interop.from_torch("hme", weights), variables
     )
-    assert models.family("hme").options_from_variables(variables) == told
+    assert models.family("hme").options_from_variables(variables) == options
 
 
 def test_dropout_only_in_training_and_by_its_key():
@@ -357,7 +363,7 @@ def test_initial_values():
     model = models.create("hme", num_classes=3, output="ce")
 
     @jax.jit
-    def drawn(key):  # the rest is never computed, and not compiled for long
+    def drawn(key):  # XLA drops what is not returned, which compiles faster
         params = model.init(key, images(), train=False)["params"]
         biases = flax.traverse_util.flatten_dict(params)
         biases = [v for path, v in biases.items() if path[-1] == "bias"]

@@ -1,4 +1,4 @@
-"""Fields of HME: faults that are found before anything runs."""
+"""Tests the fields of HME: faults are reported before anything runs."""
 
 import importlib.util
 import pathlib
@@ -67,7 +67,7 @@ def test_the_released_recipe():
     )
 
 
-def test_what_the_networks_and_methods_are_given(tmp_path):
+def test_options_of_networks_and_methods(tmp_path):
     plain = tiny.config(tmp_path, **HME, hme__output="ce", hme__layout="split")
     assert setup.network_options(plain) == {
         "layout": "split",

@@ -1,4 +1,4 @@
-"""Conflict and tree of hand-made gates."""
+"""Tests conflict and tree of hand-made gates."""
 
 import math
 
@@ -21,32 +21,32 @@ def random_gates(seed=0):
 
 def test_property_14_uniform_and_one_hot():
     uniform = [np.full(g.shape, 0.3) for g in random_gates()]
-    told = tree.conflict(uniform, 0.5)
-    np.testing.assert_allclose(told.levels, 1)
-    assert told.mean == pytest.approx(1)
-    for parents, count in zip(told.parents, (2, 4, 8), strict=True):
+    undecided = tree.conflict(uniform, 0.5)
+    np.testing.assert_allclose(undecided.levels, 1)
+    assert undecided.mean == pytest.approx(1)
+    for parents, count in zip(undecided.parents, (2, 4, 8), strict=True):
         np.testing.assert_allclose(parents, count)
     sharp = [1e6 * np.eye(g.shape[1])[g.argmax(-1)] for g in random_gates()]
-    told = tree.conflict(sharp, 0.5)
-    assert told.levels == (0, 0, 0) and told.mean == 0
-    for parents in told.parents:
+    decided = tree.conflict(sharp, 0.5)
+    assert decided.levels == (0, 0, 0) and decided.mean == 0
+    for parents in decided.parents:
         np.testing.assert_array_equal(parents, 1)
 
 
 def test_entropy_by_hand():
-    told = tree.conflict([FIRST[:1]], 1.0)  # 2/3 and 1/3
+    conflict = tree.conflict([FIRST[:1]], 1.0)  # 2/3 and 1/3
     entropy = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
-    assert told.levels[0] == pytest.approx(entropy / math.log(2))
-    assert told.parents[0][0] == pytest.approx(math.exp(entropy))
+    assert conflict.levels[0] == pytest.approx(entropy / math.log(2))
+    assert conflict.parents[0][0] == pytest.approx(math.exp(entropy))
     # Half the temperature squares the odds: 4/5 and 1/5.
     entropy = -(4 / 5 * math.log(4 / 5) + 1 / 5 * math.log(1 / 5))
     assert tree.conflict([FIRST[:1]], 0.5).mean == pytest.approx(entropy / math.log(2))
 
 
 def test_a_single_parent_is_no_conflict():
-    told = tree.conflict([np.zeros((3, 1)), np.zeros((2, 3))], 1.0)
-    assert told.levels[0] == 0 and told.levels[1] == pytest.approx(1)
-    np.testing.assert_array_equal(told.parents[0], 1)
+    conflict = tree.conflict([np.zeros((3, 1)), np.zeros((2, 3))], 1.0)
+    assert conflict.levels[0] == 0 and conflict.levels[1] == pytest.approx(1)
+    np.testing.assert_array_equal(conflict.parents[0], 1)
 
 
 def test_property_14_permutations_and_shifts_change_nothing():
@@ -68,7 +68,7 @@ def test_property_14_permutations_and_shifts_change_nothing():
 
 
 def test_random_gates_collapse_with_the_schedule_of_training():
-    """Why the measure has a fixed temperature: nothing was learnt here."""
+    """Shows why the measure needs a fixed temperature: nothing was learnt here."""
     gate = np.random.default_rng(0).random((400, 8))
     by_epoch = [tree.conflict([gate], 10 / (2 * e)).mean for e in (1, 100, 300)]
     assert by_epoch[0] > 0.99 and by_epoch[1] < 0.35 and by_epoch[2] < 0.12
@@ -122,9 +122,9 @@ def test_property_14_dot():
 
 def test_shares_by_hand():
     made = tree.tree(HAND)
-    # Pairs within the groups: (0, 1) apart, (2, 3) apart; of all six, two together.
-    apart = tree.shares(made, (0, 0, 1, 1))
-    assert apart == (tree.Share(0, 1 / 3),) * 2
+    # Neither (0, 1) nor (2, 3) has a common ancestor; two of all six pairs have one.
+    separated = tree.shares(made, (0, 0, 1, 1))
+    assert separated == (tree.Share(0, 1 / 3),) * 2
     together = tree.shares(made, (0, 1, 0, 1))
     assert together == (tree.Share(1, 1 / 3),) * 2
 

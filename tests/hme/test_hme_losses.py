@@ -1,4 +1,4 @@
-"""Losses of HME: binary tasks, label smoothing, and what distillation leaves alone."""
+"""Tests the losses of HME: binary tasks, label smoothing, invariances of KD."""
 
 import types
 
@@ -35,7 +35,7 @@ def signals(student, teacher=None):
     )
 
 
-def test_property_12_shift_of_the_teacher_costs_nothing():
+def test_property_12_kd_ignores_a_shift_of_the_teacher():
     teacher = noise(4, 3)
     shifted = teacher + noise(4, 1, seed=1)
     assert float(kd.kd_loss(shifted, teacher, 4.0)) == pytest.approx(0, abs=1e-6)
@@ -46,7 +46,7 @@ def test_property_12_shift_of_the_teacher_costs_nothing():
 
 
 def test_binary_losses_by_the_two_way_softmax():
-    """The log-odds give what the formulas say of both units of each head."""
+    """Losses of the log-odds equal the formulas on both units of each head."""
     units, teacher = np.asarray(noise(4, 3, 2)), np.asarray(noise(4, 3, seed=1))
     yes = np.eye(3)[np.asarray(LABELS)]
     target = np.stack([1 - yes, yes], -1)
@@ -67,8 +67,8 @@ def test_binary_losses_by_the_two_way_softmax():
 def test_positive_weight():
     odds = noise(4, 3)
     one, three = (losses.binary_cross_entropy(odds, LABELS, w) for w in (1.0, 3.0))
-    own = np.asarray(odds)[np.arange(4), np.asarray(LABELS)]
-    extra = 2 * np.log1p(np.exp(-own)).sum() / odds.size
+    positive = np.asarray(odds)[np.arange(4), np.asarray(LABELS)]
+    extra = 2 * np.log1p(np.exp(-positive)).sum() / odds.size
     assert float(three - one) == pytest.approx(extra, rel=1e-5)
 
 
@@ -113,9 +113,9 @@ def test_binary_methods_weigh_their_terms():
 def test_label_smoothing_by_hand():
     logits = noise(4, 3)
     target = 0.9 * np.eye(3)[np.asarray(LABELS)] + 0.1 / 3
-    wanted = -np.sum(target * log_softmax(np.asarray(logits)), -1).mean()
+    expected = -np.sum(target * log_softmax(np.asarray(logits)), -1).mean()
     ours = kd.smoothed_cross_entropy(logits, LABELS, 0.1)
-    assert float(ours) == pytest.approx(wanted, rel=1e-5)
+    assert float(ours) == pytest.approx(expected, rel=1e-5)
     plain = kd.cross_entropy(logits, LABELS)
     assert float(kd.smoothed_cross_entropy(logits, LABELS, 0.0)) == float(plain)
 

@@ -1,4 +1,4 @@
-"""Both stages of an HME in one run, stopped anywhere."""
+"""Tests both stages of an HME in one run, interrupted at several points."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from lakd_jax.store import workdir
 TIMINGS = ("seconds", "step_seconds", "images_per_second")
 pytestmark = pytest.mark.long  # each run compiles two steps
 
-STEPS, EPOCHS = 4, 2  # an epoch, and of each stage
+STEPS, EPOCHS = 4, 2  # steps per epoch, epochs per stage
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def train(settings, directory, guard, teacher=None):
 
 
 def finished(directory):
-    """(variables, result without timings, metrics) of both stages."""
+    """Returns (variables, result without timings, metrics) of both stages."""
     out = []
     for folder in (directory / "stage1", directory):
         variables, _ = interop.load_variables(folder / workdir.STUDENT)
@@ -60,23 +60,24 @@ def assert_equal_runs(one, other):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, mesh):
-    folder = tmp_path_factory.mktemp("whole")
+def unbroken(tmp_path_factory, mesh):
+    folder = tmp_path_factory.mktemp("unbroken")
     train(config(folder), folder / "run", interrupt.Guard())
     return folder / "run"
 
 
-def test_both_stages_stopped_and_gone_on(whole, tmp_path):
-    """Promise 12: once inside each stage, and in the first evaluation of stage 1."""
-    settings, parts = config(whole.parent), tmp_path / "parts"
-    # A check a step and one a batch: 2 of minival, 3 of test, twice, at a stage's end.
+def test_both_stages_stopped_and_gone_on(unbroken, tmp_path):
+    """Promise 12: stops inside each stage, and in the first evaluation of stage 1."""
+    settings, parts = config(unbroken.parent), tmp_path / "parts"
+    # One check per step and per batch: at the end of a stage, 2 of minival, 3 of test,
+    # twice.
     for checks in (2, 1, 2 + STEPS + 2 + 2 * 3 + 2):
         with pytest.raises(interrupt.Interrupted):
             train(settings, parts, tiny.StopAfter(checks))
     steps = [checkpoints(parts / "stage1")[-1], checkpoints(parts)[-1]]
     assert steps == [EPOCHS * STEPS, 3]
     train(settings, parts, interrupt.Guard())
-    assert_equal_runs(whole, parts)
+    assert_equal_runs(unbroken, parts)
 
 
 def checkpoints(directory):
@@ -84,32 +85,32 @@ def checkpoints(directory):
     return sorted(int(n) for n in names if n.isdecimal())
 
 
-def test_what_is_left(whole):
-    (first, one, _), (second, two, _) = finished(whole)
+def test_contents_of_a_finished_run(unbroken):
+    (first, one, _), (second, two, _) = finished(unbroken)
     assert two["stage1"].items() <= one.items()
     assert two["stage1"]["kept_step"] == one["best_step"] > 0
     assert two["test_last"]["examples"] == one["test_last"]["examples"] == 45
     assert (one["epochs"], two["epochs"]) == (EPOCHS, EPOCHS)
     assert "stage1" not in one
-    for mine, wanted in zip(
+    for after, before in zip(
         network.gates(second["params"]), network.gates(first["params"]), strict=True
     ):
-        np.testing.assert_array_equal(mine, wanted)  # property 11
+        np.testing.assert_array_equal(after, before)  # property 11
     kernel = ("stage2", "block1", "expert1", "conv1", "kernel")
-    mine, wanted = second["params"], first["params"]
+    after, before = second["params"], first["params"]
     for key in kernel:
-        mine, wanted = mine[key], wanted[key]
-    assert np.any(mine != wanted)
+        after, before = after[key], before[key]
+    assert np.any(after != before)
 
 
-def test_the_student_is_the_hard_tree(whole):
-    loaded, card = weights.student(whole / workdir.STUDENT, "float32")
+def test_the_student_is_the_hard_tree(unbroken):
+    loaded, card = weights.student(unbroken / workdir.STUDENT, "float32")
     assert loaded.model.temperature is None
     assert card["options"] == {"layout": "ltb", "base": "wrn_40_1", "output": "nce"}
     again = weights.load(
         "student",
         "hme",
-        str(whole),
+        str(unbroken),
         shortcut="projection",
         dtype="float32",
         num_classes=3,
@@ -117,8 +118,8 @@ def test_the_student_is_the_hard_tree(whole):
     assert again.model == loaded.model
 
 
-def test_a_finished_run_is_told_again(whole):
-    again = train(config(whole.parent), whole, tiny.StopAfter(0))
+def test_a_finished_run_returns_its_result(unbroken):
+    again = train(config(unbroken.parent), unbroken, tiny.StopAfter(0))
     assert again["stage1"]["epochs"] == EPOCHS
 
 

@@ -1,4 +1,4 @@
-"""The two trainings of an HME: rates, groups, and what stage 2 starts from."""
+"""Tests the two stages of an HME: rates, groups, and the start of stage 2."""
 
 import flax
 import hme_weights
@@ -70,7 +70,7 @@ def test_other_numbers_of_epochs_keep_the_shape(epochs):
 
 
 def toy():
-    """One gate and one other parameter, with gradients."""
+    """Returns one gate and one other parameter, and gradients of both."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
     params = {"head": {"gate": {"logits": draw(3, 2)}, "fc1": {"kernel": draw(4)}}}
@@ -87,7 +87,7 @@ def updated(optimizer, params, grads):
 
 
 def test_stage_1_is_torchs_adam_in_two_groups(tmp_path):
-    """Two epochs of gates at rate 0, whose moments gather all the same."""
+    """Gates have rate 0 for two epochs, while their moments accumulate."""
     torch = pytest.importorskip("torch")
     params, grads = toy()
     made = stage(1, tmp_path, optim__weight_decay=0.3)
@@ -103,8 +103,8 @@ def test_stage_1_is_torchs_adam_in_two_groups(tmp_path):
         theirs[1].grad = torch.tensor(np.asarray(head["gate"]["logits"]))
         adam.step()
     got = [ours["head"]["fc1"]["kernel"], ours["head"]["gate"]["logits"]]
-    for mine, wanted in zip(got, theirs, strict=True):
-        np.testing.assert_allclose(mine, wanted.detach().numpy(), rtol=2e-5)
+    for mine, expected in zip(got, theirs, strict=True):
+        np.testing.assert_allclose(mine, expected.detach().numpy(), rtol=2e-5)
     still = updated(made.optimizer(1, params), params, grads[:2])
     np.testing.assert_array_equal(still["head"]["gate"]["logits"], leaves[1])
 
@@ -125,10 +125,10 @@ def test_property_11_stage_2_starts_from_gates_and_statistics(tmp_path):
     kept["batch_stats"] = stats
     drawn = jax.tree.map(lambda x: x + 1.0, kept)
     begin = made.first_variables(drawn)
-    for mine, wanted in zip(
+    for mine, expected in zip(
         network.gates(begin["params"]), network.gates(kept["params"]), strict=True
     ):
-        np.testing.assert_array_equal(mine, wanted)
+        np.testing.assert_array_equal(mine, expected)
     jax.tree.map(np.testing.assert_array_equal, begin["batch_stats"], stats)
     flat = flax.traverse_util.flatten_dict(begin["params"])
     new = flax.traverse_util.flatten_dict(drawn["params"])

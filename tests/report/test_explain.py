@@ -177,7 +177,9 @@ def test_section_on_experts(tmp_path):
     names = tuple(f"class{i}" for i in range(10))
     text = "".join(report.section(params, names, "cifar10", tmp_path))
     # One expert is alive in each of levels 1 and 2, five in level 3.
-    assert "7 of 14 experts serve no class; the 10 classes take 5 different" in text
+    assert (
+        "7 of 14 experts serve no class; the 10 classes take 5 different paths" in text
+    )
     assert "<td>level 1</td><td>100.0 %</td><td>100.0 %</td>" in text
     # Of 21 related pairs (6 vehicles, 15 animals), 0-1, 8-9, 2-3, 4-5 and 6-7 meet.
     assert (
