@@ -1,4 +1,4 @@
-"""CIFAR-10 by the field's recipe for CIFAR-100, with CIFAR-10's own mean and deviation.
+"""CIFAR-10 with the standard CIFAR-100 recipe and CIFAR-10's mean and deviation.
 
     python main.py --config=configs/cifar10.py:resnet56,resnet20,kd
     python main.py --config=configs/cifar10.py:wrn_40_2,wrn_16_1,lakd \\
@@ -6,16 +6,17 @@
     python -m benchmarks.table --data=cifar10 --pairs=resnet56:resnet20 \\
         --methods=none,kd,lakd --seeds=3 --budget=24 --out=runs/cifar10
 
-What configs/cifar100.py says of training holds here, too: 50,000 images, 240 epochs of
-782 steps, no validation split. Give the pair in the argument.
+Training is as described in configs/cifar100.py: 50,000 images, 240 epochs of 782 steps,
+no validation split. Give the pair in the argument.
 
 tfds downloads CIFAR-10 (170 MB) and prepares it; a folder holds train/CLASS/x.png and
 test/CLASS/x.png. The teacher is trained first, unless --config.teacher.init names one.
 
-There is no agreed table of distillation on CIFAR-10. Test accuracy of plain networks,
-He et al. and (akamaster's pytorch_resnet_cifar10): resnet20 91.25 (91.73), resnet32
-92.49 (92.63), resnet44 92.83 (93.10), resnet56 93.03 (93.39), resnet110 93.57 (93.68),
-with their own recipes. Gains by distillation are 0.1 to 0.5: run several seeds.
+The literature has no standard table of distillation on CIFAR-10. Test accuracy of plain
+networks, by He et al. and (in parentheses) by akamaster's pytorch_resnet_cifar10:
+resnet20 91.25 (91.73), resnet32 92.49 (92.63), resnet44 92.83 (93.10), resnet56 93.03
+(93.39), resnet110 93.57 (93.68), with recipes that differ from this one. Gains by
+distillation are 0.1 to 0.5: run several seeds.
 """
 
 from lakd_jax import config as config_lib
@@ -23,7 +24,10 @@ from lakd_jax.config import recipes
 
 
 def get_config(arg: str = "") -> config_lib.ConfigDict:
-    """`arg` is TEACHER,STUDENT,METHOD, resnet56,resnet20,lakd where left out."""
+    """Returns the config for `arg`, TEACHER,STUDENT,METHOD.
+
+    Empty parts default to resnet56,resnet20,lakd.
+    """
     c = config_lib.default()
     c.data.source = "cifar10"
     c.data.mean = (0.4914, 0.4822, 0.4465)

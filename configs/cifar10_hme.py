@@ -6,27 +6,27 @@
         --config.hme.loss=binary
 
 One command trains the teacher (unless --config.teacher.init names one), then weights
-and gates together (stage 1), then the tree that the gates chose (stage 2), 300 epochs
-each of batch 128. In shorter runs the gates need a lower hme.temperature to harden, and
-Adam a lower rate than the released 0.05:
+and gates together (stage 1), then the tree selected by the gates (stage 2), for 300
+epochs each with batch size 128. In shorter runs, the gates need a lower hme.temperature
+to harden, and Adam needs a lower learning rate than the released 0.05:
 
     python main.py --config=configs/cifar10_hme.py:,,none \\
         --config.data.source=digits --config.data.image_size=16 \\
         --config.data.flip=False --config.data.pad=1 --config.batch_size=32 \\
         --config.epochs=6 --config.hme.temperature=0.2 --config.hme.stage1_lr=0.001
 
-Controls of the paper: method none, and none with --config.label_smoothing=0.1.
+The paper's controls: method none, and none with --config.label_smoothing=0.1.
 """
 
 from lakd_jax import config as config_lib
 
 
 def get_config(arg: str = "") -> config_lib.ConfigDict:
-    """`arg` is TEACHER,STUDENT,METHOD; what is left out stays as above."""
+    """Returns the config for `arg`, TEACHER,STUDENT,METHOD; parts may be empty."""
     c = config_lib.default()
     c.method = "kd"
     c.seed = 1029
-    c.epochs = 300  # of each stage
+    c.epochs = 300  # per stage
     c.batch_size = 128
     c.data.source = "cifar10"
     c.data.mean = (0.4914, 0.4822, 0.4465)

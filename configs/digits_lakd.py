@@ -1,17 +1,17 @@
-"""LAKD on 1,797 real scanned digits, in a few minutes on two CPU cores.
+"""LAKD on 1,797 real scanned digits, a few minutes on two CPU cores.
 
     python main.py --config=configs/digits_lakd.py
 
-Teacher resnet20, student resnet8, images enlarged to 16x16. Trains the teacher,
-then the student alone, with KD and with LAKD, and prints the comparison. RESULTS.md
-has the figures of five seeds.
+Teacher resnet20, student resnet8, images enlarged to 16x16. Trains the teacher, then
+the student alone, with KD and with LAKD, and prints a comparison. RESULTS.md has the
+results of five seeds.
 """
 
 from lakd_jax import config as config_lib
 
 
 def get_config(arg: str = "") -> config_lib.ConfigDict:
-    """`arg` is the method, lakd unless given."""
+    """Returns the config for the method `arg`, lakd by default."""
     c = config_lib.default()
     c.method = arg or "lakd"
     c.baselines = tuple(m for m in ("none", "kd") if m != c.method)
@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
     c.data.mean = (0.3, 0.3, 0.3)
     c.data.std = (0.35, 0.35, 0.35)
     c.data.pad = 1
-    c.data.flip = False  # a mirrored digit is another sign
+    c.data.flip = False  # a mirrored digit is a different symbol
     c.student.name = "resnet8"
     c.teacher.name = "resnet20"
     c.optim.lr = 0.05

@@ -1,38 +1,41 @@
-"""LAKD on ImageNet: ResNet-34 -> ResNet-18 with the field's 100-epoch protocol.
+"""LAKD on ImageNet: ResNet-34 -> ResNet-18 with the usual 100-epoch protocol.
 
     python main.py --config=configs/imagenet_lakd.py --workdir=runs/imagenet \
         --config.teacher.init=resnet34-b627a593.pth --config.data.data_dir=TFDS
     python main.py --config=configs/imagenet_lakd.py:resnet50,mobilenet_v1,lakd ...
 
-SGD at 0.2 for batches of 512 (in proportion for others), momentum 0.9, weight decay
-1e-4, a tenth of the rate after 30, 60 and 90 epochs; random parts resized to 224 and
-mirrored; tests on the centre 224 of 256; bfloat16. kd and the head of lakd: 0.5 CE +
-0.5 KD at T = 1; dkd: T = 1, beta 0.5 (2 for mobilenet_v1), one epoch of warm-up.
+SGD at 0.2 for batches of 512 (scaled linearly for others), momentum 0.9, weight decay
+1e-4, learning rate divided by 10 after 30, 60 and 90 epochs; random resized crops of
+224 and horizontal flips; evaluation on the central 224 of 256; bfloat16. kd and the
+head of lakd: 0.5 CE + 0.5 KD at T = 1; dkd: T = 1, beta 0.5 (2 for mobilenet_v1), one
+epoch of warm-up.
 
-Teacher: a file of torchvision's or timm's weights (`torch` extra; a .safetensors file
-needs nothing). It is tested first: 73.3 % for ResNet-34, 76.1 % for ResNet-50 V1.
+Teacher: a file of torchvision's or timm's weights (.pth needs the `torch` extra,
+.safetensors does not). It is evaluated first: 73.3 % for ResNet-34, 76.1 % for
+ResNet-50 V1.
 
 Data: tfds's imagenet2012. Put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into
-TFDS/downloads/manual and run, with the `tf` extra (150 GB, some hours, once):
+TFDS/downloads/manual and run, with the `tf` extra (150 GB, several hours, once):
 
     tfds build imagenet2012 --file_format=array_record --data_dir=TFDS
 
-What was prepared as TFRecord is read as well; neither needs TensorFlow any more. Or
---config.data.source=folder:DIR with DIR/train/CLASS/x.JPEG and DIR/test/CLASS/x.JPEG.
+Data prepared as TFRecord can be read as well; reading neither needs TensorFlow.
+Alternatively, --config.data.source=folder:DIR with DIR/train/CLASS/x.JPEG and
+DIR/test/CLASS/x.JPEG.
 
-Set --config.data.workers to the cores of the host: see docs/scaling.md for how many
-images a second a device asks for. Nothing of this has been run to its end by us: a
-student is expected at the published 69.8 % alone and 70.7 to 71.0 % with kd (tables of
-Scale Decoupled Distillation and mdistiller); no figure of LAKD's is known. One run is
-about 2.3e18 floating-point operations for this pair, six hours of a device that does
-1.1e14 a second (arithmetic, not a measurement).
+Set --config.data.workers to the number of the host's cores: docs/scaling.md estimates
+how many images per second a device consumes. We have not run this recipe to the end.
+The student should reach the published 69.8 % alone and 70.7 to 71.0 % with kd (tables
+of Scale Decoupled Distillation and mdistiller); no result of LAKD is known. One run
+takes about 2.3e18 floating-point operations for this pair, six hours on a device that
+performs 1.1e14 per second (computed, not measured).
 """
 
 from lakd_jax import config as config_lib
 
 
 def get_config(arg: str = "") -> config_lib.ConfigDict:
-    """`arg` is TEACHER,STUDENT,METHOD; what is left out stays as above."""
+    """Returns the config for `arg`, TEACHER,STUDENT,METHOD; parts may be empty."""
     c = config_lib.default()
     c.update(epochs=100, batch_size=512, eval_batch_size=512, dtype="bfloat16")
     c.data.update(

@@ -1,9 +1,9 @@
-"""Writes docs/configuration.md: every field, its default, and what its comment says.
+"""Writes docs/configuration.md: every field with its default and its comment.
 
     python -m docs.make_configuration
 
 Defaults are those of `config.default()`. Meanings are the comments in the functions
-that make the blocks, beside an assignment or in the lines above it.
+that make the blocks, next to an assignment or in the lines above it.
 """
 
 import ast
@@ -43,22 +43,22 @@ the paper of LAKD leaves open, see [design.md](design.md#lakd). Where no meaning
 given, the name says it.
 """
 
-Notes = dict[str, str]  # of the fields, in order; of the block itself under ""
+Notes = dict[str, str]  # by field, in order; the block's own note under ""
 
 
 class Builders:
-    """What the functions of a module that make blocks say of their fields."""
+    """Reads the comments on fields in a module's functions that make blocks."""
 
     def __init__(self, module: ModuleType):
         source = inspect.getsource(module)
-        self._comments, self._alone = _comments(source)
+        self._comments, self._comment_lines = _comments(source)
         functions = ast.walk(ast.parse(source))
         self._functions = {
             f.name: f for f in functions if isinstance(f, ast.FunctionDef)
         }
 
     def notes(self, name: str) -> Notes:
-        """Of the function `name` and of those that it starts from."""
+        """Returns the notes of the function `name` and of the functions it extends."""
         found: Notes = {}
         for statement in self._functions[name].body:
             note = self._note(statement)
@@ -71,7 +71,7 @@ class Builders:
         return found
 
     def blocks(self, name: str) -> dict[str, str]:
-        """Block -> the function that makes it, as the function `name` has them."""
+        """Returns block -> the function that makes it, as used in function `name`."""
         found = {}
         for node in ast.walk(self._functions[name]):
             if isinstance(node, ast.Assign) and _field(node) and self._called(node):
@@ -83,7 +83,7 @@ class Builders:
         return found
 
     def _called(self, statement: ast.stmt) -> str:
-        """The function of this module that the statement's value comes from."""
+        """Returns the function of this module that is called for the value, or ""."""
         return self._name(getattr(statement, "value", None))
 
     def _name(self, value: Any) -> str:
@@ -91,24 +91,24 @@ class Builders:
         return name if name in self._functions else ""
 
     def _note(self, statement: ast.stmt) -> str:
-        """Comments in the lines above, then those beside."""
+        """Returns the comments above the statement, then those next to it."""
         first = statement.lineno
-        while first - 1 in self._alone:
+        while first - 1 in self._comment_lines:
             first -= 1
         lines = range(first, (statement.end_lineno or statement.lineno) + 1)
         return " ".join(self._comments[n] for n in lines if n in self._comments)
 
 
 def _comments(source: str) -> tuple[dict[int, str], set[int]]:
-    """Comments by line, and the lines that hold nothing else."""
+    """Returns the comments by line, and the lines that only hold a comment."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     found = [t for t in tokens if t.type == tokenize.COMMENT]
-    alone = {t.start[0] for t in found if t.line.lstrip().startswith("#")}
-    return {t.start[0]: t.string.lstrip("# ") for t in found}, alone
+    comment_lines = {t.start[0] for t in found if t.line.lstrip().startswith("#")}
+    return {t.start[0]: t.string.lstrip("# ") for t in found}, comment_lines
 
 
 def _field(statement: ast.stmt) -> str:
-    """`c.student.vam = ...` -> "student.vam"; "" for other statements."""
+    """Returns "student.vam" for `c.student.vam = ...`; "" for other statements."""
     if not isinstance(statement, ast.Assign):
         return ""
     target = statement.targets[0]
@@ -118,17 +118,17 @@ def _field(statement: ast.stmt) -> str:
 
 
 def render() -> str:
-    """The page.
+    """Returns the page.
 
     Raises:
-      ValueError: fields that are in the defaults and not in the page, or twice.
+      ValueError: a field of the defaults is missing from the page, or appears twice.
     """
     run, methods = Builders(tree), Builders(methods_lib)
     sections = {"": run.notes("default")}
     for block, function in run.blocks("default").items():
         sections[block] = run.notes(function)
-    own = methods.blocks("blocks")
-    others = {block: methods.notes(function) for block, function in own.items()}
+    method_blocks = methods.blocks("blocks").items()
+    others = {block: methods.notes(function) for block, function in method_blocks}
     sections[""] = {f: n for f, n in sections[""].items() if f not in sections}
 
     shown = [
@@ -139,8 +139,8 @@ def render() -> str:
     ]
     values = config_lib.flat(config_lib.default())
     if sorted(shown) != sorted(values):
-        odd = sorted(set(shown) ^ set(values)) or "some are there twice"
-        raise ValueError(f"{PAGE.name}: not written as in the other blocks: {odd}")
+        odd = sorted(set(shown) ^ set(values)) or "some appear twice"
+        raise ValueError(f"{PAGE.name}: not written like the other fields: {odd}")
 
     parts = [_HEAD, _contents([*sections, *others])]
     parts += [_section("##", b, notes, values) for b, notes in sections.items()]
