@@ -1,4 +1,4 @@
-"""Trains and distils: python main.py --config=configs/digits_lakd.py."""
+"""Runs the command line: python main.py --config=configs/digits_lakd.py."""
 
 from lakd_jax import cli
 
