@@ -1,9 +1,9 @@
-"""Networks by name.
+"""The registry of networks.
 
-A family is one file with a `chain.Chain` subclass and a table `NETWORKS` from name
-to a partial of it; adding the file to `_FAMILIES` is all it takes to register it.
-Families that are built from other parts of the package stand in `_ELSEWHERE`.
-`register` is for networks that are kept elsewhere.
+A family is one file with a `chain.Chain` subclass and a table `NETWORKS` that maps
+names to partials of it; it is registered by adding the file to `_FAMILIES`. Families
+that depend on higher layers of the package are listed in `_LAZY_FAMILIES` and imported
+on first use. `register` adds networks defined outside the package.
 """
 
 import functools
@@ -16,24 +16,25 @@ from lakd_jax import fields
 from lakd_jax.models import chain, mobilenet, resnet, shufflenet, vgg, wrn
 
 _FAMILIES = (resnet, wrn, vgg, mobilenet, shufflenet)
-_ELSEWHERE = {"hme": "lakd_jax.hme.network"}  # imported when it is first made
+_LAZY_FAMILIES = {"hme": "lakd_jax.hme.network"}  # network -> module, imported on use
 _NETWORKS: dict[str, Any] = {  # partials of Chain classes
     name: build for family in _FAMILIES for name, build in family.NETWORKS.items()
-} | dict.fromkeys(_ELSEWHERE)
+} | dict.fromkeys(_LAZY_FAMILIES)
 
 _BUILT_IN = frozenset(_NETWORKS)
 
 
 def register(name: str, build: Any) -> None:
-    """Enters a network; an earlier one of that name that was no built-in one goes.
+    """Registers a network; replaces one registered earlier under the same name.
 
     Args:
-        name: for `student.name` and `create`.
+        name: the name accepted by `student.name` and `create`.
         build: a `chain.Chain` subclass, or a `functools.partial` of one, that takes
             `num_classes` and `dtype`.
 
     Raises:
-        ValueError: the name is a built-in network's, or `build` makes no chain.
+        ValueError: the name is that of a built-in network, or `build` does not make a
+            `chain.Chain`.
     """
     if name in _BUILT_IN or wrn.from_name(name):
         raise ValueError(f"network {name!r} is built in: register another name")
@@ -49,19 +50,19 @@ def register(name: str, build: Any) -> None:
 
 
 def names() -> list[str]:
-    """Names of all registered networks, family by family."""
+    """Returns the names of all registered networks, grouped by family."""
     return list(_NETWORKS)
 
 
 def family(name: str) -> type[chain.Chain]:
-    """The class of the network `name`; ValueError as for `create`."""
+    """Returns the class of the network `name`; raises ValueError as `create` does."""
     return _builder(name).func
 
 
 def _builder(name: str) -> Any:
-    """The partial that makes the network; wide ResNets of any size are known."""
-    if name in _ELSEWHERE:
-        return importlib.import_module(_ELSEWHERE[name]).NETWORKS[name]
+    """Returns the partial that makes the network, also for wide ResNets of any size."""
+    if name in _LAZY_FAMILIES:
+        return importlib.import_module(_LAZY_FAMILIES[name]).NETWORKS[name]
     builder = _NETWORKS.get(name) or wrn.from_name(name)
     if builder is None:
         fields.check("network", name, names())
@@ -69,19 +70,19 @@ def _builder(name: str) -> Any:
 
 
 def create(name: str, *, num_classes: int, **options: Any) -> chain.Chain:
-    """Make a network; its variables come from `init` or from files.
+    """Creates a network; its variables come from its `init` or from a file.
 
     Args:
         name: one of `names()`, or "wrn_D_K" of any depth D = 6n + 4 and width K.
         num_classes: width of the logits, at least 1.
-        **options: `dtype` (compute type, float32 unless given), `folded` (without
-            batch norms, see `folding`), `vam` (`vam.Options`, None unless given; not
-            for HMEs, whose gates are others) and
-            what the family offers: for the CIFAR ResNets of three stages `shortcut`,
-            "projection" (unless given) or "identity".
+        **options: `dtype` (compute dtype, float32 by default), `folded` (without batch
+            norms, see `folding`), `vam` (`vam.Options`, None by default; not for HMEs,
+            which have gates of their own) and the options of the family: for the
+            three-stage CIFAR ResNets `shortcut`, "projection" (the default) or
+            "identity".
 
     Raises:
-        ValueError: unknown name (tells the nearest), option or value.
+        ValueError: unknown name (the message suggests the nearest), option or value.
     """
     allowed = family(name).OPTIONS
     if isinstance(num_classes, bool) or not isinstance(num_classes, int):
@@ -99,7 +100,7 @@ def create(name: str, *, num_classes: int, **options: Any) -> chain.Chain:
 
 
 def _float_dtype(dtype: Any) -> jnp.dtype:
-    """One object for "bfloat16" and jnp.bfloat16, so that equal models are equal."""
+    """Maps "bfloat16" and jnp.bfloat16 to one object, so that models compare equal."""
     try:
         result = jnp.dtype(dtype)
     except TypeError as error:

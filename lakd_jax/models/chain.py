@@ -1,12 +1,12 @@
-"""A classifier as a chain of units, so that it can be watched and cut anywhere.
+"""A classifier as a chain of units that can be observed and cut at any joint.
 
-The finest pieces are *units*: the stem and every residual (or other) block, in
-order. A *joint* is the end of a unit and bears its name ("stem",
+The smallest parts are *units*: the stem and every residual (or other) block, in
+order. A *joint* is the end of a unit and has the unit's name ("stem",
 "stage2.block3"); "stage2" is short for the end of stage 2's last block. The head
 (global average pool and linear classifier) follows the last joint.
 
-A family of networks is a subclass of `Chain` that says how a stem, a block and a
-head are made; names, recording, cutting and restarting are all done here.
+A family of networks is a subclass of `Chain` that defines how a stem, a block and a
+head are made; naming, recording, cutting and restarting are all implemented here.
 """
 
 import collections.abc
@@ -27,23 +27,23 @@ JointFn = collections.abc.Callable[[str, jax.Array], jax.Array]
 
 @flax.struct.dataclass
 class Outputs:
-    """What one pass through a network yields; unused parts cost nothing under jit.
+    """The result of one pass through a network; unused parts cost nothing under jit.
 
     Attributes:
         logits: (B, classes) float32.
-        stem: the stem's activation; None where the pass started behind it.
-        features: the stem's activation (if the family counts it), then one per
+        stem: the stem's activation; None if the pass started after it.
+        features: the stem's activation (if the family includes it), then one per
             stage; each (B, H, W, C).
-        preacts: the same before the next ReLU, but entry 0 repeats the stem. In
-            networks that normalise at the entry of a unit: what the next unit's norm
-            makes of the stage's output.
-        blocks: per stage (without the stem) every block's activation.
-        pooled: (B, C) float32, the mean over positions that the classifier reads.
-        taps: every `Chain.tap_every`-th block's activation behind its ReLU (of all
-            stages, the stem left out), what AFD compares. In networks that normalise
-            at the entry of a unit: ReLU of what the next unit's norm makes of the
-            block, at the block's own size. Linear bottlenecks (MobileNet 2) are
-            tapped as they are, signed: no ReLU ever follows them.
+        preacts: the same before the ReLU, except that the stem's entry repeats its
+            activation. In networks with a norm at the entry of a unit: the stage's
+            output after the next unit's norm.
+        blocks: for each stage (without the stem), every block's activation.
+        pooled: (B, C) float32, the mean over positions that the classifier receives.
+        taps: the activation after the ReLU of every `Chain.tap_every`-th block of all
+            stages (without the stem), which AFD compares. In networks with a norm at
+            the entry of a unit: ReLU of the next unit's norm of the block's output, at
+            the block's resolution. Linear bottlenecks (MobileNet 2) are recorded as
+            they are, signed, since no ReLU follows them.
     """
 
     logits: jax.Array
@@ -56,21 +56,22 @@ class Outputs:
 
 
 class Chain(nn.Module, kw_only=True):
-    """A stem, stages of blocks and a head, run in order.
+    """A stem, stages of blocks and a head, applied in order.
 
     The stem and every block are modules called as `unit(x, train=...)` that return
     the pair (activation, pre-activation). The head returns (logits, pooled).
-    The variable tree has one subtree a unit: "stem", "stage1"/"block1", ..., "head".
+    The variable tree has one subtree per unit: "stem", "stage1"/"block1", ..., "head".
 
     Attributes:
         stage_sizes: number of blocks in each stage.
         num_classes: width of the logits.
-        dtype: what convolutions and the classifier compute in; parameters, batch
-            statistics and logits are float32 whatever it is.
-        tap_every: which blocks of a stage are tapped, counted from its first.
-        folded: without batch norms, for variables from `folding.fold_batch_norm`.
-        vam: attention in the blocks' convolutions (depthwise ones and shortcuts
-            apart) and in the head's, see `models.vam`; None for none.
+        dtype: compute dtype of convolutions and the classifier; parameters, batch
+            statistics and logits are always float32.
+        tap_every: period of the blocks recorded in `Outputs.taps`, per stage.
+        folded: whether the network has no batch norms, for variables from
+            `folding.fold_batch_norm`.
+        vam: attention in the convolutions of the blocks (except depthwise ones and
+            shortcuts) and of the head, see `models.vam`; None for none.
     """
 
     stage_sizes: tuple[int, ...]
@@ -80,71 +81,72 @@ class Chain(nn.Module, kw_only=True):
     vam: vam_lib.Options | None = None
     tap_every: int = 1
 
-    # Options beside num_classes and dtype that `create` accepts, with their values.
+    # Options that `create` accepts besides num_classes and dtype, with their values.
     OPTIONS: ClassVar[dict[str, tuple[str, ...]]] = {}
-    # Side of the images that the family's networks are published for.
+    # Image size (height and width) that the family's networks are published for.
     IMAGE_SIZE: ClassVar[int] = 32
-    # Whether `features` and `preacts` begin with the stem.
+    # Whether `features` and `preacts` start with the stem.
     STEM_IN_FEATURES: ClassVar[bool] = True
-    # Units, and the head, begin with a batch norm of their input ("entry_bn").
+    # Whether units, and the head, start with a batch norm of their input ("entry_bn").
     PREACTIVATION: ClassVar[bool] = False
-    # Whether some convolutions take `vam`.
+    # Module with the phases of its training; "" for the usual one.
     PHASES: ClassVar[str] = ""
+    # Whether the family supports `vam`.
     GATED: ClassVar[bool] = True
     KERNEL_INIT: ClassVar[collections.abc.Callable] = layers.he_normal_fan_out
-    # What `layers.Head` takes beside width and style.
+    # Arguments of `layers.Head` besides the number of classes and the style.
     HEAD: ClassVar[collections.abc.Mapping[str, Any]] = {}
-    # PyTorch's names of the classifier and, by path, of what else is in no stage.
+    # PyTorch's names of the classifier and, by path, of the stem's and head's layers.
     CLASSIFIER: ClassVar[str] = "fc"
     TORCH_NAMES: ClassVar[collections.abc.Mapping[tuple[str, ...], str]] = {
         ("stem", "conv"): "conv1",
         ("stem", "bn"): "bn1",
     }
-    # (pattern, replacement) pairs that turn other PyTorch spellings into ours.
+    # (pattern, replacement) pairs from other PyTorch names to the reference's.
     TORCH_ALIASES: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     @property
     def style(self) -> layers.Style:
-        """What the layers of all units have in common."""
+        """The settings shared by the layers of all units."""
         init = type(self).KERNEL_INIT
         return layers.Style(self.dtype, self.folded, init, self.vam)
 
     @nn.nowrap
     def make_stem(self, name: str) -> nn.Module:
-        """The unit that turns images into the first feature map."""
+        """Makes the unit that turns images into the first feature map."""
         raise NotImplementedError
 
     @nn.nowrap
     def make_block(self, stage: int, index: int, name: str) -> nn.Module:
-        """The unit at place `index` of stage `stage`, both counted from 0."""
+        """Makes block `index` of stage `stage`, both counted from 0."""
         raise NotImplementedError
 
     @nn.nowrap
     def make_head(self, name: str) -> nn.Module:
-        """What maps the last joint to (logits, pooled)."""
+        """Makes the module that maps the last joint to (logits, pooled)."""
         return layers.Head(self.num_classes, self.style, **self.HEAD, name=name)
 
     @nn.nowrap
     def torch_name(self, path: tuple[str, ...]) -> str:
-        """The published PyTorch name of a layer, given its path in our tree."""
+        """Returns the published PyTorch name of the layer at `path` in our tree."""
         if path == ("head", "dense"):
             return self.CLASSIFIER
         if path in self.TORCH_NAMES:
             return self.TORCH_NAMES[path]
-        stage, index = _place(".".join(path[:2]))
+        stage, index = _stage_and_index(".".join(path[:2]))
         return self.torch_block_name(stage, index, path[2])
 
     @nn.nowrap
     def torch_block_name(self, stage: int, index: int, layer: str) -> str:
-        """The same of a layer in a block; stage and index are counted from 0.
+        """Returns the PyTorch name of a layer of a block; both numbers count from 0.
 
-        Ours, unless the family has been published under other names.
+        Defaults to our own name, for families not published under others.
         """
         return f"stage{stage + 1}.block{index + 1}.{layer}"
 
     @classmethod
     def tree_options(cls) -> list[dict[str, str]]:
-        """Options (see `OPTIONS`) whose networks together have every array there is."""
+        """Returns options (see `OPTIONS`) that together cover every possible array."""
         values = itertools.product(*cls.OPTIONS.values())
         return [dict(zip(cls.OPTIONS, chosen, strict=True)) for chosen in values]
 
@@ -152,9 +154,9 @@ class Chain(nn.Module, kw_only=True):
     def options_from_torch(
         cls, shapes: collections.abc.Mapping[str, tuple[int, ...]]
     ) -> dict[str, Any]:
-        """Read `num_classes` and the family's options from PyTorch keys and shapes.
+        """Infers `num_classes` and the family's options from PyTorch keys and shapes.
 
-        Raises KeyError naming the key that is needed but missing or misshaped.
+        Raises KeyError naming the required key that is missing or has the wrong shape.
         """
         key = f"{cls.CLASSIFIER}.weight"
         shape = shapes.get(key, ())
@@ -164,9 +166,9 @@ class Chain(nn.Module, kw_only=True):
 
     @classmethod
     def options_from_variables(cls, variables: Any) -> dict[str, Any]:
-        """Read from our own variables what `options_from_torch` reads from keys.
+        """Infers the options that `options_from_torch` returns from our own variables.
 
-        Raises ValueError where no classifier is found.
+        Raises ValueError if no classifier is found.
         """
         try:
             kernel = variables["params"]["head"]["dense"]["kernel"]
@@ -176,7 +178,7 @@ class Chain(nn.Module, kw_only=True):
 
     @property
     def unit_names(self) -> tuple[str, ...]:
-        """Names of all units (hence joints) in order, known without variables."""
+        """Names of all units (hence joints) in order; needs no variables."""
         blocks = [
             f"stage{stage}.block{index}"
             for stage, size in enumerate(self.stage_sizes, 1)
@@ -194,32 +196,32 @@ class Chain(nn.Module, kw_only=True):
         after: str = "",
         until: str = "",
     ) -> Outputs:
-        """Run the network, or the part of it after one joint.
+        """Applies the network, or the part of it between two joints.
 
         Args:
             x: normalised images (B, H, W, 3) of any size the strides allow; with
                 `after`, the activation at that joint.
-            train: normalise with the batch's statistics and update the running ones
-                (the collection "batch_stats" must then be mutable).
+            train: whether to normalise with the batch's statistics and update the
+                running ones (the collection "batch_stats" must then be mutable).
             joint: called at the end of every unit that runs, with the unit's name
-                and activation; the next unit receives what it returns. The
-                outputs record the activation from before the call, so a loss on
-                them trains the unit below even if `joint` stops the gradient.
-            after: name of the joint to start from; "" for the whole network.
-            until: name of the joint to stop at; "" runs the head as well. Variables
-                are needed of the units that run, and of no others.
+                and activation; the next unit receives its return value. The outputs
+                record the activation before the call, so a loss on them trains the
+                unit below even if `joint` stops the gradient.
+            after: name of the joint to start from; "" starts at the images.
+            until: name of the joint to stop at; "" runs the head as well. Only the
+                variables of the units that run are needed.
 
         Returns:
-            The outputs. With `after`, skipped stages are missing at the front of
-            `features` and `preacts`, and skipped blocks in `blocks` and `taps`; with
-            `until`, those behind it as well, `logits` (0, classes), `pooled` (0, C)
-            and `taps` are empty and, where units begin with a norm, `preacts` too,
-            since they would need the next unit's.
+            The outputs. With `after`, the stages before it are missing from `features`
+            and `preacts`, and the blocks before it from `blocks` and `taps`. With
+            `until`, those after it are missing as well; `logits` (0, classes), `pooled`
+            (0, C) and `taps` are empty, and so is `preacts` if units start with a norm,
+            since it would need that of the next unit.
 
         Raises:
-            ValueError: `after` or `until` names no joint.
+            ValueError: `after` or `until` is not the name of a joint.
         """
-        end = joint if joint is not None else lambda name, h: h
+        on_joint = joint if joint is not None else lambda name, h: h
         names = self.unit_names
         done = names.index(resolve_joint(self, after)) + 1 if after else 0
         stop = names.index(resolve_joint(self, until)) + 1 if until else len(names)
@@ -230,8 +232,8 @@ class Chain(nn.Module, kw_only=True):
             if self.STEM_IN_FEATURES:
                 features.append(stem)
                 preacts.append(stem)
-            h = end("stem", stem)
-        before = 1  # units in front of the stage
+            h = on_joint("stem", stem)
+        before = 1  # units before the stage
         for stage, size in enumerate(self.stage_sizes):
             first, last = (min(max(n - before, 0), size) for n in (done, stop))
             before += size
@@ -239,12 +241,14 @@ class Chain(nn.Module, kw_only=True):
                 blocks.append(())
                 continue
             module = _Stage(name=f"stage{stage + 1}")
-            h, outs, preact = module(h, self.make_block, stage, first, last, train, end)
+            h, outs, preact = module(
+                h, self.make_block, stage, first, last, train, on_joint
+            )
             features.append(outs[-1])
             preacts.append(preact)
             blocks.append(outs)
         if until:
-            return self._front(h, stem, features, preacts, blocks)
+            return self._headless_outputs(h, stem, features, preacts, blocks)
         logits, pooled = self.make_head("head")(h, train=train)
         positive = tuple(blocks)
         if self.PREACTIVATION:
@@ -262,7 +266,7 @@ class Chain(nn.Module, kw_only=True):
             taps=self._taps(positive),
         )
 
-    def _front(
+    def _headless_outputs(
         self,
         h: jax.Array,
         stem: jax.Array | None,
@@ -270,7 +274,7 @@ class Chain(nn.Module, kw_only=True):
         preacts: list[jax.Array],
         blocks: list[tuple[jax.Array, ...]],
     ) -> Outputs:
-        """The outputs of a pass that stops at a joint, where the activation is `h`."""
+        """Returns the outputs of a pass that stops at a joint with activation `h`."""
         return Outputs(
             logits=jnp.zeros((0, self.num_classes), jnp.float32),
             stem=stem,
@@ -281,7 +285,7 @@ class Chain(nn.Module, kw_only=True):
         )
 
     def _taps(self, blocks: tuple[tuple[jax.Array, ...], ...]) -> tuple[jax.Array, ...]:
-        """Every `tap_every`-th of each stage's blocks, of which the first may lack."""
+        """Selects every `tap_every`-th block per stage; leading ones may be missing."""
         taps = []
         for size, stage in zip(self.stage_sizes, blocks, strict=True):
             numbers = range(size - len(stage) + 1, size + 1)
@@ -292,21 +296,21 @@ class Chain(nn.Module, kw_only=True):
     def _entry_norms(
         self, blocks: list[tuple[jax.Array, ...]], train: bool, isolated: bool
     ) -> tuple[tuple[jax.Array, ...], ...]:
-        """What the next unit's norm makes of every block's output, by stage.
+        """Applies the next unit's entry norm to every block's output, by stage.
 
-        That norm's statistics are not moved a second time. It belongs to the next
-        unit: where units are `isolated` from each other it is taken as it is (no
-        gradient into its parameters), so that a loss here trains the unit below the
-        joint and nothing above.
+        The norm's running statistics are not updated a second time. It belongs to the
+        next unit: if units are `isolated` from each other, its parameters receive no
+        gradient, so that a loss on the result trains the unit below the joint and
+        nothing above.
         """
         layer = layers.norm(self.style, train=train, name=None)
-        follower = dict(
+        next_unit = dict(
             zip(self.unit_names, (*self.unit_names[1:], "head"), strict=True)
         )
 
         def normed(stage: int, index: int, h: jax.Array) -> jax.Array:
-            unit = follower[f"stage{stage}.block{index}"]
-            entry: Any = _subtree(self.variables, tuple(unit.split(".")))
+            path = tuple(next_unit[f"stage{stage}.block{index}"].split("."))
+            entry: Any = _entry_norm_variables(self.variables, path)
             entry = jax.lax.stop_gradient(entry) if isolated else entry
             return layer.apply(entry, h, mutable=["batch_stats"])[0]
 
@@ -318,11 +322,11 @@ class Chain(nn.Module, kw_only=True):
         return tuple(result)
 
 
-def _subtree(variables: Any, path: tuple[str, ...]) -> dict[str, Any]:
-    """The variables of the entry norm of the unit at `path`."""
+def _entry_norm_variables(variables: Any, path: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the variables of the entry norm of the unit at `path`."""
     result = {}
     for kind, tree in variables.items():
-        if kind == "intermediates":  # what units left for the caller
+        if kind == "intermediates":  # values that units sow for the caller
             continue
         for key in (*path, "entry_bn"):
             tree = tree[key]
@@ -331,7 +335,7 @@ def _subtree(variables: Any, path: tuple[str, ...]) -> dict[str, Any]:
 
 
 class _Stage(nn.Module):
-    """Scope of one stage's blocks; owns no parameters of its own."""
+    """The scope of one stage's blocks; has no parameters of its own."""
 
     @nn.compact
     def __call__(
@@ -342,23 +346,23 @@ class _Stage(nn.Module):
         first: int,
         last: int,
         train: bool,
-        end: JointFn,
+        on_joint: JointFn,
     ) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
-        """Run blocks first..last-1; gives (h, every activation, last preact)."""
-        outputs, preact = [], h  # at least one block runs and replaces it
+        """Runs blocks first..last-1; returns (h, activations, last pre-activation)."""
+        outputs, preact = [], h  # at least one block runs and replaces `preact`
         for index in range(first, last):
             # make_block is not wrapped by Linen, so the block lands in this scope.
             name = f"block{index + 1}"
             activation, preact = make_block(stage, index, name)(h, train=train)
             outputs.append(activation)
-            h = end(f"{self.name}.{name}", activation)
+            h = on_joint(f"{self.name}.{name}", activation)
         return h, tuple(outputs), preact
 
 
 def resolve_joint(model: Chain, joint: str) -> str:
-    """The unit whose end `joint` names: "stage2" -> "stage2.block3".
+    """Returns the unit that ends at `joint`: "stage2" -> "stage2.block3".
 
-    Raises ValueError listing the joints (and the nearest) for an unknown name.
+    Raises ValueError for an unknown name, with the nearest and a list of all joints.
     """
     names = model.unit_names
     if joint in names:
@@ -372,14 +376,14 @@ def resolve_joint(model: Chain, joint: str) -> str:
 def feature_at(
     outputs: Outputs, model: Chain, joint: str, preact: bool = False
 ) -> jax.Array:
-    """The activation (B, H, W, C) recorded at a joint of a whole pass.
+    """Returns the activation (B, H, W, C) recorded at a joint.
 
     Args:
-        outputs: of a whole pass (without `after`).
-        model: the network they come from.
-        joint: as `resolve_joint` takes it.
-        preact: give the value before the last ReLU instead; only the stem and the
-            ends of stages have one on record.
+        outputs: of a full pass (without `after`).
+        model: the network that computed them.
+        joint: a name that `resolve_joint` accepts.
+        preact: whether to return the value before the last ReLU instead, which is
+            recorded only for the stem and the ends of stages.
 
     Raises:
         ValueError: unknown joint, or `preact` inside a stage.
@@ -388,9 +392,9 @@ def feature_at(
     if name == "stem":
         if preact and not model.STEM_IN_FEATURES:
             raise ValueError(_no_preact("stem"))
-        assert outputs.stem is not None  # of a whole pass
+        assert outputs.stem is not None  # recorded in every full pass
         return outputs.preacts[0] if preact else outputs.stem
-    stage, index = _place(name)
+    stage, index = _stage_and_index(name)
     if not preact:
         return outputs.blocks[stage][index]
     if index + 1 != model.stage_sizes[stage]:
@@ -398,8 +402,8 @@ def feature_at(
     return outputs.preacts[stage + 1 if model.STEM_IN_FEATURES else stage]
 
 
-def _place(unit: str) -> tuple[int, int]:
-    """Stage and index in it, from 0: "stage2.block1" -> (1, 0)."""
+def _stage_and_index(unit: str) -> tuple[int, int]:
+    """Returns a block's stage and index in it, from 0: "stage2.block1" -> (1, 0)."""
     stage, block = unit.split(".")
     return int(stage.removeprefix("stage")) - 1, int(block.removeprefix("block")) - 1
 
@@ -407,16 +411,17 @@ def _place(unit: str) -> tuple[int, int]:
 def _no_preact(name: str) -> str:
     return (
         f"no pre-activation is recorded at {name!r}: only at the ends of stages, such "
-        "as 'stage1', and at most networks' stem"
+        "as 'stage1', and at the stem of most networks"
     )
 
 
 def variable_shapes(model: Chain, side: int = 32) -> Any:
-    """The tree of the network's variables as `jax.ShapeDtypeStruct`s; nothing is run.
+    """Returns the network's variables as `jax.ShapeDtypeStruct`s; computes nothing.
 
     Args:
         model: the network.
-        side: of the images, which is of no matter to most; 32 survives five halvings.
+        side: image size, which does not matter to most networks; 32 can be halved five
+            times.
     """
     images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     return jax.eval_shape(
@@ -427,7 +432,7 @@ def variable_shapes(model: Chain, side: int = 32) -> Any:
 def joint_shapes(
     model: Chain, joints: collections.abc.Sequence[str], side: int = 32
 ) -> list[tuple[int, ...]]:
-    """(1, H, W, C) at each of `joints` for images of `side`; nothing is computed."""
+    """Returns the shape (1, H, W, C) at each joint for images of size `side`."""
 
     def run(images: jax.Array) -> list[jax.Array]:
         outputs, _ = model.init_with_output(jax.random.key(0), images, train=False)

@@ -1,4 +1,4 @@
-"""What a network costs and what its features look like, without running it."""
+"""Counts a network's parameters and operations, and its features' shapes."""
 
 import collections.abc
 import dataclasses
@@ -14,14 +14,14 @@ from lakd_jax.models import chain
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """A network in numbers.
+    """The size and cost of a network.
 
     Attributes:
-        name: in the registry.
-        image_size: side of the images it is counted for.
-        parameters: all that is trained.
-        macs: multiplications in convolutions and the classifier for one image.
-        features: (H, W, C) of each.
+        name: its name in the registry.
+        image_size: height and width of the images that the counts are for.
+        parameters: number of trainable parameters.
+        macs: multiply-accumulates of convolutions and the classifier for one image.
+        features: the shape (H, W, C) of each feature.
     """
 
     name: str
@@ -46,14 +46,14 @@ HEADER = (
 def describe(
     name: str, *, num_classes: int = 100, image_size: int = 0, **options: Any
 ) -> Description:
-    """Counts of the network `name`; `str` of the result is one line of the table.
+    """Describes the network `name`; `str` of the result is one line of the table.
 
     Args:
-        name, num_classes, **options: as `models.create` takes them.
-        image_size: 0 for the size that the network is published for.
+        name, num_classes, **options: arguments of `models.create`.
+        image_size: height and width; 0 for the size the network is published for.
 
     Raises:
-        ValueError: as `models.create`.
+        ValueError: as for `models.create`.
     """
     model = models.create(name, num_classes=num_classes, **options)
     side = image_size or model.IMAGE_SIZE
@@ -71,23 +71,23 @@ def describe(
 
 
 def table() -> collections.abc.Iterator[str]:
-    """Lines about all registered networks, of 100 classes (ImageNet's of 1000)."""
+    """Yields one line per network, with 100 classes (1000 for ImageNet's networks)."""
     yield HEADER
     for name in models.names():
         imagenet = models.family(name).IMAGE_SIZE > 64
         yield str(describe(name, num_classes=1000 if imagenet else 100))
-    yield "wrn_D_K for every other depth D = 6n + 4 and width K is known as well"
+    yield "wrn_D_K of any other depth D = 6n + 4 and width K is available as well"
 
 
 def _macs(jaxpr: Any) -> int:
-    """Multiply-accumulates of the convolutions and matrix products of a program."""
+    """Counts multiply-accumulates of a program's convolutions and matrix products."""
     total = 0
     for equation in jaxpr.eqns:
         out = equation.outvars[0].aval
         if equation.primitive.name == "conv_general_dilated":
             numbers = equation.params["dimension_numbers"]
             kernel = equation.invars[1].aval.shape
-            # Each value of the result takes one row of the kernel, I / groups * H * W.
+            # Each output value takes the I / groups * H * W entries of one filter.
             total += out.size * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
         elif equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
@@ -98,5 +98,5 @@ def _macs(jaxpr: Any) -> int:
 
 
 def _inner(equation: Any) -> list[Any]:
-    """Programs inside an equation, such as those of jitted functions."""
+    """Returns the programs nested in an equation, such as those of jitted functions."""
     return [p for p in equation.params.values() if hasattr(p, "jaxpr")]

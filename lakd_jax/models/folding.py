@@ -1,9 +1,9 @@
-"""Batch norms and virtual attention folded into convolutions, for inference.
+"""Folds batch norms and virtual attention into convolutions, for inference.
 
 At inference a batch norm is y = s x + t per channel, s = scale / sqrt(var + eps) and
-t = bias - s mean. Behind a convolution, s goes into its kernel and t becomes its bias;
-elsewhere (pre-activation networks) s and t stay as `layers.Affine`. Static gates of
-`models.vam` scale kernels, whatever stands behind them.
+t = bias - s mean. After a convolution, s is multiplied into the kernel and t becomes
+the bias; elsewhere (pre-activation networks) s and t remain as `layers.Affine`. Static
+gates of `models.vam` scale kernels, whether or not a norm follows.
 """
 
 from typing import Any
@@ -22,27 +22,27 @@ _Path = tuple[str, ...]
 def fold_batch_norm(
     name: str, variables: PyTree, *, dtype: Any = jnp.float32
 ) -> tuple[chain.Chain, PyTree]:
-    """The network `name` without batch norms: the same logits in fewer operations.
+    """Returns the network `name` without batch norms: equal logits, fewer operations.
 
     Args:
         name: one of `models.names()`.
         variables: of that network, {"params": ..., "batch_stats": ...}.
-        dtype: what the folded network computes in.
+        dtype: compute dtype of the folded network.
 
     Returns:
         The network and its variables, {"params": ...} in float32.
 
     Raises:
-        ValueError: unknown name, or the variables are another network's.
+        ValueError: unknown name, or the variables are those of another network.
     """
     options = models.family(name).options_from_variables(variables)
     return fold(models.create(name, dtype=dtype, **options), variables)
 
 
 def fold(model: chain.Chain, variables: PyTree) -> tuple[chain.Chain, PyTree]:
-    """As `fold_batch_norm`, of a network that was made already.
+    """Folds the batch norms of an existing network, as `fold_batch_norm` does.
 
-    Static gates are folded as well; dynamic ones stay, and the network with them.
+    Static gates are folded as well; a network with dynamic gates keeps them.
     """
     if model.vam is not None and model.vam.foldable:
         model, variables = fold_gates(model, variables)
@@ -51,38 +51,38 @@ def fold(model: chain.Chain, variables: PyTree) -> tuple[chain.Chain, PyTree]:
     for norm in {path[:-1] for path in stats}:
         params |= _folded(norm, params, stats)
     folded = model.clone(folded=True)
-    wanted = _shapes(folded)
-    if lost := [path for path in params if vam.is_gate(path) and path not in wanted]:
+    shapes = _shapes(folded)
+    if unused := [path for path in params if vam.is_gate(path) and path not in shapes]:
         raise ValueError(
-            f"the variables have gates, such as {'/'.join(lost[0])}, which the "
-            f"{type(model).__name__} has not: make it with the same `vam`"
+            f"the variables have gates, such as {'/'.join(unused[0])}, which "
+            f"{type(model).__name__} does not have: make it with the same `vam`"
         )
-    kept = {path: params[path] for path in wanted if path in params}
-    if {path: x.shape for path, x in kept.items()} != wanted:
+    kept = {path: params[path] for path in shapes if path in params}
+    if {path: x.shape for path, x in kept.items()} != shapes:
         raise ValueError(f"the variables are not those of {type(model).__name__}")
     return folded, {"params": flax.traverse_util.unflatten_dict(kept)}
 
 
 def fold_gates(model: chain.Chain, variables: PyTree) -> tuple[chain.Chain, PyTree]:
-    """The plain network that computes what one with static gates does.
+    """Returns the plain network that computes the same as one with static gates.
 
     Args:
-        model: with or without `vam`; without, nothing is changed.
-        variables: of that network, {"params": ...} and what else it has.
+        model: with or without `vam`; without it, nothing changes.
+        variables: of that network, {"params": ...} and its other collections.
 
     Returns:
         The network without `vam`, and its variables: those given, with W' for every
         kernel W that has a gate.
 
     Raises:
-        ValueError: the gates are dynamic: their attention differs between images.
+        ValueError: the gates are dynamic, so their attention differs between images.
     """
     if model.vam is None:
         return model, variables
     if not model.vam.foldable:
         raise ValueError(
             "dynamic gates depend on the image and cannot be folded into the kernels; "
-            "train with static ones to get a plain network"
+            "train with static gates to get a plain network"
         )
     flat: dict[_Path, Any] = flax.traverse_util.flatten_dict(variables["params"])
     for path, gate in list(flat.items()):
@@ -94,7 +94,7 @@ def fold_gates(model: chain.Chain, variables: PyTree) -> tuple[chain.Chain, PyTr
 
 
 def without_gates(variables: PyTree) -> PyTree:
-    """The same variables without VAM's gates; those left are a plain network's."""
+    """Drops VAM's gates from variables, which leaves those of the plain network."""
     flat: dict[_Path, Any] = flax.traverse_util.flatten_dict(variables)
     kept = {path: x for path, x in flat.items() if not vam.is_gate(path)}
     return flax.traverse_util.unflatten_dict(kept)
@@ -103,7 +103,7 @@ def without_gates(variables: PyTree) -> PyTree:
 def _folded(
     norm: _Path, params: dict[_Path, jax.Array], stats: dict[_Path, jax.Array]
 ) -> dict[_Path, jax.Array]:
-    """The arrays that take the place of one batch norm and of what it follows."""
+    """Returns the arrays that replace one batch norm and its convolution."""
     variance, mean = stats[*norm, "var"], stats[*norm, "mean"]
     scale = params[*norm, "scale"] / jnp.sqrt(variance + layers.EPSILON)
     shift = params[*norm, "bias"] - scale * mean
@@ -116,7 +116,7 @@ def _folded(
 
 
 def _shapes(model: chain.Chain) -> dict[_Path, tuple[int, ...]]:
-    """Path to shape of all parameters."""
+    """Returns the shape of every parameter by path."""
     params = chain.variable_shapes(model)["params"]
     flat: dict[_Path, Any] = flax.traverse_util.flatten_dict(params)
     return {path: leaf.shape for path, leaf in flat.items()}

@@ -12,26 +12,26 @@ from flax import linen as nn
 
 from lakd_jax.models import vam as vam_lib
 
-EPSILON = 1e-5  # of every batch norm
+EPSILON = 1e-5  # for every batch norm
 
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # Uniform on +-1/sqrt(fan_in): the variance is a third of the squared bound.
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
-# Of linear layers in VGG, MobileNetV2 and HME.
+# For the linear layers of VGG, MobileNetV2 and HME.
 small_normal = nn.initializers.normal(0.01)
 
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """What all layers of a network have in common.
+    """Settings shared by all layers of a network.
 
     Attributes:
-        dtype: what convolutions, classifiers and norms compute in.
-        folded: batch norms are part of the convolutions before them (see
-            `models.folding`); such a network is for inference.
-        kernel_init: of the convolutions; He et al. 2015, "Delving Deep into
-            Rectifiers", with the fan-out, unless the family says otherwise.
+        dtype: compute dtype of convolutions, classifiers and norms.
+        folded: whether batch norms are folded into the convolutions before them (see
+            `models.folding`); such a network is for inference only.
+        kernel_init: initialiser of the convolutions; by default He et al. 2015,
+            "Delving Deep into Rectifiers", with the fan-out.
         vam: attention in the convolutions that are `gated`; None for none.
     """
 
@@ -52,11 +52,11 @@ def conv(
     bias: bool = False,
     gated: bool = False,
 ) -> nn.Module:
-    """A square convolution, padded evenly by (kernel - 1) / 2.
+    """Makes a square convolution, padded evenly by (kernel - 1) / 2.
 
     The padding is explicit because "SAME" pads strided convolutions on the far side
-    only, which is not what PyTorch networks were trained with. One that is `gated`
-    attends to blocks of its channels in a network whose style has `vam`.
+    only, which is not what PyTorch networks were trained with. A `gated` convolution
+    has virtual attention if the network's style has `vam`.
     """
     if gated and style.vam is not None:
         return vam_lib.Conv(
@@ -97,10 +97,10 @@ def conv_norm(
     bias: bool = False,
     gated: bool = False,
 ) -> jax.Array:
-    """The convolution `name` (see `conv`) and its batch norm, in a compact method.
+    """Applies the convolution `name` (see `conv`) and its batch norm.
 
-    The norm's name has "bn" in place of "conv": "conv1" and "bn1". Folding finds
-    the two by that.
+    For use in a compact method. The norm's name has "bn" in place of "conv" ("conv1"
+    and "bn1"), by which `models.folding` pairs them.
     """
     options: Any = {"groups": groups, "bias": bias or style.folded, "gated": gated}
     x = conv(features, kernel, stride, style, name=name, **options)(x)
@@ -110,22 +110,22 @@ def conv_norm(
 
 
 def norm(style: Style, *, train: bool, name: str | None) -> nn.Module:
-    """A batch norm that stands alone; folded, it still scales and shifts."""
+    """Makes a batch norm without a convolution; folding leaves its scale and shift."""
     if style.folded:
         return Affine(style.dtype, name=name)
     return batch_norm(train=train, dtype=style.dtype, name=name)
 
 
 def batch_norm(*, train: bool, dtype: Any, name: str | None) -> nn.BatchNorm:
-    """Batch normalisation over the global batch; statistics in float32.
+    """Makes a batch norm over the global batch, with statistics in float32.
 
-    Epsilon 1e-5 and decay 0.9 are PyTorch's 1e-5 and momentum 0.1. Running variances
-    average the biased batch variance (PyTorch: the unbiased one; they differ by a
-    factor n / (n - 1) with n = batch * height * width). The variance is taken in two
-    passes: E[x^2] - E[x]^2 loses six digits where a channel's mean is a thousand
-    times its deviation, and was no faster on CPU.
+    Epsilon 1e-5 and decay 0.9 correspond to PyTorch's 1e-5 and momentum 0.1. Running
+    variances average the biased batch variance (PyTorch: the unbiased one; they differ
+    by a factor n / (n - 1) with n = batch * height * width). The variance takes two
+    passes: E[x^2] - E[x]^2 loses six digits where a channel's mean is a thousand times
+    its deviation, and was no faster on CPU.
     """
-    options: Any = {} if name else {"parent": None}  # unnamed: outside any network
+    options: Any = {} if name else {"parent": None}  # unnamed: used outside a network
     return nn.BatchNorm(
         use_running_average=not train,
         momentum=0.9,
@@ -144,7 +144,7 @@ class Affine(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(..., C) to the same shape, in `dtype`."""
+        """Maps (..., C) to the same shape, in `dtype`."""
         shape = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
@@ -156,13 +156,13 @@ class Affine(nn.Module):
 
 
 def max_pool(x: jax.Array, window: int, stride: int, pad: int) -> jax.Array:
-    """Largest value in each square window of (B, H, W, C); padding never wins."""
+    """Returns the maximum of each square window of (B, H, W, C), ignoring padding."""
     pads = ((pad, pad), (pad, pad))
     return nn.max_pool(x, (window, window), (stride, stride), pads)
 
 
 def shuffle(x: jax.Array, groups: int) -> jax.Array:
-    """Channel c of group g goes to place c * groups + g (ShuffleNet, section 3.1)."""
+    """Moves channel c of group g to c * groups + g (ShuffleNet, section 3.1)."""
     *front, channels = x.shape
     x = x.reshape(*front, groups, channels // groups)
     return x.swapaxes(-1, -2).reshape(*front, channels)
@@ -173,8 +173,8 @@ class Stem(nn.Module):
 
     Attributes:
         features, kernel, stride: of the convolution.
-        style: of the network.
-        activation: after the norm.
+        style: settings shared by the network's layers.
+        activation: applied after the norm.
     """
 
     features: int
@@ -185,7 +185,7 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Map images (B, H, W, 3) to (B, H', W', features), twice the same."""
+        """Maps images (B, H, W, 3) to (B, H', W', features), given twice."""
         size = (self.features, self.kernel, self.stride)
         x = conv_norm(x, *size, self.style, train=train, name="conv")
         x = self.activation(x)
@@ -193,17 +193,18 @@ class Stem(nn.Module):
 
 
 class Head(nn.Module):
-    """Global average pool and linear classifier, with what a family has before them.
+    """Global average pool and linear classifier, with optional layers before them.
 
     Attributes:
         num_classes: width of the logits.
-        style: of the network.
-        kernel_init: of the classifier; unless given, as torch's Linear.
-        zero_bias: the bias starts at zero, not as torch's Linear.
-        conv_features: channels of a (gated) 1x1 convolution, batch norm and
-            `activation` in front; 0 for none.
-        activation: see there.
-        entry_norm: a batch norm and ReLU in front, as pre-activation networks need.
+        style: settings shared by the network's layers.
+        kernel_init: initialiser of the classifier; by default that of torch's Linear.
+        zero_bias: whether the bias starts at zero instead of as torch's Linear does.
+        conv_features: channels of a (gated) 1x1 convolution with batch norm and
+            `activation` before the pool; 0 for none.
+        activation: applied after that convolution.
+        entry_norm: whether a batch norm and ReLU come first, as pre-activation networks
+            need.
     """
 
     num_classes: int
@@ -216,7 +217,7 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Map (B, H, W, C) to logits (B, classes) and pooled (B, C)."""
+        """Maps (B, H, W, C) to logits (B, classes) and pooled (B, C)."""
         if self.entry_norm:
             x = nn.relu(norm(self.style, train=train, name="entry_bn")(x))
         if self.conv_features:

@@ -1,8 +1,9 @@
 """MobileNets: version 1 (arXiv 1704.04861) and 2 (arXiv 1801.04381).
 
-Version 2 in the half-wide form that distillation papers train on small images, where
-each block expands and the activation is ReLU, and in the form for ImageNet, with ReLU6
-and no expansion in the first block. Dropout before the classifier is left out.
+Version 2 comes in two variants: the half-width one that distillation papers train on
+small images, in which every block has its expansion convolution and the activation is
+ReLU, and the one for ImageNet, with ReLU6 and no expansion in the first block. Dropout
+before the classifier is omitted.
 """
 
 import collections.abc
@@ -18,12 +19,12 @@ Activation = collections.abc.Callable[[jax.Array], jax.Array]
 
 
 class SeparableBlock(nn.Module):
-    """Depthwise 3x3 and 1x1 convolution; returns (activation, pre-activation).
+    """Depthwise 3x3 and 1x1 convolutions; returns (activation, pre-activation).
 
     Attributes:
-        features: channels of the result.
+        features: number of output channels.
         stride: of the depthwise convolution.
-        style: of the network.
+        style: settings shared by the network's layers.
     """
 
     features: int
@@ -32,7 +33,7 @@ class SeparableBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Map (B, H, W, C) to two arrays (B, H / stride, W / stride, features)."""
+        """Maps (B, H, W, C) to two arrays (B, H / stride, W / stride, features)."""
         conv = functools.partial(layers.conv_norm, style=self.style, train=train)
         width = x.shape[-1]
         h = nn.relu(conv(x, width, 3, self.stride, groups=width, name="conv1"))
@@ -41,14 +42,14 @@ class SeparableBlock(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, depthwise 3x3, linear 1x1; the result is the bottleneck.
+    """1x1 expansion, depthwise 3x3 and linear 1x1; returns the bottleneck.
 
     Attributes:
-        features: channels of the result.
-        stride: of the depthwise convolution; the input is added where shapes agree.
-        expansion: factor on the input's channels; 0 leaves the first convolution out.
-        activation: after the first two convolutions.
-        style: of the network.
+        features: number of output channels.
+        stride: of the depthwise convolution; the input is added if the shapes agree.
+        expansion: factor on the input's channels; 0 omits the first convolution.
+        activation: applied after the first two convolutions.
+        style: settings shared by the network's layers.
     """
 
     features: int
@@ -59,7 +60,7 @@ class InvertedResidual(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Map (B, H, W, C) to (B, H / stride, W / stride, features), twice the same."""
+        """Maps (B, H, W, C) to (B, H / stride, W / stride, features), given twice."""
         conv = functools.partial(layers.conv_norm, style=self.style, train=train)
         h, width = x, x.shape[-1] * max(self.expansion, 1)
         if self.expansion:
@@ -73,7 +74,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV1(chain.Chain, kw_only=True):
-    """For images of 224x224; features begin with stage 1, at a quarter of the size."""
+    """For images of 224x224; features start with stage 1, at a quarter of the size."""
 
     IMAGE_SIZE: ClassVar[int] = 224
     STEM_IN_FEATURES: ClassVar[bool] = False
@@ -98,18 +99,18 @@ class MobileNetV1(chain.Chain, kw_only=True):
 
     @nn.nowrap
     def torch_block_name(self, stage: int, index: int, layer: str) -> str:
-        """(0, 0, "bn2") -> "model.1.4": all units in one list."""
-        places = {"conv1": 0, "bn1": 1, "conv2": 3, "bn2": 4}
+        """Maps (0, 0, "bn2") to "model.1.4": all units are in one list."""
+        positions = {"conv1": 0, "bn1": 1, "conv2": 3, "bn2": 4}
         unit = 1 + sum(self.stage_sizes[:stage]) + index
-        return f"model.{unit}.{places[layer]}"
+        return f"model.{unit}.{positions[layer]}"
 
 
-# (group, place in it) of every block, by stage: version 2's paper has seven groups, of
-# which the field's features take one, two, ... together.
+# (group, index in it) of every block, by stage: version 2's paper has seven groups, and
+# the literature takes features after groups 2, 3, 5 and 7.
 _GROUPS = ((0, 1), (2,), (3, 4), (5, 6))
 _REPEATS = (1, 2, 3, 4, 3, 3, 1)
 _WIDTHS = (16, 24, 32, 64, 96, 160, 320)
-_PLACES = tuple(
+_GROUP_AND_INDEX = tuple(
     tuple((group, i) for group in groups for i in range(_REPEATS[group]))
     for groups in _GROUPS
 )
@@ -120,10 +121,10 @@ class MobileNetV2(chain.Chain, kw_only=True):
 
     Attributes:
         strides: of the first block of each of the seven groups.
-        percent: of the paper's widths, the last convolution's apart.
+        percent: width in percent of the paper's, except for the last convolution.
     """
 
-    stage_sizes: tuple[int, ...] = tuple(map(len, _PLACES))
+    stage_sizes: tuple[int, ...] = tuple(map(len, _GROUP_AND_INDEX))
     strides: tuple[int, ...] = (1, 1, 2, 2, 1, 2, 1)
     percent: int = 50
 
@@ -152,10 +153,10 @@ class MobileNetV2(chain.Chain, kw_only=True):
     @nn.nowrap
     def make_block(self, stage: int, index: int, name: str) -> InvertedResidual:
         """See `chain.Chain`."""
-        group, place = _PLACES[stage][index]
+        group, index = _GROUP_AND_INDEX[stage][index]
         return InvertedResidual(
             _WIDTHS[group] * self.percent // 100,
-            1 if place else self.strides[group],
+            1 if index else self.strides[group],
             6 if group else self.FIRST_EXPANSION,
             type(self).ACTIVATION,
             self.style,
@@ -164,37 +165,37 @@ class MobileNetV2(chain.Chain, kw_only=True):
 
     @nn.nowrap
     def torch_block_name(self, stage: int, index: int, layer: str) -> str:
-        """(0, 0, "bn2") -> "blocks.0.0.conv.4"."""
-        group, place = _PLACES[stage][index]
+        """Maps (0, 0, "bn2") to "blocks.0.0.conv.4"."""
+        group, index = _GROUP_AND_INDEX[stage][index]
         # Convolution, norm, ReLU three times; the last without ReLU.
-        step = 3 * (int(layer[-1]) - 1) + layer.startswith("bn")
-        return f"blocks.{group}.{place}.conv.{step}"
+        position = 3 * (int(layer[-1]) - 1) + layer.startswith("bn")
+        return f"blocks.{group}.{index}.conv.{position}"
 
 
 def _timm_aliases() -> tuple[tuple[str, str], ...]:
-    """Patterns that turn timm's names of the ImageNet network into torchvision's."""
+    """Returns patterns from timm's names of the ImageNet network to torchvision's."""
     layers_of_first = {"conv_dw": "0.0", "bn1": "0.1", "conv_pw": "1", "bn2": "2"}
     layers_of_others = {"conv_pw": "0.0", "bn1": "0.1", "conv_dw": "1.0"}
     layers_of_others |= {"bn2": "1.1", "conv_pwl": "2", "bn3": "3"}
-    whole = {"conv_stem": "features.0.0", "bn1": "features.0.1"}
-    whole |= {"conv_head": "features.18.0", "bn2": "features.18.1"}
-    aliases = [(rf"^{old}\.", f"{new}.") for old, new in whole.items()]
+    outside = {"conv_stem": "features.0.0", "bn1": "features.0.1"}
+    outside |= {"conv_head": "features.18.0", "bn2": "features.18.1"}
+    aliases = [(rf"^{old}\.", f"{new}.") for old, new in outside.items()]
     aliases.append((r"^classifier\.(weight|bias)$", r"classifier.1.\1"))
     for group, table in (("0", layers_of_first), ("[1-6]", layers_of_others)):
         aliases += [
             (rf"^(blocks\.{group}\.\d)\.{old}\.", rf"\1.conv.{new}.")
             for old, new in table.items()
         ]
-    places = [place for stage in _PLACES for place in stage]
+    blocks = [block for stage in _GROUP_AND_INDEX for block in stage]
     aliases += [
         (rf"^blocks\.{group}\.{index}\.", f"features.{number}.")
-        for number, (group, index) in enumerate(places, 1)
+        for number, (group, index) in enumerate(blocks, 1)
     ]
     return tuple(aliases)
 
 
 class ImageNetMobileNetV2(MobileNetV2, kw_only=True):
-    """The full-width form for images of 224x224."""
+    """The full-width variant for images of 224x224."""
 
     strides: tuple[int, ...] = (1, 2, 2, 2, 1, 2, 1)
     percent: int = 100
@@ -217,12 +218,12 @@ class ImageNetMobileNetV2(MobileNetV2, kw_only=True):
 
     @nn.nowrap
     def torch_block_name(self, stage: int, index: int, layer: str) -> str:
-        """(1, 0, "bn2") -> "features.4.conv.1.1": one list of blocks."""
-        group, place = _PLACES[stage][index]
-        step = int(layer[-1]) - (1 if group else 2)  # the first block has no conv1
+        """Maps (1, 0, "bn2") to "features.4.conv.1.1": all blocks are in one list."""
+        group, index = _GROUP_AND_INDEX[stage][index]
+        position = int(layer[-1]) - (1 if group else 2)  # the first block has no conv1
         last, is_norm = layer[-1] == "3", int(layer.startswith("bn"))
-        inner = f"{step + is_norm}" if last else f"{step}.{is_norm}"
-        return f"features.{1 + sum(_REPEATS[:group]) + place}.conv.{inner}"
+        inner = f"{position + is_norm}" if last else f"{position}.{is_norm}"
+        return f"features.{1 + sum(_REPEATS[:group]) + index}.conv.{inner}"
 
 
 NETWORKS = {

@@ -1,8 +1,8 @@
 """Residual networks (He et al. 2016, "Deep Residual Learning for Image Recognition").
 
-Three-stage ones for small images (section 4.2 there) and the four times wider ones of
-distillation papers; four-stage ones for small images, with a 3x3 stem; and those for
-ImageNet (section 4.1), with the stride in the bottleneck's 3x3 convolution.
+Three-stage networks for small images (section 4.2) and the four times wider ones of
+distillation papers; four-stage networks for small images, with a 3x3 stem; and those
+for ImageNet (section 4.1), with the stride in the bottleneck's 3x3 convolution.
 """
 
 import collections.abc
@@ -15,20 +15,20 @@ from flax import linen as nn
 
 from lakd_jax.models import chain, layers
 
-Conv = collections.abc.Callable[..., jax.Array]  # `layers.conv_norm` of a network
+Conv = collections.abc.Callable[..., jax.Array]  # a partial of `layers.conv_norm`
 
 
 class _Residual(nn.Module):
-    """Convolutions beside a shortcut; returns (activation, pre-activation).
+    """Convolutions with a shortcut; returns (activation, pre-activation).
 
     Attributes:
         features: channels of the convolutions (see the subclass for the last).
-        stride: of one of them and the shortcut.
-        shortcut: what the shortcut does where shapes change: "projection" (1x1
-            convolution and batch norm) or "identity" (see `pad_shortcut`).
-        style: of the network.
-        pool_input: a 3x3 max pooling of stride 2 comes first. ImageNet's first block
-            has it, so that the stem's feature is recorded unpooled.
+        stride: of the shortcut and one of the convolutions.
+        shortcut: kind of shortcut where shapes change: "projection" (1x1 convolution
+            and batch norm) or "identity" (see `pad_shortcut`).
+        style: settings shared by the network's layers.
+        pool_input: whether 3x3 max pooling of stride 2 comes first, as in the first
+            block of ImageNet's networks: their stem's feature is recorded unpooled.
     """
 
     features: int
@@ -39,7 +39,7 @@ class _Residual(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Map (B, H, W, C) to two arrays (B, H / stride, W / stride, C')."""
+        """Maps (B, H, W, C) to two arrays (B, H / stride, W / stride, C')."""
         conv = functools.partial(layers.conv_norm, style=self.style, train=train)
         x = layers.max_pool(x, 3, 2, 1) if self.pool_input else x
         h = self.branch(x, functools.partial(conv, gated=True))
@@ -54,7 +54,7 @@ class _Residual(nn.Module):
 
     @nn.nowrap
     def branch(self, x: jax.Array, conv: Conv) -> jax.Array:
-        """The convolutions, the last without its ReLU."""
+        """Applies the convolutions, the last without its ReLU."""
         raise NotImplementedError
 
 
@@ -63,7 +63,7 @@ class BasicBlock(_Residual):
 
     @nn.nowrap
     def branch(self, x: jax.Array, conv: Conv) -> jax.Array:
-        """(B, H, W, C) to (B, H / stride, W / stride, features)."""
+        """Maps (B, H, W, C) to (B, H / stride, W / stride, features)."""
         h = nn.relu(conv(x, self.features, 3, self.stride, name="conv1"))
         return conv(h, self.features, 3, 1, name="conv2")
 
@@ -73,17 +73,17 @@ class Bottleneck(_Residual):
 
     @nn.nowrap
     def branch(self, x: jax.Array, conv: Conv) -> jax.Array:
-        """(B, H, W, C) to (B, H / stride, W / stride, 4 features)."""
+        """Maps (B, H, W, C) to (B, H / stride, W / stride, 4 features)."""
         h = nn.relu(conv(x, self.features, 1, 1, name="conv1"))
         h = nn.relu(conv(h, self.features, 3, self.stride, name="conv2"))
         return conv(h, 4 * self.features, 1, 1, name="conv3")
 
 
 def pad_shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
-    """Shortcut without parameters: option A of He et al. 2016, section 3.3.
+    """Computes the shortcut without parameters (He et al. 2016, section 3.3, option A).
 
-    Keeps every `stride`-th row and column of x (B, H, W, C) and fills up to `features`
-    channels with zeros, half of them before and half after the old ones.
+    Keeps every `stride`-th row and column of x (B, H, W, C) and pads its channels to
+    `features` with zeros, half of them before and half after the existing ones.
     """
     before = (features - x.shape[-1]) // 2
     after = features - x.shape[-1] - before
@@ -92,20 +92,21 @@ def pad_shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
 
 
 class CifarResNet(chain.Chain, kw_only=True):
-    """A chain of residual blocks; every stage after the first halves the image.
+    """A chain of residual blocks; every stage after the first halves the resolution.
 
     Attributes:
-        widths: channels of the stem, then `features` of every stage's blocks.
+        widths: channels of the stem, then `features` of the blocks of every stage.
         block: `BasicBlock` or `Bottleneck`.
+        shortcut: see `BasicBlock`.
     """
 
     widths: tuple[int, ...]
     block: type[BasicBlock] | type[Bottleneck] = BasicBlock
     shortcut: str = "projection"
 
-    POOLED: ClassVar[bool] = False  # the first block's input
+    POOLED: ClassVar[bool] = False  # whether the first block pools its input
     CLASSIFIER: ClassVar[str] = "linear"
-    SHORTCUT: ClassVar[str] = "shortcut"  # PyTorch's name of it
+    SHORTCUT: ClassVar[str] = "shortcut"  # its name in PyTorch
     TORCH_ALIASES: ClassVar[tuple[tuple[str, str], ...]] = (
         (r"^fc\.", "linear."),
         (r"\.downsample\.", ".shortcut."),
@@ -126,7 +127,7 @@ class CifarResNet(chain.Chain, kw_only=True):
 
     @nn.nowrap
     def torch_block_name(self, stage: int, index: int, layer: str) -> str:
-        """(1, 0, "shortcut_bn") -> "layer2.0.shortcut.1"."""
+        """Maps (1, 0, "shortcut_bn") to "layer2.0.shortcut.1"."""
         shortcut = {
             "shortcut_conv": f"{self.SHORTCUT}.0",
             "shortcut_bn": f"{self.SHORTCUT}.1",
@@ -181,11 +182,13 @@ class ImageNetResNet(CifarResNet, kw_only=True):
 
 
 def _three_stages(depth: int, widths: tuple[int, ...]) -> functools.partial:
-    """The network with `depth` layers: three stages of (depth - 2) / 6 blocks."""
+    """Returns the network of `depth` layers: three stages of (depth - 2) / 6 blocks."""
     sizes = ((depth - 2) // 6,) * 3
-    # AFD's rule: of the deepest network's blocks, every second one is tapped.
-    every = 2 if depth == 110 else 1
-    return functools.partial(ResNet, stage_sizes=sizes, widths=widths, tap_every=every)
+    # As in AFD: in the deepest network only every second block is compared.
+    tap_every = 2 if depth == 110 else 1
+    return functools.partial(
+        ResNet, stage_sizes=sizes, widths=widths, tap_every=tap_every
+    )
 
 
 _FOUR_STAGES = {

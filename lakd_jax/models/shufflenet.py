@@ -1,7 +1,7 @@
 """ShuffleNets for small images: version 1 (arXiv 1707.01083) and 2 (1807.11164).
 
-As distillation papers have them: a 1x1 stem without stride or pooling, three stages,
-each of which halves the image with its first block.
+In the variant of distillation papers: a 1x1 stem without stride or pooling, and three
+stages whose first blocks halve the resolution.
 """
 
 import collections.abc
@@ -14,20 +14,20 @@ from flax import linen as nn
 
 from lakd_jax.models import chain, layers
 
-_GROUPS = 3  # of version 1's 1x1 convolutions
-_STEM = 24  # channels
+_GROUPS = 3  # in the 1x1 convolutions of version 1
+_STEM = 24  # channels of the stem
 
 
 class GroupedBlock(nn.Module):
-    """Version 1: grouped 1x1, shuffle, depthwise 3x3, grouped 1x1.
+    """The block of version 1: grouped 1x1, shuffle, depthwise 3x3, grouped 1x1.
 
-    Without stride the input is added; with stride 2 it is averaged (3x3) and joined to
-    the channels. Returns (activation, pre-activation).
+    With stride 1 the input is added; with stride 2 it is average-pooled (3x3) and
+    concatenated along the channels. Returns (activation, pre-activation).
 
     Attributes:
-        features: channels of the result.
+        features: number of output channels.
         stride: 1 or 2.
-        style: of the network.
+        style: settings shared by the network's layers.
     """
 
     features: int
@@ -36,7 +36,7 @@ class GroupedBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Map (B, H, W, C) to two arrays (B, H / stride, W / stride, features)."""
+        """Maps (B, H, W, C) to two arrays (B, H / stride, W / stride, features)."""
         conv = functools.partial(layers.conv_norm, style=self.style, train=train)
         pointwise = functools.partial(conv, kernel=1, stride=1, gated=True)
         added = self.features - (x.shape[-1] if self.stride == 2 else 0)
@@ -57,37 +57,38 @@ class GroupedBlock(nn.Module):
 
 
 class SplitBlock(nn.Module):
-    """Version 2: half of the channels pass, the others go through three convolutions.
+    """The block of version 2: three convolutions on one half of the channels.
 
-    The pre-activation joins the halves as they are, the activation is shuffled.
+    The other half is left as it is. The pre-activation is the two halves concatenated;
+    the activation is shuffled as well.
 
     Attributes:
-        style: of the network.
+        style: settings shared by the network's layers.
     """
 
     style: layers.Style
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Map (B, H, W, C) to two arrays of the same shape."""
+        """Maps (B, H, W, C) to two arrays of the same shape."""
         conv = functools.partial(layers.conv_norm, style=self.style, train=train)
         pointwise = functools.partial(conv, kernel=1, stride=1, gated=True)
-        passed, h = jnp.split(x, 2, axis=-1)
+        identity, h = jnp.split(x, 2, axis=-1)
         width = h.shape[-1]
         h = nn.relu(pointwise(h, width, name="conv1"))
         h = conv(h, width, 3, 1, groups=width, name="conv2")
         h = pointwise(h, width, name="conv3")
-        passed = passed.astype(h.dtype)
-        joined = jnp.concatenate([passed, nn.relu(h)], -1)
-        return layers.shuffle(joined, 2), jnp.concatenate([passed, h], -1)
+        identity = identity.astype(h.dtype)
+        joined = jnp.concatenate([identity, nn.relu(h)], -1)
+        return layers.shuffle(joined, 2), jnp.concatenate([identity, h], -1)
 
 
 class DownBlock(nn.Module):
-    """Version 2's first block of a stage: two branches of stride 2, joined.
+    """The first block of version 2's stages: two branches of stride 2, concatenated.
 
     Attributes:
-        features: channels of the result.
-        style: of the network.
+        features: number of output channels.
+        style: settings shared by the network's layers.
     """
 
     features: int
@@ -95,7 +96,7 @@ class DownBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Map (B, H, W, C) to two arrays (B, H / 2, W / 2, features)."""
+        """Maps (B, H, W, C) to two arrays (B, H / 2, W / 2, features)."""
         conv = functools.partial(layers.conv_norm, style=self.style, train=train)
         pointwise = functools.partial(conv, kernel=1, stride=1, gated=True)
         width, half = x.shape[-1], self.features // 2
@@ -109,7 +110,7 @@ class DownBlock(nn.Module):
 
 
 class ShuffleNet(chain.Chain, kw_only=True):
-    """What both versions share.
+    """The parts that both versions share.
 
     Attributes:
         widths: channels of the stages.
@@ -133,12 +134,12 @@ class ShuffleNet(chain.Chain, kw_only=True):
 
     @nn.nowrap
     def torch_block_name(self, stage: int, index: int, layer: str) -> str:
-        """(1, 0, "bn3") -> "layer2.0.bn3"."""
+        """Maps (1, 0, "bn3") to "layer2.0.bn3"."""
         return f"layer{stage + 1}.{index}.{layer}"
 
 
 class ShuffleNetV1(ShuffleNet, kw_only=True):
-    """Three groups a 1x1 convolution."""
+    """Version 1, with three groups per 1x1 convolution."""
 
     @nn.nowrap
     def make_block(self, stage: int, index: int, name: str) -> GroupedBlock:
@@ -148,7 +149,7 @@ class ShuffleNetV1(ShuffleNet, kw_only=True):
 
 
 class ShuffleNetV2(ShuffleNet, kw_only=True):
-    """Width factor 1, with a last convolution of 1024 channels."""
+    """Version 2 of width factor 1, with a last convolution of 1024 channels."""
 
     HEAD: ClassVar[collections.abc.Mapping[str, Any]] = {"conv_features": 1024}
 

@@ -2,19 +2,19 @@
 
 Source: Xue et al., "KDExplainer: A Task-oriented Attention Model for Explaining
 Knowledge Distillation" (IJCAI 2021, arXiv 2105.04181), which calls it the virtual
-attention module (VAM). The authors did not publish its code, so this is our reading:
-the channels of a convolution are grouped into virtual blocks, and each block of outputs
-attends to the blocks of inputs,
+attention module (VAM). The authors did not publish its code, so this is our
+interpretation: the channels of a convolution are grouped into virtual blocks, and each
+block of outputs attends to the blocks of inputs,
 
-    A  = softmax(V / tau) over the input blocks        one V (rows, M_in) a convolution
+    A  = softmax(V / tau) over the input blocks      one V (rows, M_in) per convolution
     W' = s W A[block of the output, block of the input],   s = M_in, so that a uniform
                                                            A leaves W as it is
-    H  = mean over rows of -sum A log A / log M_in     in 0..1, to be made small
+    H  = mean over rows of -sum A log A / log M_in     in 0..1, to be minimised
 
-With g groups every group has output blocks of its own, so V has rows = g M_out. The
-static gate does not depend on the image and is folded into the kernel once training is
-over. The dynamic one, V(x) = V + mean(x) U, is made for comparison: it differs from
-image to image and cannot be folded.
+With g groups every group has its own output blocks, so V has rows = g M_out. The static
+gate does not depend on the image and is folded into the kernel after training. The
+dynamic gate, V(x) = V + mean(x) U, is provided for comparison: it differs between
+images and cannot be folded.
 """
 
 import collections.abc
@@ -29,21 +29,22 @@ from flax import linen as nn
 from lakd_jax import fields
 
 GATES = ("static", "dynamic")
-ENTROPY = "vam_entropy"  # what a layer leaves among the intermediates
-_PARAMETERS = ("vam_gate", "vam_slope")  # V and U above; HME has other gates
+ENTROPY = "vam_entropy"  # the intermediate that a layer sows
+_PARAMETERS = ("vam_gate", "vam_slope")  # V and U above; the gates of HME are others
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What all gated convolutions of a network have in common.
+    """Settings shared by all gated convolutions of a network.
 
     Attributes:
         gate: one of `GATES`.
-        blocks: M_in and M_out, 2 or more; where channels do not divide by it, the
+        blocks: M_in and M_out, at least 2; if the channels are not divisible by it, the
             largest divisor below it.
         temperature: tau, above 0.
-        rescale: s is M_in; else 1, and uniform attention divides the kernel by M_in.
-        init_std: deviation of V at the start, 0 for V = 0.
+        rescale: whether s is M_in; otherwise it is 1, and uniform attention divides the
+            kernel by M_in.
+        init_std: standard deviation of the initial V, 0 for V = 0.
 
     Raises:
         ValueError: a value out of range.
@@ -66,55 +67,56 @@ class Options:
 
     @property
     def foldable(self) -> bool:
-        """Whether the gates can become part of the kernels."""
+        """Whether the gates can be folded into the kernels."""
         return self.gate == "static"
 
     def kernel(self, kernel: jax.Array, gate: jax.Array) -> jax.Array:
-        """W' of a static gate; see `scaled_kernel`."""
+        """Computes W' for a static gate; see `scaled_kernel`."""
         return scaled_kernel(kernel, attention(gate, self.temperature), self.rescale)
 
 
 def is_gate(path: collections.abc.Sequence[str]) -> bool:
-    """Whether the parameter at `path` belongs to the attention, not to the network."""
+    """Returns whether the parameter at `path` belongs to the attention."""
     return path[-1] in _PARAMETERS
 
 
-def blocks_of(channels: int, most: int) -> int:
-    """The largest divisor of `channels` that is at most `most`."""
-    return max(m for m in range(1, most + 1) if channels % m == 0)
+def num_blocks(channels: int, limit: int) -> int:
+    """Returns the largest divisor of `channels` that is at most `limit`."""
+    return max(m for m in range(1, limit + 1) if channels % m == 0)
 
 
 def log_attention(gate: jax.Array, temperature: float) -> jax.Array:
-    """log A, float32: (..., rows, M_in) to the same shape."""
+    """Computes log A in float32 as (..., rows, M_in), like the gate."""
     return jax.nn.log_softmax(gate.astype(jnp.float32) / temperature, axis=-1)
 
 
 def attention(gate: jax.Array, temperature: float) -> jax.Array:
-    """A, float32: (..., rows, M_in) to the same shape; rows sum to 1."""
+    """Computes A in float32 as (..., rows, M_in), like the gate; rows sum to 1."""
     return jnp.exp(log_attention(gate, temperature))
 
 
 def entropy(log_a: jax.Array) -> jax.Array:
-    """H of log A (..., rows, M_in): scalar float32, 1 for uniform rows, 0 for one-hot.
+    """Computes H from log A (..., rows, M_in) as a float32 scalar.
 
-    Leading axes (the images, for a dynamic gate) are averaged over. M_in must be 2 or
-    more: a row of one entry has no entropy to speak of.
+    It is 1 for uniform rows and 0 for one-hot rows. Leading axes (the images, for a
+    dynamic gate) are averaged. M_in must be at least 2: the entropy of a row with one
+    entry is always 0 and cannot be normalised.
     """
     rows = -jnp.sum(jnp.exp(log_a) * log_a, axis=-1)
     return jnp.mean(rows) / math.log(log_a.shape[-1])
 
 
 def scaled_kernel(kernel: jax.Array, a: jax.Array, rescale: bool) -> jax.Array:
-    """W' = W s A.
+    """Computes W' = W s A.
 
     Args:
         kernel: (kh, kw, C_in / groups, C_out).
-        a: A (rows, M_in), rows = groups * M_out. Blocks are runs of neighbouring
+        a: A (rows, M_in), rows = groups * M_out. Blocks are contiguous groups of
             channels, in order.
-        rescale: s is M_in, else 1.
+        rescale: whether s is M_in instead of 1.
 
     Returns:
-        The kernel's shape, in float32.
+        W' in the kernel's shape, in float32.
     """
     rows, columns = a.shape
     inputs, outputs = kernel.shape[2:]
@@ -125,15 +127,15 @@ def scaled_kernel(kernel: jax.Array, a: jax.Array, rescale: bool) -> jax.Array:
 
 
 def scaled_inputs(x: jax.Array, a: jax.Array, rescale: bool) -> jax.Array:
-    """What one output block of each group sees of a convolution's inputs.
+    """Computes the inputs of one output block in each group of a convolution.
 
     Args:
         x: (B, H, W, C_in).
         a: (B, groups, M_in), the block's rows of A.
-        rescale: s is M_in, else 1.
+        rescale: whether s is M_in instead of 1.
 
     Returns:
-        x s A, x's shape and type.
+        x s A in the shape and dtype of x.
     """
     batch, groups, columns = a.shape
     scale = (columns * a if rescale else a).astype(x.dtype)
@@ -144,17 +146,17 @@ def scaled_inputs(x: jax.Array, a: jax.Array, rescale: bool) -> jax.Array:
 class Conv(nn.Module):
     """A square convolution, padded evenly, with attention over virtual blocks.
 
-    Its kernel and bias are those of `nn.Conv`, drawn alike, so without the gates the
-    variables are the plain network's. Where the channels have no common divisor with
-    the blocks (M_in or M_out would be 1), it is a plain convolution without a gate.
-    Leaves H among the "intermediates" as `ENTROPY`.
+    The kernel and bias are those of `nn.Conv`, with the same initial values, so without
+    the gates the variables are the plain network's. If M_in or M_out would be 1 because
+    the channels cannot be divided, it is a plain convolution without a gate. Sows H as
+    `ENTROPY` in "intermediates".
 
     Attributes:
         features, size, stride, groups: of the convolution.
-        bias: whether it has one.
-        dtype: what it computes in; attention is float32.
-        kernel_init: of the kernel.
-        options: of the attention.
+        bias: whether it has a bias.
+        dtype: compute dtype of the convolution; attention is float32.
+        kernel_init: initialiser of the kernel.
+        options: settings of the attention.
     """
 
     features: int
@@ -168,13 +170,13 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map (B, H, W, C) to (B, H / stride, W / stride, features)."""
+        """Maps (B, H, W, C) to (B, H / stride, W / stride, features)."""
         inputs = x.shape[-1] // self.groups
         shape = (self.size, self.size, inputs, self.features)
-        # Before the gates, as random numbers are drawn in the order of these lines.
+        # Before the gates, since random numbers are drawn in the order of these lines.
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        columns = blocks_of(inputs, self.options.blocks)
-        blocks = blocks_of(self.features // self.groups, self.options.blocks)
+        columns = num_blocks(inputs, self.options.blocks)
+        blocks = num_blocks(self.features // self.groups, self.options.blocks)
         if min(columns, blocks) == 1:
             y = self._convolve(x, kernel)
         elif self.options.gate == "static":
@@ -197,10 +199,10 @@ class Conv(nn.Module):
     def _dynamic(
         self, x: jax.Array, kernel: jax.Array, blocks: int, columns: int
     ) -> jax.Array:
-        """Every image with attention of its own: one convolution an output block.
+        """Applies each image's own attention, with one convolution per output block.
 
-        One over copies of the input, with more groups, computes the same, but
-        XLA takes sixty times longer for its gradient on CPU.
+        A single convolution over copies of the input, with more groups, computes the
+        same, but its gradient takes XLA sixty times longer on CPU.
         """
         gate, zeros = self._gate(blocks, columns), nn.initializers.zeros
         shape = (x.shape[-1], *gate.shape)
@@ -214,15 +216,15 @@ class Conv(nn.Module):
         split = kernel.reshape(*kernel.shape[:3], self.groups, blocks, -1)
         maps = []
         for j in range(blocks):
-            seen = scaled_inputs(x, a[:, :, j], self.options.rescale)
-            own = split[:, :, :, :, j].reshape(*kernel.shape[:3], -1)
-            y = self._convolve(seen, own)
+            scaled = scaled_inputs(x, a[:, :, j], self.options.rescale)
+            block_kernel = split[:, :, :, :, j].reshape(*kernel.shape[:3], -1)
+            y = self._convolve(scaled, block_kernel)
             maps.append(y.reshape(*y.shape[:3], self.groups, -1))
         return jnp.stack(maps, -2).reshape(*maps[0].shape[:3], self.features)
 
     def _record(self, gate: jax.Array) -> None:
         value = entropy(log_attention(gate, self.options.temperature))
-        # The value itself, not a tuple of all calls' values.
+        # Stores the value itself instead of a tuple with one value per call.
         self.sow("intermediates", ENTROPY, value, reduce_fn=lambda _, new: new)
 
     def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
 """VGG with batch norm for small images (Simonyan and Zisserman, arXiv 1409.1556).
 
-As distillation papers have it: five groups of 3x3 convolutions, average pooling and
-one linear layer. The first group is the stem. Max pooling belongs to the first unit
-after it, so that features are recorded unpooled.
+In the variant of distillation papers: five groups of 3x3 convolutions, average pooling
+and one linear layer. The first group is the stem. Max pooling belongs to the unit that
+follows it, so that features are recorded unpooled.
 """
 
 import collections.abc
@@ -20,7 +20,7 @@ class Stem(nn.Module):
 
     Attributes:
         widths: channels of the convolutions.
-        style: of the network.
+        style: settings shared by the network's layers.
     """
 
     widths: tuple[int, ...]
@@ -28,7 +28,7 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Map images (B, H, W, 3) to (B, H, W, widths[-1]), twice the same."""
+        """Maps images (B, H, W, 3) to (B, H, W, widths[-1]), given twice."""
         for index, width in enumerate(self.widths, 1):
             layer = functools.partial(layers.conv_norm, x, width, 3, 1, self.style)
             x = nn.relu(layer(train=train, name=f"conv{index}", bias=True))
@@ -36,13 +36,13 @@ class Stem(nn.Module):
 
 
 class Block(nn.Module):
-    """3x3 convolution, batch norm, ReLU; returns (activation, pre-activation).
+    """3x3 convolution, batch norm and ReLU; returns (activation, pre-activation).
 
     Attributes:
         features: channels of the convolution.
-        pool: "always", "never", or "large": 2x2 max pooling of the input, where that
-            is 8x8 or more with "large".
-        style: of the network.
+        pool: when the input is max-pooled (2x2): "always", "never", or "large", which
+            means if it is at least 8x8.
+        style: settings shared by the network's layers.
     """
 
     features: int
@@ -51,7 +51,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Map (B, H, W, C) to two (B, H, W, features), or half as high and wide."""
+        """Maps (B, H, W, C) to two arrays (B, H, W, features), halved if pooled."""
         if self.pool == "always" or (self.pool == "large" and x.shape[1] >= 8):
             x = layers.max_pool(x, 2, 2, 0)
         layer = functools.partial(layers.conv_norm, x, self.features, 3, 1, self.style)
@@ -59,16 +59,16 @@ class Block(nn.Module):
         return nn.relu(preact), preact
 
 
-def _name(group: int, place: int, layer: str) -> str:
-    """PyTorch's: convolution, norm, ReLU, convolution, ... in one list a group."""
-    return f"block{group}.{3 * place + layer.startswith('bn')}"
+def _name(group: int, index: int, layer: str) -> str:
+    """Returns PyTorch's name: one list of convolution, norm, ReLU, ... per group."""
+    return f"block{group}.{3 * index + layer.startswith('bn')}"
 
 
 class VGG(chain.Chain, kw_only=True):
-    """Four stages behind the stem, of one block a convolution.
+    """A stem and four stages, with one block per convolution.
 
-    The last stage pools its input for images of 64x64 or more only: at 32x32 the
-    maps of its predecessor are 4x4 already.
+    The last stage pools its input only for images of 64x64 or more: at 32x32 the
+    feature maps of the stage before are already 4x4.
 
     Attributes:
         stem_widths: channels of the stem's convolutions.
@@ -103,11 +103,11 @@ class VGG(chain.Chain, kw_only=True):
 
     @nn.nowrap
     def torch_block_name(self, stage: int, index: int, layer: str) -> str:
-        """(1, 0, "bn") -> "block2.1"."""
+        """Maps (1, 0, "bn") to "block2.1"."""
         return _name(stage + 1, index, layer)
 
 
-# Convolutions of the stem, then of each stage.
+# Number of convolutions in the stem, then in each stage.
 _SIZES = {
     8: (1, 1, 1, 1, 1),
     11: (1, 1, 2, 2, 2),

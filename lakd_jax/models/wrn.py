@@ -1,8 +1,8 @@
 """Wide residual networks (Zagoruyko and Komodakis, arXiv 1605.07146).
 
-Pre-activation blocks: a block's output is the signed sum before the next block's batch
-norm and ReLU, and that is the feature. The pre-activation on record is what the next
-unit's batch norm makes of it.
+Pre-activation blocks: a block's output, which is the feature, is the signed sum before
+the next block's batch norm and ReLU. The recorded pre-activation is that sum after the
+next unit's batch norm.
 """
 
 import collections.abc
@@ -17,14 +17,14 @@ from lakd_jax.models import chain, layers
 
 
 class Stem(nn.Module):
-    """3x3 convolution alone; its norm and ReLU belong to the first block."""
+    """A 3x3 convolution; its norm and ReLU belong to the first block."""
 
     features: int
     style: layers.Style
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Map images (B, H, W, 3) to (B, H, W, features), twice the same."""
+        """Maps images (B, H, W, 3) to (B, H, W, features), given twice."""
         x = layers.conv(self.features, 3, 1, self.style, name="conv")(x)
         return x, x
 
@@ -32,12 +32,12 @@ class Stem(nn.Module):
 class Block(nn.Module):
     """Norm, ReLU, 3x3, norm, ReLU, 3x3; the shortcut is projected if widths differ.
 
-    Where it is projected, it starts behind the first ReLU, else at the input.
+    A projected shortcut starts after the first ReLU, any other at the input.
 
     Attributes:
         features: channels of both convolutions.
         stride: of the first convolution and the shortcut.
-        style: of the network.
+        style: settings shared by the network's layers.
     """
 
     features: int
@@ -46,7 +46,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Map (B, H, W, C) to (B, H / stride, W / stride, features), twice the same."""
+        """Maps (B, H, W, C) to (B, H / stride, W / stride, features), given twice."""
         style, width = self.style, self.features
         h = nn.relu(layers.norm(style, train=train, name="entry_bn")(x))
         if x.shape[-1] == width:
@@ -62,10 +62,10 @@ class Block(nn.Module):
 
 
 class WideResNet(chain.Chain, kw_only=True):
-    """Three stages; each after the first halves the image.
+    """Three stages; each after the first halves the resolution.
 
     Attributes:
-        widen: factor on the widths 16, 32, 64 of the stages; the stem has 16.
+        widen: factor on the stages' widths 16, 32 and 64; the stem has 16 channels.
     """
 
     widen: int
@@ -97,15 +97,15 @@ class WideResNet(chain.Chain, kw_only=True):
 
     @nn.nowrap
     def torch_block_name(self, stage: int, index: int, layer: str) -> str:
-        """(1, 0, "conv1") -> "block2.layer.0.conv1"."""
-        own = {"entry_bn": "bn1", "bn1": "bn2", "shortcut": "convShortcut"}
-        return f"block{stage + 1}.layer.{index}.{own.get(layer, layer)}"
+        """Maps (1, 0, "conv1") to "block2.layer.0.conv1"."""
+        renamed = {"entry_bn": "bn1", "bn1": "bn2", "shortcut": "convShortcut"}
+        return f"block{stage + 1}.layer.{index}.{renamed.get(layer, layer)}"
 
 
 def from_name(name: str) -> functools.partial | None:
-    """The network "wrn_D_K" of depth D and width factor K; None for other names.
+    """Returns the network "wrn_D_K" of depth D and width factor K; else None.
 
-    Raises ValueError where three stages of blocks cannot make up D.
+    Raises ValueError if D is not a depth that three equal stages can have.
     """
     match = re.fullmatch(r"wrn_([1-9]\d*)_([1-9]\d*)", name)
     if not match:

@@ -16,7 +16,7 @@ from lakd_jax.models import chain, layers, resnet
 
 @functools.cache
 def network(name="resnet8", shortcut="projection"):
-    """A small network with the variables `init` might give it.
+    """Returns a small network with variables distributed as by `init`.
 
     Drawn by NumPy: XLA takes a second to compile each shape of random numbers.
     """
@@ -46,7 +46,7 @@ def variable_shapes(model):
 
 @functools.cache
 def compiled(model, after=None):
-    """(variables, x) -> outputs in evaluation mode."""
+    """Returns a compiled (variables, x) -> outputs in evaluation mode."""
     return jax.jit(functools.partial(model.apply, train=False, after=after))
 
 
@@ -60,7 +60,7 @@ def train_mode(model):
 
 @functools.cache
 def trained(name="resnet8"):
-    """(outputs, changed statistics) of `batch()` in training mode."""
+    """Returns (outputs, updated statistics) for `batch()` in training mode."""
     model, variables = network(name)
     return jax.jit(train_mode(model))(variables, batch())
 
@@ -87,8 +87,8 @@ def test_pad_shortcut_by_hand():
     out = jax.jit(lambda x: resnet.pad_shortcut(x, 4, 2))(x)
     corners = [[1.0, 3.0], [9.0, 11.0]]  # rows and columns 0 and 2
     zeros = np.zeros((2, 2))
-    wanted = np.stack([zeros, corners, 100 * np.asarray(corners), zeros], -1)
-    np.testing.assert_array_equal(out[0], wanted)
+    expected = np.stack([zeros, corners, 100 * np.asarray(corners), zeros], -1)
+    np.testing.assert_array_equal(out[0], expected)
 
 
 def test_pad_shortcut_without_stride_keeps_every_position():
@@ -105,8 +105,8 @@ def test_identity_block_with_silent_convolutions_is_its_shortcut():
     shapes = jax.eval_shape(init, jax.random.key(0), x)
     silent = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     out, preact = jax.jit(functools.partial(block.apply, train=False))(silent, x)
-    wanted = np.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (1, 2)))
-    np.testing.assert_array_equal(preact, wanted)
+    expected = np.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (1, 2)))
+    np.testing.assert_array_equal(preact, expected)
     np.testing.assert_array_equal(out, np.maximum(preact, 0))
 
 
@@ -118,7 +118,7 @@ def test_identity_block_with_silent_convolutions_is_its_shortcut():
         ("resnet110", "identity", 10, 1_727_962),
         ("resnet20", "projection", 100, 278_324),
         ("resnet8x4", "projection", 100, 1_233_540),
-        # Three projections less: (32*64 + 2*64) + (64*128 + 2*128) + (128*256 + 2*256).
+        # Less three projections: (32*64 + 2*64) + (64*128 + 2*128) + (128*256 + 2*256).
         ("resnet8x4", "identity", 100, 1_233_540 - 2_176 - 8_448 - 33_280),
     ],
 )
@@ -177,7 +177,7 @@ def test_joints_resolve():
         chain.resolve_joint(model, "stage1.blok2")
 
 
-def test_joint_function_sees_every_unit_and_records_what_came_before_it():
+def test_joint_function_is_called_for_every_unit_after_recording():
     model, variables = network("resnet14")
     seen = []
 
@@ -189,7 +189,7 @@ def test_joint_function_sees_every_unit_and_records_what_came_before_it():
     doubled = functools.partial(model.apply, train=False, joint=double)
     out = jax.jit(doubled)(variables, batch())
     assert tuple(seen) == model.unit_names
-    # The stem is recorded undoubled, the next block and the head received double.
+    # The stem is recorded before doubling; the next block and the head receive double.
     np.testing.assert_allclose(out.features[0], plain.features[0], rtol=1e-6)
     rest = run(model, variables, 2 * plain.features[0], after="stem")
     np.testing.assert_allclose(out.blocks[0][0], rest.blocks[0][0], rtol=1e-5)
@@ -231,14 +231,14 @@ def test_stopping_the_gradient_at_joints_isolates_units():
             "stage1": jnp.mean(out.features[1] ** 2),
         }
 
-    for own, gradient in gradients(variables["params"]).items():
+    for unit, gradient in gradients(variables["params"]).items():
         largest = sizes(gradient)
-        assert largest.pop(own) > 0
+        assert largest.pop(unit) > 0
         assert set(largest.values()) == {0.0}
 
 
 def sizes(gradient):
-    """The largest of each unit."""
+    """Returns the largest absolute gradient of each unit."""
     return {
         unit: max(float(np.max(np.abs(g))) for g in jax.tree.leaves(tree))
         for unit, tree in gradient.items()
@@ -267,12 +267,12 @@ def test_entry_norms_of_the_next_unit_are_not_trained_from_below():
     largest = sizes(gradient)
     assert largest.pop("stage1") > 0
     assert set(largest.values()) == {0.0}
-    # The norm saw one batch: its running mean moved once.
-    wanted = 0.1 * np.asarray(feature).mean((0, 1, 2))
-    np.testing.assert_allclose(mean, wanted, atol=1e-6)
+    # The norm received one batch: its running mean was updated once.
+    expected = 0.1 * np.asarray(feature).mean((0, 1, 2))
+    np.testing.assert_allclose(mean, expected, atol=1e-6)
 
 
-def test_a_stem_that_is_no_feature_can_be_cut_at():
+def test_a_stem_outside_the_features_can_be_cut_at():
     model = models.create("mobilenet_v1", num_classes=5)
     shapes = jax.eval_shape(
         lambda v, x: model.apply(v, x, train=False), variable_shapes(model), batch(32)
@@ -291,23 +291,23 @@ def test_running_from_any_joint_gives_the_same_logits():
     joints = (*model.unit_names, "stage1", "stage3")
 
     @jax.jit
-    def whole_and_rests(variables, x):  # in one program, which computes equals once
-        whole = model.apply(variables, x, train=False)
-        middles = [chain.feature_at(whole, model, joint) for joint in joints]
-        return whole, [
+    def full_and_rests(variables, x):  # one program computes common parts once
+        full = model.apply(variables, x, train=False)
+        middles = [chain.feature_at(full, model, joint) for joint in joints]
+        return full, [
             model.apply(variables, h, train=False, after=joint)
             for joint, h in zip(joints, middles, strict=True)
         ]
 
-    whole, rests = whole_and_rests(variables, batch())
+    full, rests = full_and_rests(variables, batch())
     for out in rests:
-        np.testing.assert_allclose(out.logits, whole.logits, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(out.pooled, whole.pooled, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(out.logits, full.logits, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(out.pooled, full.pooled, rtol=1e-5, atol=1e-5)
     out = rests[joints.index("stage2.block1")]
     assert [len(stage) for stage in out.blocks] == [0, 1, 2]
     assert len(out.features) == len(out.preacts) == 2
     with pytest.raises(ValueError, match="joint is"):
-        run(model, variables, whole.features[0], after="stage9")
+        run(model, variables, full.features[0], after="stage9")
 
 
 def test_one_pass_equals_units_in_turn():
@@ -328,9 +328,9 @@ def test_one_pass_equals_units_in_turn():
         head = {"params": params["head"]}
         return model.make_head(None).apply(head, h, train=False)[0]
 
-    whole = run(model, variables, batch())
+    full = run(model, variables, batch())
     logits = in_turn(variables, batch())
-    np.testing.assert_allclose(logits, whole.logits, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits, full.logits, rtol=1e-5, atol=1e-5)
 
 
 # Training mode, precision, compilation

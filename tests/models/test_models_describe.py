@@ -20,14 +20,14 @@ from lakd_jax.models import describe
     ],
 )
 def test_describe_counts(name, classes, parameters, macs):
-    told = describe.describe(name, num_classes=classes)
-    assert told.parameters == parameters
-    assert told.macs == macs
+    described = describe.describe(name, num_classes=classes)
+    assert described.parameters == parameters
+    assert described.macs == macs
 
 
 def test_describe_scales_with_the_image_and_prints_one_line():
     small, large = (describe.describe("resnet8", image_size=s) for s in (16, 32))
-    convolutions = [told.macs - 64 * 100 for told in (small, large)]
+    convolutions = [network.macs - 64 * 100 for network in (small, large)]
     assert convolutions[1] == 4 * convolutions[0]
     assert large.features == ((32, 32, 16), (32, 32, 16), (16, 16, 32), (8, 8, 64))
     assert str(large).split()[0] == "resnet8"

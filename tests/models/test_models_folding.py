@@ -1,4 +1,4 @@
-"""Batch norms folded into convolutions, by hand (parity is in test_models_golden)."""
+"""Folding of batch norms, by hand (parity is in test_models_golden)."""
 
 import functools
 
@@ -40,8 +40,8 @@ def test_folding_by_hand():
     assert folded_model.folded
     assert folded_model.num_classes == 5
     out = run(folded_model, folded)
-    wanted = run(model, variables)
-    np.testing.assert_allclose(out.logits, wanted.logits, rtol=1e-4, atol=1e-4)
+    expected = run(model, variables)
+    np.testing.assert_allclose(out.logits, expected.logits, rtol=1e-4, atol=1e-4)
 
 
 def test_folding_keeps_the_shortcut_and_refuses_other_networks():

@@ -1,7 +1,8 @@
-"""All networks against the public PyTorch implementations; gradients of some kinds.
+"""Compares all networks, and gradients of some, with public PyTorch implementations.
 
-The limits are those at which the reference repeats itself: input gradients in training
-mode jump with single ReLUs, and in the deepest networks its own float32 is the limit.
+The tolerances are those at which the reference reproduces itself: input gradients in
+training mode jump with single ReLUs, and for the deepest networks the reference's
+float32 is the limit.
 """
 
 import functools
@@ -23,17 +24,17 @@ LARGE = [
     *("shuffle_v1", "shuffle_v2", "cifar_resnet50", "resnet110"),
     *("mobilenet_v1", "resnet18", "resnet34", "resnet50"),
 ]
-# Kinds of blocks, for what does not depend on their number.
+# One network per kind of block, for tests that do not depend on the number of blocks.
 KINDS = [*SMALL, "mobilenet_v1", "mobilenet_v2", "shuffle_v1", "shuffle_v2"]
 KINDS += ["resnet18", "cifar_resnet50"]
-# In double precision PyTorch's own gradient is as far from its float32 one, which the
-# golden numbers are, as ours; and 1e-7 from ours.
+# PyTorch's gradient in double precision is as far from its float32 gradient (the golden
+# numbers) as ours is, and 1e-7 from ours.
 NOISY = ["mobilenet_v2"]
 RESTARTED = ["wrn_16_2", "vgg8", "mobilenet_v2", "shuffle_v1", "mobilenet_v1"]
 
 
 def quick(names, few):
-    """Only the `few` are."""
+    """Marks all names but those in `few` as long."""
     return [n if n in few else pytest.param(n, marks=pytest.mark.long) for n in names]
 
 
@@ -47,7 +48,7 @@ def network(name, dtype=jnp.float32):
 
 
 def record_distances(out, golden):
-    """Worst distance of everything that the reference recorded, and how many."""
+    """Returns the distance of every array that the reference recorded."""
     pairs = [(out.logits, golden["logits"]), (out.pooled, golden["pooled_feat"])]
     for kind, maps in (("feats", out.features), ("preact_feats", out.preacts)):
         shapes = [
@@ -83,45 +84,47 @@ def test_evaluation(name):
         check_restart(model, variables, out)
 
 
-def check_restart(model, variables, whole):
-    """What follows the middle of the network can be run from there."""
+def check_restart(model, variables, full):
+    """Checks that the second half of the network can be run by itself."""
     joint = "stage2.block1"
-    middle = chain.feature_at(whole, model, joint)
+    middle = chain.feature_at(full, model, joint)
     apply = jax.jit(functools.partial(model.apply, train=False, after=joint))
     rest = apply(variables, middle)
-    assert golden_weights.distance(rest.logits, whole.logits) < 1e-5
+    assert golden_weights.distance(rest.logits, full.logits) < 1e-5
     assert rest.stem is None
-    for ours, wanted in zip(rest.preacts[::-1], whole.preacts[::-1], strict=False):
-        assert golden_weights.distance(ours, wanted) < 1e-5
+    for ours, expected in zip(rest.preacts[::-1], full.preacts[::-1], strict=False):
+        assert golden_weights.distance(ours, expected) < 1e-5
 
 
 def check_folded(name, variables, plain):
-    """The folded network gives the same, and has no statistics any more."""
+    """Checks that the folded network gives the same outputs without statistics."""
     model, folded = folding.fold_batch_norm(name, variables)
     assert set(folded) == {"params"}
     out = jax.jit(functools.partial(model.apply, train=False))(
         folded, golden_weights.images(name)
     )
-    for ours, wanted in zip(jax.tree.leaves(out), jax.tree.leaves(plain), strict=True):
-        assert golden_weights.distance(ours, wanted) < 1e-5
+    for ours, expected in zip(
+        jax.tree.leaves(out), jax.tree.leaves(plain), strict=True
+    ):
+        assert golden_weights.distance(ours, expected) < 1e-5
     norms = [p for p in flax.traverse_util.flatten_dict(folded["params"]) if "bn" in p]
     assert not norms or name.startswith("wrn")
 
 
 def logits_in_training(name, dtype):
-    """(variables, images) -> logits, normalised by the batch; and these two."""
+    """Returns (variables, images) -> logits in training mode, and its arguments."""
     model, variables = network(name, dtype)
 
     def logits(variables, images):
         train = functools.partial(model.apply, train=True, mutable=["batch_stats"])
         return train(variables, images)[0].logits
 
-    # Both are arguments: as constants XLA would fold them, which takes long.
+    # Both are arguments: XLA would fold constants, which takes long.
     return logits, (variables, golden_weights.images(name).astype(dtype))
 
 
 def input_gradient(logits, arguments):
-    """(gradient of mean(logits ** 2) as the reference has it, logits)."""
+    """Returns the gradient of mean(logits ** 2) in PyTorch's layout, and the logits."""
 
     def loss(*arguments):
         found = logits(*arguments)
@@ -136,7 +139,7 @@ def input_gradient(logits, arguments):
 def test_training_mode(name):
     logits, arguments = logits_in_training(name, jnp.float32)
     golden = golden_weights.outputs(name)
-    if name in (SMALL[0], *NOISY):  # of others in double precision, which sees more
+    if name in (SMALL[0], *NOISY):  # others in double precision, which is more exact
         gradient, found = input_gradient(logits, arguments)
         assert golden_weights.distance(gradient, golden["train_input_grad"]) < 5e-2
     else:

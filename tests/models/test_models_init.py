@@ -1,4 +1,4 @@
-"""Every family starts from the weights its authors, or PyTorch, start from."""
+"""Every family is initialised as its authors, or PyTorch, initialise it."""
 
 import math
 
@@ -36,7 +36,7 @@ def test_initialisation_is_the_family_s_own(name):
 
     @jax.jit
     def init(key):
-        """A block and the head; of rbg's numbers, which XLA compiles quickly."""
+        """Initialises a block and the head; XLA compiles rbg's generator quickly."""
         block = model.make_block(1, 0, None).init(key, x, train=False)
         return block, model.make_head(None).init(key, features, train=False)
 
@@ -46,8 +46,8 @@ def test_initialisation_is_the_family_s_own(name):
     kernel = max(kernels, key=lambda k: k.size)
     fan_out = kernel.shape[0] ** 2 * kernel.shape[-1]
     fan_in = kernel.size // kernel.shape[-1]
-    wanted = {"he": math.sqrt(2 / fan_out), "torch": math.sqrt(1 / 3 / fan_in)}
-    assert jnp.std(kernel) == pytest.approx(wanted[spread], rel=0.1)
+    expected = {"he": math.sqrt(2 / fan_out), "torch": math.sqrt(1 / 3 / fan_in)}
+    assert jnp.std(kernel) == pytest.approx(expected[spread], rel=0.1)
     for path, leaf in flat.items():
         if path[-1] in ("scale", "bias"):
             np.testing.assert_array_equal(leaf, float(path[-1] == "scale"))

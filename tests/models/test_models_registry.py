@@ -1,4 +1,4 @@
-"""The networks by name, and what cannot be created."""
+"""The registry of networks, and arguments that `create` rejects."""
 
 import pytest
 

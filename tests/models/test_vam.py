@@ -38,7 +38,7 @@ def noise(*shape, seed=0):
 
 
 def pair(kind, options=STATIC):
-    """A plain convolution and its gated twin, and the input of both."""
+    """Returns a plain convolution, its gated counterpart, and an input for both."""
     inputs, outputs, size, stride, groups, bias = KERNELS[kind]
     make = functools.partial(layers.conv, outputs, size, stride, name="conv")
     make = functools.partial(make, groups=groups, bias=bias, gated=True)
@@ -48,7 +48,7 @@ def pair(kind, options=STATIC):
 
 
 def with_gates(variables, scale=1.0):
-    """The same variables with random numbers in all gates."""
+    """Returns the variables with random numbers in all gates."""
     flat = flax.traverse_util.flatten_dict(dict(variables))
     gates = [path for path in flat if vam.is_gate(path)]
     assert gates
@@ -58,7 +58,7 @@ def with_gates(variables, scale=1.0):
 
 
 def split(variables):
-    """(parameters of the plain network, gates), both flat."""
+    """Returns (parameters of the plain network, gates), both flat."""
     flat = flax.traverse_util.flatten_dict(dict(variables["params"]))
     gates = {path: x for path, x in flat.items() if vam.is_gate(path)}
     return {path: x for path, x in flat.items() if path not in gates}, gates
@@ -66,7 +66,7 @@ def split(variables):
 
 @functools.cache
 def network(name, options=STATIC):
-    """(network, variables) with random gates."""
+    """Returns (network, variables) with random gates."""
     model = models.create(name, num_classes=5, vam=options)
     return model, with_gates(tiny.variables(model))
 
@@ -85,7 +85,7 @@ def but_long(names, quick):
 
 
 def weights(layer, x):
-    """Of a convolution, drawn by NumPy."""
+    """Returns random variables of a convolution, drawn by NumPy."""
     shapes = jax.eval_shape(layer.init, KEY, x)
     rng = np.random.default_rng(3)
     return jax.tree.map(lambda s: rng.standard_normal(s.shape).astype("f4") / 4, shapes)
@@ -96,14 +96,14 @@ def weights(layer, x):
 
 @functools.cache
 def begun(kind):
-    """By options (None for the plain one): initial variables, and what they give."""
+    """Returns {options or None for the plain one: (initial variables, output)}."""
     layers_of = {None: pair(kind)[0], STATIC: pair(kind)[1]}
     layers_of[DYNAMIC] = pair(kind, DYNAMIC)[1]
     once = vam.Options("static", 4, 1.0, False, 0.0)
     layers_of[once] = pair(kind, once)[1]
 
     @jax.jit
-    def run(x):  # in one program, which draws their equal kernels once
+    def run(x):  # one program draws the equal kernels once
         found = {}
         for options, layer in layers_of.items():
             variables = layer.init(KEY, x)
@@ -117,11 +117,11 @@ def begun(kind):
 @pytest.mark.parametrize("options", [STATIC, DYNAMIC], ids=vam.GATES)
 @pytest.mark.parametrize("kind", KERNELS)
 def test_15_uniform_attention_is_the_plain_convolution(kind, options):
-    (plain, wanted), (ours, got) = begun(kind)[None], begun(kind)[options]
-    own, gates = split(ours)
+    (plain, expected), (ours, got) = begun(kind)[None], begun(kind)[options]
+    params, gates = split(ours)
     assert gates and all(not np.any(g) for g in gates.values())
-    np.testing.assert_array_equal(own["kernel",], plain["params"]["kernel"])
-    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    np.testing.assert_array_equal(params["kernel",], plain["params"]["kernel"])
+    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_without_rescale_uniform_attention_divides_by_the_blocks():
@@ -166,10 +166,10 @@ def test_16_rows_sum_to_one_and_entropy_is_between_zero_and_one():
 def test_entropy_by_hand():
     """Rows (1/2, 1/4, 1/4) and uniform; tau halves the logits."""
     gate = np.log(np.array([[0.5, 0.25, 0.25], [1.0, 1.0, 1.0]]))
-    wanted = (1.5 * np.log(2) / np.log(3) + 1) / 2
+    expected = (1.5 * np.log(2) / np.log(3) + 1) / 2
     entropy = jax.jit(lambda gate, tau: vam.entropy(vam.log_attention(gate, tau)))
     for tau in (1.0, 2.0):
-        np.testing.assert_allclose(entropy(tau * gate, tau), wanted, rtol=1e-6)
+        np.testing.assert_allclose(entropy(tau * gate, tau), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("options", [STATIC, DYNAMIC], ids=vam.GATES)
@@ -194,13 +194,13 @@ def test_17_a_one_hot_row_sees_one_block_of_inputs(kind, options):
         inside = np.asarray(
             apply(variables, x + (1 - others) * noise(*x.shape, seed=9))
         )
-        own = slice(row * high, (row + 1) * high)
-        np.testing.assert_allclose(outside[..., own], before[..., own], atol=1e-5)
-        assert np.abs(inside - before)[..., own].max() > 0.1
+        block = slice(row * high, (row + 1) * high)
+        np.testing.assert_allclose(outside[..., block], before[..., block], atol=1e-5)
+        assert np.abs(inside - before)[..., block].max() > 0.1
 
 
 def scaled_copies(x, a, groups):
-    """Every group of channels once for each of its output blocks, scaled by 4 A."""
+    """Repeats each group of channels for each of its output blocks, scaled by 4 A."""
     (*front, channels), (rows, columns) = x.shape, a.shape
     scale = columns * a.reshape(1, 1, 1, groups, rows // groups, columns, 1)
     x = x.reshape(*front, groups, 1, columns, channels // groups // columns)
@@ -221,14 +221,14 @@ def test_18_scaled_kernel_is_a_grouped_convolution_over_scaled_copies(kind):
     def run(params, slopes, x):
         a = vam.attention(params["vam_gate"], 1.0)
         grouped = make(name="conv", groups=len(a), bias=bias)
-        own = {name: x for name, x in params.items() if name != "vam_gate"}
-        wanted = grouped.apply({"params": own}, scaled_copies(x, a, groups))
+        plain = {name: x for name, x in params.items() if name != "vam_gate"}
+        expected = grouped.apply({"params": plain}, scaled_copies(x, a, groups))
         both = {"params": {**slopes, **params}}
-        return wanted, static.apply({"params": params}, x), dynamic.apply(both, x)
+        return expected, static.apply({"params": params}, x), dynamic.apply(both, x)
 
-    wanted, of_static, of_dynamic = run(variables["params"], zeros, x)
-    np.testing.assert_allclose(of_static, wanted, atol=1e-5)
-    np.testing.assert_allclose(of_dynamic, wanted, atol=1e-5)
+    expected, of_static, of_dynamic = run(variables["params"], zeros, x)
+    np.testing.assert_allclose(of_static, expected, atol=1e-5)
+    np.testing.assert_allclose(of_dynamic, expected, atol=1e-5)
 
 
 def test_18_by_hand():
@@ -251,7 +251,7 @@ def test_dynamic_gates_follow_the_image():
     before, left = apply(variables, x)
     _, right = apply(variables, 2 * x)
     assert left["intermediates"] != right["intermediates"]
-    # Every image has its own: the first's result does not depend on the second.
+    # Every image has its own attention: the first result does not depend on the second.
     other = np.stack([x[0], 3 * x[1]])
     after, _ = apply(variables, other)
     np.testing.assert_allclose(before[0], after[0], atol=1e-5)
@@ -262,11 +262,11 @@ def test_channels_without_a_divisor_stay_plain():
     layer = layers.conv(8, 3, 1, layers.Style(vam=STATIC), name="c", gated=True)
     (_, sown), variables = traced(layer, x)
     assert list(variables["params"]) == ["kernel"] and not sown
-    assert [vam.blocks_of(c, 4) for c in (7, 54, 18, 58, 4, 8)] == [1, 3, 3, 2, 4, 4]
+    assert [vam.num_blocks(c, 4) for c in (7, 54, 18, 58, 4, 8)] == [1, 3, 3, 2, 4, 4]
 
 
 def traced(layer, x):
-    """Shapes of ((result, what it sows), variables)."""
+    """Returns the shapes of ((result, sown values), variables)."""
     variables = jax.eval_shape(layer.init, KEY, x)
     apply = functools.partial(layer.apply, mutable=["intermediates"])
     return jax.eval_shape(apply, variables, x), variables
@@ -328,12 +328,12 @@ def test_19_folded_is_the_plain_network_with_the_same_logits(name):
     assert plain_model == models.create(name, num_classes=5)
     shapes = jax.tree.map(jnp.shape, plain)
     assert shapes == jax.tree.map(jnp.shape, chain.variable_shapes(plain_model))
-    wanted = logits(model, variables)
-    np.testing.assert_allclose(logits(plain_model, plain), wanted, atol=1e-5)
-    # The gates were of importance, and are all that was added.
+    expected = logits(model, variables)
+    np.testing.assert_allclose(logits(plain_model, plain), expected, atol=1e-5)
+    # The gates made a difference, and nothing else was added.
     without, gates = split(variables)
     bare = {**variables, "params": flax.traverse_util.unflatten_dict(without)}
-    assert np.abs(logits(plain_model, bare) - wanted).max() > 1e-2
+    assert np.abs(logits(plain_model, bare) - expected).max() > 1e-2
     sizes = [
         sum(x.size for x in jax.tree.leaves(v["params"])) for v in (variables, plain)
     ]
@@ -354,10 +354,10 @@ def test_batch_norms_fold_into_gated_networks(name, options):
     folded_model, folded = folding.fold(model, variables)
     assert folded_model.vam == (None if options.foldable else options)
     assert "batch_stats" not in folded
-    wanted = logits(model, variables)
+    expected = logits(model, variables)
     # Gates that depend on the image magnify rounding, differently on each machine.
-    limit = 1e-4 * np.abs(wanted).max()
-    np.testing.assert_allclose(logits(folded_model, folded), wanted, atol=limit)
+    limit = 1e-4 * np.abs(expected).max()
+    np.testing.assert_allclose(logits(folded_model, folded), expected, atol=limit)
 
 
 def test_gates_are_never_dropped_silently():
@@ -393,6 +393,6 @@ def test_training_mode_gives_every_layers_entropy():
     _, gates = split(variables)
     found = flax.traverse_util.flatten_dict(sown(variables))
     assert {p[:-1] for p in found} == {p[:-1] for p in gates}
-    wanted = by_hand(list(gates.values()))
-    for path, value in zip(gates, wanted, strict=True):
+    expected = by_hand(list(gates.values()))
+    for path, value in zip(gates, expected, strict=True):
         np.testing.assert_allclose(found[*path[:-1], vam.ENTROPY], value, rtol=1e-5)

@@ -215,13 +215,13 @@ def test_gradient_of_singular_vectors_is_that_of_differences(shape):
             towards[:, 1] @ v[:, 1]
         ) ** 2
 
-    wanted = np.zeros_like(x)
+    expected = np.zeros_like(x)
     for place in np.ndindex(*x.shape):
         step = np.zeros_like(x)
         step[place] = 1e-6
-        wanted[place] = (loss(x + step) - loss(x - step)) / 2e-6
+        expected[place] = (loss(x + step) - loss(x - step)) / 2e-6
     got = jax.jit(jax.grad(ours))(x.astype(np.float32))
-    np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=2e-4)
+    np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-4)
 
 
 def test_dead_and_equal_directions_have_finite_gradients():
@@ -303,8 +303,8 @@ def program(name, **options):
 )
 def test_each_module_has_the_loss_of_its_stage(name, modules):
     answer = jax.eval_shape(program(name), signals())
-    own = [set(a.terms) - {"head_ce", "ft_rebuilt"} for a in answer]
-    assert own == [{m} - {""} for m in modules]
+    terms = [set(a.terms) - {"head_ce", "ft_rebuilt"} for a in answer]
+    assert terms == [{m} - {""} for m in modules]
     assert "head_ce" in answer[-1].terms
 
 
@@ -325,8 +325,8 @@ def test_ab_halves_stage_by_stage_and_connects_other_widths():
     boundary = jax.jit(ab.boundary_loss)
     for k, (share, loss) in enumerate(((0.5, below), (1.0, above))):
         pair = given.student_preacts[k], given.teacher_preacts[k]
-        wanted = share * boundary(*pair, 1.0)
-        np.testing.assert_allclose(loss.terms["ab"], wanted, rtol=1e-6)
+        expected = share * boundary(*pair, 1.0)
+        np.testing.assert_allclose(loss.terms["ab"], expected, rtol=1e-6)
     alone, wide = (
         jax.eval_shape(lambda g: made("ab").init(jax.random.key(0), g, train=True), g)
         for g in (given, signals(widths=(4, 6)))
