@@ -27,7 +27,7 @@ def network(name: str, build: Any) -> None:
       ValueError: a built-in network's name, or `build` makes no chain.
     """
     models.register(name, build)
-    layout.forget()  # shapes of the one that had this name
+    layout.clear_cache()  # it may hold another network of this name
 
 
 def method(name: str, cls: type[method_lib.Method]) -> None:

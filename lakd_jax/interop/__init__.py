@@ -1,4 +1,4 @@
-"""Weights from and for PyTorch, and our own variables in and out of safetensors."""
+"""Conversion of weights from and to PyTorch, and our own files of variables."""
 
 from lakd_jax.interop.files import (
     is_variables_file,

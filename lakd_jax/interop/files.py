@@ -17,28 +17,29 @@ from lakd_jax.interop import state_dict as state_dicts
 from lakd_jax.interop import torch_pickle
 from lakd_jax.store import workdir
 
-_FORMAT = "lakd_jax"  # marks our files, as "pt" marks PyTorch's
+_FORMAT = "lakd_jax"  # identifies our files, as "pt" does PyTorch's
 
 
 def load_torch_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Read a PyTorch state dictionary, unwrapped, in PyTorch's names and layout.
+    """Reads a PyTorch state dictionary, unwrapped, with PyTorch's names and layout.
 
-    Files ending in .safetensors need nothing more; .pt, .pth and .th are read by
-    torch (an optional dependency), with `weights_only=True` so that no code in the
-    file runs. Values keep their type; bfloat16 is that of `jax.numpy`.
+    .safetensors files have no further requirement; .pt, .pth and .th are read by torch
+    (an optional dependency), with `weights_only=True` so that no code in the file runs.
+    Values keep their dtype; bfloat16 is that of `jax.numpy`.
 
     Raises:
-        errors.ConfigError: `path` is no local path.
-        errors.TeacherError: no such file, another ending, unreadable, made to run
-            code, no tensors in it, or torch is needed and not installed.
+        errors.ConfigError: `path` is not a local path.
+        errors.TeacherError: the file does not exist, has another suffix, cannot be
+            read, would run code or has no tensors, or torch is needed but not
+            installed.
     """
-    path = _existing(path)
+    path = _existing_file(path)
     if path.suffix == ".safetensors":
         _, tensors = _read_safetensors(path)
         return state_dicts.plain(tensors)
     if path.suffix not in torch_pickle.SUFFIXES:
         raise errors.TeacherError(
-            f"{path}: unknown ending {path.suffix!r}; expected .safetensors or one of "
+            f"{path}: unknown suffix {path.suffix!r}; expected .safetensors or one of "
             + ", ".join(torch_pickle.SUFFIXES)
         )
     return state_dicts.plain(torch_pickle.load(path))
@@ -47,20 +48,20 @@ def load_torch_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
 def save_torch_file(
     path: str | os.PathLike, state_dict: collections.abc.Mapping[str, np.ndarray]
 ) -> None:
-    """Write a state dictionary, as `to_torch` gives it, for users of PyTorch.
+    """Writes a state dictionary, as returned by `to_torch`, for users of PyTorch.
 
     Every batch norm also gets its counter `num_batches_tracked` (0), so that the keys
-    are exactly those of the PyTorch module. The file appears whole or not at all.
+    are exactly those of the PyTorch module. The file is written atomically.
 
     Args:
         path: ends in .safetensors, or in .pt, .pth or .th, which need torch.
         state_dict: key to float32 array.
 
     Raises:
-        errors.ConfigError: `path` is no local path.
-        errors.ExportError: torch is needed and not installed.
-        ValueError: another ending.
-        OSError: it cannot be written.
+        errors.ConfigError: `path` is not a local path.
+        errors.ExportError: torch is needed but not installed.
+        ValueError: the suffix is another.
+        OSError: the file cannot be written.
     """
     path = paths.local(path, "path")
     tensors = dict(state_dict)
@@ -73,7 +74,7 @@ def save_torch_file(
     elif path.suffix == ".safetensors":
         data = safetensors.numpy.save(tensors, metadata={"format": "pt"})
     else:
-        raise ValueError(f"{path}: no ending of a PyTorch file")
+        raise ValueError(f"{path}: {path.suffix!r} is not a suffix of PyTorch files")
     workdir.write_bytes(path, data)
 
 
@@ -82,14 +83,14 @@ def save_variables(
     variables: collections.abc.Mapping[str, Any],
     metadata: collections.abc.Mapping[str, Any],
 ) -> None:
-    """Write a tree of arrays as safetensors with keys like "params/head/dense/bias".
+    """Writes a tree of arrays as safetensors with keys like "params/head/dense/bias".
 
-    The file appears whole or not at all.
+    The file is written atomically.
 
     Args:
-        path: where to; its folder must exist.
-        variables: nested dictionaries of arrays, in any dtype safetensors knows.
-        metadata: anything JSON can hold (the network's name, options, ...).
+        path: the file to write, in an existing folder.
+        variables: nested dictionaries of arrays, in any dtype safetensors supports.
+        metadata: JSON-serialisable values (the network's name, options, ...).
     """
     path = paths.local(path, "path")
     flat = flax.traverse_util.flatten_dict(dict(variables), sep="/")
@@ -99,11 +100,11 @@ def save_variables(
 
 
 def load_variables(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read what `save_variables` wrote, to the bit: (variables, metadata).
+    """Reads what `save_variables` wrote, bit for bit: returns (variables, metadata).
 
     Raises errors.TeacherError if the file is missing, damaged or not ours.
     """
-    path = _existing(path)
+    path = _existing_file(path)
     header, arrays = _read_safetensors(path)
     if header.get("format") != _FORMAT:
         raise errors.TeacherError(
@@ -117,23 +118,23 @@ def load_variables(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, A
         return flax.traverse_util.unflatten_dict(arrays, sep="/"), card
     except (KeyError, ValueError, TypeError) as error:
         raise errors.TeacherError(
-            f"{path}: what it says of itself cannot be read ({error}); copy it again"
+            f"{path}: its metadata cannot be read ({error}); copy it again"
         ) from error
 
 
 def is_variables_file(path: str | os.PathLike) -> bool:
-    """Whether `load_variables`, rather than `load_torch_file`, reads this file.
+    """Returns whether `load_variables`, rather than `load_torch_file`, reads this file.
 
-    Raises errors.TeacherError if it is missing, or ends in .safetensors and is none.
+    Raises errors.TeacherError if it is missing, or a .safetensors file is not valid.
     """
-    path = _existing(path)
+    path = _existing_file(path)
     if path.suffix != ".safetensors":
         return False
-    with _opened(path) as file:
+    with _open_safetensors(path) as file:
         return (file.metadata() or {}).get("format") == _FORMAT
 
 
-def _existing(path: str | os.PathLike) -> pathlib.Path:
+def _existing_file(path: str | os.PathLike) -> pathlib.Path:
     path = paths.local(path, "path")
     if not path.is_file():
         raise errors.TeacherError(f"no weights at {path}; check the path")
@@ -143,17 +144,17 @@ def _existing(path: str | os.PathLike) -> pathlib.Path:
 def _read_safetensors(
     path: pathlib.Path,
 ) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    with _opened(path) as file:
+    with _open_safetensors(path) as file:
         header = file.metadata() or {}
         return header, {key: file.get_tensor(key) for key in file.keys()}
 
 
 @contextlib.contextmanager
-def _opened(path: pathlib.Path) -> collections.abc.Iterator[Any]:
+def _open_safetensors(path: pathlib.Path) -> collections.abc.Iterator[Any]:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             yield file
     except (safetensors.SafetensorError, OSError) as error:
         raise errors.TeacherError(
-            f"{path} is no readable safetensors file ({error}); copy it again"
+            f"{path} is not a readable safetensors file ({error}); copy it again"
         ) from error

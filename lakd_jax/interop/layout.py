@@ -1,4 +1,4 @@
-"""Where each array of a PyTorch state dictionary stands in our variables."""
+"""The correspondence between PyTorch state dictionaries and our variables."""
 
 import collections.abc
 import functools
@@ -15,7 +15,7 @@ _LEAVES = {
     "kernel": "weight",
     "scale": "weight",
     "bias": "bias",
-    "logits": "logits",  # of a gate, `models.hme`
+    "logits": "logits",  # of HME's gates
     "mean": "running_mean",
     "var": "running_var",
 }
@@ -25,9 +25,9 @@ Shapes = collections.abc.Mapping[str, Shape]
 
 
 def options(name: str, shapes: Shapes) -> dict[str, Any]:
-    """The options of network `name` that PyTorch keys and shapes tell.
+    """Infers the options of network `name` from PyTorch keys and shapes.
 
-    Raises errors.TeacherError if the classifier is missing or no matrix.
+    Raises errors.TeacherError if the classifier is missing or not a matrix.
     """
     try:
         return models.family(name).options_from_torch(shapes)
@@ -41,12 +41,12 @@ def options(name: str, shapes: Shapes) -> dict[str, Any]:
 def table(
     name: str, options: collections.abc.Mapping[str, Any]
 ) -> dict[str, tuple[Path, Shape]]:
-    """PyTorch key -> (path in our tree, our shape) for every array of a network."""
+    """Returns PyTorch key -> (path in our tree, our shape) for a network's arrays."""
     return _traced(name, tuple(sorted(options.items())))
 
 
 def keys(name: str) -> dict[Path, str]:
-    """Path in our tree -> PyTorch key, whatever the options of network `name`."""
+    """Returns path in our tree -> PyTorch key, for all options of network `name`."""
     result: dict[Path, str] = {}
     for chosen in models.family(name).tree_options():
         traced = table(name, {"num_classes": 1, **chosen})
@@ -55,24 +55,24 @@ def keys(name: str) -> dict[Path, str]:
 
 
 def torch_shape(shape: Shape) -> Shape:
-    """HWIO -> OIHW, IO -> OI; vectors stay."""
+    """Permutes a shape HWIO -> OIHW or IO -> OI; vectors are unchanged."""
     return (*shape[:-3:-1], *shape[:-2])
 
 
 def to_flax(array: np.ndarray) -> np.ndarray:
-    """OIHW -> HWIO, OI -> IO; vectors stay."""
+    """Transposes OIHW -> HWIO or OI -> IO; vectors are unchanged."""
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
 
 
 def to_torch(array: np.ndarray) -> np.ndarray:
-    """HWIO -> OIHW, IO -> OI; vectors stay."""
-    turned = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-    return np.ascontiguousarray(turned)
+    """Transposes HWIO -> OIHW or IO -> OI; vectors are unchanged."""
+    transposed = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+    return np.ascontiguousarray(transposed)
 
 
 def faults(expected: Shapes, found: Shapes) -> list[str]:
-    """A line for each way in which keys do not fit, with at most ten keys in all."""
-    wrong = [
+    """Returns a line per kind of mismatch, with at most ten keys in total."""
+    misshaped = [
         f"{key} {found[key]} instead of {shape}"
         for key, shape in expected.items()
         if key in found and found[key] != shape
@@ -80,7 +80,7 @@ def faults(expected: Shapes, found: Shapes) -> list[str]:
     kinds = {
         "missing": [key for key in expected if key not in found],
         "surplus": [key for key in found if key not in expected],
-        "of another shape": wrong,
+        "of another shape": misshaped,
     }
     kinds = {kind: names for kind, names in kinds.items() if names}
     lines = []
@@ -91,12 +91,12 @@ def faults(expected: Shapes, found: Shapes) -> list[str]:
     return lines
 
 
-def forget() -> None:
-    """Traces networks anew: a name may mean another one now."""
+def clear_cache() -> None:
+    """Discards traced networks, for when a name refers to another network."""
     _traced.cache_clear()
 
 
-@functools.cache  # tracing a deep network takes a good part of a second
+@functools.cache  # tracing a deep network takes up to a second
 def _traced(
     name: str, options: tuple[tuple[str, Any], ...]
 ) -> dict[str, tuple[Path, Shape]]:

@@ -1,4 +1,4 @@
-"""PyTorch state dictionaries as plain NumPy, whoever wrapped them; needs no torch."""
+"""Unwraps PyTorch state dictionaries into NumPy arrays, without torch."""
 
 import collections.abc
 from typing import Any
@@ -9,20 +9,20 @@ import numpy as np
 from lakd_jax import errors
 
 _WRAPPERS = ("state_dict", "model", "net")
-# What DataParallel, Lightning and torch.compile put in front of every key.
+# Prefixes that DataParallel, Lightning and torch.compile add to every key.
 _PREFIXES = ("module.", "model.", "net.", "_orig_mod.")
 
 
 def plain(state_dict: collections.abc.Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Unwrap a state dictionary: name to array, in PyTorch's layout.
+    """Unwraps a state dictionary into name -> array, in PyTorch's layout.
 
     Looks inside "state_dict", "model" and "net", strips prefixes that all keys share,
-    leaves out entries that are not tensors (epoch, accuracy) and the counters
+    and drops entries that are not tensors (epoch, accuracy) and the counters
     `num_batches_tracked`. Values may be NumPy arrays or torch tensors, and keep their
-    type.
+    dtype.
 
     Raises:
-        errors.TeacherError: there is no tensor in it, or one of a quantised type.
+        errors.TeacherError: it has no tensors, or one of a quantised dtype.
     """
     while inner := [state_dict[key] for key in _WRAPPERS if _wraps(state_dict, key)]:
         state_dict = inner[0]
@@ -42,7 +42,7 @@ def plain(state_dict: collections.abc.Mapping[str, Any]) -> dict[str, np.ndarray
 
 
 def other_types(tensors: collections.abc.Mapping[str, np.ndarray]) -> list[str]:
-    """The types in `tensors` that a cast to float32 changes, such as "bfloat16"."""
+    """Returns the dtypes in `tensors` other than float32, such as "bfloat16"."""
     return sorted({value.dtype.name for value in tensors.values()} - {"float32"})
 
 
@@ -62,16 +62,16 @@ def _common_prefix(keys: collections.abc.Iterable[str]) -> str:
 
 
 def _to_numpy(key: str, value: Any) -> np.ndarray:
-    """Torch tensors are known by their methods, so that torch is not imported."""
+    """Converts an array or torch tensor to NumPy, without importing torch."""
     if not hasattr(value, "detach"):
         return np.asarray(value)
     value = value.detach().cpu()
-    if str(value.dtype) == "torch.bfloat16":  # torch has no NumPy type for it
+    if str(value.dtype) == "torch.bfloat16":  # torch cannot convert it to NumPy
         return value.float().numpy().astype(jnp.bfloat16)
     try:
         return value.numpy()
     except (TypeError, RuntimeError) as error:
         raise errors.TeacherError(
-            f"{key} holds {value.dtype}, which NumPy has no type for; save the "
+            f"{key} holds {value.dtype}, which NumPy does not support; save the "
             "weights as float32"
         ) from error

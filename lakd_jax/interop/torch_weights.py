@@ -1,4 +1,4 @@
-"""Our networks' variables from their PyTorch counterparts' weights, and back."""
+"""Converts weights between our networks and their PyTorch counterparts."""
 
 import collections.abc
 import re
@@ -20,34 +20,36 @@ def from_torch(
     *,
     dtype: Any = np.float32,
 ) -> dict[str, Any]:
-    """The variables of network `name` from a PyTorch state dictionary.
+    """Converts a PyTorch state dictionary to variables of network `name`.
 
-    The network to apply them to is `models.create(name, **options_from_torch(...))`.
+    The matching network is `models.create(name, **options_from_torch(...))`.
 
     Args:
         name: one of `models.names()`.
         state_dict: key to NumPy array or torch tensor, bare or as checkpoints wrap it
-            (see `state_dict.plain`); spellings other than the reference ones are
-            translated by the family's `TORCH_ALIASES`.
-        dtype: of the arrays returned.
+            (see `state_dict.plain`); names other than the reference's are translated
+            by the family's `TORCH_ALIASES`.
+        dtype: of the returned arrays.
 
     Returns:
         {"params": ..., "batch_stats": ...} of NumPy arrays in our layout (HWIO, IO).
 
     Raises:
-        errors.TeacherError: keys missing, surplus or of another shape (says which
-            registered network would fit), or values that are no finite floats.
+        errors.TeacherError: keys are missing, surplus or of another shape (the message
+            suggests registered networks that fit), or values are not finite floats.
         ValueError: unknown name.
     """
     cls = models.family(name)
     original = state_dicts.plain(state_dict)
-    tensors, spelled = _canonical(cls, original)
+    tensors, original_keys = _canonical(cls, original)
     found = {key: value.shape for key, value in tensors.items()}
     table = layout.table(name, layout.options(name, found))
     expected = _torch_shapes(table)
     if found != expected:
-        raise errors.TeacherError(_misfit(name, expected, found, spelled, original))
-    _check_values(name, tensors, spelled)
+        raise errors.TeacherError(
+            _misfit(name, expected, found, original_keys, original)
+        )
+    _check_values(name, tensors, original_keys)
     leaves = {
         path: layout.to_flax(tensors[key]).astype(dtype)
         for key, (path, _) in table.items()
@@ -58,19 +60,19 @@ def from_torch(
 def to_torch(
     name: str, variables: collections.abc.Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """The PyTorch state dictionary of network `name`; inverts `from_torch` exactly.
+    """Converts variables to a PyTorch state dictionary; inverts `from_torch` exactly.
 
     Args:
         name: one of `models.names()`.
-        variables: {"params": ..., "batch_stats": ...} of arrays, as `from_torch` or
-            training gives them; they tell the class count and the options.
+        variables: {"params": ..., "batch_stats": ...} of arrays, from `from_torch` or
+            training; the class count and the options are inferred from them.
 
     Returns:
         Reference key to float32 array in PyTorch's layout (OIHW, OI), without the
         counters `num_batches_tracked`, which our networks do not have.
 
     Raises:
-        ValueError: unknown name, or variables of another network (names up to ten).
+        ValueError: unknown name, or variables of another network (lists ten keys).
     """
     leaves: dict[layout.Path, Any] = flax.traverse_util.flatten_dict(dict(variables))
     keys = layout.keys(name)
@@ -96,9 +98,9 @@ def to_torch(
 def options_from_torch(
     name: str, state_dict: collections.abc.Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What to give `models.create` for these weights: class count and shortcut.
+    """Infers the arguments of `models.create` for these weights: classes and shortcut.
 
-    Raises errors.TeacherError if the classifier's weight is missing or no matrix.
+    Raises errors.TeacherError if the classifier's weight is missing or not a matrix.
     """
     tensors, _ = _canonical(models.family(name), state_dicts.plain(state_dict))
     return layout.options(name, {key: value.shape for key, value in tensors.items()})
@@ -107,19 +109,19 @@ def options_from_torch(
 def _canonical(
     cls: type[chain.Chain], tensors: collections.abc.Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Translate keys to the reference's; also gives canonical -> original key.
+    """Translates keys to the reference's; also returns canonical -> original key.
 
-    A key whose translation is taken keeps its own name and so counts as surplus.
+    A key whose translation already exists is kept as it is, and so counts as surplus.
     """
-    result, spelled = {}, {}
+    result, original_keys = {}, {}
     for key, value in tensors.items():
         new = key
         for pattern, replacement in cls.TORCH_ALIASES:
             new = re.sub(pattern, replacement, new)
         if new != key and (new in tensors or new in result):
             new = key
-        result[new], spelled[new] = value, key
-    return result, spelled
+        result[new], original_keys[new] = value, key
+    return result, original_keys
 
 
 def _torch_shapes(
@@ -132,31 +134,33 @@ def _misfit(
     name: str,
     expected: layout.Shapes,
     found: layout.Shapes,
-    spelled: collections.abc.Mapping[str, str],
+    original_keys: collections.abc.Mapping[str, str],
     original: collections.abc.Mapping[str, np.ndarray],
 ) -> str:
-    """Say what does not fit, with up to ten keys, and which network would."""
+    """Describes a mismatch with up to ten keys, and suggests networks that fit."""
     heading = f"the weights do not fit {name}:"
-    turned = {key: value.T for key, value in original.items() if value.ndim == 2}
-    if _fits(name, {**original, **turned}):
-        what = ", ".join(f"{key} {original[key].shape}" for key in turned)
+    transposed = {key: value.T for key, value in original.items() if value.ndim == 2}
+    if _fits(name, {**original, **transposed}):
+        what = ", ".join(f"{key} {original[key].shape}" for key in transposed)
         return (
             f"{heading}\n  {what} looks transposed: PyTorch keeps (outputs, inputs); "
             "save its transpose"
         )
-    found = {spelled[key]: shape for key, shape in found.items()}
-    expected = {spelled.get(key, key): shape for key, shape in expected.items()}
-    likely = [other for other in models.names() if _is_as_deep(other, original)]
+    found = {original_keys[key]: shape for key, shape in found.items()}
+    expected = {original_keys.get(key, key): shape for key, shape in expected.items()}
+    likely = [other for other in models.names() if _has_similar_depth(other, original)]
     fitting = [other for other in likely if _fits(other, original)]
     if fitting:
-        last = f"they fit {' or '.join(fitting)}: ask for that network instead"
+        last = f"they fit {' or '.join(fitting)}: use that network instead"
     else:
         last = f"no registered network fits them; known: {', '.join(models.names())}"
     return "\n".join([heading, *layout.faults(expected, found), last])
 
 
-def _is_as_deep(name: str, original: collections.abc.Mapping[str, np.ndarray]) -> bool:
-    """Whether the kernels may be those of `name`; saves tracing networks in vain."""
+def _has_similar_depth(
+    name: str, original: collections.abc.Mapping[str, np.ndarray]
+) -> bool:
+    """Returns whether `name` may fit by its number of kernels; cheaper than tracing."""
     units = len(models.create(name, num_classes=1).unit_names)
     kernels = sum(value.ndim == 4 for value in original.values())
     return units <= kernels <= 6 * units
@@ -175,21 +179,22 @@ def _fits(name: str, original: collections.abc.Mapping[str, np.ndarray]) -> bool
 def _check_values(
     name: str,
     tensors: collections.abc.Mapping[str, np.ndarray],
-    spelled: collections.abc.Mapping[str, str],
+    original_keys: collections.abc.Mapping[str, str],
 ) -> None:
-    """Weights are finite floats; whole numbers would be quantised ones."""
-    odd = {
-        spelled[key]: value.dtype.name
+    """Raises TeacherError unless all weights are finite and of floating type."""
+    not_floating = {
+        original_keys[key]: value.dtype.name
         for key, value in tensors.items()
         if not jnp.issubdtype(value.dtype, jnp.floating)
     }
-    if odd:
+    if not_floating:
+        dtypes = " and ".join(sorted(set(not_floating.values())))
+        shown = ", ".join(list(not_floating)[: layout.LISTED])
         raise errors.TeacherError(
-            f"the weights for {name} hold {' and '.join(sorted(set(odd.values())))} in "
-            f"{len(odd)} tensors: {', '.join(list(odd)[: layout.LISTED])}; give them "
-            "in floating point"
+            f"the weights for {name} hold {dtypes} in {len(not_floating)} tensors: "
+            f"{shown}; save them in floating point"
         )
-    bad = [spelled[k] for k, v in tensors.items() if not np.all(np.isfinite(v))]
+    bad = [original_keys[k] for k, v in tensors.items() if not np.all(np.isfinite(v))]
     if bad:
         raise errors.TeacherError(
             f"the weights for {name} hold NaN or infinity in {len(bad)} tensors: "

@@ -1,4 +1,4 @@
-"""Brings a network with its weights from wherever the user keeps them."""
+"""Loads a network with its weights from a run, a safetensors or a PyTorch file."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,18 +16,18 @@ from lakd_jax.store import workdir
 
 PyTree = Any
 
-# What a student's file must say of it.
+# Required entries of the card of a student's file.
 _CARD = frozenset({"network", "num_classes", "options", "vam"})
 _CARD |= {"mean", "std", "image_size"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A network, its variables (None: to be initialised), and where from.
+    """A network, its variables (None: not initialised yet), and their source.
 
-    `mean`, `std` and `size` (side of the images it was fed, 0: any) are those of its
-    own training where the source knows them; `remark` says what reading changed in
-    the weights, "" for nothing.
+    `mean`, `std` and `size` (height and width of its images, 0 for any) are those it
+    was trained with, if the source has them; `remark` describes a change made to the
+    weights when they were read, "" for none.
     """
 
     model: chain.Chain
@@ -49,23 +49,27 @@ def load(
     num_classes: int,
     options: Mapping[str, str] | None = None,
 ) -> Loaded:
-    """The network `name` with the weights that `init` points at.
+    """Loads the network `name` with the weights at `init`.
 
     Args:
       field: "student" or "teacher", for error messages.
-      init: empty (random), a finished run's directory, a `.safetensors` file or a
-        PyTorch file. Class count and shortcut type are then read from it.
-      options: others of the network, if it is made of random weights.
+      name: one of `models.names()`.
+      init: "" (random weights), the directory of a finished run, a `.safetensors`
+        file or a PyTorch file, from which class count and shortcut are then inferred.
+      shortcut: kind of shortcut, if the weights are random and the family has it.
+      dtype: compute dtype of the network.
+      num_classes: number of classes of the data.
+      options: further options of the network, if the weights are random.
 
     Raises:
-      errors.TeacherError: nothing is there, it is another network's, or it has
+      errors.TeacherError: `init` does not exist, is for another network, or has
         another number of classes than the data.
     """
     if not init:
-        own: dict[str, Any] = {"dtype": jnp.dtype(dtype), **(options or {})}
-        if "shortcut" in models.family(name).OPTIONS:  # else it has one kind only
-            own["shortcut"] = shortcut
-        model = models.create(name, num_classes=num_classes, **own)
+        kwargs: dict[str, Any] = {"dtype": jnp.dtype(dtype), **(options or {})}
+        if "shortcut" in models.family(name).OPTIONS:  # else there is only one kind
+            kwargs["shortcut"] = shortcut
+        model = models.create(name, num_classes=num_classes, **kwargs)
         return Loaded(model, None, "random weights")
     path = paths.local(init, f"{field}.init")
     if not path.exists():
@@ -74,26 +78,28 @@ def load(
             "directory, a .safetensors file or a PyTorch checkpoint."
         )
     if path.is_dir():
-        path = _student_of(field, path)
+        path = _student_file(field, path)
     try:
-        read = _own if interop.is_variables_file(path) else _foreign
+        read = _from_run if interop.is_variables_file(path) else _from_torch
         loaded = read(name, path, dtype)
     except errors.TeacherError as e:
         raise errors.TeacherError(f"{field}.init: {path}\n{e}") from e
     if loaded.model.num_classes != num_classes:
         raise errors.TeacherError(
-            f"{field}.init: {path} tells {loaded.model.num_classes} classes apart, "
+            f"{field}.init: {path} has {loaded.model.num_classes} classes, "
             f"the data has {num_classes}; use weights trained on the same classes."
         )
     return loaded
 
 
 def save(path: Path, variables: PyTree, network: Loaded, result: dict) -> None:
-    """Writes a student so that `load` finds all it needs in the one file.
+    """Writes a student as one file that `load` can read without its config.
 
     Args:
-      variables: of the student; `network` names it and its normalisation.
-      result: what is known of its quality, kept as it is.
+      path: the file to write.
+      variables: of the student.
+      network: the student's network and normalisation.
+      result: the result of its run, stored unchanged.
     """
     model = network.model
     card = {
@@ -109,31 +115,31 @@ def save(path: Path, variables: PyTree, network: Loaded, result: dict) -> None:
     interop.save_variables(path, variables, card)
 
 
-def _student_of(field: str, directory: Path) -> Path:
+def _student_file(field: str, directory: Path) -> Path:
     if not (directory / workdir.RESULT).exists():
         raise errors.TeacherError(
             f"{field}.init: {directory} is not a finished run (it has no "
-            f"{workdir.RESULT}); finish it by giving its own command again, or name "
+            f"{workdir.RESULT}); finish it by running its command again, or give "
             f"another.{workdir.seeds_hint(directory)}"
         )
     return directory / workdir.STUDENT
 
 
 def student(path: Path, dtype: str) -> tuple[Loaded, dict[str, Any]]:
-    """A student that `save` wrote, and the card it wrote with it.
+    """Loads a student written by `save`, and its card.
 
     Args:
       path: the file.
-      dtype: what the network shall compute in; its variables become float32.
+      dtype: compute dtype of the network; its variables become float32.
 
     Raises:
-      errors.TeacherError: no such file, damaged, or not written by `save`.
+      errors.TeacherError: the file is missing, damaged, or not written by `save`.
     """
     variables, card = interop.load_variables(path)
     missing = _CARD - card.keys()
     if missing:
         raise errors.TeacherError(
-            f"is no student of a run: its card lacks {', '.join(sorted(missing))}."
+            f"is not a student of a run: its card lacks {', '.join(sorted(missing))}."
         )
     name = card["network"]
     try:
@@ -143,16 +149,16 @@ def student(path: Path, dtype: str) -> tuple[Loaded, dict[str, Any]]:
             dtype=jnp.dtype(dtype),
             **card["options"],
         )
-        # For its check of every key and shape; gates are none of PyTorch's.
+        # Called to check every key and shape; PyTorch's networks have no gates.
         weights = interop.to_torch(name, folding.without_gates(variables))
         classes = interop.options_from_torch(name, weights)["num_classes"]
         if classes != model.num_classes:
             raise ValueError(f"it has {classes} classes, its card {model.num_classes}")
-        if card["vam"]:  # dynamic gates, which stay
+        if card["vam"]:  # dynamic gates, which are not folded
             model = model.clone(vam=vam.Options(**card["vam"]))
         mean, std = (_channels(card[name]) for name in ("mean", "std"))
-    except (ValueError, TypeError, AttributeError) as error:  # a card made up or torn
-        raise errors.TeacherError(f"is no student of a run: {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:  # an invalid card
+        raise errors.TeacherError(f"is not a student of a run: {error}") from error
     remark = _remark(flax.traverse_util.flatten_dict(variables, sep="/"))
     variables = jax.tree.map(lambda x: x.astype(np.float32), variables)
     size = card["image_size"]
@@ -164,8 +170,8 @@ def _channels(values: list[float]) -> tuple[float, ...]:
     return red, green, blue
 
 
-def _own(name: str, path: Path, dtype: str) -> Loaded:
-    """A student that `save` wrote, which must be the network `name`."""
+def _from_run(name: str, path: Path, dtype: str) -> Loaded:
+    """Loads a student written by `save`, which must be the network `name`."""
     loaded, card = student(path, dtype)
     if card["network"] != name:
         raise errors.TeacherError(
@@ -175,8 +181,8 @@ def _own(name: str, path: Path, dtype: str) -> Loaded:
     return loaded
 
 
-def _foreign(name: str, path: Path, dtype: str) -> Loaded:
-    """A PyTorch state dictionary."""
+def _from_torch(name: str, path: Path, dtype: str) -> Loaded:
+    """Loads a PyTorch state dictionary into the network `name`."""
     state = interop.load_torch_file(path)
     options = interop.options_from_torch(name, state)
     model = models.create(name, dtype=jnp.dtype(dtype), **options)
@@ -185,21 +191,22 @@ def _foreign(name: str, path: Path, dtype: str) -> Loaded:
 
 
 def _remark(tensors: dict[str, Any]) -> str:
-    """What becomes of weights that are not float32."""
-    types = " and ".join(interop.other_types(tensors))
-    return f"{types} weights cast to float32" if types else ""
+    """Describes the cast of weights that are not float32; "" if all are."""
+    dtypes = " and ".join(interop.other_types(tensors))
+    return f"{dtypes} weights cast to float32" if dtypes else ""
 
 
 def gated(loaded: Loaded, options: vam.Options | None) -> Loaded:
-    """A student that came from a file (or nowhere) as it is to be trained.
+    """Returns a student, from a file or not, with the gates that are requested.
 
-    Raises errors.TeacherError where the file holds gates that are not asked for.
+    Raises:
+      errors.TeacherError: the file holds gates that are not requested.
     """
-    has = loaded.model.vam
-    if has is not None and has != options:
+    found = loaded.model.vam
+    if found is not None and found != options:
         raise errors.TeacherError(
             f"student.init: {loaded.source} has gates that depend on the image, with "
-            f"{_fields(has)}; set student.vam.enabled and give student.vam these "
+            f"{_fields(found)}; set student.vam.enabled and give student.vam these "
             "values, or start from other weights."
         )
     return dataclasses.replace(loaded, model=loaded.model.clone(vam=options))

@@ -1,8 +1,7 @@
-"""Where a student is cut into local modules, and what a cut does to gradients.
+"""Partitions a student into local modules, and cuts gradients between them.
 
-A module is a run of neighbouring units of a `models.chain.Chain`; module 1 owns
-the stem and module K the head. Modules are counted from 0 in indices and from 1
-in names.
+A module is a contiguous group of units of a `models.chain.Chain`; module 1 includes the
+stem and module K the head. Modules are counted from 0 in indices and from 1 in names.
 """
 
 import dataclasses
@@ -23,12 +22,13 @@ ENGINES = ("fused", "dispatch", "pipeline")  # see `lakd_jax.training.engine`
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """K local modules of a student and the teacher's joints beside theirs.
+    """The K local modules of a student, and the teacher's joints paired with theirs.
 
     Attributes:
       student_joints: the joint at the end of each module; the last is the end of
         the last stage.
-      teacher_joints: the teacher's joint each is compared with; () if no teacher.
+      teacher_joints: the teacher's joint that each is compared with; () without a
+        teacher.
       names: "module1", ..., "moduleK".
     """
 
@@ -44,25 +44,25 @@ def modules(
     cuts: Sequence[str],
     count: int = 0,
 ) -> Partition:
-    """Cuts a student, and finds the teacher's joint for every cut.
+    """Partitions a student, and pairs a joint of the teacher with every cut.
 
-    The teacher's joint lies in the same stage, after the same share of its blocks
-    (the end of a stage with the end of a stage, the stem with the stem).
+    The teacher's joint is in the same stage, after the same fraction of its blocks (the
+    end of a stage is paired with the end of a stage, the stem with the stem).
 
     Args:
       student: the network to be cut.
       teacher: None for a method without one.
-      granularity: `none` one module; `stage` one a stage, the stem with the
-        first; `block` one a block; `list` the joints in `cuts`; `bytes` and `flops`
-        as many as `count`, whose activations or operations (the teacher's beside
-        them included) are balanced, see `local.balance`.
-      cuts: with `list` only, the student's joints to cut at, in order, such as
+      granularity: `none` for one module; `stage` for one per stage, the first with the
+        stem; `block` for one per block; `list` to cut at the joints in `cuts`; `bytes`
+        and `flops` for `count` modules with balanced activations or operations
+        (including those of the teacher that run with them), see `local.balance`.
+      cuts: only with `list`: the student's joints to cut at, in order, such as
         ("stage1", "stage2.block1"); the end of the network is added.
-      count: with `bytes` and `flops` only, the number of modules.
+      count: only with `bytes` and `flops`: the number of modules.
 
     Raises:
-      ValueError: names `local.granularity`, `local.cuts` or `local.modules`, what is
-        wrong and what is valid.
+      ValueError: names `local.granularity`, `local.cuts` or `local.modules`, the fault
+        and the valid values.
     """
     fields.check("local.granularity", granularity, GRANULARITIES)
     if bool(cuts) != (granularity == "list"):
@@ -81,7 +81,7 @@ def modules(
         "none": ends[-1:],
         "stage": ends,
         "block": student.unit_names[1:],
-        "list": [*_checked(student, cuts), ends[-1]],
+        "list": [*_checked_cuts(student, cuts), ends[-1]],
         **dict.fromkeys(balance.KINDS, ()),
     }[granularity]
     if balanced:
@@ -96,8 +96,8 @@ def modules(
     return Partition(joints, theirs, names)
 
 
-def _checked(student: chain.Chain, cuts: Sequence[str]) -> list[str]:
-    """The cuts as unit names, in order and each inside the network."""
+def _checked_cuts(student: chain.Chain, cuts: Sequence[str]) -> list[str]:
+    """Resolves the cuts to units; raises ValueError for a cut that is not valid."""
     valid = f"; cuts can be made at {', '.join(student.unit_names[:-1])}"
     resolved: list[str] = []
     for cut_point in cuts:
@@ -128,7 +128,7 @@ def _counterparts(
     joints: tuple[str, ...],
     granularity: str,
 ) -> tuple[str, ...]:
-    """The teacher's joint for each of the student's."""
+    """Returns the teacher's joint for each of the student's."""
     field = "local.cuts" if granularity == "list" else "local.granularity"
     ours, theirs = student.stage_sizes, teacher.stage_sizes
     paired = _pairs(student, teacher, field)
@@ -143,7 +143,7 @@ def _counterparts(
 
 
 def _pairs(student: chain.Chain, teacher: chain.Chain, field: str) -> dict[str, str]:
-    """Every joint of the student with a counterpart, and that, in order."""
+    """Returns student joint -> teacher joint, for all joints with a counterpart."""
     ours, theirs = student.stage_sizes, teacher.stage_sizes
     if len(ours) != len(theirs):
         raise ValueError(
@@ -161,20 +161,20 @@ def _pairs(student: chain.Chain, teacher: chain.Chain, field: str) -> dict[str, 
 def _balanced(
     student: chain.Chain, teacher: chain.Chain | None, kind: str, count: int
 ) -> list[str]:
-    """The joints that cut a student into `count` modules of like cost."""
+    """Returns the joints that cut a student into `count` modules of similar cost."""
     names = student.unit_names
     paired = dict(zip(names, names, strict=True))
     if teacher is not None:
         paired = _pairs(student, teacher, "local.granularity")
     costs = list(balance.unit_costs(student, kind))
     if kind == "flops":
-        # Backwards is twice forwards; a frozen teacher goes forwards only.
+        # A backward pass costs two forward passes; a frozen teacher runs forward only.
         costs = [3 * cost for cost in costs]
         if teacher is not None:
             _add_teacher(costs, names, teacher, paired)
-    places = [names.index(joint) for joint in paired if joint != "stem"]
+    ends = [names.index(joint) for joint in paired if joint != "stem"]
     try:
-        return [names[end] for end in balance.split(costs, places, count)]
+        return [names[end] for end in balance.split(costs, ends, count)]
     except ValueError as error:
         raise ValueError(f"local.modules: {error}") from None
 
@@ -185,7 +185,7 @@ def _add_teacher(
     teacher: chain.Chain,
     paired: Mapping[str, str],
 ) -> None:
-    """Adds to the student's units what the teacher does up to their counterparts."""
+    """Adds the teacher's cost up to each unit's counterpart to that unit's cost."""
     theirs = balance.unit_costs(teacher, "flops")
     begin = 0
     for joint, other in paired.items():
@@ -195,7 +195,7 @@ def _add_teacher(
 
 
 def cut(h: jax.Array, scale: float) -> jax.Array:
-    """`h` itself, with its gradient multiplied by `scale`.
+    """Returns `h` unchanged, with its gradient multiplied by `scale`.
 
     0 isolates the module below (the separation of LAKD), 1 is end-to-end training.
 
@@ -204,7 +204,7 @@ def cut(h: jax.Array, scale: float) -> jax.Array:
       scale: g in [0, 1].
 
     Raises:
-      ValueError: g outside.
+      ValueError: g is out of range.
     """
     if not 0 <= scale <= 1:
         raise ValueError(f"local.cut_scale must be from 0 to 1, is {scale:g}")
@@ -213,7 +213,7 @@ def cut(h: jax.Array, scale: float) -> jax.Array:
     stopped = jax.lax.stop_gradient(h)
     if scale == 0:
         return stopped
-    # Not g h + (1 - g) sg(h), which may round to another value than h.
+    # Not g h + (1 - g) sg(h), which may round to a value other than h.
     return stopped + scale * (h - stopped)
 
 
@@ -222,15 +222,15 @@ def joint_function(
     scale: float,
     replace: Mapping[str, jax.Array] | None = None,
 ) -> Callable[[str, jax.Array], jax.Array] | None:
-    """The `joint` argument of a student's `apply` that isolates its modules.
+    """Returns the `joint` argument of a student's `apply` that isolates its modules.
 
-    None where there is but one, which is then not cut at all.
+    Returns None for a single module, which is not cut at all.
 
     Args:
       partition: of the student; there is no cut at its last joint.
       scale: see `cut`.
-      replace: student joint -> the teacher's activation there, which the module
-        above is then fed instead (no gradient crosses); None feeds the student's.
+      replace: student joint -> the teacher's activation there, which the module above
+        receives instead (no gradient crosses); None passes on the student's.
 
     Raises:
       ValueError: `scale` is out of range, or, when called, an activation of the
@@ -257,14 +257,14 @@ def joint_function(
 
 
 def module_of(path: Sequence[str], partition: Partition, student: chain.Chain) -> int:
-    """Index from 0 of the module that owns a variable.
+    """Returns the index, from 0, of the module that a variable belongs to.
 
     Args:
       path: its keys in `{"student": chain variables, "method": method variables}`,
         such as ("student", "stage2", "block1", "conv1", "kernel") or
-        ("method", "module2", "adapter", "conv", "kernel"), or, of the first method
-        of a sum, ("method", "parts_0", "module2", ...). What a method has in "head"
-        belongs to the last module.
+        ("method", "module2", "adapter", "conv", "kernel"), or, for the first method
+        of a sum, ("method", "parts_0", "module2", ...). A method's variables in
+        "head" belong to the last module.
       partition: of the student.
       student: the network that was cut.
 
@@ -275,27 +275,29 @@ def module_of(path: Sequence[str], partition: Partition, student: chain.Chain) -
     if part == "method":
         unit = path[2] if unit.startswith("parts_") else unit
         unit = partition.names[-1] if unit == "head" else unit
-        return partition.names.index(unit) if unit in partition.names else _lost(path)
+        return (
+            partition.names.index(unit) if unit in partition.names else _no_module(path)
+        )
     if unit == "head":
         return len(partition.student_joints) - 1
     if unit != "stem":
         unit = f"{unit}.{path[2]}"
     order = student.unit_names
     if part != "student" or unit not in order:
-        return _lost(path)
+        return _no_module(path)
     ends = [order.index(joint) for joint in partition.student_joints]
     return sum(end < order.index(unit) for end in ends)
 
 
-def _lost(path: Sequence[str]) -> int:
+def _no_module(path: Sequence[str]) -> int:
     raise KeyError(f"{'/'.join(path)} belongs to no module")
 
 
 def label_tree(tree: PyTree, partition: Partition, student: chain.Chain) -> PyTree:
-    """`module_of` every leaf of `{"student": ..., "method": ...}`, the same tree.
+    """Replaces every leaf of `{"student": ..., "method": ...}` by its `module_of`.
 
-    Serves parameters and batch statistics alike: per-module norms, clipping and
-    optimisers hang on it.
+    Works for parameters and batch statistics; per-module norms, clipping and
+    optimisers use the labels.
     """
 
     def label(path: tuple[Any, ...], _: Any) -> int:

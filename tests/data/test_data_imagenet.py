@@ -66,8 +66,10 @@ def test_the_archives_are_prepared_as_tfds_would(found, data_dir):
     assert stock.is_prepared() and stock.info.splits["train"].num_examples == 62
     split = found.train.take(np.arange(62))
     counts = np.bincount(split.labels, minlength=1000)
-    wanted = {name: 20 for name in CLASSES} | {"n01739381": 2}
-    assert {found.classes[i]: int(counts[i]) for i in np.flatnonzero(counts)} == wanted
+    expected = {name: 20 for name in CLASSES} | {"n01739381": 2}
+    assert {
+        found.classes[i]: int(counts[i]) for i in np.flatnonzero(counts)
+    } == expected
 
 
 def test_validation_labels_go_by_the_images_names(data_dir):

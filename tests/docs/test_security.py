@@ -83,7 +83,7 @@ def test_reading_a_run_unpickles_nothing_and_starts_nothing(copied, tmp_path):
 )
 def test_a_made_up_card_is_an_error_in_a_line(changes, tmp_path):
     file = saved_student(tmp_path / "student.safetensors", **changes)
-    with pytest.raises(errors.TeacherError, match="is no student of a run"):
+    with pytest.raises(errors.TeacherError, match="is not a student of a run"):
         weights.student(file, "float32")
 
 

@@ -1,4 +1,4 @@
-"""A finished run's student, given out and loaded again as a stranger would."""
+"""Exports the student of a finished run and loads it without this package."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ from lakd_jax.interop import weights as weights_lib
 from lakd_jax.store import workdir
 from lakd_jax.training import spec
 
-# How ml_collections loads a config file is deprecated from Python 3.12 on.
+# ml_collections loads config files in a way deprecated since Python 3.12.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 refused = commands.refused
@@ -45,7 +45,7 @@ RESULT = {
 
 @pytest.fixture
 def finished(tmp_path):
-    """A run's directory as training leaves it, with random weights."""
+    """Returns the directory of a finished run, with random weights."""
     run = tmp_path / "run"
     run.mkdir()
     write_run(run, RESULT)
@@ -73,7 +73,7 @@ def images(count):
 
 
 def logits(count, dtype=jnp.float32, size=0):
-    """What the network itself makes of `images(count)`."""
+    """Returns the network's logits of `images(count)`."""
     model = models.create("resnet8", num_classes=3, dtype=dtype)
     pixels = spec.Pixels(MEAN, STD, jnp.dtype(dtype), size)
     inputs = pixels(jnp.asarray(images(count)))
@@ -83,8 +83,8 @@ def logits(count, dtype=jnp.float32, size=0):
 def test_safetensors(finished, capsys):
     path = export.run(finished, "safetensors")
     assert path == finished / "export" / "resnet8.safetensors"
-    said = capsys.readouterr().out
-    assert str(path) in said and "resnet8.md" in said
+    out = capsys.readouterr().out
+    assert str(path) in out and "resnet8.md" in out
     with safetensors.safe_open(path, framework="numpy") as file:
         assert file.metadata() == {"format": "pt"}
     state = interop.load_torch_file(path)
@@ -92,7 +92,7 @@ def test_safetensors(finished, capsys):
     assert state.keys() == expected.keys()
     for key, value in state.items():
         np.testing.assert_array_equal(value, expected[key])
-    # And back as a teacher of ours.
+    # It can be loaded as a teacher.
     options = {"shortcut": "projection", "dtype": "float32", "num_classes": 3}
     loaded = weights_lib.load("teacher", "resnet8", str(path), **options)
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables())
@@ -243,14 +243,14 @@ def damaged_config(run):
 def damaged_student(run):
     file = run / workdir.STUDENT
     file.write_bytes(file.read_bytes()[:5000])
-    return run, "safetensors", "no readable safetensors file"
+    return run, "safetensors", "not a readable safetensors file"
 
 
 def another_network(run):
     path = run / workdir.STUDENT
     weights, card = interop.load_variables(path)
     interop.save_variables(path, weights, card | {"network": "resnet14"})
-    return run, "torch", "is no student of a run: the variables are not those of"
+    return run, "torch", "is not a student of a run: the variables are not those of"
 
 
 def unknown_network(run):

@@ -1,4 +1,4 @@
-"""Weights in and out: PyTorch state dictionaries."""
+"""Conversion of weights from and to PyTorch state dictionaries."""
 
 import functools
 import json
@@ -21,14 +21,14 @@ torch_weights = resnet_weights.torch_weights
 assert_same_tree = resnet_weights.assert_same_tree
 TIMM = sorted(p.stem for p in (golden_weights.FOLDER / "timm").glob("*.json"))
 GOLDEN = sorted(p.stem for p in (golden_weights.FOLDER / "models").glob("*.json"))
-# A network of every family and kind of block, and the deepest.
+# One network per family and kind of block, and the deepest.
 SOME = ["resnet8", "resnet110", "resnet8x4", "cifar_resnet18", "resnet18", "resnet50"]
 SOME += ["wrn_16_1", "wrn_16_2", "vgg8", "mobilenet_v1", "mobilenet_v2"]
 SOME += ["mobilenet_v2_imagenet", "shuffle_v1", "shuffle_v2", "hme"]
 
 
 def others_long(names, quick):
-    """The `quick` ones always; tracing the others, or drawing them, takes long."""
+    """Marks all names but the `quick` ones as long: tracing or drawing them is slow."""
     return [n if n in quick else pytest.param(n, marks=pytest.mark.long) for n in names]
 
 
@@ -186,21 +186,21 @@ def test_nothing_to_read():
         interop.from_torch("resnet9", torch_weights())
 
 
-def test_whole_numbers_are_no_weights():
-    whole = torch_weights()["conv1.weight"].astype(np.int8)
-    message = misfit("resnet8", torch_weights() | {"conv1.weight": whole})
+def test_integers_are_refused_as_weights():
+    integers = torch_weights()["conv1.weight"].astype(np.int8)
+    message = misfit("resnet8", torch_weights() | {"conv1.weight": integers})
     assert "int8 in 1 tensors: conv1.weight" in message
 
 
 def test_transposed_classifier_is_recognised():
-    turned = torch_weights()["fc.weight"].T
-    message = misfit("resnet8", torch_weights() | {"fc.weight": turned})
+    transposed = torch_weights()["fc.weight"].T
+    message = misfit("resnet8", torch_weights() | {"fc.weight": transposed})
     assert "fc.weight (64, 7) looks transposed" in message
     linear = {k.replace("fc.", "linear."): v for k, v in torch_weights().items()}
-    message = misfit("resnet8", linear | {"linear.weight": turned})
+    message = misfit("resnet8", linear | {"linear.weight": transposed})
     assert "linear.weight (64, 7) looks transposed" in message
-    # A second fault: told as it is, with nothing guessed.
-    short = torch_weights() | {"fc.weight": turned, "bn1.bias": np.zeros(3, "f4")}
+    # With a second fault, the message does not guess.
+    short = torch_weights() | {"fc.weight": transposed, "bn1.bias": np.zeros(3, "f4")}
     assert "transposed" not in misfit("resnet8", short)
 
 
@@ -217,12 +217,12 @@ def test_every_tensor_of_timm_finds_its_place(arch):
     back = interop.to_torch(
         spec["network"], interop.from_torch(spec["network"], weights)
     )
-    # Both packages make their layers in the same order.
+    # Both packages create their layers in the same order.
     names = zip(spec.get("torchvision", weights), weights, strict=True)
-    pairs = {theirs: own for theirs, own in names if not own.endswith(COUNTER)}
+    pairs = {key: timm for key, timm in names if not timm.endswith(COUNTER)}
     assert back.keys() == pairs.keys()
-    for theirs, own in pairs.items():
-        np.testing.assert_array_equal(back[theirs], weights[own])
+    for key, timm in pairs.items():
+        np.testing.assert_array_equal(back[key], weights[timm])
 
 
 # to_torch
@@ -254,7 +254,7 @@ def test_back_with_either_shortcut(shortcut):
 @pytest.mark.parametrize("name", others_long(models.names(), SOME))
 def test_every_network_goes_there_and_back(name):
     options = {key: values[0] for key, values in models.family(name).OPTIONS.items()}
-    # Where there are golden weights, so many classes: that network is traced already.
+    # With the number of classes of the golden weights, if any: traced already.
     classes = golden_weights.classes(name) if name in GOLDEN else 1
     options = {"num_classes": classes, **options}
     variables = {
@@ -297,11 +297,11 @@ def test_variables_of_another_network_are_refused():
 
 def test_variables_that_lack_something_are_refused():
     variables = interop.from_torch("resnet8", torch_weights())
-    whole = flax.traverse_util.flatten_dict(variables)
-    left = {k: v for k, v in whole.items() if k[1:3] != ("stage2", "block1")}
+    leaves = flax.traverse_util.flatten_dict(variables)
+    left = {k: v for k, v in leaves.items() if k[1:3] != ("stage2", "block1")}
     message = no_variables("resnet8", flax.traverse_util.unflatten_dict(left))
     assert "15 missing: " in message and "params/stage2/block1/bn1/scale" in message
-    left = {k: v for k, v in whole.items() if k[1] != "head"}
+    left = {k: v for k, v in leaves.items() if k[1] != "head"}
     message = no_variables("resnet8", flax.traverse_util.unflatten_dict(left))
     assert "fc.weight" in message
     assert "fc.weight" in no_variables("resnet8", {})

@@ -1,4 +1,4 @@
-"""Weight files: PyTorch's of all kinds, whole and broken, and our own."""
+"""Weight files: all kinds of PyTorch's, intact and damaged, and our own."""
 
 import functools
 import os
@@ -48,7 +48,7 @@ def test_bfloat16_safetensors_need_no_torch(tmp_path, monkeypatch):
 
 
 def loaded_as(dtype, path):
-    """The file holds `torch_weights()` in that type; from_torch makes it float32."""
+    """Checks that the file holds `torch_weights()` in `dtype` and loads as float32."""
     loaded = interop.load_torch_file(path)
     assert interop.other_types(loaded) == [jnp.dtype(dtype).name]
     rounded = {k: v.astype(dtype).astype("f4") for k, v in torch_weights().items()}
@@ -65,7 +65,7 @@ def test_weights_of_one_type_need_no_cast():
 
 @pytest.fixture
 def torch():
-    """The real one; skips the test where it is not installed."""
+    """The torch package; skips the test if it is not installed."""
     return pytest.importorskip("torch")
 
 
@@ -98,7 +98,7 @@ def test_half_precision_torch_file(torch, tmp_path, name):
 
 
 class Harmful:
-    """Unpickling it makes a folder."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -128,7 +128,7 @@ def test_harmful_file_does_not_run(torch, tmp_path, how):
         torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
     torch_refuses(path, "refused because reading it would run code")
     assert not made.exists()
-    with open(path, "rb") as file:  # it would have, in other hands
+    with open(path, "rb") as file:  # plain pickle does run it
         if how.startswith("protocol"):
             pickle.load(file)
         else:
@@ -151,7 +151,7 @@ def test_torch_file_cut_short(torch, tmp_path, zipped, share):
     path = tmp_path / "teacher.pth"
     torch.save(tensors(torch), path, _use_new_zipfile_serialization=zipped)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    message = torch_refuses(path, "no readable PyTorch file", "copy it again")
+    message = torch_refuses(path, "not a readable PyTorch file", "copy it again")
     assert "would run" not in message
 
 
@@ -159,9 +159,9 @@ def test_other_files_with_a_torch_ending(torch, tmp_path):
     path = tmp_path / "teacher.pth"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "no weights here")
-    torch_refuses(path, "no readable PyTorch file")
+    torch_refuses(path, "not a readable PyTorch file")
     path.write_text("<html>404 not found</html>")
-    torch_refuses(path, "no readable PyTorch file")
+    torch_refuses(path, "not a readable PyTorch file")
     torch.save([torch.ones(3)], path)
     torch_refuses(path, "holds a list")
 
@@ -169,7 +169,7 @@ def test_other_files_with_a_torch_ending(torch, tmp_path):
 def test_torch_file_of_quantised_weights(torch, tmp_path):
     path = tmp_path / "teacher.pth"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch will drop these types some day
+        warnings.simplefilter("ignore")  # deprecated types
         odd = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
     torch.save({"conv1.weight": odd}, path)
     with pytest.raises(errors.TeacherError, match="conv1.weight holds torch.qint8"):
@@ -194,12 +194,12 @@ def test_unreadable_files(tmp_path):
         interop.load_variables(tmp_path)
     other = tmp_path / "teacher.h5"
     other.write_bytes(b"")
-    with pytest.raises(errors.TeacherError, match="unknown ending '.h5'"):
+    with pytest.raises(errors.TeacherError, match="unknown suffix '.h5'"):
         interop.load_torch_file(other)
     broken = tmp_path / "teacher.safetensors"
     broken.write_bytes(b"no safetensors at all")
     for read in (interop.load_torch_file, interop.load_variables):
-        with pytest.raises(errors.TeacherError, match="no readable safetensors"):
+        with pytest.raises(errors.TeacherError, match="not a readable safetensors"):
             read(broken)
 
 
@@ -214,7 +214,7 @@ def test_safetensors_cut_short(tmp_path, share):
     safetensors.numpy.save_file(torch_weights(), path)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     for read in (interop.load_torch_file, interop.is_variables_file):
-        with pytest.raises(errors.TeacherError, match="teacher.safetensors is no read"):
+        with pytest.raises(errors.TeacherError, match="safetensors is not a readable"):
             read(path)
 
 

@@ -1,4 +1,4 @@
-"""Cuts that share out memory or work equally."""
+"""Cuts that balance memory or operations."""
 
 import itertools
 
@@ -13,7 +13,7 @@ def net(name):
 
 
 def shares(model, partition, kind):
-    """What each module costs, as a share of all."""
+    """Returns the share of each module in the total cost."""
     costs = balance.unit_costs(model, kind)
     ends = [model.unit_names.index(j) + 1 for j in partition.student_joints]
     parts = [sum(costs[a:b]) for a, b in itertools.pairwise([0, *ends])]
@@ -25,7 +25,7 @@ def test_split_is_the_best_of_all(count):
     costs = [5.0, 1, 1, 4, 2, 2, 7, 1]
     ends = [0, 2, 3, 5, 7]
 
-    def dearest(chosen):
+    def largest(chosen):
         marks = [0, *(e + 1 for e in chosen)]
         return max(sum(costs[a:b]) for a, b in itertools.pairwise(marks))
 
@@ -34,11 +34,11 @@ def test_split_is_the_best_of_all(count):
     ]
     found = balance.split(costs, ends, count)
     assert tuple(found) in every
-    assert dearest(found) == min(map(dearest, every))
+    assert largest(found) == min(map(largest, every))
 
 
 def test_more_modules_than_joints_are_refused():
-    with pytest.raises(ValueError, match="only 2 modules are possible, 3"):
+    with pytest.raises(ValueError, match="only 2 modules are possible, but 3"):
         balance.split([1.0, 1, 1], [0, 2], 3)
     with pytest.raises(ValueError, match=r"local\.modules: only 3 modules"):
         cuts.modules(net("resnet8"), net("resnet20"), "bytes", (), 4)
@@ -61,11 +61,11 @@ def test_activations_shrink_and_operations_do_not():
     assert max(work) < 1.2 * min(work)
 
 
-def test_balanced_cuts_are_even_and_lie_where_theory_has_them():
+def test_balanced_cuts_are_where_theory_puts_them():
     student = net("resnet56")
     memory = cuts.modules(student, student, "bytes", (), 4)
     assert max(shares(student, memory, "bytes")) < 0.29
-    # Stage 1 alone holds 4/7 of the activations: two of four modules lie in it.
+    # Stage 1 alone has 4/7 of the activations, so two of four modules are in it.
     assert sum(j.startswith("stage1") for j in memory.student_joints) == 2
     work = cuts.modules(student, student, "flops", (), 3)
     assert max(shares(student, work, "flops")) < 0.37

@@ -1,4 +1,4 @@
-"""Where a student is cut and what a cut does to values and gradients."""
+"""Partitions of a student, and values and gradients at cuts."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def test_stages_pair_with_stages():
     assert got.names == ("module1", "module2", "module3")
 
 
-def test_stages_need_no_whole_ratio_of_blocks():
+def test_stages_pair_with_any_ratio_of_blocks():
     got = cuts.modules(net("resnet32"), net("resnet56"), "stage", ())
     assert got.teacher_joints[0] == "stage1.block9"
 
@@ -137,7 +137,7 @@ def test_joint_function_cuts_at_inner_joints_only():
     assert stopped == ["stage1.block3", "stage2.block3"]
 
 
-def test_joint_function_feeds_the_teacher():
+def test_joint_function_passes_on_the_teachers_activation():
     partition = cuts.modules(toys.Toy(), toys.Toy(), "stage", ())
     theirs = {"stage1.block1": jnp.full((1, 2, 2, 4), 5.0)}
     joint = cuts.joint_function(partition, 1.0, theirs)
@@ -149,7 +149,7 @@ def test_joint_function_feeds_the_teacher():
         joint("stage1.block1", jnp.ones((1, 2, 2, 3)))
 
 
-def test_every_variable_has_its_module():
+def test_every_variable_belongs_to_a_module():
     lesson = toys.lesson(
         {"task": "aux_heads"},
         student=toys.Toy(stage_sizes=(2, 1, 1)),
@@ -172,7 +172,7 @@ def test_every_variable_has_its_module():
     assert lesson.labels(stats)["student"]["stage1"]["block2"]["bn"]["mean"] == 1
 
 
-def test_variables_of_no_module_are_refused():
+def test_variables_outside_all_modules_are_refused():
     partition = cuts.modules(toys.Toy(), None, "stage", ())
     for path in (("method", "bank"), ("student", "stage9", "block1"), ("x", "stem")):
         with pytest.raises(KeyError, match="belongs to no module"):

@@ -200,7 +200,7 @@ def no_student(path):
 
 def no_card(path):
     interop.save_variables(f"{path}.safetensors", {"params": {"a": np.ones(2)}}, {})
-    return f"{path}.safetensors", ["is no student of a run", "num_classes"]
+    return f"{path}.safetensors", ["is not a student of a run", "num_classes"]
 
 
 def other_network(path):
@@ -208,7 +208,7 @@ def other_network(path):
 
 
 def other_classes(path):
-    words = ["tells 10 classes apart, the data has 3"]
+    words = ["has 10 classes, the data has 3"]
     return student_file(path, classes=10), words
 
 
@@ -224,7 +224,7 @@ def other_keys(path):
 def cut_short(path):
     file = student_file(path) / workdir.STUDENT
     file.write_bytes(file.read_bytes()[:5000])
-    return path, ["no readable safetensors file"]
+    return path, ["not a readable safetensors file"]
 
 
 def no_better_than_chance(path):

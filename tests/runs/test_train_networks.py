@@ -68,7 +68,7 @@ def test_an_own_file_of_other_variables(tmp_path):
     with pytest.raises(errors.TeacherError) as caught:
         weights_lib.load("student", "resnet8", str(path), **OPTIONS)
     message = str(caught.value)
-    assert message.startswith(f"student.init: {path}\nis no student of a run: ")
+    assert message.startswith(f"student.init: {path}\nis not a student of a run: ")
     assert "1 missing: params/stage2/block1/conv1/kernel" in message
 
 
