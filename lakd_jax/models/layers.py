@@ -185,7 +185,7 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Maps images (B, H, W, 3) to (B, H', W', features), given twice."""
+        """Maps images (B, H, W, 3) to two equal arrays (B, H', W', features)."""
         size = (self.features, self.kernel, self.stride)
         x = conv_norm(x, *size, self.style, train=train, name="conv")
         x = self.activation(x)

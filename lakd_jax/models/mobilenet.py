@@ -60,7 +60,7 @@ class InvertedResidual(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Maps (B, H, W, C) to (B, H / stride, W / stride, features), given twice."""
+        """Maps (B, H, W, C) to two equal (B, H / stride, W / stride, features)."""
         conv = functools.partial(layers.conv_norm, style=self.style, train=train)
         h, width = x, x.shape[-1] * max(self.expansion, 1)
         if self.expansion:

@@ -28,7 +28,7 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Maps images (B, H, W, 3) to (B, H, W, widths[-1]), given twice."""
+        """Maps images (B, H, W, 3) to two equal arrays (B, H, W, widths[-1])."""
         for index, width in enumerate(self.widths, 1):
             layer = functools.partial(layers.conv_norm, x, width, 3, 1, self.style)
             x = nn.relu(layer(train=train, name=f"conv{index}", bias=True))

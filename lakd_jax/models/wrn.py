@@ -24,7 +24,7 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Maps images (B, H, W, 3) to (B, H, W, features), given twice."""
+        """Maps images (B, H, W, 3) to two equal arrays (B, H, W, features)."""
         x = layers.conv(self.features, 3, 1, self.style, name="conv")(x)
         return x, x
 
@@ -46,7 +46,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Maps (B, H, W, C) to (B, H / stride, W / stride, features), given twice."""
+        """Maps (B, H, W, C) to two equal (B, H / stride, W / stride, features)."""
         style, width = self.style, self.features
         h = nn.relu(layers.norm(style, train=train, name="entry_bn")(x))
         if x.shape[-1] == width:
