@@ -1,6 +1,6 @@
 """Image data: sources as uint8 arrays, batch order and augmentation.
 
-Everything random here is a pure function: the order of (seed, step), the
+All randomness is a pure function of its inputs: the order of (seed, step), the
 augmentation of (key, epoch, example), the held-out split of the labels alone.
 """
 

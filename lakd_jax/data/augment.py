@@ -1,7 +1,7 @@
-"""Random crop, flip and normalisation as pure functions, made for jit.
+"""Random crop, flip and normalisation as pure functions, for use under jit.
 
-What happens to an example depends on (key, epoch, id) only: not on the batch
-it is in, its place there, or the number of devices.
+The augmentation of an example depends only on (key, epoch, id): not on its batch,
+its position in it, or the number of devices.
 """
 
 import functools
@@ -21,18 +21,18 @@ def augment(
     pad: int,
     flip: bool,
 ) -> jax.Array:
-    """Crops from the zero-padded image at random and mirrors half of them.
+    """Takes a random crop of each zero-padded image and mirrors half of them.
 
     The standard CIFAR augmentation (He et al., arXiv 1512.03385, section 4.2:
-    pad 4). Padding is black, as it is before the normalisation.
+    pad 4). Padding is black, since it precedes the normalisation.
 
     Args:
       key: the run's augmentation key, threefry (JAX's default): under `vmap`
-        the rbg generators give bits that depend on the batch.
+        the bits of rbg generators depend on the batch.
       images_u8: (B, H, W, C) uint8.
       ids: (B,) integers, each example's id in the training split.
       epoch: number of the pass over the data, from 0; may be traced.
-      pad: pixels of padding on every side; 0 leaves out the crop.
+      pad: pixels of padding on every side; 0 disables the crop.
       flip: whether to mirror left and right with probability 1/2.
 
     Returns:
@@ -51,11 +51,11 @@ def augment(
 
 
 def resize(images: jax.Array, size: int) -> jax.Array:
-    """Square images of another size: bilinear, averaging where they shrink.
+    """Resizes images to squares: bilinear, with averaging when they shrink.
 
     Args:
       images: (B, H, W, C) uint8 or float.
-      size: height and width wanted; 0 leaves the images alone.
+      size: new height and width; 0 returns the images unchanged.
 
     Returns:
       (B, size, size, C) float32 in the units of `images`, or `images`.
@@ -76,8 +76,8 @@ def normalise(
     """Returns (image / 255 - mean) / std, computed in float32.
 
     Args:
-      images: (B, H, W, C) in units of 0 to 255, uint8 or float32.
-      mean: (C,) in units of 0 to 1.
+      images: (B, H, W, C) in the range 0 to 255, uint8 or float32.
+      mean: (C,) for images in the range 0 to 1.
       std: (C,) in the same units, positive.
       dtype: of the result.
     """
@@ -87,15 +87,15 @@ def normalise(
 
 
 def _random_words(key: jax.Array, ids: jax.Array) -> jax.Array:
-    """Returns (B, 2) uint32 words, one threefry block an example."""
+    """Returns (B, 2) uint32 words, one threefry block per example."""
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, ids)
     return jax.vmap(lambda k: jax.random.bits(k, (2,), jnp.uint32))(keys)
 
 
 def _crop(images: jax.Array, words: jax.Array, pad: int) -> jax.Array:
-    """Cuts (B, H, W, C) windows out of the padded images at random offsets."""
-    # Both offsets come from one word: 2**32 is so large that the modulo
-    # favours no offset by more than one part in 10**7.
+    """Returns (B, H, W, C) windows of the padded images at random offsets."""
+    # Both offsets come from one word: 2**32 is so large that the modulo favours
+    # no offset by more than one part in 10**7.
     offsets = 2 * pad + 1
     top = (words % offsets).astype(jnp.int32)
     left = (words // offsets % offsets).astype(jnp.int32)

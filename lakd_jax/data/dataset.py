@@ -1,4 +1,4 @@
-"""What a source gives: splits of uint8 images, labels and stable ids."""
+"""Data sets in memory: splits of uint8 images, labels and stable ids."""
 
 import dataclasses
 import hashlib
@@ -10,13 +10,13 @@ from lakd_jax import errors
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Images of one split, whole in memory.
+    """The images of one split, in memory.
 
     Attributes:
       images: (N, H, W, 3) uint8, RGB.
-      labels: (N,) int32, positions in `Dataset.classes`.
-      ids: (N,) int32, each example's number in its source's split; it keeps
-        it when a part of the split is held out.
+      labels: (N,) int32, indices into `Dataset.classes`.
+      ids: (N,) int32, each example's index in the split of its source, which it keeps
+        when a part of the split is held out.
     """
 
     images: np.ndarray
@@ -28,17 +28,17 @@ class Split:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(H, W, 3) of an image."""
+        """The shape (H, W, 3) of an image."""
         return self.images.shape[1:]
 
     def take(self, chosen: np.ndarray) -> "Split":
-        """Returns the examples that `chosen`, a mask or indices, names."""
+        """Returns the examples that `chosen`, a mask or indices, selects."""
         return Split(self.images[chosen], self.labels[chosen], self.ids[chosen])
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A data set of labelled images; `minival` was taken away from train."""
+    """A data set of labelled images; `minival` is held out from the training split."""
 
     name: str
     classes: tuple[str, ...]
@@ -48,14 +48,14 @@ class Dataset:
 
     @property
     def preview(self) -> "Dataset":
-        """What pictures and reports look at: all of it."""
+        """The data set that pictures and reports use: all of it."""
         return self
 
     def fingerprint(self) -> str:
-        """Sixteen hex digits of the pixels, labels, ids, splits and class names.
+        """Returns 16 hex digits: a hash of pixels, labels, ids, splits and class names.
 
-        The name of the data set is left out: the same images from another path
-        have the same fingerprint.
+        The name of the data set is not included: the same images from another path have
+        the same fingerprint.
         """
         digest = hashlib.blake2b(repr(self.classes).encode(), digest_size=8)
         for role in ("train", "minival", "test"):
@@ -71,25 +71,25 @@ class Dataset:
 def new_split(
     images: np.ndarray, labels: np.ndarray, ids: np.ndarray | None = None
 ) -> Split:
-    """Returns a split of (N, H, W, 3) images, whose `ids` are 0 to N - 1 by default."""
+    """Returns a split of (N, H, W, 3) images; `ids` default to 0, ..., N - 1."""
     ids = np.arange(len(images)) if ids is None else ids
     images = np.ascontiguousarray(images)
     return Split(images, labels.astype(np.int32), ids.astype(np.int32))
 
 
 def stratified_mask(labels: np.ndarray, count: int) -> np.ndarray:
-    """Chooses `count` of the examples with every class's share kept.
+    """Selects `count` of the examples, with the share of every class preserved.
 
-    The choice depends on `labels` (N,) alone. Shares are rounded by the
-    largest remainder, so exactly `count` entries of the (N,) bool mask are set.
+    The selection depends on `labels` (N,) alone. Shares are rounded by the largest
+    remainder method, so exactly `count` entries of the (N,) bool mask are set.
     """
     classes, member, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     share = sizes * count / len(labels)
     quota = np.floor(share).astype(np.int64)
     extra = np.argsort(quota - share, kind="stable")[: count - quota.sum()]
     quota[extra] += 1
-    # Sorting raw Philox words: NumPy guarantees that stream for ever, which
-    # it does not for the methods of Generator.
+    # Sorts raw Philox words: NumPy guarantees that stream across versions, but not
+    # the methods of Generator.
     order = np.argsort(np.random.Philox(key=0).random_raw(len(labels)), kind="stable")
     mask = np.zeros(len(labels), bool)
     for index in range(len(classes)):
@@ -99,15 +99,15 @@ def stratified_mask(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def hold_out(train: Split, fraction: float) -> tuple[Split, Split]:
-    """Splits `train` into (what is left, held-out fraction), stratified.
+    """Splits `train` into (remaining, held-out) examples, stratified by class.
 
     Raises:
       DataError: nothing would be held out, or a class would lose all its images.
     """
     count = round(fraction * len(train))
     mask = stratified_mask(train.labels, count)
-    left = np.unique(train.labels[~mask])
-    if not count or len(left) < len(np.unique(train.labels)):
+    remaining = np.unique(train.labels[~mask])
+    if not count or len(remaining) < len(np.unique(train.labels)):
         raise errors.DataError(
             f"data.minival={fraction:g} takes {count} of {len(train)} training images: "
             "give a fraction that holds out at least one image and leaves one of "

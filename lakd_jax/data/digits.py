@@ -16,10 +16,10 @@ _TEST_EXAMPLES = 360
 
 
 def load(image_size: int) -> tuple[tuple[str, ...], dataset.Split, dataset.Split]:
-    """Returns (classes, train, test): 1,437 and 360 images, always the same.
+    """Returns (classes, train, test): 1,437 and 360 images, the same every time.
 
     Args:
-      image_size: height and width in pixels, bilinear; 0 means 16.
+      image_size: height and width in pixels, resized bilinearly; 0 means 16.
     """
     from sklearn import datasets
 
@@ -35,7 +35,7 @@ def load(image_size: int) -> tuple[tuple[str, ...], dataset.Split, dataset.Split
 
 
 def _enlarge(scan: np.ndarray, size: int) -> np.ndarray:
-    """Turns (8, 8) greys of 0 to 16 into (size, size, 3) uint8."""
+    """Converts (8, 8) grey values of 0 to 16 to (size, size, 3) uint8."""
     grey = Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8))
     grey = grey.resize((size, size), Image.Resampling.BILINEAR)
     return np.repeat(np.asarray(grey)[..., None], 3, axis=-1)

@@ -15,26 +15,27 @@ def load(
 ) -> tuple[tuple[str, ...], dataset.Split, dataset.Split]:
     """Reads a folder of images into (classes, train, test).
 
-    Classes are sorted by name, images by class and file name; an image's id
-    is its place in that order.
+    Classes are sorted by name, images by class and file name; an image's id is its
+    position in that order.
 
     Args:
       path: a folder with the subfolders `train` and `test`.
-      image_size: height and width in pixels; 0 keeps the images' own, which
-        then must all be equal.
-      max_bad: how many undecodable training images may be left out.
+      image_size: height and width in pixels; 0 keeps the images' size, which must
+        then be equal for all.
+      max_bad: how many undecodable training images may be skipped.
 
     Raises:
-      ConfigError: `path` is no local path.
-      DataError: a folder is missing or empty, classes are fewer than two or
-        differ between the splits, sizes differ, an image is undecodable.
+      ConfigError: `path` is not a local path.
+      DataError: a folder is missing or empty, there are fewer than two classes, the
+        splits have different classes, image sizes differ, or an image cannot be
+        decoded.
     """
     root = paths.local(path, "data.source")
-    classes, (of_train, of_test) = listed(path)
-    train = _read(root / "train", of_train, image_size, max_bad)
-    # A result is about all test images or about none.
-    test = _read(root / "test", of_test, image_size, 0)
-    files = {"train": of_train, "test": of_test}
+    classes, (train_files, test_files) = list_files(path)
+    train = _read(root / "train", train_files, image_size, max_bad)
+    # No test image may be skipped: results are for the complete test split.
+    test = _read(root / "test", test_files, image_size, 0)
+    files = {"train": train_files, "test": test_files}
     if train.images.shape[1:] != test.images.shape[1:]:
         sizes = [f"{s.images.shape[2]}x{s.images.shape[1]}" for s in (train, test)]
         first = [next(iter(files[role].values()))[0] for role in ("train", "test")]
@@ -45,29 +46,29 @@ def load(
     return classes, train, test
 
 
-def listed(
+def list_files(
     path: str,
 ) -> tuple[tuple[str, ...], list[dict[str, list[pathlib.Path]]]]:
-    """(classes, {class: its files} of train and of test), in the order of `load`.
+    """Returns (classes, [{class: files} of train, of test]) in the order of `load`.
 
     Raises:
-      DataError: as `load`, but no image is opened.
+      DataError: as for `load`, except for images, which are not opened.
     """
     root = paths.local(path, "data.source")
-    train, test = (_list(root, role) for role in ("train", "test"))
+    train, test = (_list_split(root, role) for role in ("train", "test"))
     _check_classes(root, set(train), set(test))
     return tuple(train), [train, test]
 
 
-def _list(root: pathlib.Path, role: str) -> dict[str, list[pathlib.Path]]:
+def _list_split(root: pathlib.Path, role: str) -> dict[str, list[pathlib.Path]]:
     """Returns {class: sorted image files} of one split, sorted by class."""
-    _need_folder(root, "data.source names no folder")
-    _need_folder(root / role, f"an image folder needs {role}/CLASS/ subfolders")
+    _require_folder(root, "data.source must be a folder")
+    _require_folder(root / role, f"an image folder needs {role}/CLASS/ subfolders")
     folders = sorted(
         (p for p in (root / role).iterdir() if p.is_dir() and p.name[0] != "."),
         key=lambda p: p.name,
     )
-    found = {folder.name: _images_in(folder) for folder in folders}
+    found = {folder.name: _image_files(folder) for folder in folders}
     empty = [name for name, files in found.items() if not files]
     if empty or not found:
         where = root / role / (empty[0] if empty else "")
@@ -78,19 +79,19 @@ def _list(root: pathlib.Path, role: str) -> dict[str, list[pathlib.Path]]:
     return found
 
 
-def _need_folder(path: pathlib.Path, meaning: str) -> None:
+def _require_folder(path: pathlib.Path, meaning: str) -> None:
     if not path.is_dir():
         state = "is not a folder" if path.exists() else "does not exist"
         raise errors.DataError(f"{path} {state}: {meaning}.")
 
 
-def _images_in(folder: pathlib.Path) -> list[pathlib.Path]:
-    named = (
+def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    files = (
         p
         for p in folder.iterdir()
         if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
     )
-    return sorted(named, key=lambda p: p.name)
+    return sorted(files, key=lambda p: p.name)
 
 
 def _check_classes(root: pathlib.Path, train: set[str], test: set[str]) -> None:
@@ -117,8 +118,8 @@ def _read(
     image_size: int,
     max_bad: int,
 ) -> dataset.Split:
-    names = [str(path) for of_class in files.values() for path in of_class]
-    labels = np.repeat(np.arange(len(files)), [len(own) for own in files.values()])
+    names = [str(path) for class_files in files.values() for path in class_files]
+    labels = np.repeat(np.arange(len(files)), [len(paths) for paths in files.values()])
     pixels, good = images.decode_all(
         names, names.__getitem__, image_size, str(folder), max_bad
     )

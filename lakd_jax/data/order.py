@@ -1,7 +1,7 @@
 """The order of training examples as a pure function of (seed, step).
 
-Any batch can be asked for without the ones before it, so a resumed run goes
-on with the batch it would have seen next.
+Any batch can be computed without the ones before it, so a resumed run continues with
+the batch that would have come next.
 """
 
 import functools
@@ -10,10 +10,10 @@ import numpy as np
 
 
 def steps_per_epoch(examples: int, batch_size: int, drop_last: bool) -> int:
-    """Returns how many batches an epoch of `examples` examples has.
+    """Returns the number of batches in an epoch of `examples` examples.
 
     Raises:
-      ValueError: there would be none.
+      ValueError: there would be no batches.
     """
     if examples < 1 or batch_size < 1:
         raise ValueError(f"{examples=} and {batch_size=} must be at least 1")
@@ -28,15 +28,15 @@ def steps_per_epoch(examples: int, batch_size: int, drop_last: bool) -> int:
 def batch_indices(
     seed: int, step: int, examples: int, batch_size: int, drop_last: bool
 ) -> np.ndarray:
-    """Returns the examples of one training step.
+    """Returns the indices of the examples of one training step.
 
     Args:
       seed: the run's seed, any integer (taken modulo 2**64).
-      step: steps done before this one, counted from the start of training.
+      step: number of the step, from 0 at the start of training.
       examples: size of the training split.
-      batch_size: examples a step, over all devices.
-      drop_last: whether an epoch's incomplete last batch is left out; else
-        it is given as it is, shorter.
+      batch_size: examples per step, over all devices.
+      drop_last: whether to drop an epoch's incomplete last batch; otherwise it is
+        returned as it is, shorter.
 
     Returns:
       int32 positions in the training split, at most `batch_size`; read-only.
@@ -56,5 +56,5 @@ def _permutation(seed: int, epoch: int, examples: int) -> np.ndarray:
     key = np.array([seed % 2**64, epoch], np.uint64)
     generator = np.random.Generator(np.random.Philox(key=key))
     permutation = generator.permutation(np.arange(examples, dtype=np.int32))
-    permutation.setflags(write=False)  # shared by every batch of the epoch
+    permutation.setflags(write=False)  # shared by all batches of the epoch
     return permutation

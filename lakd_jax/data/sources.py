@@ -1,4 +1,4 @@
-"""The one way in: a source's name gives a data set."""
+"""Loads data sets by the name of their source."""
 
 from lakd_jax import errors
 from lakd_jax.data import dataset
@@ -21,15 +21,15 @@ def load(
       source: "digits" (built in), "folder:PATH" (PATH/train/CLASS/x.png and
         PATH/test/CLASS/x.png), "npz:PATH" (see `arrays.load`), or a tfds name such as
         "cifar10".
-      image_size: height and width in pixels, by resizing the shorter side
-        and cropping the centre; 0 keeps the images' own (digits: 16).
+      image_size: height and width in pixels, by resizing the shorter side and cropping
+        the centre; 0 keeps the images' size (digits: 16).
       minival: fraction of the training split, 0 <= minival < 1, held out as
         `Dataset.minival`; stratified, the same in every run.
-      data_dir: where tfds keeps its data sets; "" is tfds's default.
-      max_bad: how many training images that cannot be decoded may be left out.
+      data_dir: the data directory of tfds; "" is its default.
+        max_bad: how many undecodable training images may be skipped.
 
-    Raises:
-      DataError: the data is missing, unfit or broken; the message says why.
+      Raises:
+        DataError: the data is missing, invalid or damaged; the message says why.
     """
     if not 0 <= minival < 1:
         raise errors.DataError(f"data.minival={minival:g} must be at least 0, below 1.")
@@ -45,7 +45,7 @@ def load(
 def _read(
     source: str, image_size: int, data_dir: str, max_bad: int
 ) -> tuple[tuple[str, ...], dataset.Split, dataset.Split]:
-    # Each source brings imports that the others do without.
+    # Imported on demand, since each source has dependencies that the others lack.
     if source == "digits":
         from lakd_jax.data import digits
 
@@ -63,6 +63,6 @@ def _read(
 
         return source_lib.load(source, image_size, data_dir, max_bad)
     raise errors.DataError(
-        f"data.source={source!r} names no data: give digits, folder:PATH, npz:PATH "
+        f"data.source={source!r} names no data: use digits, folder:PATH, npz:PATH "
         "or a tfds name."
     )

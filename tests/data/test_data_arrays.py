@@ -1,4 +1,4 @@
-"""Arrays of one file as a data set, and what is said of arrays that are none."""
+"""Data sets stored as arrays in one file, and errors for invalid ones."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def loaded(path, made, **options):
     return data.load(f"npz:{path / 'mine.npz'}", **options)
 
 
-def test_arrays_come_back_as_they_are(tmp_path):
+def test_arrays_are_loaded_unchanged(tmp_path):
     made = arrays(classes=["ant", "bee", "cat"])
     found = loaded(tmp_path, made)
     assert found.classes == ("ant", "bee", "cat")
@@ -53,13 +53,13 @@ def test_classes_without_names_are_numbers_and_sizes_can_be_changed(tmp_path):
         ({"test_images": np.zeros((6, 9, 9, 3), np.uint8)}, "Set data.image_size"),
     ],
 )
-def test_unfit_arrays_are_refused_by_name(changes, words, tmp_path):
+def test_invalid_arrays_are_named(changes, words, tmp_path):
     with pytest.raises(errors.DataError, match=f"mine.npz: .*{words}"):
         loaded(tmp_path, arrays(**changes))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04", "npy", "pickle"])
-def test_a_file_that_is_none_is_refused(content, tmp_path):
+def test_other_files_are_refused(content, tmp_path):
     path = tmp_path / "mine.npz"
     if content == "npy":
         with open(path, "wb") as file:

@@ -51,12 +51,12 @@ def test_resize_by_hand():
     images[0, :, 1] = 100  # dark on the left, bright on the right
     large = augment.resize(images, 4)
     assert large.dtype == jnp.float32
-    # Centres of the new pixels lie at 1/8, 3/8, 5/8, 7/8 of the width.
+    # The centres of the new pixels are at 1/8, 3/8, 5/8, 7/8 of the width.
     row = [0.0, 25.0, 75.0, 100.0]
     np.testing.assert_allclose(large[0, :, :, 1], [row] * 4, atol=1e-4)
     small = augment.resize(random_images(3, size=8), 4)
     assert small.shape == (3, 4, 4, 3)
-    # Triangles of twice the stride's width: every pixel counts, none is skipped.
+    # Triangles twice as wide as the stride: every pixel contributes.
     flat = augment.resize(np.full((1, 8, 8, 3), 7, np.uint8), 4)
     np.testing.assert_allclose(flat, 7.0, rtol=1e-6)
 
@@ -92,7 +92,7 @@ def test_crop_equals_the_numpy_loop_for_every_offset():
         np.testing.assert_array_equal(crops[n], expected)
 
 
-def test_an_example_is_treated_alike_in_any_batch():
+def test_augmentation_does_not_depend_on_the_batch():
     images = random_images(3)
     ids = jnp.array([4, 900_000, 31])
     together = run(KEY, images, ids, 6, pad=4, flip=True)
@@ -119,7 +119,7 @@ def test_key_epoch_and_id_all_matter():
 
 def test_offsets_and_flips_are_uniform_and_independent():
     count, pad = 20_000, 1
-    # One lit pixel off the centre of 5x5 shows offset and flip at once.
+    # A single lit pixel in 5x5 reveals the offset.
     images = np.zeros((count, 5, 5, 1), np.uint8)
     images[:, 2, 2] = 1
     crops = np.asarray(run(KEY, images, jnp.arange(count), 0, pad=pad, flip=False))

@@ -17,7 +17,7 @@ def test_digits_are_the_real_scans_and_always_split_alike():
     assert digits.train.labels.dtype == digits.train.ids.dtype == np.int32
     assert digits.classes == tuple("0123456789")
     assert digits.minival is None
-    # The fingerprint pins pixels and split for every machine and version.
+    # The fingerprint fixes pixels and split across machines and versions.
     assert digits.fingerprint() == "77a6e09a272fd9f9"
     share = np.bincount(digits.test.labels) / np.bincount(digits.train.labels)
     np.testing.assert_allclose(share, 360 / 1437, atol=0.005)
@@ -54,18 +54,18 @@ def test_stratified_mask_takes_exactly_the_count_and_every_share():
 
 
 def test_minival_is_taken_from_train_and_keeps_ids():
-    whole, parted = data.load("digits"), data.load("digits", minival=0.1)
+    full, parted = data.load("digits"), data.load("digits", minival=0.1)
     assert len(parted.minival) == 144 and len(parted.train) == 1437 - 144
     ids = np.concatenate([parted.train.ids, parted.minival.ids])
-    np.testing.assert_array_equal(np.sort(ids), whole.train.ids)
+    np.testing.assert_array_equal(np.sort(ids), full.train.ids)
     for split in (parted.train, parted.minival):
-        np.testing.assert_array_equal(split.images, whole.train.images[split.ids])
-        np.testing.assert_array_equal(split.labels, whole.train.labels[split.ids])
+        np.testing.assert_array_equal(split.images, full.train.images[split.ids])
+        np.testing.assert_array_equal(split.labels, full.train.labels[split.ids])
     counts = np.bincount(parted.minival.labels)
     assert counts.min() >= 13 and counts.max() <= 16
     again = data.load("digits", minival=0.1)
     np.testing.assert_array_equal(again.minival.ids, parted.minival.ids)
-    np.testing.assert_array_equal(parted.test.images, whole.test.images)
+    np.testing.assert_array_equal(parted.test.images, full.test.images)
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan"), 1e-6, 0.9999])

@@ -1,4 +1,4 @@
-"""Image folders: reading, sizes, colour modes, and what is refused."""
+"""Image folders: reading, sizes, colour modes and errors."""
 
 import pathlib
 
@@ -22,7 +22,7 @@ def write(path: pathlib.Path, array: np.ndarray, mode: str = "RGB") -> None:
 
 @pytest.fixture
 def root(tmp_path: pathlib.Path) -> pathlib.Path:
-    """Two classes; three training images and one test image of each."""
+    """A folder of two classes, each with three training images and one test image."""
     for label, name in enumerate(("bird", "cat")):
         for k in range(3):
             write(tmp_path / "train" / name / f"{k}.png", pixels(10 * label + k))
@@ -115,7 +115,7 @@ def test_differing_sizes_name_two_files_both_sizes_and_the_field(root):
     assert "8x8" in text and "5x7" in text and "data.image_size" in text
 
 
-def test_sizes_differing_between_splits_are_told(root):
+def test_sizes_differing_between_splits_are_reported(root):
     for path in (root / "test").rglob("*.png"):
         write(path, pixels(0, height=7, width=5))
     text = failure(root)

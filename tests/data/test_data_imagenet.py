@@ -1,4 +1,4 @@
-"""ImageNet's archives, prepared and trained on without TensorFlow."""
+"""Preparing ImageNet's archives, and training on them, without TensorFlow."""
 
 import io
 import pathlib
@@ -34,14 +34,14 @@ def jpeg(rng, mode="RGB", form="JPEG") -> bytes:
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """A tfds directory with archives like ILSVRC's: CMYK and PNG images among them."""
+    """A tfds directory with archives like ILSVRC's, including CMYK and PNG images."""
     root, rng = tmp_path_factory.mktemp("tfds"), np.random.default_rng(0)
     manual = root / "downloads" / "manual"
     manual.mkdir(parents=True)
     parts = {}
     for name in CLASSES:
-        own = {f"{name}_{i}.JPEG": jpeg(rng) for i in range(20)}
-        parts[f"{name}.tar"] = cifar.tar(own)
+        members = {f"{name}_{i}.JPEG": jpeg(rng) for i in range(20)}
+        parts[f"{name}.tar"] = cifar.tar(members)
     odd = {
         "n01739381_1309.JPEG": jpeg(rng, "CMYK"),
         "n01739381_1.JPEG": jpeg(rng, form="PNG"),
@@ -75,8 +75,8 @@ def test_the_archives_are_prepared_as_tfds_would(found, data_dir):
 def test_validation_labels_go_by_the_images_names(data_dir):
     archive = data_dir / "downloads" / "manual" / imagenet.ARCHIVES["validation"]
     labels = imagenet.validation_labels(archive)
-    told = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
-    first = told.read_text().split()[:5]
+    file = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
+    first = file.read_text().split()[:5]
     names = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in (1, 2, 3, 4, 5)]
     assert labels == dict(zip(names, first, strict=True))
 
@@ -86,7 +86,7 @@ def test_tfrecords_of_it_are_read_alike(found, data_dir, tmp_path):
     cifar.as_tfrecords(tmp_path)
     arguments = {"minival": 0, "data_dir": str(tmp_path), "workers": 0}
     again = batches.load("imagenet2012", VIEWS, **arguments)
-    assert again.train.source.places.shape == (62, 3)
+    assert again.train.source.locations.shape == (62, 3)
     test_stream.alike(again.train.take(np.arange(62)), found.train.take(np.arange(62)))
 
 
@@ -101,7 +101,7 @@ def test_missing_archives_are_named(tmp_path):
 
 
 def test_names_in_archives_lead_nowhere(tmp_path):
-    """Members are read where they lie: a path out of the folder is a name only."""
+    """Members are not unpacked, so a path out of the folder is only a name."""
     evil = cifar.tar({"../../evil.JPEG": b"x", "n01440764_1.JPEG": b"y"})
     path = tmp_path / "inner" / "x.tar"
     path.parent.mkdir()
@@ -115,7 +115,7 @@ def test_names_in_archives_lead_nowhere(tmp_path):
 def test_it_is_trained_on_with_every_engine(
     engine, found, data_dir, tmp_path, monkeypatch
 ):
-    """Four steps, tested, saved, and told again by the same command."""
+    """Trains four steps and evaluates; repeating the command returns the result."""
     devices = 2 if engine == "pipeline" else 1
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
     monkeypatch.setattr(state_lib, "data_mesh", lambda: mesh)
@@ -130,8 +130,8 @@ def test_it_is_trained_on_with_every_engine(
     }
     settings = test_stream.config("", tmp_path, **fields)
     monkeypatch.setattr(command.teachers, "_check_floor", lambda *_: None)
-    told = []
-    result = command.run(settings, tmp_path / "run", notify=told.append)
+    lines = []
+    result = command.run(settings, tmp_path / "run", notify=lines.append)
     assert result["test_last"]["examples"] == 5 and result["classes"] == 1000
-    assert result == command.run(settings, tmp_path / "run", notify=told.append)
+    assert result == command.run(settings, tmp_path / "run", notify=lines.append)
     assert (tmp_path / "run" / "attention.png").stat().st_size > 1000

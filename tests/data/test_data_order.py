@@ -34,7 +34,7 @@ def test_every_epoch_is_another_permutation(drop_last):
 
 
 def test_order_depends_on_seed_and_step_alone():
-    """Promise 14: whatever was asked for before."""
+    """Promise 14: whichever batches were requested before."""
     forwards = [order.batch_indices(3, s, 50, 8, True).copy() for s in range(40)]
     order._permutation.cache_clear()
     for step in (39, 0, 17, 6, 5):
@@ -42,12 +42,12 @@ def test_order_depends_on_seed_and_step_alone():
             order.batch_indices(3, step, 50, 8, True), forwards[step]
         )
     assert (order.batch_indices(4, 0, 50, 8, True) != forwards[0]).any()
-    # (seed, epoch) must not be mixed up: seed 4, epoch 0 is not seed 3, epoch 1.
+    # Seed and epoch are not interchangeable: seed 4, epoch 0 is not seed 3, epoch 1.
     assert (order.batch_indices(4, 0, 50, 8, True) != forwards[6]).any()
 
 
 def test_order_stays_what_it_was():
-    """A change here breaks the resume of runs of earlier versions."""
+    """A change of the order would break resuming runs of earlier versions."""
     assert order.batch_indices(0, 0, 10, 10, True).tolist() == [
         0,
         7,
@@ -64,7 +64,7 @@ def test_order_stays_what_it_was():
 
 
 def test_a_far_step_draws_one_permutation(monkeypatch):
-    """Promise 14: nothing is drawn for the steps and epochs before it."""
+    """Promise 14: nothing is drawn for earlier steps and epochs."""
     drawn = []
 
     class Counting(np.random.Generator):
@@ -77,7 +77,7 @@ def test_a_far_step_draws_one_permutation(monkeypatch):
     found = order.batch_indices(0, 10**6, 50_000, 100, True)
     assert drawn == [50_000] and len(set(found.tolist())) == 100
     order.batch_indices(0, 10**6 + 1, 50_000, 100, True)
-    assert drawn == [50_000]  # the epoch's, kept
+    assert drawn == [50_000]  # that of the epoch is cached
 
 
 def test_first_places_are_uniform():

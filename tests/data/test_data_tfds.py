@@ -1,4 +1,4 @@
-"""tfds sets: prepared from archives on loopback, read without TensorFlow."""
+"""tfds data sets, prepared from a local web server and read without TensorFlow."""
 
 import functools
 import hashlib
@@ -87,7 +87,7 @@ def svhn_matrix(role: str) -> bytes:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `files`; notes each request in `seen`."""
+    """Serves `files`; records each request in `seen`."""
 
     def __init__(self, files, seen, *rest):
         self.files, self.seen = files, seen
@@ -106,7 +106,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class Site:
-    """A web server of one test; `publish` points a builder at it."""
+    """A local web server; `publish` makes a builder download from it."""
 
     def __init__(self, monkeypatch):
         self.files, self.seen, self.monkeypatch = {}, [], monkeypatch
@@ -139,7 +139,7 @@ ARCHIVES = {
 
 
 class WithoutTensorFlow:
-    """An import finder for which TensorFlow is not installed."""
+    """An import finder that does not find TensorFlow."""
 
     def __init__(self, finder):
         self.finder = finder
@@ -221,13 +221,13 @@ def test_the_stock_builder_opens_the_result(name, site, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(builders.URLS))
 def test_urls_and_version_are_those_of_tfds(name):
-    stock, own = tfds.builder_cls(name), builders.builder_class(name)
+    stock, ours = tfds.builder_cls(name), builders.builder_class(name)
     assert set(builders.URLS[name].values()) <= set(stock.url_infos)
-    assert own.url_infos == stock.url_infos
-    assert own.name == name and own.VERSION == stock.VERSION
+    assert ours.url_infos == stock.url_infos
+    assert ours.name == name and ours.VERSION == stock.VERSION
 
 
-def test_a_size_may_be_asked_for(site, tmp_path):
+def test_image_size_resizes(site, tmp_path):
     site.publish("cifar10", ARCHIVES["cifar10"]())
     found = data.load("cifar10", data_dir=str(tmp_path), image_size=16)
     assert found.train.images.shape[1:] == (16, 16, 3)
@@ -241,7 +241,7 @@ def test_a_wrong_checksum_is_refused(site, tmp_path):
     assert "wrong checksum" in text and "cifar-10-binary.tar.gz" in text
     assert not (tmp_path / "cifar10" / "3.0.2").exists()
     site.publish("cifar10", ARCHIVES["cifar10"]())
-    data.load("cifar10", data_dir=str(tmp_path))  # and the next try succeeds
+    data.load("cifar10", data_dir=str(tmp_path))  # a second attempt succeeds
 
 
 def test_a_url_without_checksum_is_refused(site, tmp_path, monkeypatch):
@@ -265,7 +265,7 @@ def test_a_failed_download_says_what_to_do(site, tmp_path):
     assert len(site.seen) == before
 
 
-def test_an_unreachable_host_is_no_traceback(site, tmp_path, monkeypatch):
+def test_an_unreachable_host_is_reported(site, tmp_path, monkeypatch):
     site.publish("cifar10", ARCHIVES["cifar10"]())
     site.server.server_close()
     monkeypatch.setattr(builders, "_RETRIES", 0)
@@ -294,10 +294,10 @@ def test_fewer_examples_than_the_info_says_is_an_error(site, tmp_path, monkeypat
     """Promise 32: a half-prepared directory is not trained on."""
     site.publish("cifar10", ARCHIVES["cifar10"]())
     data.load("cifar10", data_dir=str(tmp_path))
-    whole = source_lib._records
+    read_all = source_lib._records
 
     def short(builder, split, limit=None):
-        return tuple(part[:3] for part in whole(builder, split, limit))
+        return tuple(part[:3] for part in read_all(builder, split, limit))
 
     monkeypatch.setattr(source_lib, "_records", short)
     assert "3 examples" in (text := failure("cifar10", tmp_path)) and "10" in text
@@ -310,7 +310,7 @@ def rewrite_info(data_dir: pathlib.Path, file_format: str) -> None:
 
 
 def as_tfrecords(data_dir: pathlib.Path) -> None:
-    """Turns a prepared set into the TFRecord files tfds writes by default."""
+    """Converts a prepared data set to TFRecord, the default format of tfds."""
     from array_record.python import array_record_module
 
     for path in list(data_dir.rglob("*.array_record*")):
@@ -337,7 +337,7 @@ def test_tfrecords_are_read_alike(site, tmp_path):
 
 @pytest.mark.parametrize("lost", [1, 5, 3000])
 def test_truncated_tfrecords_are_an_error(site, tmp_path, lost):
-    """Promise 32: of the other form, too."""
+    """Promise 32: in the other format as well."""
     site.publish("cifar10", ARCHIVES["cifar10"]())
     data.load("cifar10", data_dir=str(tmp_path))
     as_tfrecords(tmp_path)
@@ -371,7 +371,7 @@ def test_unknown_names_get_the_nearest(tmp_path):
     assert "digits" in failure("digit", tmp_path)
 
 
-def test_an_unknown_config_is_no_traceback(tmp_path):
+def test_an_unknown_config_is_reported(tmp_path):
     assert "no_such" in failure("cifar10_1/no_such", tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""tfds sets that this package has no reader for, prepared by somebody else."""
+"""tfds data sets that were prepared elsewhere."""
 
 import io
 import pathlib
@@ -22,7 +22,7 @@ def failure(name: str, data_dir: pathlib.Path) -> str:
 
 
 def prepare_own(data_dir: pathlib.Path, features: dict, splits: dict) -> None:
-    """Prepares a set that tfds does not know, as a user would."""
+    """Prepares a data set that is not part of tfds, as a user would."""
     fields = {
         "name": "homemade",
         "VERSION": tfds.core.Version("1.0.0"),
@@ -74,7 +74,7 @@ def test_any_prepared_set_is_used_and_grey_becomes_rgb(tmp_path):
     assert (found.train.images == found.train.images[..., :1]).all()
 
 
-def test_validation_stands_in_for_a_test_split_without_labels(tmp_path):
+def test_validation_replaces_a_test_split_without_labels(tmp_path):
     parts = {
         "train": grey_examples(8),
         "validation": grey_examples(3),
@@ -107,7 +107,7 @@ def test_undecodable_examples_are_named(tmp_path, capsys):
 
 
 def test_undecodable_test_images_are_never_left_out(tmp_path):
-    """Promise 31: a result that left some out would not be of that data set."""
+    """Promise 31: results are for the complete test split."""
     parts = {"train": grey_examples(8), "test": grey_examples(2)}
     parts["test"][1]["image"] = b"broken"
     prepare_own(tmp_path, FEATURES, parts)
@@ -117,7 +117,7 @@ def test_undecodable_test_images_are_never_left_out(tmp_path):
 
 @pytest.mark.parametrize("form", ["array_record", "tfrecord"])
 def test_streamed_sets_lack_no_example(form, tmp_path):
-    """Promise 32: the count is that of the preparation."""
+    """Promise 32: the number of examples is that of the preparation."""
     parts = {"train": grey_examples(8), "test": grey_examples(4)}
     prepare_own(tmp_path, FEATURES, parts)
     if form == "tfrecord":
@@ -132,7 +132,7 @@ def test_streamed_sets_lack_no_example(form, tmp_path):
 
 
 def test_a_streamed_shard_cut_short_is_an_error(tmp_path):
-    """Promise 32: before its first example is read."""
+    """Promise 32: reported before the first example is read."""
     parts = {"train": grey_examples(8), "test": grey_examples(4)}
     prepare_own(tmp_path, FEATURES, parts)
     (shard,) = tmp_path.rglob("homemade-train.array_record*")

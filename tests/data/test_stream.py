@@ -1,4 +1,4 @@
-"""Streamed input: what a step sees, whoever decodes it and wherever it starts."""
+"""Streamed input: batches do not depend on who decodes them or on the first step."""
 
 import dataclasses
 import functools
@@ -27,6 +27,7 @@ from lakd_jax.runs import command, single
 from lakd_jax.runtime import interrupt
 from lakd_jax.store import workdir
 from lakd_jax.training import feeds
+from lakd_jax.training import setup as setup_lib
 from lakd_jax.training import state as state_lib
 
 VIEWS = batches_lib.Views(size=8, scale=(0.3, 1.0), shorter=10)
@@ -36,7 +37,7 @@ LONG = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Three classes of JPEGs of various sizes, grey ones among them."""
+    """Three classes of JPEGs of various sizes, some of them grey."""
     root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for role, count in COUNTS.items():
         for i, name in zip(range(3 * count), itertools.cycle(tiny.CLASSES)):
@@ -74,7 +75,7 @@ def alike(one, other):
 # ------------------------------------------------------------------- crops
 
 
-def test_a_random_box_has_the_area_and_the_shape_asked_for():
+def test_a_random_box_has_the_requested_area_and_shape():
     rng, shares = np.random.default_rng(1), []
     for _ in range(400):
         left, top, right, bottom = crops.random_box(rng, 300, 200, (0.1, 0.5))
@@ -104,7 +105,7 @@ def test_a_view_depends_on_seed_epoch_and_example_alone(photos):
 
 
 def test_large_photos_are_decoded_small_and_look_the_same(tmp_path):
-    """Decoding at a fraction of the size changes rounding, not the picture."""
+    """Decoding at a fraction of the size changes only the rounding."""
     y, x = np.mgrid[:600, :800]
     pixels = np.stack([x // 4, y // 3, (x + y) // 8], -1).astype(np.uint8)
     path = tmp_path / "large.jpg"
@@ -121,8 +122,8 @@ def test_the_centre_is_cut_as_torchvision_cuts_it(tmp_path):
     path = tmp_path / "x.png"
     Image.fromarray(pixels).save(path)
     view = crops.test_view(str(path), "x", size=8, shorter=10)
-    whole = Image.fromarray(pixels).resize((14, 10), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(view, np.asarray(whole)[1:9, 3:11])
+    resized = Image.fromarray(pixels).resize((14, 10), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(view, np.asarray(resized)[1:9, 3:11])
 
 
 # ------------------------------------------------------------------- batches
@@ -167,15 +168,15 @@ def test_no_process_is_left_behind(photos):
 
 def test_processes_share_a_batch_and_lose_nothing(photos):
     split = loaded(photos).train
-    whole = training(split)
+    full = training(split)
     parts = [training(split, batches_lib.Share(i, 2, 4)) for i in (0, 1)]
-    for step in (0, 5):  # the last of an epoch has 1 example, which all decode
+    for step in (0, 5):  # the last one of an epoch has 1 example, which all decode
         shares = [part[step] for part in parts]
-        assert {share.total for share in shares} == {whole[step].total}
+        assert {share.total for share in shares} == {full[step].total}
         found = [share.split for share in shares]
-        joined = found if whole[step].total % 4 else [_joined(found)]
+        joined = found if full[step].total % 4 else [_joined(found)]
         for one in joined:
-            alike(one, whole[step].split)
+            alike(one, full[step].split)
 
 
 def test_a_batch_that_devices_cannot_share_is_whole_everywhere(photos):
@@ -185,8 +186,8 @@ def test_a_batch_that_devices_cannot_share_is_whole_everywhere(photos):
     assert len(part.split) == part.total == 6
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
     keys = state_lib.replicate(state_lib.keys(0), mesh)
-    whole = feeds.Stream(loaded(photos).train, mesh).put(part, keys)
-    assert whole.images.shape[0] == 6 and whole.images.is_fully_replicated
+    batch = feeds.Stream(loaded(photos).train, mesh).put(part, keys)
+    assert batch.images.shape[0] == 6 and batch.images.is_fully_replicated
 
 
 def _joined(parts):
@@ -238,11 +239,11 @@ def test_prepared_sets_are_read_without_tensorflow(form, tmp_path):
         "homemade", views, minival=0, data_dir=str(tmp_path), workers=0
     )
     assert (len(found.train), len(found.test)) == (12, 5)
-    assert isinstance(found.train.source.places, np.ndarray) == (form == "tfrecord")
+    assert isinstance(found.train.source.locations, np.ndarray) == (form == "tfrecord")
     split = found.train.take(np.arange(12))
-    whole = data.load("homemade", data_dir=str(tmp_path)).train
-    np.testing.assert_array_equal(split.images, whole.images)
-    np.testing.assert_array_equal(split.labels, whole.labels)
+    in_memory = data.load("homemade", data_dir=str(tmp_path)).train
+    np.testing.assert_array_equal(split.images, in_memory.images)
+    np.testing.assert_array_equal(split.labels, in_memory.labels)
 
 
 def test_half_a_tfrecord_is_refused_before_training(tmp_path):
@@ -278,8 +279,8 @@ def lab(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(lab, photos):
-    """(its fields, its folder) of an unbroken run, made by the first to ask for it."""
+def unbroken(lab, photos):
+    """Returns the fields and folder of an uninterrupted run, cached."""
 
     @functools.cache
     def run(method, engine):
@@ -301,9 +302,11 @@ def whole(lab, photos):
         pytest.param("lakd", "pipeline", marks=LONG),
     ],
 )
-def test_a_stopped_run_ends_as_the_unbroken_one(method, engine, whole, lab, tmp_path):
+def test_a_stopped_run_ends_as_the_unbroken_one(
+    method, engine, unbroken, lab, tmp_path
+):
     """Promise 12: to the last bit, with every engine."""
-    fields, folder = whole(method, engine)
+    fields, folder = unbroken(method, engine)
     with pytest.raises(interrupt.Interrupted):
         lab.train(tmp_path, tiny.StopAfter(4 + 2), **fields)
     assert resume.saved_steps(tmp_path)[-1] == 5  # of 8, the first of an epoch
@@ -311,14 +314,14 @@ def test_a_stopped_run_ends_as_the_unbroken_one(method, engine, whole, lab, tmp_
     resume.assert_equal_runs(resume.finished(folder), resume.finished(tmp_path))
 
 
-def test_a_streamed_split_is_scored_as_one_in_memory(whole, lab):
-    fields, folder = whole("none", "fused")
+def test_a_streamed_split_is_scored_as_one_in_memory(unbroken, lab):
+    fields, folder = unbroken("none", "fused")
     settings = lab.config(**fields)
     result = json.loads((folder / workdir.RESULT).read_text())
     bench = resume.make_bench(settings, interrupt.Guard())
     held = state_lib.resident(bench.dataset.preview.test, 0, bench.mesh)
     network, _ = weights.student(folder / workdir.STUDENT, "float32")
-    pixels = single.build.pixels(settings)
+    pixels = setup_lib.pixels(settings)
     score = single.evaluator(settings, network, pixels, bench)(network.variables, held)
     assert score.right == result["test_last"]["right"]
     assert score.examples == result["test_last"]["examples"] == 21
@@ -348,7 +351,7 @@ def test_eight_devices_are_fed_like_one(photos):
 
 
 class Slow(batches_lib.Training):
-    """Batches that take their time."""
+    """Batches that are slow to decode."""
 
     def __getitem__(self, number):
         time.sleep(0.01)
@@ -356,23 +359,23 @@ class Slow(batches_lib.Training):
 
 
 def test_a_stall_is_told(photos, monkeypatch):
-    """Promise 33: once, with what is needed and what is delivered."""
+    """Promise 33: once, with the required and the delivered rate."""
     monkeypatch.setattr(feeds, "WATCHED", 10)
     split = loaded(photos).train
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    told = []
+    lines = []
     run = feeds.Run(
         feeds.Stream(split, mesh),
         Slow(split, 3, 16, True, 60, ALONE),
         state_lib.replicate(state_lib.keys(0), mesh),
-        told.append,
+        lines.append,
     )
     feed = feeds.feed(run)
     feed.begin(0)
     for _ in range(45):
         feed.next(np.zeros((1, 16), np.int32))
     feed.close()
-    (line,) = told
+    (line,) = lines
     assert "waiting for images" in line and "delivered; raise data.workers" in line
 
 
@@ -388,7 +391,7 @@ def test_a_stall_is_told(photos, monkeypatch):
         ({"teacher__views": 2, "method": "kd"}, "teacher.views is for data in memory"),
     ],
 )
-def test_what_cannot_be_streamed_is_said_first(fields, line, photos, tmp_path):
+def test_what_cannot_be_streamed_is_reported_first(fields, line, photos, tmp_path):
     settings = tiny.config(tmp_path, **(streaming(photos) | fields))
     found = check.problems(settings, 1)
     assert len(found) == 1 and line in found[0]

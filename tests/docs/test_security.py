@@ -94,7 +94,7 @@ def test_metadata_that_is_no_card_is_an_error_in_a_line(text, tmp_path):
     header = {"format": "lakd_jax"} | ({} if text is None else {"metadata": text})
     path = tmp_path / "student.safetensors"
     safetensors.numpy.save_file({"params/a": np.ones(2)}, path, metadata=header)
-    with pytest.raises(errors.TeacherError, match="says of itself cannot be read"):
+    with pytest.raises(errors.TeacherError, match="its metadata cannot be read"):
         interop.load_variables(path)
 
 
@@ -103,7 +103,7 @@ def test_a_torch_whose_pickles_ran_code_is_not_used(version, tmp_path, monkeypat
     (tmp_path / "x.pth").write_bytes(b"")
     old = types.SimpleNamespace(__version__=version, load=None)
     monkeypatch.setitem(sys.modules, "torch", old)
-    with pytest.raises(errors.TeacherError, match=r"needs torch 2\.6 .* here is"):
+    with pytest.raises(errors.TeacherError, match=r"needs torch 2\.6 .* is installed"):
         interop.load_torch_file(tmp_path / "x.pth")
 
 

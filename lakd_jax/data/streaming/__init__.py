@@ -1,1 +1,1 @@
-"""Input that does not fit into memory: read and decoded when it is needed."""
+"""Input that does not fit into memory, read and decoded on demand."""

@@ -1,9 +1,9 @@
-"""Splits that do not fit into memory: batches decoded as they are needed.
+"""Splits that do not fit into memory, with batches decoded on demand.
 
-Which examples a step sees is `order.batch_indices`, as for splits in memory, and how an
-image is cut depends on (seed, epoch, example) alone; so any step's batch can be asked
-for first, and a resumed run asks for the next. Grain spreads the work over processes
-or threads, a batch each, and hands batches over in order.
+The examples of a step are `order.batch_indices`, as for splits in memory, and an
+image's crop depends on (seed, epoch, example) alone. So the batch of any step can be
+computed without those before it, which is how runs are resumed. Grain distributes the
+batches over processes or threads and returns them in order.
 """
 
 import dataclasses
@@ -17,18 +17,18 @@ from lakd_jax import errors
 from lakd_jax.data import dataset, order
 from lakd_jax.data.streaming import crops, records
 
-_AHEAD = 2  # batches that wait for each worker
-PREVIEW = 2000  # images of each split that are looked at in pictures and reports
+_PREFETCH = 2  # batches buffered per worker
+PREVIEW = 2000  # images of each split that pictures and reports use
 
 
 @dataclasses.dataclass(frozen=True)
 class Views:
-    """How an encoded image becomes an array.
+    """How encoded images are cropped.
 
     Attributes:
-      size: side of it.
-      scale: least and largest share of the area of a random crop.
-      shorter: what the shorter side becomes before the centre is cut out.
+      size: height and width of the result.
+      scale: smallest and largest share of the area in a random crop.
+      shorter: length of the shorter side after resizing, before the centre crop.
     """
 
     size: int
@@ -38,13 +38,13 @@ class Views:
 
 @dataclasses.dataclass(frozen=True)
 class Streamed:
-    """A split as encoded records; stands where `dataset.Split` does.
+    """A split of encoded records; takes the place of `dataset.Split`.
 
     Attributes:
-      source: the records of the whole split of the source.
-      chosen: (N,) int32, which of them belong to this split: their ids.
-      views: how they are cut.
-      workers: processes that decode; 0 for threads in this one.
+      source: all records of the source's split.
+      chosen: (N,) int32, the ids of the records that belong to this split.
+      views: how they are cropped.
+      workers: number of decoding processes; 0 for threads of this process.
     """
 
     source: records.Records
@@ -57,18 +57,18 @@ class Streamed:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of an image."""
+        """The shape (H, W, 3) of an image."""
         return self.views.size, self.views.size, 3
 
     def take(self, rows: np.ndarray) -> dataset.Split:
-        """The examples at these positions as they are tested, in memory."""
-        return _split([_test(self, int(row)) for row in rows])
+        """Returns the test views of the examples at these positions, in memory."""
+        return _split([_test_example(self, int(row)) for row in rows])
 
     def sample(self, count: int) -> dataset.Split:
-        """Up to `count` examples, the same every time; decoded in threads."""
+        """Returns up to `count` examples, always the same; decodes in threads."""
         rows = np.sort(np.random.default_rng(0).permutation(len(self))[:count])
         parts = [rows[at : at + 64] for at in range(0, len(rows), 64)]
-        batches = list(_grain(_Listed(self, parts), 0, 0))
+        batches = list(_grain(_TestBatches(self, parts), 0, 0))
         return _split([one for batch in batches for one in batch])
 
 
@@ -79,18 +79,18 @@ def _split(examples: list[tuple[np.ndarray, int, int]]) -> dataset.Split:
     )
 
 
-def _test(split: Streamed, row: int) -> tuple[np.ndarray, int, int]:
-    """(image as it is tested, label, id) of the example at `row`."""
+def _test_example(split: Streamed, row: int) -> tuple[np.ndarray, int, int]:
+    """Returns (test view, label, id) of the example at `row`."""
     example, views = int(split.chosen[row]), split.views
     source, label = split.source.read(example)
     name = split.source.name(example)
     return crops.test_view(source, name, views.size, views.shorter), label, example
 
 
-def _train(
+def _train_example(
     split: Streamed, row: int, seed: int, epoch: int
 ) -> tuple[np.ndarray, int, int]:
-    """(random view, label, id) of the example at `row`."""
+    """Returns (random view, label, id) of the example at `row`."""
     example, views = int(split.chosen[row]), split.views
     source, label = split.source.read(example)
     rng = crops.generator(seed, epoch, example)
@@ -101,9 +101,9 @@ def _train(
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Which part of every batch this process decodes: number `index` of `count`.
+    """The part of every batch that this process decodes: number `index` of `count`.
 
-    A batch that all `devices` cannot share equally is decoded whole by every process.
+    Every process decodes all of a batch that cannot be split equally over `devices`.
     """
 
     index: int
@@ -111,7 +111,7 @@ class Share:
     devices: int
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
-        """The positions that are this process's."""
+        """Selects the positions of this process."""
         if len(rows) % self.devices:
             return rows
         part = len(rows) // self.count
@@ -124,7 +124,7 @@ class Part:
 
     Attributes:
       split: its examples.
-      total: how many the whole batch has.
+      total: number of examples in the full batch.
     """
 
     split: dataset.Split
@@ -132,20 +132,20 @@ class Part:
 
 
 class Batches(Protocol):
-    """Batches by number; travels to the processes that decode them."""
+    """Batches by number; pickled for the processes that decode them."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Returns the number of batches."""
         ...
 
     def __getitem__(self, number: int) -> Any:
-        """One of them."""
+        """Decodes one batch."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """The batches of a run by step, as `order.batch_indices` has them."""
+    """The batches of a run by step, in the order of `order.batch_indices`."""
 
     split: Streamed
     seed: int
@@ -158,18 +158,21 @@ class Training:
         return self.steps
 
     def __getitem__(self, number: int) -> Part:
-        """Of the batch of a step."""
+        """Decodes this process's part of the batch of a step."""
         count = len(self.split)
         sizes = (count, self.batch_size, self.drop_last)
         rows = order.batch_indices(self.seed, number, *sizes)
         epoch = number // order.steps_per_epoch(*sizes)
-        own = [_train(self.split, int(r), self.seed, epoch) for r in self.share(rows)]
-        return Part(_split(own), len(rows))
+        examples = [
+            _train_example(self.split, int(row), self.seed, epoch)
+            for row in self.share(rows)
+        ]
+        return Part(_split(examples), len(rows))
 
 
 @dataclasses.dataclass(frozen=True)
 class Testing:
-    """All examples in order; the last batch is filled up with the first example."""
+    """All examples in order; the last batch is padded with the first example."""
 
     split: Streamed
     batch_size: int
@@ -179,15 +182,15 @@ class Testing:
         return -(-len(self.split) // self.batch_size)
 
     def __getitem__(self, number: int) -> Part:
-        """Of a batch."""
+        """Decodes this process's part of a batch."""
         rows = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
         rows = np.where(rows < len(self.split), rows, 0)
         return Part(self.split.take(self.share(rows)), len(rows))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Listed:
-    """Batches of given rows, as they are tested."""
+class _TestBatches:
+    """Test views of given rows, in batches."""
 
     split: Streamed
     rows: list[np.ndarray]
@@ -196,16 +199,16 @@ class _Listed:
         return len(self.rows)
 
     def __getitem__(self, number: int) -> list[tuple[np.ndarray, int, int]]:
-        return [_test(self.split, int(row)) for row in self.rows[number]]
+        return [_test_example(self.split, int(row)) for row in self.rows[number]]
 
 
 def read(batches: Batches, start: int, workers: int) -> Generator[Any, None, None]:
-    """The batches from number `start` on, decoded ahead of time, in order.
+    """Yields the batches from number `start` on, in order, decoded ahead of time.
 
     Args:
-      batches: what is decoded.
-      start: the first that is wanted.
-      workers: processes that decode a batch each; 0 for threads in this one.
+      batches: the batches to decode.
+      start: number of the first.
+      workers: processes that decode one batch each; 0 for threads of this process.
 
     Raises:
       DataError: an example cannot be read or decoded.
@@ -218,7 +221,7 @@ def read(batches: Batches, start: int, workers: int) -> Generator[Any, None, Non
             return
         except errors.LakdError:
             raise
-        except Exception as error:  # from another process: only its text is kept
+        except Exception as error:  # from another process: only its text is available
             text = " ".join(str(error).split())
             raise errors.DataError(f"reading images failed: {text[-600:]}") from error
         yield batch
@@ -228,23 +231,23 @@ def _grain(batches: Batches, start: int, workers: int) -> Iterator[Any]:
     import grain
     from absl import flags
 
-    if not flags.FLAGS.is_parsed():  # Grain's processes are handed absl's flags
+    if not flags.FLAGS.is_parsed():  # Grain passes absl's flags to its processes
         flags.FLAGS.mark_as_parsed()
     source: Any = batches
     data = grain.MapDataset.source(source)[start:]
     if workers:
-        one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD)
+        read_options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH)
         options = grain.MultiprocessingOptions(
-            num_workers=workers, per_worker_buffer_size=_AHEAD
+            num_workers=workers, per_worker_buffer_size=_PREFETCH
         )
-        return iter(data.to_iter_dataset(one).mp_prefetch(options))
-    several = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * _AHEAD)
-    return iter(data.to_iter_dataset(several))
+        return iter(data.to_iter_dataset(read_options).mp_prefetch(options))
+    read_options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * _PREFETCH)
+    return iter(data.to_iter_dataset(read_options))
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """What `dataset.Dataset` is, of splits that are streamed."""
+    """The counterpart of `dataset.Dataset` with streamed splits."""
 
     name: str
     classes: tuple[str, ...]
@@ -254,18 +257,16 @@ class Dataset:
 
     @functools.cached_property
     def preview(self) -> dataset.Dataset:
-        """Some images in memory, as they are tested: for pictures and reports."""
+        """Test views of some images, in memory, for pictures and reports."""
         minival = self.minival.sample(PREVIEW) if self.minival else None
         train, test = self.train.sample(PREVIEW), self.test.sample(PREVIEW)
         return dataset.Dataset(self.name, self.classes, train, minival, test)
 
     def fingerprint(self) -> str:
-        """Of the files' names and sizes, the splits and the class names."""
+        """Returns a hash of the files' names and sizes, the splits and class names."""
         sources = (self.train.source, self.test.source)
-        told = repr(
-            [self.classes, len(self.train), *(s.fingerprint() for s in sources)]
-        )
-        return records.digest(told)
+        facts = [self.classes, len(self.train), *(s.fingerprint() for s in sources)]
+        return records.digest(repr(facts))
 
 
 def load(
@@ -276,41 +277,41 @@ def load(
     data_dir: str,
     workers: int,
 ) -> Dataset:
-    """Finds the examples of a set; decodes none.
+    """Lists the examples of a data set without decoding any.
 
     Args:
       source: "folder:PATH" or a tfds name, as for `sources.load`.
-      views: how images are cut.
+      views: how images are cropped.
       minival: fraction of the training split held out, the same in every run; not
         stratified, since labels are known only when records are read.
-      data_dir: where tfds keeps its sets.
-      workers: processes that decode; 0 for threads.
+      data_dir: the data directory of tfds.
+      workers: number of decoding processes; 0 for threads.
 
     Raises:
-      DataError: the data is missing, unfit or incomplete.
+      DataError: the data is missing, invalid or incomplete.
     """
     if source.startswith("folder:"):
         found = records.from_folder(source.removeprefix("folder:"))
     elif source == "digits":
         raise errors.DataError(
-            "data.source=digits is in memory: set data.streaming=False"
+            "data.source=digits is always in memory: set data.streaming=False"
         )
     else:
         found = records.from_tfds(source, data_dir)
     classes, train, test = found
 
-    def split(of: records.Records, chosen: np.ndarray) -> Streamed:
-        return Streamed(of, chosen.astype(np.int32), views, workers)
+    def split(split_records: records.Records, chosen: np.ndarray) -> Streamed:
+        return Streamed(split_records, chosen.astype(np.int32), views, workers)
 
-    # Sorted raw Philox words, as in `dataset.stratified_mask`: the same for ever.
+    # Sorts raw Philox words, as `dataset.stratified_mask` does: stable across versions.
     words = np.random.Philox(key=0).random_raw(len(train))
     shuffled = np.argsort(words, kind="stable")
     count = round(minival * len(train))
-    kept, held = np.sort(shuffled[count:]), np.sort(shuffled[:count])
+    kept, held_out = np.sort(shuffled[count:]), np.sort(shuffled[:count])
     return Dataset(
         source,
         classes,
         split(train, kept),
-        split(train, held) if count else None,
+        split(train, held_out) if count else None,
         split(test, np.arange(len(test))),
     )

@@ -1,8 +1,8 @@
-"""Crops of large images as the field's ImageNet recipe cuts them, while decoding.
+"""Crops large images while decoding, as in the usual ImageNet recipe.
 
-Training: a random part of the image, resized (Szegedy et al., arXiv 1409.4842, as
-torchvision's RandomResizedCrop draws it). Testing: the shorter side resized, the centre
-cut out. The mirror image is left to the compiled step.
+Training: a random part of the image, resized (Szegedy et al., arXiv 1409.4842, drawn as
+by torchvision's RandomResizedCrop). Testing: the shorter side is resized and the centre
+cropped. Mirroring is done in the compiled step.
 """
 
 import math
@@ -12,12 +12,12 @@ from PIL import Image
 
 from lakd_jax.data import images
 
-_RATIOS = (3 / 4, 4 / 3)  # width by height of a random crop
+_RATIOS = (3 / 4, 4 / 3)  # width / height of a random crop
 _TRIES = 10
 
 
 def generator(seed: int, epoch: int, example: int) -> np.random.Generator:
-    """Of one view of one example: nothing else decides what is drawn."""
+    """Returns the generator of one view, which depends on the arguments alone."""
     key = np.array([seed % 2**32 << 32 | epoch % 2**32, example], np.uint64)
     return np.random.Generator(np.random.Philox(key=key))
 
@@ -25,24 +25,24 @@ def generator(seed: int, epoch: int, example: int) -> np.random.Generator:
 def random_box(
     rng: np.random.Generator, width: int, height: int, scale: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """A part of the image with an area in `scale` and a width of 3/4 to 4/3 heights.
+    """Draws a box with an area in `scale` and an aspect ratio of 3/4 to 4/3.
 
     Args:
-      rng: draws at most four numbers a try, of which there are ten.
-      width: of the image, pixels.
-      height: of the image, pixels.
-      scale: least and largest share of the area, in 0..1.
+      rng: draws up to four numbers per attempt, of which there are ten.
+      width: of the image, in pixels.
+      height: of the image, in pixels.
+      scale: smallest and largest share of the area, in 0..1.
 
     Returns:
-      (left, top, right, bottom) in pixels; without success the largest centred part
-      whose shape is allowed.
+      (left, top, right, bottom) in pixels; if no attempt fits, the largest centred box
+      with an allowed aspect ratio.
     """
     area = width * height
     low, high = (math.log(ratio) for ratio in _RATIOS)
     for _ in range(_TRIES):
-        wanted = area * rng.uniform(*scale)
+        crop_area = area * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(low, high))
-        w, h = round(math.sqrt(wanted * ratio)), round(math.sqrt(wanted / ratio))
+        w, h = round(math.sqrt(crop_area * ratio)), round(math.sqrt(crop_area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
             return int(left), int(top), int(left) + w, int(top) + h
@@ -59,20 +59,22 @@ def train_view(
     size: int,
     scale: tuple[float, float],
 ) -> np.ndarray:
-    """A random part of an encoded image, (size, size, 3) uint8; bilinear.
+    """Decodes a random crop of an image to (size, size, 3) uint8; bilinear.
 
-    JPEGs are decoded at a half, a quarter or an eighth where the crop still has more
-    pixels than are asked for, which saves most of the work in large images.
+    JPEGs are decoded at a half, a quarter or an eighth of their size if the crop still
+    has at least `size` pixels, which saves most of the work for large images.
 
     Raises:
       DataError: the image cannot be decoded.
     """
-    with images.opened(source, name) as image:
+    with images.open_image(source, name) as image:
         width, height = image.size
         box = random_box(rng, width, height, scale)
-        least = min(box[2] - box[0], box[3] - box[1])
-        if least > size:
-            image.draft("RGB", (width * size // least + 1, height * size // least + 1))
+        shortest = min(box[2] - box[0], box[3] - box[1])
+        if shortest > size:
+            image.draft(
+                "RGB", (width * size // shortest + 1, height * size // shortest + 1)
+            )
         x, y = image.size[0] / width, image.size[1] / height
         box = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
         rgb = images.to_rgb(image)
@@ -80,18 +82,19 @@ def train_view(
 
 
 def test_view(source: str | bytes, name: str, size: int, shorter: int) -> np.ndarray:
-    """The centre of an encoded image, (size, size, 3) uint8.
+    """Decodes the centre of an image to (size, size, 3) uint8.
 
     Args:
       source: path, or the encoded bytes.
-      name: what an error calls the image.
-      size: side of what is cut out.
-      shorter: the shorter side is resized to this first (bilinear), at least `size`.
+      name: the image's name in error messages.
+      size: height and width of the centre crop.
+      shorter: length to which the shorter side is resized first (bilinear), at least
+        `size`.
 
     Raises:
       DataError: the image cannot be decoded.
     """
-    with images.opened(source, name) as image:
+    with images.open_image(source, name) as image:
         rgb = images.to_rgb(image)
     width, height = rgb.size
     short = min(width, height)

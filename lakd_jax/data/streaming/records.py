@@ -1,7 +1,7 @@
-"""Encoded images that can be read one by one, in any order, by any process.
+"""Encoded images with random access from any process.
 
-Objects of this module travel to decoding processes, so they hold paths and offsets and
-open their files where they are used. None of it needs TensorFlow.
+Objects of this module are pickled for the decoding processes, so they store paths and
+offsets, and open files on use. TensorFlow is not needed.
 """
 
 import dataclasses
@@ -21,25 +21,25 @@ class Records(Protocol):
     """The examples of a split, numbered from 0."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Returns the number of examples."""
         ...
 
     def read(self, index: int) -> tuple[str | bytes, int]:
-        """A path or the encoded bytes of an image, and its label."""
+        """Returns the path or the encoded bytes of an image, and its label."""
         ...
 
     def name(self, index: int) -> str:
-        """What an error calls this example."""
+        """Returns the example's name in error messages."""
         ...
 
     def fingerprint(self) -> str:
-        """Changes with the names, sizes or number of the files."""
+        """Returns a hash of the names, sizes and number of the files."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """Image files with a label each."""
+    """Image files, each with a label."""
 
     paths: tuple[str, ...]
     labels: np.ndarray
@@ -56,30 +56,30 @@ class Files:
         return self.paths[index]
 
     def fingerprint(self) -> str:
-        """See `Records`; of where the files lie only their last two names count."""
+        """See `Records`; uses only the last two components of every path."""
         paths = map(pathlib.Path, self.paths)
-        told = (f"{p.parent.name}/{p.name} {p.stat().st_size}" for p in paths)
-        return digest("\n".join(told))
+        lines = (f"{p.parent.name}/{p.name} {p.stat().st_size}" for p in paths)
+        return digest("\n".join(lines))
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A split of a set that tfds has prepared, as ArrayRecord or TFRecord.
+    """A split of a data set prepared by tfds, as ArrayRecord or TFRecord.
 
     Attributes:
       directory: of the prepared version.
       split: its name.
-      places: of TFRecords, (N, 3) int64: file, offset and length of each record, see
-        `tfrecord_places`; None for ArrayRecord, which has its own index.
+      locations: for TFRecord, (N, 3) int64: file, offset and length of each record, see
+        `tfrecord_locations`; None for ArrayRecord, which has an index.
     """
 
     directory: str
     split: str
-    places: np.ndarray | None
+    locations: np.ndarray | None
 
     def __len__(self) -> int:
-        if self.places is not None:
-            return len(self.places)
+        if self.locations is not None:
+            return len(self.locations)
         return len(_array_records(self.directory, self.split))
 
     def read(self, index: int) -> tuple[str | bytes, int]:
@@ -93,14 +93,14 @@ class Prepared:
         except Exception as error:  # missing, truncated or foreign files
             raise errors.DataError(
                 f"{self.name(index)}: cannot be read from {self.directory} "
-                f"({builders.brief(error)}). Prepare the set again."
+                f"({builders.brief(error)}). Prepare the data set again."
             ) from error
         return example["image"], int(example["label"])
 
     def _example(self, index: int) -> dict[str, Any]:
-        if self.places is None:
+        if self.locations is None:
             return _array_records(self.directory, self.split)[index]
-        number, offset, length = (int(n) for n in self.places[index])
+        number, offset, length = (int(n) for n in self.locations[index])
         path = _builder(self.directory).info.splits[self.split].filepaths[number]
         with path.open("rb") as file:
             file.seek(offset)
@@ -123,12 +123,12 @@ class Prepared:
 
 
 def digest(text: str) -> str:
-    """Sixteen hex digits that change with the text."""
+    """Returns a hash of the text as 16 hex digits."""
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _raw() -> dict[str, Any]:
-    """Has tfds leave images encoded."""
+    """Returns the decoders with which tfds leaves images encoded."""
     import tensorflow_datasets as tfds
 
     return {"image": tfds.decode.SkipDecoding()}
@@ -143,42 +143,43 @@ def _builder(directory: str) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _array_records(directory: str, split: str) -> Any:
-    """Opened once a process; reading one record is reading one block of the file."""
-    builder, form = _builder(directory), "array_record"
-    return builder.as_data_source(split, decoders=_raw(), file_format=form)
+    """Opens a split, once per process; reading a record reads one block of a file."""
+    builder, file_format = _builder(directory), "array_record"
+    return builder.as_data_source(split, decoders=_raw(), file_format=file_format)
 
 
 def from_folder(path: str) -> tuple[tuple[str, ...], Files, Files]:
-    """(classes, train, test) of an image folder, see `lakd_jax.data.folder`."""
-    classes, listed = folder.listed(path)
+    """Returns (classes, train, test) of an image folder, see `lakd_jax.data.folder`."""
+    classes, both_splits = folder.list_files(path)
     splits = []
-    for files in listed:
-        labels = np.repeat(np.arange(len(files)), [len(own) for own in files.values()])
-        paths = tuple(str(p) for own in files.values() for p in own)
+    for files in both_splits:
+        counts = [len(paths) for paths in files.values()]
+        labels = np.repeat(np.arange(len(files)), counts)
+        paths = tuple(str(path) for paths in files.values() for path in paths)
         splits.append(Files(paths, labels.astype(np.int32)))
     return classes, splits[0], splits[1]
 
 
 def from_tfds(name: str, data_dir: str) -> tuple[tuple[str, ...], Prepared, Prepared]:
-    """(classes, train, test) of a tfds set, which is prepared first if need be.
+    """Returns (classes, train, test) of a tfds data set, preparing it if needed.
 
     Raises:
-      DataError: see `tfds_source.load`.
+      DataError: see `lakd_jax.data.tfds.source.load`.
     """
-    builder = source.prepared(name, data_dir)
+    builder = source.prepared_builder(name, data_dir)
     classes = source.classes(builder, name)
     test = source.test_split(builder, name)
     return classes, _prepared(builder, "train"), _prepared(builder, test)
 
 
 def _prepared(builder: Any, split: str) -> Prepared:
-    paths, places = builder.info.splits[split].filepaths, None
+    paths, locations = builder.info.splits[split].filepaths, None
     if "array_record" in source.formats(builder):
-        # Counted in the files: tfds's own source repeats what was prepared.
+        # Counted in the files, since tfds's source reports the prepared number.
         count = sum(map(_array_record_count, paths))
     else:
-        places = tfrecord_places(paths)
-        count = len(places)
+        locations = tfrecord_locations(paths)
+        count = len(locations)
     expected = builder.info.splits[split].num_examples
     if count < max(expected, 1):
         raise errors.DataError(
@@ -186,27 +187,27 @@ def _prepared(builder: Any, split: str) -> Prepared:
             f"where {expected} were prepared: the directory is incomplete. Delete it "
             "and start again."
         )
-    return Prepared(str(builder.data_dir), split, places)
+    return Prepared(str(builder.data_dir), split, locations)
 
 
 def _array_record_count(path: Any) -> int:
-    """How many records a file holds; 0 of one that is missing or cut short."""
+    """Returns the number of records in a file; 0 if it is missing or truncated."""
     from array_record.python import array_record_module
 
     reader = array_record_module.ArrayRecordReader(str(path))
-    if not reader.ok():  # then closing it fails, too
+    if not reader.ok():  # then closing it fails as well
         return 0
     count = reader.num_records()
     reader.close()
     return count
 
 
-def tfrecord_places(paths: list[Any]) -> np.ndarray:
-    """File, offset and length of every record, (N, 3) int64.
+def tfrecord_locations(paths: list[Any]) -> np.ndarray:
+    """Returns file, offset and length of every record, (N, 3) int64.
 
-    Only the records' lengths are read: a seek each, no content.
+    Reads only the records' lengths: one seek per record, no content.
     """
-    places = []
+    locations = []
     for number, path in enumerate(paths):
         size = path.stat().length
         with path.open("rb") as file:
@@ -217,8 +218,8 @@ def tfrecord_places(paths: list[Any]) -> np.ndarray:
                 if len(header) < 12 or end > size:
                     raise errors.DataError(
                         f"{path} ends within a record. Delete the directory and "
-                        "prepare the set again."
+                        "prepare the data set again."
                     )
-                places.append((number, offset + 12, length))
+                locations.append((number, offset + 12, length))
                 file.seek(offset := end)
-    return np.array(places, np.int64).reshape(-1, 3)
+    return np.array(locations, np.int64).reshape(-1, 3)

@@ -1,10 +1,9 @@
-"""CIFAR-10, CIFAR-100 and SVHN prepared without TensorFlow.
+"""Prepares CIFAR-10, CIFAR-100 and SVHN without TensorFlow.
 
-tfds's own builders unpack and read their archives through TensorFlow and
-give images as arrays, which it encodes. These subclasses keep their names,
-versions, features, URLs and checksums, but read the archives with the standard
-library and SciPy and give PNG bytes. The result, in ArrayRecord files, is
-what the stock builders open.
+tfds's builders unpack and read their archives through TensorFlow and yield images as
+arrays, which it encodes. These subclasses keep their names, versions, features, URLs
+and checksums, but read the archives with the standard library and SciPy and yield PNG
+bytes. The resulting ArrayRecord files can be opened by the stock builders.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ from PIL import Image
 
 from lakd_jax import errors
 
-# The extra split of svhn_cropped (531,131 images, 1.3 GB) is left out.
+# The extra split of svhn_cropped (531,131 images, 1.3 GB) is omitted.
 URLS = {
     "cifar10": {"all": "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"},
     "cifar100": {"all": "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"},
@@ -31,11 +30,11 @@ URLS = {
 }
 
 _PIXELS = 32 * 32 * 3
-_RETRIES = 5  # tfds's own 10 take more than three minutes to give up
+_RETRIES = 5  # tfds's 10 take more than three minutes to give up
 
 
 class _Cifar:
-    """Reads CIFAR's binary version straight from the tar stream."""
+    """Reads CIFAR's binary version directly from the tar stream."""
 
     name: str
     info: Any
@@ -63,7 +62,7 @@ class _Cifar:
         self, role: str, content: bytes
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         keys = self._cifar_info.label_keys
-        # One record: a byte a label, then the red, green and blue planes.
+        # A record is one byte per label, then the red, green and blue planes.
         records = np.frombuffer(content, np.uint8).reshape(-1, len(keys) + _PIXELS)
         for index, record in enumerate(records):
             planes = record[len(keys) :].reshape(3, 32, 32)
@@ -73,7 +72,7 @@ class _Cifar:
 
 
 class _Svhn:
-    """Reads SVHN's MATLAB files; the digit 0 is stored there as 10."""
+    """Reads SVHN's MATLAB files, in which the digit 0 is stored as 10."""
 
     name: str
 
@@ -106,21 +105,21 @@ def builder_class(name: str) -> type:
     import tensorflow_datasets as tfds
 
     stock = tfds.builder_cls(name)
-    # tfds looks for checksums beside a builder's source: give the stock ones.
+    # tfds looks for checksums next to a builder's source: pass those of the stock one.
     fields = {"name": name, "url_infos": stock.url_infos, "__module__": __name__}
     with tfds.core.registered.skip_registration():
         return type(stock.__name__, (_READERS[name], stock), fields)
 
 
 def prepare(name: str, data_dir: str | None) -> None:
-    """Downloads a set of `URLS` (sha256 checked) and writes it as ArrayRecord.
+    """Downloads a data set of `URLS` (checking sha256) and writes it as ArrayRecord.
 
     Args:
-      name: name of the set.
+      name: name of the data set.
       data_dir: tfds's data directory, None for its default.
 
     Raises:
-      DataError: download, checksum, archive or disk failed.
+      DataError: the download, checksum, archive or disk is at fault.
     """
     import tensorflow_datasets as tfds
 
@@ -142,25 +141,25 @@ def prepare(name: str, data_dir: str | None) -> None:
 
 
 def read_members(path: pathlib.Path, names: list[str]) -> dict[str, bytes]:
-    """Returns {name: content} of the named files of a .tar.gz, nothing unpacked.
+    """Returns {name: content} of the named files of a .tar.gz, without unpacking it.
 
     Raises:
       DataError: a file is missing from the archive.
     """
-    wanted, found = set(names), {}
+    required, found = set(names), {}
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:gz") as archive:
         for member in archive:
-            if member.name in wanted and member.isfile():
+            if member.name in required and member.isfile():
                 reader = archive.extractfile(member)
                 assert reader is not None  # it is a file
                 found[member.name] = reader.read()
-    if missing := sorted(wanted - found.keys()):
+    if missing := sorted(required - found.keys()):
         raise errors.DataError(f"{path} lacks {', '.join(missing)}")
     return found
 
 
 def to_png(image: np.ndarray) -> bytes:
-    """Returns (H, W, 3) uint8 as the bytes of a PNG file."""
+    """Encodes (H, W, 3) uint8 as the bytes of a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image)).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -1,10 +1,10 @@
-"""imagenet2012 prepared without TensorFlow, from the archives of its site.
+"""Prepares imagenet2012 without TensorFlow, from the archives of its site.
 
-tfds's own builder reads the archives through TensorFlow. This subclass keeps its name,
+tfds's builder reads the archives through TensorFlow. This subclass keeps its name,
 version, features and order, but reads them with the standard library, and writes
-ArrayRecord files, which the stock builder opens. Two things differ: the 23 training
-images that are not RGB JPEGs (22 CMYK, one PNG) are kept as they are, since they are
-converted when they are decoded; and there is no `test` split, whose labels are secret.
+ArrayRecord files, which the stock builder can open. There are two differences: the 23
+training images that are not RGB JPEGs (22 CMYK, one PNG) are stored unchanged, since
+they are converted when decoded; and there is no `test` split, whose labels are secret.
 """
 
 import functools
@@ -25,7 +25,7 @@ ARCHIVES = {
 
 
 class _ImageNet:
-    """Reads the archive of a class's archives, and that of the validation images."""
+    """Reads the archive of one archive per class, and that of the validation images."""
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         paths = archives(pathlib.Path(dl_manager.manual_dir))
@@ -39,7 +39,7 @@ class _ImageNet:
     def _generate_examples(
         self, path: pathlib.Path, labels: dict[str, str]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Without labels the archive holds one archive a class, named after it."""
+        """Yields examples; without `labels` every member is the archive of a class."""
         for name, content in members(path.open("rb")):
             inner = [(name, content)] if labels else members(io.BytesIO(content))
             for image, pixels in inner:
@@ -49,7 +49,7 @@ class _ImageNet:
 
 
 def archives(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Where the archives are; DataError naming those that are missing."""
+    """Returns the paths of the archives; raises DataError naming the missing ones."""
     paths = {split: folder / name for split, name in ARCHIVES.items()}
     missing = [path.name for path in paths.values() if not path.is_file()]
     if missing:
@@ -62,7 +62,7 @@ def archives(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def members(file: Any) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the files in a tar archive, in order; nothing is unpacked."""
+    """Yields (name, content) of the files in a tar archive, without unpacking it."""
     with file, tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
             if member.isfile():
@@ -72,18 +72,18 @@ def members(file: Any) -> Iterator[tuple[str, bytes]]:
 
 
 def validation_labels(path: pathlib.Path) -> dict[str, str]:
-    """Image -> class. tfds has the classes in the order of the images' names."""
+    """Returns image -> class; tfds lists the classes in order of the image names."""
     import tensorflow_datasets as tfds
 
-    told = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
+    labels = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
     with tarfile.open(path, "r:") as archive:
         names = sorted(member.name for member in archive if member.isfile())
-    return dict(zip(names, told.read_text().split(), strict=False))
+    return dict(zip(names, labels.read_text().split(), strict=False))
 
 
 @functools.cache
 def builder_class() -> type:
-    """The subclass; kept out of tfds's registry, where the stock builder stays."""
+    """Returns the subclass, which is kept out of tfds's registry of stock builders."""
     import tensorflow_datasets as tfds
 
     stock = tfds.builder_cls(NAME)
@@ -93,11 +93,11 @@ def builder_class() -> type:
 
 
 def prepare(data_dir: str | None) -> None:
-    """Writes the set as ArrayRecord; some hours and 150 GB for the whole of it.
+    """Writes the data set as ArrayRecord, which takes some hours and 150 GB.
 
     Args:
-      data_dir: tfds's data directory, None for its default; the archives are in its
-        subfolder downloads/manual.
+      data_dir: tfds's data directory, None for its default; the archives must be in
+        its subfolder downloads/manual.
 
     Raises:
       DataError: an archive is missing or broken, or the disk is full.
@@ -113,5 +113,5 @@ def prepare(data_dir: str | None) -> None:
     except Exception as error:  # tarfile, tfds, OS: all end here
         raise errors.DataError(
             f"{NAME}: preparing failed: {builders.brief(error)}\n"
-            f"The archives are in {folder}; see that they are whole."
+            f"Check that the archives in {folder} are complete."
         ) from error

@@ -1,4 +1,4 @@
-"""Data sets of TensorFlow Datasets, read without TensorFlow."""
+"""Reads data sets of TensorFlow Datasets without TensorFlow."""
 
 import difflib
 import importlib.util
@@ -19,27 +19,27 @@ _READ_BATCH = 1024
 def load(
     name: str, image_size: int, data_dir: str, max_bad: int = 0
 ) -> tuple[tuple[str, ...], dataset.Split, dataset.Split]:
-    """Reads a tfds set into (classes, train, test), preparing it if needed.
+    """Reads a tfds data set into (classes, train, test), preparing it if needed.
 
-    cifar10, cifar100 and svhn_cropped are prepared here; other sets must lie
-    in `data_dir` as ArrayRecord or TFRecord, or TensorFlow must be installed to
-    prepare them. The `validation` split stands in for a `test` split that is missing or
-    unlabelled. An example's id is its place in the prepared files.
+    cifar10, cifar100, svhn_cropped and imagenet2012 are prepared by this package;
+    others must exist in `data_dir` as ArrayRecord or TFRecord, or TensorFlow must be
+    installed to prepare them. The `validation` split replaces a `test` split that is
+    missing or unlabelled. An example's id is its position in the prepared files.
 
     Args:
       name: a tfds name, "set", "set/config" or "set:version".
-      image_size: height and width in pixels, 0 for the images' own.
+      image_size: height and width in pixels, 0 to keep the images' size.
       data_dir: tfds's data directory, "" for its default.
-      max_bad: how many undecodable training images may be left out.
+      max_bad: how many undecodable training images may be skipped.
 
     Raises:
-      DataError: unknown name, not prepared and not preparable here, not an
-        image classification set, or broken files.
+      DataError: the name is unknown, the data set is not prepared and cannot be
+        prepared here or is not for image classification, or files are damaged.
     """
-    builder = prepared(name, data_dir)
+    builder = prepared_builder(name, data_dir)
     names = classes(builder, name)
     train = _read(builder, "train", image_size, max_bad)
-    # A result is about all test images or about none.
+    # No test image may be skipped: results are for the complete test split.
     test = _read(builder, test_split(builder, name), image_size)
     if train.images.shape[1:] != test.images.shape[1:]:
         raise errors.DataError(
@@ -49,17 +49,17 @@ def load(
     return names, train, test
 
 
-def prepared(name: str, data_dir: str) -> Any:
-    """The builder of a set, which is prepared first if need be.
+def prepared_builder(name: str, data_dir: str) -> Any:
+    """Returns the builder of a data set, preparing it if needed.
 
     Args:
       name: as for `load`.
       data_dir: tfds's data directory, "" for its default.
 
     Raises:
-      ConfigError: `data_dir` is no local path.
-      DataError: unknown name, not prepared and not preparable here, or prepared in a
-        form that cannot be read.
+      ConfigError: `data_dir` is not a local path.
+      DataError: the name is unknown, or the data set cannot be prepared here or is
+        prepared in a format that cannot be read.
     """
     if data_dir:
         data_dir = str(paths.local(data_dir, "data.data_dir"))
@@ -72,7 +72,7 @@ def prepared(name: str, data_dir: str) -> Any:
 
 
 def has_tensorflow() -> bool:
-    """Tells whether TensorFlow is installed, without importing it."""
+    """Returns whether TensorFlow is installed, without importing it."""
     return importlib.util.find_spec("tensorflow") is not None
 
 
@@ -81,10 +81,11 @@ def _open(name: str, data_dir: str) -> Any:
 
     try:
         parsed, _ = tfds.core.naming.parse_builder_name_kwargs(name)
-        if parsed.namespace:  # whose builders are programs that tfds would fetch
+        if parsed.namespace:  # tfds would download and run the builder's code
             raise ValueError(
-                f"sets of a community ({parsed.namespace}:) bring code of their own, "
-                "which is not run here; prepare it elsewhere and give data.data_dir"
+                f"community data sets ({parsed.namespace}:) come with code of "
+                "their own, which is not run here; prepare it elsewhere and set "
+                "data.data_dir"
             )
         return tfds.builder(name, data_dir=data_dir or None)
     except tfds.core.registered.DatasetNotFoundError as error:
@@ -96,14 +97,14 @@ def _open(name: str, data_dir: str) -> Any:
             + (f"Nearest: {', '.join(near)}. " if near else "")
             + "For image folders write folder:PATH."
         ) from error
-    except Exception as error:  # a wrong config or version, a broken info file
+    except Exception as error:  # a wrong config or version, a damaged info file
         raise errors.DataError(
             f"data.source={name!r}: {builders.brief(error)}"
         ) from error
 
 
 def _prepare(builder: Any, name: str, data_dir: str) -> None:
-    """Prepares the set with this package's reader or, failing that, tfds's."""
+    """Prepares the data set with this package's reader if it has one, else tfds's."""
     import tensorflow_datasets as tfds
 
     if builder.name in builders.URLS:
@@ -116,7 +117,7 @@ def _prepare(builder: Any, name: str, data_dir: str) -> None:
         raise errors.DataError(
             f"{name} is not prepared in {builder.data_dir}, and tfds needs TensorFlow "
             "to prepare it.\nInstall it with `pip install lakd-jax[tf]`, or prepare "
-            "the set on another machine by\n"
+            "the data set on another machine by\n"
             f"`tfds build {name} --file_format=array_record` and copy that directory."
         )
     config = tfds.download.DownloadConfig(try_download_gcs=False)
@@ -132,27 +133,27 @@ def _prepare(builder: Any, name: str, data_dir: str) -> None:
 
 
 def formats(builder: Any) -> set[str]:
-    """In which a prepared set lies on disk."""
-    return {form.value for form in builder.info.available_file_formats()}
+    """Returns the file formats in which a data set is prepared."""
+    return {fmt.value for fmt in builder.info.available_file_formats()}
 
 
 def _check_format(builder: Any, name: str) -> None:
     if not builder.info.splits:
         raise errors.DataError(
-            f"{builder.data_dir} holds no complete data set: delete it and start again."
+            f"{builder.data_dir} has no complete data set: delete it and start again."
         )
     found = formats(builder)
     if not found & {"array_record", "tfrecord"}:
         raise errors.DataError(
             f"{name} is prepared in {builder.data_dir} as "
-            f"{', '.join(sorted(found))}, which cannot be read.\nDelete it or give "
+            f"{', '.join(sorted(found))}, which cannot be read.\nDelete it or set "
             "another data.data_dir, and prepare it by\n"
             f"`tfds build {name} --file_format=array_record`."
         )
 
 
 def classes(builder: Any, name: str) -> tuple[str, ...]:
-    """Names of the classes; DataError where it is no set of labelled images."""
+    """Returns the class names; raises DataError unless it is for classification."""
     import tensorflow_datasets as tfds
 
     features = builder.info.features
@@ -171,11 +172,11 @@ def classes(builder: Any, name: str) -> tuple[str, ...]:
 
 
 def test_split(builder: Any, name: str) -> str:
-    """The labelled split to test on: `test`, else `validation`; else DataError."""
+    """Returns the labelled split to test on, `test` or `validation`, or DataError."""
     for split in ("test", "validation"):
         if split in builder.info.splits:
             _, labels = _records(builder, split, limit=1)
-            if labels and labels[0] >= 0:  # tfds writes -1 where labels are secret
+            if labels and labels[0] >= 0:  # tfds writes -1 if labels are secret
                 return split
     raise errors.DataError(
         f"{name} has no labelled test or validation split, only "
@@ -187,8 +188,8 @@ def _examples(builder: Any, split: str) -> Iterator[dict[str, Any]]:
     """Yields the examples of a split in stored order, images still encoded."""
     import tensorflow_datasets as tfds
 
-    # The stored bytes are decoded here: tfds's decoder depends on whether
-    # OpenCV happens to be installed, and knows nothing of image_size.
+    # The stored bytes are decoded by this package: tfds's decoder depends on whether
+    # OpenCV is installed, and has no image_size.
     raw = {"image": tfds.decode.SkipDecoding()}
     if "array_record" in formats(builder):
         source = builder.as_data_source(split, decoders=raw, file_format="array_record")
@@ -203,11 +204,11 @@ def _examples(builder: Any, split: str) -> Iterator[dict[str, Any]]:
 
 
 def tfrecords(path: pathlib.Path) -> Iterator[bytes]:
-    """Yields the records of a TFRecord file, which tfds cannot read by itself.
+    """Yields the records of a TFRecord file, for which tfds needs TensorFlow.
 
-    A record is its length (8 bytes, little-endian), a checksum of that (4),
-    the content, and a checksum of it (4). The checksums (masked CRC-32C, not
-    in the standard library) are not verified.
+    A record is its length (8 bytes, little-endian), a checksum of the length (4), the
+    content, and a checksum of the content (4). The checksums (masked CRC-32C, not in
+    the standard library) are not verified.
 
     Raises:
       EOFError: the file ends within a record.
@@ -222,8 +223,8 @@ def tfrecords(path: pathlib.Path) -> Iterator[bytes]:
 
 
 def _read(builder: Any, split: str, image_size: int, max_bad: int = 0) -> dataset.Split:
-    """Reads one split whole."""
-    what = f"{builder.name} {split}"
+    """Reads one split into memory."""
+    split_name = f"{builder.name} {split}"
     if split not in builder.info.splits:
         raise errors.DataError(
             f"{builder.name} has no split {split!r}, only "
@@ -233,11 +234,16 @@ def _read(builder: Any, split: str, image_size: int, max_bad: int = 0) -> datase
     expected = builder.info.splits[split].num_examples
     if len(labels) < max(expected, 1):
         raise errors.DataError(
-            f"{what}: {len(labels)} examples in {builder.data_dir} where {expected} "
-            "were prepared: the directory is incomplete. Delete it and start again."
+            f"{split_name}: {len(labels)} examples in {builder.data_dir} where "
+            f"{expected} were prepared: the directory is incomplete. Delete it and "
+            "start again."
         )
     pixels, good = images.decode_all(
-        encoded, lambda i: f"{what}, example {i}", image_size, what, max_bad
+        encoded,
+        lambda i: f"{split_name}, example {i}",
+        image_size,
+        split_name,
+        max_bad,
     )
     return dataset.new_split(pixels, np.asarray(labels)[good], good)
 
@@ -245,7 +251,7 @@ def _read(builder: Any, split: str, image_size: int, max_bad: int = 0) -> datase
 def _records(
     builder: Any, split: str, limit: int | None = None
 ) -> tuple[list[bytes], list[int]]:
-    """Returns the encoded images and labels of a split, or of its first few."""
+    """Returns the encoded images and labels of a split, or of its first `limit`."""
     encoded, labels = [], []
     try:
         for example in itertools.islice(_examples(builder, split), limit):
