@@ -1,14 +1,14 @@
-"""Errors meant for the person at the terminal, each with its exit code."""
+"""Errors shown to the user without a traceback, each with its exit code."""
 
 
 class LakdError(Exception):
-    """A fault the user can mend; printed without a traceback."""
+    """An error that the user can fix; printed without a traceback."""
 
     exit_code = 2
 
 
 class ConfigError(LakdError):
-    """One or more configuration fields are wrong; lists them all."""
+    """One or more configuration fields are invalid; lists all of them."""
 
     def __init__(self, problems: list[str]):
         self.problems = list(problems)
@@ -20,11 +20,11 @@ class DataError(LakdError):
 
 
 class TeacherError(LakdError):
-    """The teacher's weights are missing, of another network, or no use."""
+    """The teacher's weights are missing, incompatible, or below the accuracy floor."""
 
 
 class ExportError(LakdError):
-    """A run cannot be given out or explained: not finished, or a package is missing."""
+    """A run cannot be exported or explained: unfinished, or a package is missing."""
 
 
 class WorkdirError(LakdError):
@@ -32,7 +32,7 @@ class WorkdirError(LakdError):
 
 
 class HostsError(LakdError):
-    """Several processes that should train together do not agree, or one was lost."""
+    """The processes of a run differ or cannot connect, or one was lost."""
 
 
 class NoCheckpointError(LakdError):

@@ -1,4 +1,4 @@
-"""Paths that a user gives: on this machine, with `~` for the home folder."""
+"""Paths given by the user: local, with `~` for the home folder."""
 
 import os
 import pathlib
@@ -6,12 +6,12 @@ import re
 
 from lakd_jax import errors
 
-# `Path` makes "gs:/b" of "gs://b", so that is refused, too. "c:/x" is none.
+# "gs:/b" is refused as well, since `Path` makes it of "gs://b". "c:/x" is not a URL.
 _URL = re.compile(r"://|^[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def fault(path: str | os.PathLike) -> str:
-    """What is wrong with a path, whether or not anything is there; or ""."""
+    """Describes what is wrong with a path, existing or not; "" for a valid one."""
     text = os.fspath(path)
     if _URL.search(text):
         return (
@@ -20,15 +20,15 @@ def fault(path: str | os.PathLike) -> str:
         )
     if os.path.expanduser(text).startswith("~"):
         user = text.partition("/")[0]
-        return f"is {text!r}, and {user} has no home folder here: write the whole path"
+        return f"is {text!r}, and {user} has no home folder here: write the full path"
     return ""
 
 
 def local(path: str | os.PathLike, name: str) -> pathlib.Path:
-    """The path, with `~` expanded; every path that a user gives becomes one here.
+    """Returns the path with `~` expanded; used for every path given by the user.
 
     Args:
-      path: as it was given.
+      path: as given by the user.
       name: of the field or flag, for the error message.
 
     Raises:

@@ -1,1 +1,1 @@
-"""The machine a run is on: devices, processes, signals."""
+"""The runtime environment: devices, processes and signals."""

@@ -1,4 +1,4 @@
-"""What is set for each kind of device before programs are compiled and run there.
+"""Settings for compiling and running programs on each kind of device.
 
 Measured with `python -m benchmarks.step`; RESULTS.md has the figures.
 """
@@ -13,12 +13,12 @@ import jax
 
 from lakd_jax import paths
 
-# glibc's mallopt: what its parameters are called in malloc.h.
+# Parameters of glibc's mallopt, named as in malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 _MIB = 1 << 20
 
-# XLA's CPU compiler may hand convolutions to YNNPACK, whose gradients of kernels
-# are slower than Eigen's; sums and matrix products it does well.
+# XLA's CPU compiler may use YNNPACK for convolutions, whose kernel gradients are
+# slower than Eigen's; it is used for sums and matrix products only.
 _CPU_OPTIONS: Any = {
     "xla_cpu_experimental_ynn_fusion_type": (
         "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_DOT"
@@ -27,22 +27,22 @@ _CPU_OPTIONS: Any = {
 
 
 def on_cpu() -> bool:
-    """Whether programs run on the host's processor."""
+    """Returns whether programs run on the CPU."""
     return jax.default_backend() == "cpu"
 
 
 def prepare(cache: str) -> None:
-    """Settings of the process; starts JAX.
+    """Applies the settings of the process; initialises JAX.
 
     Args:
-      cache: directory in which compiled programs are kept between runs, made where it
-        is missing; "" for none; a URL is left to JAX. What JAX was told already
-        (JAX_COMPILATION_CACHE_DIR) stays.
+      cache: directory in which compiled programs are kept between runs, created if
+        absent; "" for none; a URL is passed to JAX. A directory that is already
+        configured (JAX_COMPILATION_CACHE_DIR) takes precedence.
     """
     settings: Any = jax.config
     if cache and not settings.jax_compilation_cache_dir:
         if "://" not in cache:
-            # Absolute, as a relative one would follow a change of directory.
+            # Absolute, since a relative path would depend on the current directory.
             cache = os.path.abspath(paths.local(cache, "compile_cache"))
         jax.config.update("jax_compilation_cache_dir", cache)
     if on_cpu():
@@ -51,22 +51,22 @@ def prepare(cache: str) -> None:
 
 @functools.cache
 def compiler_options() -> dict[str, Any]:
-    """For `lowered.compile(compiler_options=...)` of programs that run often."""
+    """Returns the options of `lowered.compile` for programs that run often."""
     if not on_cpu():
         return {}
     try:
         jax.jit(lambda x: x).lower(0.0).compile(compiler_options=_CPU_OPTIONS)
-    except jax.errors.JaxRuntimeError:  # another version of XLA: an option is gone
+    except jax.errors.JaxRuntimeError:  # another version of XLA, without the option
         return {}
     return _CPU_OPTIONS
 
 
 def _keep_memory() -> None:
-    """Has the C library keep freed memory instead of handing it back.
+    """Makes the C library keep freed memory instead of returning it to the system.
 
-    A training step on the CPU takes and frees hundreds of megabytes. glibc maps such
-    pieces afresh each time, and the first touch of every page is a page fault: up to
-    a third of a step on a virtual machine. Where there is no glibc, nothing is done.
+    A training step on CPU allocates and frees hundreds of megabytes. glibc maps large
+    blocks anew each time, and the first access to every page is a page fault: up to a
+    third of a step on a virtual machine. Does nothing without glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -1,8 +1,8 @@
-"""Several processes that train together: how they meet, agree, wait and stop.
+"""Training with several processes: connecting, comparing, waiting and stopping.
 
-Each loads the whole data, holds the whole state and computes its share of every batch;
-process 0 alone writes and prints. All must come by the functions here in the same
-order, as most of them exchange something. Of one process they ask nothing.
+Each process loads all data, holds the full state and computes its share of every batch;
+only process 0 writes and prints. All must call the functions of this module in the same
+order, since most of them communicate. With one process they do nothing.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from lakd_jax.runtime import interrupt
 
 Result = TypeVar("Result")
 
-# After this long without a sign of life a process counts as dead, which ends all.
+# A process without a heartbeat for this long is considered lost, which ends all.
 _HEARTBEAT_SECONDS = 30
 _CONNECT_SECONDS = 120
-_SAY_SECONDS = 5
+_NOTICE_SECONDS = 5
 # An exchange takes 2 ms over loopback, and waits for the device.
-_CHECKS_AN_EXCHANGE = 8
-# Process 0 leaves last, as its end aborts all others before they say why they stop.
+_CHECKS_PER_EXCHANGE = 8
+# Process 0 exits last, since its exit aborts the others before they report errors.
 _LINGER_SECONDS = 2
-_PAD = 4096  # bytes; messages of like length share a compiled program
+_PAD = 4096  # bytes; messages of similar length share a compiled program
 _SHOWN = 6
-AUTO = "auto"  # as --coordinator: what Slurm, a TPU pod, Kubernetes or MPI says
+AUTO = "auto"  # --coordinator=auto: as set by Slurm, a TPU pod, Kubernetes or MPI
 
 
 def fault(coordinator: str, num_processes: int | None, process_id: int | None) -> str:
-    """What is wrong with the three flags, each empty or None if not given; or ""."""
+    """Describes what is wrong with the three flags ("" or None: not given), or ""."""
     if coordinator == AUTO:
         alone = num_processes is None and process_id is None
-        fault = "--coordinator=auto finds --num_processes and --process_id: leave them"
-        return "" if alone else f"{fault} out"
+        fault = "--coordinator=auto finds --num_processes and --process_id: omit them"
+        return "" if alone else fault
     given = {
         "--coordinator": bool(coordinator),
         "--num_processes": num_processes is not None,
@@ -71,30 +71,33 @@ def fault(coordinator: str, num_processes: int | None, process_id: int | None) -
 def connect(
     coordinator: str, num_processes: int | None, process_id: int | None
 ) -> None:
-    """Waits for all processes; to be called before anything starts JAX's devices.
+    """Connects all processes; must be called before JAX's devices are initialised.
 
-    Where one does not come in time, or is lost later, JAX aborts the others with a
-    message and a stack.
+    If one does not connect in time, or is lost later, JAX aborts the others with a
+    message and a stack trace.
 
     Args:
-      coordinator: HOST:PORT where process 0 can be reached; `AUTO` asks what started
-        the processes (Slurm, a TPU pod, Kubernetes, Open MPI), as JAX does.
-      num_processes: how many there are; None with `AUTO`.
-      process_id: which of them this is; None with `AUTO`.
+      coordinator: HOST:PORT at which process 0 can be reached; with `AUTO` JAX
+        detects it from what started the processes (Slurm, a TPU pod, Kubernetes, Open
+        MPI).
+      num_processes: number of processes; None with `AUTO`.
+      process_id: number of this process; None with `AUTO`.
 
     Raises:
-      errors.HostsError: JAX has started its devices, or refuses for another reason.
+      errors.HostsError: JAX's devices are already initialised, or JAX cannot connect
+        for another reason.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # It would take SIGTERM from `Guard`, and Orbax asks it with numbers of its own.
+    # It would take SIGTERM from `Guard`, and Orbax queries it with step numbers of its
+    # own.
     jax.config.update("jax_enable_preemption_service", False)
     auto = coordinator == AUTO
     who = "" if auto else f"process {process_id} of {num_processes}: "
     place = "" if auto else f" at {coordinator}"
     line = f"{who}waiting for the others{place}, at most {_CONNECT_SECONDS} s"
-    late = threading.Timer(_SAY_SECONDS, print, [line], {"file": sys.stderr})
-    late.daemon = True
-    late.start()
+    notice = threading.Timer(_NOTICE_SECONDS, print, [line], {"file": sys.stderr})
+    notice.daemon = True
+    notice.start()
     try:
         jax.distributed.initialize(
             None if auto else coordinator,
@@ -110,19 +113,19 @@ def connect(
             raise
         raise errors.HostsError(
             "--coordinator=auto: JAX finds no Slurm, TPU pod, Kubernetes or MPI here "
-            f"({error}). Give --coordinator=HOST:PORT, --num_processes, --process_id."
+            f"({error}). Set --coordinator=HOST:PORT, --num_processes, --process_id."
         ) from error
     except RuntimeError as error:
         raise errors.HostsError(
-            f"the processes cannot meet: {error}\n"
+            f"the processes cannot connect: {error}\n"
             "The file of --config must not compute with JAX: it is read before."
         ) from error
     finally:
-        late.cancel()
+        notice.cancel()
 
 
 def leave(code: int) -> None:
-    """To be called at the end of a connected process that exits with `code`."""
+    """Disconnects this process, as its last action before it exits with `code`."""
     if code == 0:
         jax.distributed.shutdown()  # waits for the others
     elif is_first():
@@ -130,95 +133,101 @@ def leave(code: int) -> None:
 
 
 def require_connected() -> None:
-    """Stops processes that JAX counts but has not connected; starts its devices.
+    """Raises HostsError if JAX has several processes that are not connected.
 
-    On a TPU pod each would take itself for the first: all would write the same files.
+    Initialises JAX's devices. On a TPU pod each process would otherwise act as the
+    first, and all would write the same files.
 
     Raises:
-      errors.HostsError: saying how they are connected.
+      errors.HostsError: the message explains how to connect them.
     """
     if jax.distributed.is_initialized() or jax.process_count() == 1:
         return
     raise errors.HostsError(
         f"JAX has {jax.process_count()} processes here, but they are not connected: "
         "add --coordinator=auto to the command of each.\n"
-        "From Python, start anew and call jax.distributed.initialize() first, before "
-        "anything else of JAX."
+        "From Python, restart and call jax.distributed.initialize() first, before "
+        "any other call of JAX."
     )
 
 
 def count() -> int:
-    """How many processes train together; does not start JAX's devices for one."""
+    """Returns the number of processes; initialises no devices if there is only one."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def is_first() -> bool:
-    """Whether this process writes and prints."""
+    """Returns whether this process writes and prints."""
     return count() == 1 or jax.process_index() == 0
 
 
 def notifier(notify: Callable[[str], None]) -> Callable[[str], None]:
-    """`notify` on process 0; elsewhere a function that does nothing."""
+    """Returns `notify` on process 0, and a function that does nothing elsewhere."""
     return notify if is_first() else lambda text: None
 
 
 def first(work: Callable[[], Any]) -> Any:
-    """Does `work` on process 0 alone; all wait for it and return what it did.
+    """Calls `work` on process 0 only; all processes wait and return its result.
 
     Args:
-      work: computes nothing over several processes; gives what JSON can hold.
+      work: must not compute across processes; its result must be JSON-serialisable.
 
     Raises:
-      errors.LakdError, OSError: as `work`, on process 0.
-      errors.HostsError: on the others when it did.
+      errors.LakdError, OSError: on process 0, if `work` does.
+      errors.HostsError: on the others, if `work` fails.
     """
     if count() == 1:
         return work()
-    told: dict[str, Any] = {}
+    message: dict[str, Any] = {}
     if is_first():
         try:
-            told["value"] = work()
+            message["value"] = work()
         except (errors.LakdError, OSError) as error:
             _gather(json.dumps({"fault": str(error)}))
             raise
-    told = json.loads(_gather(json.dumps(told))[0])
-    if "fault" in told:
-        raise errors.HostsError(f"process 0 stopped: {told['fault']}")
-    return told["value"]
+    message = json.loads(_gather(json.dumps(message))[0])
+    if "fault" in message:
+        raise errors.HostsError(f"process 0 stopped: {message['fault']}")
+    return message["value"]
 
 
 def in_turn(work: Callable[[], Result]) -> Result:
-    """Does `work` on process 0, then on the others, who find what it left on disk."""
-    done: list[Result] = []
-    first(lambda: done.append(work()))
-    return done[0] if done else work()
+    """Calls `work` on process 0, then on the others, which can read its files."""
+    results: list[Result] = []
+    first(lambda: results.append(work()))
+    return results[0] if results else work()
 
 
 def agree(values: Mapping[str, Any]) -> None:
-    """Stops all processes unless `values`, which JSON can hold, are the same on all.
+    """Raises HostsError on all processes unless `values` are equal on all of them.
+
+    Args:
+      values: JSON-serialisable, by a name for the message.
 
     Raises:
-      errors.HostsError: naming what differs, with both values.
+      errors.HostsError: names the values that differ, with both.
     """
     if count() == 1:
         return
-    told = [json.loads(text) for text in _gather(json.dumps(values))]
-    for number, other in enumerate(told):
-        differ = [
-            f"  {name}: {told[0].get(name)!r} in process 0, {other.get(name)!r} in it"
-            for name in sorted(told[0].keys() | other.keys())
-            if told[0].get(name) != other.get(name)
+    gathered = [json.loads(text) for text in _gather(json.dumps(values))]
+    reference = gathered[0]
+    for number, other in enumerate(gathered):
+        differences = [
+            f"  {name}: {reference.get(name)!r} in process 0, {other.get(name)!r} in it"
+            for name in sorted(reference.keys() | other.keys())
+            if reference.get(name) != other.get(name)
         ]
-        if differ:
+        if differences:
             raise errors.HostsError(
-                f"process {number} differs from process 0 in {len(differ)} values:\n"
-                + "\n".join(differ[:_SHOWN])
-                + "\nGive all processes the same command, code, data and folders."
+                f"process {number} differs from process 0 in {len(differences)} "
+                "values:\n"
+                + "\n".join(differences[:_SHOWN])
+                + "\nUse the same command, code, data and folders for all processes."
             )
 
 
 def agree_on_arrays(name: str, tree: Any) -> None:
-    """As `agree` on the bytes of all arrays of `tree`, numpy or local to a process."""
+    """Calls `agree` on a checksum of `tree`'s arrays (NumPy or local to a process)."""
     if count() == 1:
         return
     crc = 0
@@ -228,15 +237,15 @@ def agree_on_arrays(name: str, tree: Any) -> None:
 
 
 def guard() -> interrupt.Guard:
-    """What stops a run at signals, whether or not there are several processes."""
+    """Returns the guard that stops a run on signals, for one or several processes."""
     return interrupt.Guard() if count() == 1 else Guard()
 
 
 class Guard(interrupt.Guard):
-    """Stops all processes after the same step, whichever of them got the signal.
+    """Stops all processes after the same step, whichever of them received the signal.
 
-    They tell each other at every eighth check, so a stop takes up to eight steps (or
-    evaluation batches, or dispatches) more than with one process.
+    They exchange the flag at every eighth check, so a stop takes up to eight steps (or
+    evaluation batches, or dispatches) longer than with one process.
     """
 
     def __init__(self) -> None:
@@ -244,27 +253,27 @@ class Guard(interrupt.Guard):
         self._checks = 0
 
     def check(self) -> None:
-        """Raises `Interrupted` once a signal has come to any process.
+        """Raises `Interrupted` once any process has received a signal.
 
         All processes must call it equally often.
         """
         self._checks += 1
-        if self._checks % _CHECKS_AN_EXCHANGE:
+        if self._checks % _CHECKS_PER_EXCHANGE:
             return
         if np.any(multihost_utils.process_allgather(np.bool_(self.requested))):
             raise interrupt.Interrupted
 
     @contextlib.contextmanager
     def released(self) -> Iterator[None]:
-        """Does nothing: the others would wait for a process that ended in a call."""
+        """Does nothing: the others would hang if this process ended during a call."""
         yield
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Turns the loss of another process into an error that says so.
+    """Raises HostsError if another process is lost, instead of JAX's error.
 
-    That is on CPU. Elsewhere JAX ends the process itself, see `connect`.
+    Applies to CPU; on other devices JAX ends the process itself, see `connect`.
     """
     try:
         yield
@@ -273,17 +282,17 @@ def together() -> Iterator[None]:
             raise
         reason = str(error).splitlines()[0]
         raise errors.HostsError(
-            f"another process was lost; what it said last tells why. ({reason:.120})\n"
-            "The same commands go on from the last checkpoint."
+            f"another process was lost; see its output for the cause. ({reason:.120})\n"
+            "The same commands resume from the last checkpoint."
         ) from error
 
 
 def _gather(text: str) -> list[str]:
-    """The texts of all processes in order of their numbers."""
-    own = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(own.size))
+    """Returns the texts of all processes, in the order of their numbers."""
+    encoded = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(encoded.size))
     padded = np.zeros(-(-int(sizes.max()) // _PAD) * _PAD, np.uint8)
-    padded[: own.size] = own
+    padded[: encoded.size] = encoded
     rows = multihost_utils.process_allgather(padded)
     return [
         row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)

@@ -1,8 +1,8 @@
-"""SIGTERM and Ctrl-C: finish the step, save, stop.
+"""Handles SIGTERM and Ctrl-C: finish the step, save, stop.
 
-Python runs a signal handler only between bytecodes of the main thread, so a signal
-that comes while this thread is inside an XLA compilation would be seen minutes later.
-`Guard.released` therefore gives signals their usual effect during such calls.
+Python runs signal handlers only between bytecodes of the main thread, so a signal that
+arrives while this thread is inside an XLA compilation would be handled minutes later.
+Therefore `Guard.released` restores the previous handlers during such calls.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ _DUPLICATE_SECONDS = 1.0
 
 
 class Interrupted(Exception):
-    """SIGTERM or Ctrl-C came: save the last finished step and stop."""
+    """SIGTERM or Ctrl-C was received: save the last finished step and stop."""
 
 
 class Guard:
-    """Context manager that turns the first signal into a flag.
+    """A context manager that turns the first signal into a flag.
 
-    A second Ctrl-C, or a second SIGTERM later than a second after the first, kills.
-    Outside the main thread (a notebook's worker, say), where Python allows no
-    handlers, it does nothing. Keep it open until the last save is on disk.
+    A second Ctrl-C, or a second SIGTERM more than one second after the first, kills the
+    process. Outside the main thread (e.g. in a notebook's worker), where Python allows
+    no handlers, it does nothing. Keep it open until the last save is on disk.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        # What `cli.end_with` calls last, with the exit code.
+        # Called last by `cli.end_with`, with the exit code.
         self.leave: Callable[[int], None] = lambda code: None
         self._since = 0.0
         self._previous: dict[signal.Signals, Any] = {}
@@ -47,37 +47,37 @@ class Guard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._set(self._previous)
+        self._install(self._previous)
         self._previous = {}
 
     def check(self) -> None:
-        """Raises `Interrupted` once a signal has come."""
+        """Raises `Interrupted` once a signal has been received."""
         if self.requested:
             raise Interrupted
 
     @contextlib.contextmanager
     def released(self) -> Iterator[None]:
-        """Gives signals the effect that they had before, while a long call runs.
+        """Restores the previous signal handlers during a long call.
 
-        SIGTERM then ends the process at once. What that loses is at most what was done
-        since the last checkpoint: nothing is written to a run during such calls.
+        SIGTERM then ends the process at once. Only the work since the last checkpoint is
+        lost: nothing is written to a run during such calls.
 
         Raises:
-          Interrupted: a signal has come before the call.
+          Interrupted: a signal was received before the call.
         """
         self.check()
         if not self._previous:
             yield
             return
         handlers = {number: signal.getsignal(number) for number in self._previous}
-        self._set(self._previous)
+        self._install(self._previous)
         try:
             yield
         finally:
-            self._set(handlers)
+            self._install(handlers)
 
     @staticmethod
-    def _set(handlers: Mapping[signal.Signals, Any]) -> None:
+    def _install(handlers: Mapping[signal.Signals, Any]) -> None:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -88,10 +88,10 @@ class Guard:
                 os.kill(os.getpid(), number)
             return
         self.requested, self._since = True, time.monotonic()
-        # Now, not at the second one: it must kill even when Python is not running.
+        # Set now, since the second one must kill even while no bytecode is executed.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         name = signal.Signals(number).name
         line = f"{name}: will save and stop; Ctrl-C (again) stops at once.\n"
         with contextlib.suppress(OSError):
-            # Not print: the signal may have come in the middle of another print.
+            # Not print: the signal may have interrupted another print.
             os.write(2, line.encode())

@@ -1,1 +1,1 @@
-"""The folder of a run on disk: lock, config, checkpoints, checksums."""
+"""The directory of a run: lock, config, checkpoints, checksums."""

@@ -1,8 +1,8 @@
 """Checkpoints: Orbax behind one small interface, with a checksum per leaf.
 
-Orbax restores a flipped bit without a word, casts dtypes, and lets an empty folder
-hide every good checkpoint. So a manifest lists the leaves of each step; a restore
-verifies them, sets damaged steps aside and goes on with the next older one.
+Orbax restores a flipped bit silently, casts dtypes, and ignores every good checkpoint
+if there is a newer empty folder. Therefore a manifest lists the leaves of each step; a
+restore verifies them, renames damaged steps and continues with the next older one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PyTree = Any
 
 
 class Checkpointer:
-    """The checkpoints of one directory; a context manager that waits at its end."""
+    """The checkpoints of one directory; a context manager that waits for saves."""
 
     def __init__(
         self,
@@ -36,17 +36,17 @@ class Checkpointer:
         keep: int,
         notify: Callable[[str], None] | None = None,
     ):
-        """Opens `directory` (made if absent) and clears what a killed save left.
+        """Opens `directory` (created if absent) and removes remains of a killed save.
 
-        The last `keep` (1 or more) saves stay on disk, one subfolder a step. `notify`
-        is told of a damaged one in a line; without it `logging` is.
+        The last `keep` (1 or more) saves remain on disk, one subfolder per step.
+        Damaged ones are reported to `notify` in one line, or to `logging` if None.
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
         ocp = _orbax()
         self._directory = pathlib.Path(directory).absolute()
         self._notify = notify or logging.getLogger(__name__).warning
-        self._own: set[int] = set()  # steps this object has saved or restored
+        self._current_steps: set[int] = set()  # saved or restored by this object
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
             cleanup_tmp_directories=True,
@@ -57,39 +57,39 @@ class Checkpointer:
             self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, state: PyTree, *, extra: dict[str, Any]) -> None:
-        """Starts to write `state` and returns once it is copied to host memory.
+        """Starts writing `state` and returns once it is copied to host memory.
 
-        The caller may donate `state`, a tree of (replicated) arrays and numbers, at
-        once. `extra` is anything JSON can hold. A step this object has saved or
-        restored is left as it is; one that an abandoned run left is replaced.
+        `state`, a tree of (replicated) arrays and numbers, may be donated afterwards.
+        `extra` must be JSON-serialisable. A step that this object has saved or restored
+        is not written again; one left by an abandoned run is replaced.
 
         Raises CheckpointWriteError if this save, or the one before it, failed.
         """
-        if step in self._own:
+        if step in self._current_steps:
             return
         ocp = _orbax()
         # On CPU these are views of the state. Orbax copies them before it returns.
-        held = manifests.host_leaves(state)
+        leaves = manifests.host_leaves(state)
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(manifests.nest(held)),
-            manifest=ocp.args.JsonSave(manifests.describe(step, held, extra)),
+            state=ocp.args.StandardSave(manifests.nest(leaves)),
+            manifest=ocp.args.JsonSave(manifests.describe(step, leaves, extra)),
         )
         with self._writing(step):
             if step in self._manager.all_steps():
                 self._manager.delete(step)
             self._manager.save(step, args=args, force=True)
-        self._own.add(step)
+        self._current_steps.add(step)
 
     def restore(self, template: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
-        """Reads the newest checkpoint that is whole.
+        """Restores the newest intact checkpoint.
 
-        Damaged ones on the way are renamed to `STEP.broken` and reported.
-        `template` is a state, or `jax.ShapeDtypeStruct`s, with the shardings wanted.
+        Damaged newer ones are renamed to `STEP.broken` and reported. `template` is a
+        state, or `jax.ShapeDtypeStruct`s, with the shardings of the result.
 
         Returns (step, state, extra), or None if nothing was ever saved here.
 
         Raises:
-          WorkdirError: the checkpoint is of another structure; nothing is renamed.
+          WorkdirError: the checkpoint has another structure; nothing is renamed.
           NoCheckpointError: there are checkpoints but all of them are damaged.
         """
         self.wait()
@@ -97,7 +97,7 @@ class Checkpointer:
         for step in reversed(self.steps()):
             try:
                 found = restore_step(self._directory, step, template)
-                self._own.add(step)
+                self._current_steps.add(step)
                 break
             except manifests.DamagedError as error:
                 damaged[step] = str(error)
@@ -109,7 +109,7 @@ class Checkpointer:
                 self._quarantine(step, reason)
         sync("damaged ones are renamed")
         self._manager.reload()
-        # Looked for on disk: the damaged ones may be from an earlier start.
+        # Checked on disk, since the run may have been restarted after the damage.
         if found is None and any(self._directory.glob("*.broken*")):
             raise errors.NoCheckpointError(
                 f"{self._directory}: every checkpoint is damaged (see *.broken there)\n"
@@ -118,17 +118,17 @@ class Checkpointer:
         return found
 
     def steps(self) -> list[int]:
-        """The steps on disk in ascending order, without a save under way."""
+        """Returns the steps on disk in ascending order, without a save in progress."""
         return list_steps(self._directory)
 
     def wait(self) -> None:
-        """Blocks until the last save is on disk; CheckpointWriteError if it fails."""
+        """Blocks until the last save is on disk; CheckpointWriteError if it failed."""
         with self._writing("last"):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
     def close(self) -> None:
-        """Waits as `wait` does and ends the writer's threads."""
+        """Waits as `wait` does and stops the writer's threads."""
         with self._writing("last"):
             self._manager.close()
 
@@ -141,7 +141,7 @@ class Checkpointer:
         except errors.CheckpointWriteError as failure:
             if error is None:
                 raise
-            self._notify(str(failure))  # the error under way matters more
+            self._notify(str(failure))  # the error being raised is more important
 
     def _quarantine(self, step: int, reason: str) -> None:
         source = self._directory / str(step)
@@ -159,16 +159,16 @@ class Checkpointer:
     def _writing(self, step: int | str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # Orbax raises what its layers below raised
-            self._own &= set(self.steps())
+        except Exception as error:  # Orbax passes on any exception of lower layers
+            self._current_steps &= set(self.steps())
             raise errors.CheckpointWriteError(
                 f"{self._directory}: checkpoint ({step}) not written: {_brief(error)}\n"
-                "Is the disk full? Checkpoints that were complete before still are."
+                "Is the disk full? Checkpoints that were complete before are intact."
             ) from error
 
 
 def list_steps(directory: str | os.PathLike) -> list[int]:
-    """The steps saved in `directory`, ascending; none if it does not exist."""
+    """Returns the steps saved in `directory`, ascending; [] if it does not exist."""
     folder = pathlib.Path(directory)
     paths = folder.iterdir() if folder.is_dir() else ()
     return sorted(int(p.name) for p in paths if p.name.isdecimal() and p.is_dir())
@@ -177,63 +177,64 @@ def list_steps(directory: str | os.PathLike) -> list[int]:
 def restore_step(
     directory: str | os.PathLike, step: int | None, template: PyTree
 ) -> tuple[int, PyTree, dict[str, Any]]:
-    """Reads checkpoint `step` (None: the highest) and changes nothing on disk.
+    """Reads checkpoint `step` (None: the highest) without changing anything on disk.
 
     Returns (step, state, extra).
 
     Raises:
-      NoCheckpointError: there is none, or (`DamagedError`) it is damaged.
-      WorkdirError: it is of another structure than `template`.
+      NoCheckpointError: it does not exist, or (`DamagedError`) is damaged.
+      WorkdirError: its structure differs from that of `template`.
     """
-    found = _existing(directory, step)
-    manifest = _read_manifest(found)
-    manifests.check_structure(manifest, template, str(found))
-    held = _read_leaves(found, manifest)
-    likes = manifests.named_leaves(template)
-    leaves = [manifests.place(held[name], like) for name, like in likes.items()]
+    folder = _step_folder(directory, step)
+    manifest = _read_manifest(folder)
+    manifests.check_structure(manifest, template, str(folder))
+    stored = _read_leaves(folder, manifest)
+    targets = manifests.named_leaves(template)
+    leaves = [manifests.place(stored[name], like) for name, like in targets.items()]
     state = jax.tree.unflatten(jax.tree.structure(template), leaves)
-    return int(found.name), state, manifest["extra"]
+    return int(folder.name), state, manifest["extra"]
 
 
 def read_arrays(
     directory: str | os.PathLike, step: int | None
 ) -> tuple[int, dict[str, np.ndarray], dict[str, Any]]:
-    """Reads as `restore_step`: (step, {"params/stem/kernel": host array}, extra)."""
-    found = _existing(directory, step)
-    manifest = _read_manifest(found)
-    return int(found.name), _read_leaves(found, manifest), manifest["extra"]
+    """Reads (step, {"params/stem/kernel": host array}, extra), as `restore_step`."""
+    folder = _step_folder(directory, step)
+    manifest = _read_manifest(folder)
+    return int(folder.name), _read_leaves(folder, manifest), manifest["extra"]
 
 
-def _existing(directory: str | os.PathLike, step: int | None) -> pathlib.Path:
+def _step_folder(directory: str | os.PathLike, step: int | None) -> pathlib.Path:
     folder = pathlib.Path(directory).absolute()
     steps = list_steps(folder)
-    wanted = max(steps, default=0) if step is None else step
-    if wanted not in steps:
-        raise errors.NoCheckpointError(f"{folder}: no checkpoint {wanted}, but {steps}")
-    return folder / str(wanted)
+    step = max(steps, default=0) if step is None else step
+    if step not in steps:
+        raise errors.NoCheckpointError(f"{folder}: no checkpoint {step}, but {steps}")
+    return folder / str(step)
 
 
-def _read_manifest(found: pathlib.Path) -> dict[str, Any]:
-    manifest = _read_item(found, "manifest", _orbax().args.JsonRestore())
-    manifests.check_manifest(manifest, int(found.name))
+def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+    manifest = _read_item(folder, "manifest", _orbax().args.JsonRestore())
+    manifests.check_manifest(manifest, int(folder.name))
     return manifest
 
 
-def _read_leaves(found: pathlib.Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def _read_leaves(folder: pathlib.Path, manifest: dict[str, Any]) -> dict[str, Any]:
     target = manifests.stored_zeros(manifest)
     args = _orbax().args.StandardRestore(manifests.nest(target))
-    held = target | manifests.named_leaves(_read_item(found, "state", args))
-    manifests.check_leaves(manifest, held)
-    return held
+    leaves = target | manifests.named_leaves(_read_item(folder, "state", args))
+    manifests.check_leaves(manifest, leaves)
+    return leaves
 
 
-def _read_item(found: pathlib.Path, item: str, args: Any) -> Any:
+def _read_item(folder: pathlib.Path, item: str, args: Any) -> Any:
     ocp = _orbax()
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            return reader.restore(found, args=ocp.args.Composite(**{item: args}))[item]
+            composite = ocp.args.Composite(**{item: args})
+            return reader.restore(folder, args=composite)[item]
     except (MemoryError, PermissionError):
-        raise  # the fault of this machine, not of the checkpoint
+        raise  # a fault of this machine, not of the checkpoint
     except Exception as error:
         raise manifests.DamagedError(_brief(error)) from error
 
@@ -244,7 +245,7 @@ def _brief(error: BaseException) -> str:
 
 
 def _orbax() -> types.ModuleType:
-    import orbax.checkpoint  # here, as it takes a second
+    import orbax.checkpoint  # imported on demand, since it takes a second
 
     quiet.install()
     return orbax.checkpoint

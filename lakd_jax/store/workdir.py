@@ -1,7 +1,7 @@
-"""The folder of a run: one run at a time, one configuration for good.
+"""The directory of a run: one run at a time, and one configuration.
 
-`prepare` proves that the folder can be written, locks it, and records what was asked
-for (`config.json`) and on what it ran (`environment.json`) before the first step.
+`prepare` checks that the directory is writable, locks it, and records the configuration
+(`config.json`) and the environment (`environment.json`) before the first step.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ import jax
 from lakd_jax import errors, paths, version
 from lakd_jax.runtime import hosts
 
-# What a run's directory holds.
+# The files of a run's directory.
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
-TEACHER = "teacher.json"  # whose weights the run learns from
+TEACHER = "teacher.json"  # identifies the teacher's weights
 CHECKPOINTS = "checkpoints"
-RESULT = "result.json"  # of finished runs alone, as is the student
+RESULT = "result.json"  # only in finished runs, like the student
 STUDENT = "student.safetensors"
 TABLE = "table.md"
 STAGE1 = "stage1"  # the first training of an HME
@@ -44,14 +44,14 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 @dataclasses.dataclass
 class Workdir:
-    """A prepared folder, locked until `close` or the end of the process."""
+    """A prepared directory, locked until `close` or the end of the process."""
 
     path: pathlib.Path
     resumed: bool
     lock: int
 
     def close(self) -> None:
-        """Lets another process use the folder."""
+        """Releases the lock."""
         if self.lock >= 0:
             os.close(self.lock)
             self.lock = -1
@@ -70,39 +70,39 @@ def prepare(
     allow_resume: bool = True,
     may_change: Collection[str] = (),
 ) -> Workdir:
-    """Makes, tests and locks the folder of a run, before step 1.
+    """Creates, checks and locks the directory of a run, before step 1.
 
-    Of several processes the first one does, and all must see what it left there.
+    With several processes the first one does this, and all must see the same directory.
 
     Args:
-      workdir: local folder; made if absent.
-      config: the resolved configuration, nested, of values JSON can hold.
-      allow_resume: whether a folder that already has a run is accepted.
-      may_change: dotted fields in which the run here may differ from `config`.
+      workdir: local path; created if absent.
+      config: the resolved configuration, nested, JSON-serialisable.
+      allow_resume: whether a directory that already has a run is accepted.
+      may_change: dotted fields in which the existing run may differ from `config`.
 
     Returns:
-      The folder; its `resumed` says whether it already had a run.
+      The directory; its `resumed` is True if it already had a run.
 
     Raises:
-      ConfigError: it is no local path.
-      WorkdirError: it cannot be written, is in use, or is of another configuration
-        or another version of lakd_jax.
-      HostsError: it is not the same folder for all processes.
+      ConfigError: `workdir` is not a local path.
+      WorkdirError: it cannot be written, is in use, or has a run of another
+        configuration or another version of lakd_jax.
+      HostsError: it is not the same directory for all processes.
     """
     path = paths.local(workdir, "--workdir").absolute()
-    made = Workdir(path, resumed=False, lock=-1)
+    prepared = Workdir(path, resumed=False, lock=-1)
 
-    def make() -> bool:
-        made.lock, resumed = _claim(path, config, allow_resume, may_change)
+    def claim() -> bool:
+        prepared.lock, resumed = _claim(path, config, allow_resume, may_change)
         return resumed
 
-    made.resumed = hosts.first(make)
+    prepared.resumed = hosts.first(claim)
     try:
-        hosts.agree({f"{path / CONFIG} is there": (path / CONFIG).exists()})
+        hosts.agree({f"{path / CONFIG} exists": (path / CONFIG).exists()})
     except BaseException:
-        made.close()
+        prepared.close()
         raise
-    return made
+    return prepared
 
 
 def _claim(
@@ -111,10 +111,10 @@ def _claim(
     allow_resume: bool,
     may_change: Collection[str],
 ) -> tuple[int, bool]:
-    """(the lock, whether the folder already had a run); see `prepare`."""
+    """Returns the lock, and whether the directory already had a run; see `prepare`."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        _write_test(path)
+        _check_writable(path)
         lock = _lock(path)
     except OSError as error:
         raise _unwritable(path, error) from error
@@ -131,25 +131,25 @@ def _claim(
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Reads a JSON file; OSError if it cannot be, ValueError if it is not JSON."""
+    """Reads a JSON file; raises OSError if unreadable, ValueError if it is not JSON."""
     return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
 
 
 def settings(directory: pathlib.Path) -> dict[str, Any]:
-    """Returns the configuration of a finished run, as JSON.
+    """Returns the configuration of a finished run, as stored.
 
     Raises:
       errors.ExportError: there is no run, or it has not finished.
     """
     if not (directory / CONFIG).exists():
         raise errors.ExportError(
-            f"{directory}: is no run (it has no {CONFIG}); give --workdir the "
+            f"{directory}: is not a run (it has no {CONFIG}); set --workdir to the "
             "directory of a finished run."
         )
     if not (directory / RESULT).exists():
         raise errors.ExportError(
-            f"{directory}: has not finished (it has no {RESULT}); finish "
-            f"it by giving its own command again, then again.{seeds_hint(directory)}"
+            f"{directory}: has not finished (it has no {RESULT}); finish it by running "
+            f"its command again, then repeat this one.{seeds_hint(directory)}"
         )
     try:
         return read_json(directory / CONFIG)
@@ -160,19 +160,19 @@ def settings(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def seeds_hint(directory: pathlib.Path) -> str:
-    """Returns a line that names one of the seeds in `directory`, "" for none."""
+    """Returns a line that names one of the seeds in `directory`; "" without seeds."""
     found = sorted(directory.glob(f"seed*/{RESULT}"))
     return f"\nIt holds seeds; name one, such as {found[0].parent}" if found else ""
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes a JSON file so that a reader or a crash sees the old or the new whole."""
+    """Writes a JSON file atomically."""
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: str | os.PathLike, data: bytes | memoryview) -> None:
-    """Writes a file so that a reader or a crash sees the old or the new whole."""
+    """Writes a file atomically: readers, or a crash, see the old or the new content."""
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
@@ -183,7 +183,7 @@ def write_bytes(path: str | os.PathLike, data: bytes | memoryview) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """What a run runs on: versions, commit, devices, command line, start time."""
+    """Describes the environment: versions, commit, devices, command and start time."""
     return {
         **code(),
         "devices": [f"{d.id}: {d.platform} {d.device_kind}" for d in jax.devices()],
@@ -196,14 +196,14 @@ def environment() -> dict[str, Any]:
 
 
 def code() -> dict[str, Any]:
-    """Which program this is: versions and commit, a part of `environment`."""
+    """Describes the program: versions and commit, a part of `environment`."""
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     versions |= {"python": platform.python_version(), "lakd_jax": version.VERSION}
     return {"versions": versions, "commit": _commit()}
 
 
-def _write_test(path: pathlib.Path) -> None:
-    # A megabyte: a nearly full disk still takes a few bytes.
+def _check_writable(path: pathlib.Path) -> None:
+    # Writes a megabyte, since a nearly full disk still accepts a few bytes.
     probe = path / ".write_test"
     try:
         with open(probe, "wb") as file:
@@ -224,13 +224,16 @@ def _lock(path: pathlib.Path) -> int:
         holder = os.read(handle, 200).decode(errors="replace") or "another process"
         os.close(handle)
         raise errors.WorkdirError(
-            f"{path}: in use by {holder}\nWait for it to end, or use another --workdir."
+            f"{path}: in use by {holder}\n"
+            "Wait for it to finish, or use another --workdir."
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             os.close(handle)
             raise
-        logging.getLogger(__name__).warning("%s: no locks here (%s)", path, error)
+        logging.getLogger(__name__).warning(
+            "%s: the file system has no locks (%s)", path, error
+        )
     return handle
 
 
@@ -240,7 +243,7 @@ def _check_config(
     allow_resume: bool,
     may_change: Collection[str],
 ) -> bool:
-    """Whether the folder has a run that may go on under `config`."""
+    """Returns whether the directory has a run that may be resumed with `config`."""
     if not (path / CONFIG).exists():
         if (path / CHECKPOINTS).exists():
             raise errors.WorkdirError(f"{path}: has checkpoints but no {CONFIG}")
@@ -257,23 +260,23 @@ def _check_config(
     if changed:
         more = f" (first {_SHOWN} shown)" if len(changed) > _SHOWN else ""
         raise errors.WorkdirError(
-            f"{path}: is of another config, {len(changed)} fields differ{more}:\n"
+            f"{path}: has another config, {len(changed)} fields differ{more}:\n"
             + "\n".join(changed[:_SHOWN])
-            + "\nUse another --workdir, or give these fields their old values."
+            + "\nUse another --workdir, or set these fields to their old values."
         )
     return True
 
 
 def _require_version(path: pathlib.Path) -> None:
-    """Raises WorkdirError where another version of lakd_jax began the run."""
+    """Raises WorkdirError if the run was started by another version of lakd_jax."""
     try:
         then = read_json(path / ENVIRONMENT)["versions"]["lakd_jax"]
-    except (FileNotFoundError, ValueError, KeyError):  # lost: the config must do
+    except (FileNotFoundError, ValueError, KeyError):  # lost: rely on the config
         return
     if then != version.VERSION:
         raise errors.WorkdirError(
-            f"{path}: was begun by lakd_jax {then}, this is {version.VERSION}: install "
-            f"lakd_jax {then} to go on, or use another --workdir."
+            f"{path}: was started by lakd_jax {then}, this is {version.VERSION}: "
+            f"install lakd_jax {then} to resume it, or use another --workdir."
         )
 
 
@@ -291,14 +294,14 @@ def _record(path: pathlib.Path, config: Mapping[str, Any], resumed: bool) -> Non
                 logging.getLogger(__name__).warning(
                     "changed since the start:%s", change
                 )
-    # Last, as its presence says that the folder is complete.
+    # Written last: its presence marks the directory as complete.
     write_json(path / CONFIG, config)
 
 
 def _changes(
     old: Mapping[str, Any], new: Mapping[str, Any], skip: Collection[str]
 ) -> list[str]:
-    # As text, since a NaN is not equal to itself.
+    # Compared as text, since NaN is not equal to itself.
     pairs = {
         field: tuple(
             json.dumps(x[field]) if field in x else "absent" for x in (old, new)
@@ -321,14 +324,17 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _unwritable(path: pathlib.Path, error: OSError) -> errors.WorkdirError:
     return errors.WorkdirError(
         f"{path}: cannot be written: {error.strerror or error}\n"
-        "Free space or change rights there, or use another --workdir."
+        "Free space or change permissions there, or use another --workdir."
     )
 
 
 def _commit() -> str | None:
-    """Hash of the checkout this code is in, "-dirty" if changed; None outside one."""
+    """Returns the commit of the checkout of this code, or None outside of one.
+
+    "-dirty" is appended if the checkout is modified.
+    """
     source = pathlib.Path(__file__)
-    # An installed package may lie inside somebody else's checkout.
+    # An installed package may be inside the checkout of another project.
     commands = (
         f"git ls-files --error-unmatch {source.name}",
         "git describe --always --dirty --abbrev=40 --exclude=*",

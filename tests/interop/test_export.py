@@ -222,12 +222,12 @@ def test_the_card_of_a_run_that_recorded_less(finished):
 
 
 def no_directory(run):
-    return run / "elsewhere", "safetensors", "elsewhere: is no run (it has no config"
+    return run / "elsewhere", "safetensors", "elsewhere: is not a run (it has no con"
 
 
 def no_run(run):
     (run / workdir.CONFIG).unlink()
-    return run, "safetensors", "is no run (it has no config.json)"
+    return run, "safetensors", "is not a run (it has no config.json)"
 
 
 def unfinished(run):

@@ -297,7 +297,7 @@ def test_explain_on_the_command_line(main, tmp_path):
     assert "--workdir is missing, which --mode=explain needs" in err
     code, _, err = main("--mode=explain", f"--workdir={tmp_path}")
     assert code == 2
-    assert "is no run" in err
+    assert "is not a run" in err
 
 
 def test_config_comes_back_from_its_json(tmp_path):

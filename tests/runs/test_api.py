@@ -98,7 +98,7 @@ def test_seeds_give_a_run_each(run, config, tmp_path, monkeypatch):
 
 
 def test_what_is_no_run_or_no_config_is_said(tmp_path):
-    with pytest.raises(errors.ExportError, match="is no run"):
+    with pytest.raises(errors.ExportError, match="is not a run"):
         lakd_jax.load(tmp_path)
     with pytest.raises(errors.ConfigError, match="missing.py"):
         lakd_jax.train(tmp_path / "missing.py", tmp_path / "run")

@@ -376,7 +376,7 @@ def test_whole_run(main, tiny_main, tmp_path, monkeypatch):
 
     # Another config is refused, with the fields that differ.
     other = ("--config.optim.lr=0.07", "--config.kd.temperature=2")
-    err = refused(tiny_main(*args, *other), f"{run}: is of another config, 2 fields")
+    err = refused(tiny_main(*args, *other), f"{run}: has another config, 2 fields")
     assert "optim.lr: 0.05 -> 0.07" in err
     assert "kd.temperature: 4.0 -> 2.0" in err
 

@@ -1,4 +1,4 @@
-"""What is set for the device: it must change the speed only."""
+"""Settings for the device: they must change the speed only."""
 
 import os
 import pathlib
@@ -48,11 +48,11 @@ def test_options_that_xla_does_not_know_are_left_out(fresh_options, monkeypatch)
     assert backend.compiler_options() == {}
 
 
-def test_a_cache_that_jax_was_told_of_stays(tmp_path):
-    told = jax.config.jax_compilation_cache_dir
-    assert told  # by conftest
+def test_a_configured_cache_takes_precedence(tmp_path):
+    cache_dir = jax.config.jax_compilation_cache_dir
+    assert cache_dir  # by conftest
     backend.prepare(str(tmp_path / "other"))
-    assert jax.config.jax_compilation_cache_dir == told
+    assert jax.config.jax_compilation_cache_dir == cache_dir
 
 
 START = """

@@ -1,4 +1,4 @@
-"""Two processes train as one does, stop together, and never wait for ever."""
+"""Two processes train as one does, stop together, and never hang."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from lakd_jax.runs import command as command_lib
 from lakd_jax.runtime import hosts
 from lakd_jax.store import workdir
 
-# How ml_collections loads a config file is deprecated from Python 3.12 on.
+# ml_collections loads config files in a way deprecated since Python 3.12.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 PROGRAM = pathlib.Path(__file__).parents[1] / "support" / "one_of_several.py"
@@ -32,7 +32,7 @@ PLAIN = {"method": "none", "epochs": 2, "optim__lr": 0.01, "compile_cache": ""}
 
 
 def start(folder, *fields):
-    """A process for each of `fields`, with one device each."""
+    """Starts one process, with one device, for each of `fields`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -42,29 +42,29 @@ def start(folder, *fields):
                 sys.executable,
                 str(PROGRAM),
                 *(address, str(len(fields)), str(index), str(folder)),
-                json.dumps(own),
+                json.dumps(process_fields),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"PYTHONPATH": str(commands.ROOT)},
         )
-        for index, own in enumerate(fields)
+        for index, process_fields in enumerate(fields)
     ]
 
 
 def ended(processes, timeout=240):
-    """[(exit code, stdout, stderr)]; a process that hangs fails the test."""
+    """Returns [(exit code, stdout, stderr)]; a process that hangs fails the test."""
     try:
-        said = [p.communicate(timeout=timeout) for p in processes]
+        outputs = [p.communicate(timeout=timeout) for p in processes]
     finally:
         for process in processes:
             process.kill()
-    return [(p.returncode, *s) for p, s in zip(processes, said, strict=True)]
+    return [(p.returncode, *out) for p, out in zip(processes, outputs, strict=True)]
 
 
 def both(folder, fields):
-    """Trains in two processes, which must end well."""
+    """Trains in two processes, which must succeed."""
     found = ended(start(folder, fields, fields))
     for code, _, err in found:
         assert code == 0, err
@@ -72,7 +72,7 @@ def both(folder, fields):
 
 
 def finished(folder):
-    """Variables, result without times, records of the run in `folder`."""
+    """Returns variables, result without times, and records of the run in `folder`."""
     run = folder / "run"
     variables, _ = interop.load_variables(run / workdir.STUDENT)
     result = json.loads((run / workdir.RESULT).read_text())
@@ -83,7 +83,7 @@ def finished(folder):
 
 @pytest.fixture
 def alone():
-    """Trains in this process on two devices; gives what `finished` does."""
+    """Trains in this process on two devices; returns the same as `finished`."""
 
     def run(folder, fields):
         config = tiny.small(folder, **fields)
@@ -114,12 +114,12 @@ def test_two_processes_train_as_two_devices_of_one(tmp_path, alone):
     (_, out, _), (_, other_out, other_err) = both(tmp_path / "two", PLAIN)
     assert_close(finished(tmp_path / "two"), alone(tmp_path / "one", PLAIN))
     assert "Pictures, metrics and the student are in" in out
-    said = [line for line in other_out.splitlines() if not line.startswith("[Gloo]")]
-    assert not said and not other_err  # process 0 alone prints
+    lines = [line for line in other_out.splitlines() if not line.startswith("[Gloo]")]
+    assert not lines and not other_err  # only process 0 prints
 
 
 def test_differing_configs_stop_all(tmp_path):
-    """Promise 28: with both values, and no hang."""
+    """Promise 28: with both values, and without hanging."""
     found = ended(start(tmp_path, PLAIN, {**PLAIN, "epochs": 3}), timeout=60)
     for code, _, err in found:
         assert code == 2, err
@@ -130,7 +130,7 @@ def test_differing_configs_stop_all(tmp_path):
 
 @LONG
 def test_what_stops_the_first_process_stops_all(tmp_path):
-    """Promise 30: every process says why it ends."""
+    """Promise 30: every process reports the reason."""
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (code, _, err), (other, _, other_err) = ended(start(tmp_path, PLAIN, PLAIN), 60)
     assert code == other == 2
@@ -140,15 +140,17 @@ def test_what_stops_the_first_process_stops_all(tmp_path):
 
 def test_they_cannot_meet_once_jax_has_devices():
     jax.devices()
-    with pytest.raises(errors.HostsError, match="cannot meet: .* before any JAX calls"):
+    with pytest.raises(
+        errors.HostsError, match="cannot connect: .* before any JAX calls"
+    ):
         hosts.connect("localhost:1", 2, 1)
 
 
 @LONG
 def test_a_signal_to_one_stops_both_and_both_go_on(tmp_path, alone):
-    """Promise 10: after the same step, with one checkpoint."""
+    """Promise 10: after the same step, and with one checkpoint."""
     fields = PLAIN | {"epochs": 24}
-    both(tmp_path / "whole", fields)
+    both(tmp_path / "unbroken", fields)
     processes = start(tmp_path / "parts", fields, fields)
     run = tmp_path / "parts" / "run"
     until(lambda: metrics.read(run), processes)
@@ -161,17 +163,19 @@ def test_a_signal_to_one_stops_both_and_both_go_on(tmp_path, alone):
     assert not (run / workdir.RESULT).exists()
     shutil.copytree(tmp_path / "parts", tmp_path / "one")
     both(tmp_path / "parts", fields)
-    whole, parts = finished(tmp_path / "whole"), finished(tmp_path / "parts")
-    jax.tree.map(np.testing.assert_array_equal, whole[0], parts[0])
-    assert whole[1:] == parts[1:]
+    unbroken, parts = finished(tmp_path / "unbroken"), finished(tmp_path / "parts")
+    jax.tree.map(np.testing.assert_array_equal, unbroken[0], parts[0])
+    assert unbroken[1:] == parts[1:]
     # One process reads what two have written; it keeps teachers elsewhere.
     settings = tmp_path / "one" / "run" / "config.json"
     text = settings.read_text().replace(str(tmp_path / "parts"), str(tmp_path / "one"))
     settings.write_text(text)
     one = alone(tmp_path / "one", fields)
     steps = [r["step"] for r in one[2] if r["kind"] == "train"]
-    assert steps == [r["step"] for r in whole[2] if r["kind"] == "train"]
-    losses = [[r["loss"] for r in x[2] if r["kind"] == "train"] for x in (one, whole)]
+    assert steps == [r["step"] for r in unbroken[2] if r["kind"] == "train"]
+    losses = [
+        [r["loss"] for r in x[2] if r["kind"] == "train"] for x in (one, unbroken)
+    ]
     np.testing.assert_allclose(*losses, rtol=1e-2)  # see test_devices_train_as_one
 
 
@@ -184,7 +188,7 @@ def until(condition, processes):
 @LONG
 @pytest.mark.parametrize("killed", [0, 1])
 def test_the_loss_of_one_ends_the_other(killed, tmp_path):
-    """Promise 29: with a message, and no hang."""
+    """Promise 29: with a message, and without hanging."""
     fields = PLAIN | {"epochs": 1000}
     processes = start(tmp_path, fields, fields)
     until(lambda: metrics.read(tmp_path / "run"), processes)
@@ -239,22 +243,22 @@ def test_without_a_scheduler_auto_says_what_to_give(tmp_path):
         text=True,
         cwd=commands.ROOT,
     )
-    told = (done.returncode, done.stdout, done.stderr)
-    commands.refused(told, "finds no Slurm, TPU pod", "Give --coordinator=HOST:PORT")
+    result = (done.returncode, done.stdout, done.stderr)
+    commands.refused(result, "finds no Slurm, TPU pod", "Set --coordinator=HOST:PORT")
 
 
 @LONG
 def test_slurm_is_asked_who_is_who(tmp_path):
-    """What Slurm tells its tasks, by hand: two tasks on this host."""
+    """Two tasks on this host, with the variables that Slurm sets."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        job = free.getsockname()[1]  # JAX makes a port of the job's number
+        job = free.getsockname()[1]  # JAX derives the port from the job's number
     command = [sys.executable, "main.py", commands.DIGITS, "--coordinator=auto"]
     command += [f"--workdir={tmp_path}", "--config.method=none", "--config.epochs=1"]
     command += ["--config.student.name=resnet8", "--config.batch_size=256"]
     command += ["--config.baselines=()", "--config.compile_cache="]
-    told = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost"}
-    told |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
+    slurm = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost"}
+    slurm |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
     processes = [
         subprocess.Popen(
             command,
@@ -262,7 +266,7 @@ def test_slurm_is_asked_who_is_who(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
             cwd=commands.ROOT,
-            env=os.environ | told | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+            env=os.environ | slurm | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
         )
         for i in range(2)
     ]

@@ -1,4 +1,4 @@
-"""Several processes: whether they are connected, and whose devices are whose."""
+"""Several processes: whether they are connected, and the order of their devices."""
 
 import types
 
@@ -13,13 +13,13 @@ from lakd_jax.runs import single
 from lakd_jax.runtime import hosts
 from lakd_jax.training import state as state_lib
 
-# How ml_collections loads a config file is deprecated from Python 3.12 on.
+# ml_collections loads config files in a way deprecated since Python 3.12.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
 @pytest.fixture
 def pod(monkeypatch):
-    """JAX counts four processes, as it does on a TPU pod by itself."""
+    """Makes JAX report four unconnected processes, as on a TPU pod."""
 
     def begun(*_):  # a test that fails must not train
         raise errors.DataError("the run began")

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: one to save and stop, at any moment; another to kill."""
+"""SIGTERM and Ctrl-C: the first saves and stops, at any time; the second kills."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ def _send(number):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_first_signal_sets_the_flag_and_says_so(number, capfd):
-    """Promise 11: SIGTERM and Ctrl-C alike."""
+    """Promise 11: for both SIGTERM and Ctrl-C."""
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     with interrupt.Guard() as guard:
         guard.check()
@@ -44,7 +44,7 @@ def test_the_same_sigterm_delivered_twice_does_not_kill(capfd):
 
 
 def test_released_signals_have_their_usual_effect(capfd):
-    """Promise 9: what was there before the guard, and the guard's own afterwards."""
+    """Promise 9: the previous handlers during the call, the guard's afterwards."""
     usual = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     with interrupt.Guard() as guard:
         caught = {n: signal.getsignal(n) for n in usual}
@@ -105,7 +105,7 @@ cli.end_with(work)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_during_a_compilation_ends_the_process_at_once(number):
-    """Promise 9: nobody waits for the compiler, not even at Ctrl-C."""
+    """Promise 9: without waiting for the compiler, also for Ctrl-C."""
     process = _start(_COMPILE)
     assert process.stdout.readline() == "compiling\n"
     time.sleep(0.2)
@@ -135,7 +135,7 @@ with interrupt.Guard() as guard:
     ],
 )
 def test_second_signal_kills(first, second):
-    """Promise 11: who asks twice does not want to wait."""
+    """Promise 11: at once."""
     process = _start(_STUBBORN)
     process.stdout.readline()
     process.send_signal(first)

@@ -1,4 +1,4 @@
-"""Paths of every flag and field: `~` is the home folder, and a URL is refused."""
+"""Paths in all flags and fields: `~` is the home folder, and URLs are refused."""
 
 import pathlib
 import sys
@@ -23,7 +23,7 @@ from lakd_jax.runtime import backend, interrupt
 from lakd_jax.store import workdir
 from lakd_jax.training import state as state_lib
 
-# How ml_collections loads a config file is deprecated from Python 3.12 on.
+# ml_collections loads config files in a way deprecated since Python 3.12.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 FIELDS = {
@@ -37,7 +37,7 @@ FIELDS = {
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """The current folder, empty; nothing may be made there."""
+    """An empty current folder, in which nothing may be created."""
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -52,7 +52,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def home(tmp_path, monkeypatch, here):
-    """The home folder of the user; the current folder is another."""
+    """The user's home folder, which is not the current folder."""
     folder = tmp_path / "home"
     folder.mkdir()
     monkeypatch.setenv("HOME", str(folder))
@@ -60,7 +60,7 @@ def home(tmp_path, monkeypatch, here):
 
 
 def assert_lines(result, *names):
-    """Refused with one line for each name, which it begins with."""
+    """Checks that the result is refused with one line starting with each name."""
     lines = commands.refused(result).splitlines()
     assert len(lines) == len(names)
     for line, name in zip(sorted(lines), sorted(names), strict=True):
@@ -141,7 +141,7 @@ def test_config_file_in_a_bucket(main, here):
 
 @pytest.mark.parametrize("kind", [str, pathlib.Path])
 def test_buckets_from_python(here, tmp_path, kind):
-    """A `Path` has lost a slash before it comes here."""
+    """A `Path` has already dropped one of the slashes."""
     bucket = kind("gs://bucket/run")
     config = tiny.config(tmp_path, epochs=0)
     with pytest.raises(errors.ConfigError) as caught:
@@ -197,7 +197,7 @@ def test_home_in_workdir(main, home):
 @pytest.mark.parametrize("mode", [["export", "--to=torch"], ["explain"]])
 def test_home_in_other_modes(main, home, mode):
     result = main(f"--mode={mode[0]}", *mode[1:], "--workdir=~/run")
-    commands.refused(result, f"{home / 'run'}: is no run")
+    commands.refused(result, f"{home / 'run'}: is not a run")
 
 
 @pytest.mark.parametrize(
@@ -211,12 +211,12 @@ def test_home_in_config(main, home, flag):
 def test_home_of_nobody(main, here):
     result = main(commands.DIGITS, "--workdir=~nobody-here/run")
     (line,) = commands.refused(result).splitlines()
-    assert "~nobody-here has no home folder here: write the whole path" in line
+    assert "~nobody-here has no home folder here: write the full path" in line
 
 
 def test_home_from_python(home):
     for door in (lakd_jax.load, lambda path: export.run(path, "torch")):
-        with pytest.raises(errors.ExportError, match=f"^{home / 'run'}: is no run"):
+        with pytest.raises(errors.ExportError, match=f"^{home / 'run'}: is not a run"):
             door("~/run")
     weights = {"fc.weight": np.ones((2, 3), np.float32)}
     interop.save_torch_file("~/a.safetensors", weights)
@@ -268,7 +268,7 @@ def test_home_in_init(home, field):
 
 
 def test_home_in_teacher_cache(home, monkeypatch):
-    """The config, and with it the name of the teacher's folder, stay as they are."""
+    """The config, and with it the name of the teacher's folder, do not change."""
     config = tiny.config(home)
     bench = types.SimpleNamespace(dataset=tiny.dataset())
     name = teacher._cached(config, bench).name

@@ -1,4 +1,4 @@
-"""Checkpoints come back bit for bit."""
+"""Checkpoints are restored bit for bit."""
 
 import asyncio
 import gc
@@ -46,7 +46,7 @@ def test_restores_into_an_abstract_state(copied):
     assert step == 2
     states.assert_same(got, state)
     assert got["bank"].sharding == states.replicated()
-    # What was restored may be donated, as any state.
+    # A restored state may be donated, like any other.
     double = jax.jit(lambda x: jax.tree.map(lambda y: y + y, x), donate_argnums=0)
     states.assert_same(double(got["params"]), double(state["params"]))
 
@@ -103,7 +103,7 @@ def test_host_array_may_change_right_after_save(tmp_path):
 
 
 def test_keeps_the_newest_and_ignores_a_second_save_of_a_step(tmp_path):
-    """Promise 5: of `keep` checkpoints no more are left."""
+    """Promise 5: no more than `keep` checkpoints are left."""
     with checkpoint.Checkpointer(tmp_path, keep=2) as saver:
         for step in (1, 2, 3, 10):
             saver.save(step, states.make_state(step), extra={})
@@ -115,7 +115,7 @@ def test_keeps_the_newest_and_ignores_a_second_save_of_a_step(tmp_path):
         checkpoint.Checkpointer(tmp_path, keep=0)
 
 
-def test_later_steps_of_an_abandoned_run_give_way(tmp_path):
+def test_later_steps_of_an_abandoned_run_are_replaced(tmp_path):
     with checkpoint.Checkpointer(tmp_path, keep=1) as saver:
         saver.save(50, states.make_state(1), extra={})
     with checkpoint.Checkpointer(tmp_path, keep=1) as saver:
@@ -158,7 +158,7 @@ def test_other_structure_is_refused_and_nothing_renamed(copied, change, expected
     """Promise 4: the leaves that differ are listed."""
     template = states.make_state()
     change(template)
-    (copied / "9").mkdir()  # damaged, and newer: stays where it is as well
+    (copied / "9").mkdir()  # damaged and newer, but not renamed either
     with checkpoint.Checkpointer(copied, keep=3) as saver:
         with pytest.raises(errors.WorkdirError) as caught:
             saver.restore(template)
@@ -198,7 +198,7 @@ def _fail_to_write(monkeypatch):
 def test_failed_background_write_is_an_error_at_the_next_call(
     copied, monkeypatch, capfd, call
 ):
-    """Promise 6: nobody takes an unfinished save for a finished one."""
+    """Promise 6: an unfinished save is not mistaken for a finished one."""
     state = states.make_state(8)
     calls = {"save": ((9, state), {"extra": {}}), "restore": ((state,), {})}
     args, options = calls.get(call, ((), {}))
@@ -210,7 +210,7 @@ def test_failed_background_write_is_an_error_at_the_next_call(
             getattr(saver, call)(*args, **options)
     assert caught.value.exit_code == 5
     assert len(str(caught.value).splitlines()) <= 3
-    # keep=1, yet what was complete stays until a save succeeds.
+    # keep=1, but a complete checkpoint is kept until a save succeeds.
     assert checkpoint.list_steps(copied) == [1, 2]
     if call != "close":
         saver.save(8, state, extra={})
@@ -257,7 +257,7 @@ def test_orbax_is_quiet_and_others_are_not(tmp_path, caplog):
 
 
 class _Read:
-    """A future that fails, as TensorStore's do: an awaitable, no coroutine."""
+    """A future that fails like TensorStore's: an awaitable, but not a coroutine."""
 
     def __await__(self):
         yield
@@ -269,7 +269,7 @@ async def _task():
 
 
 async def _abandon(read):
-    """Waits for `read` and a future that failed, and looks at neither."""
+    """Waits for `read` and a failed future, without retrieving their exceptions."""
     future = asyncio.get_running_loop().create_future()
     future.set_exception(ValueError('NOT_FOUND: Error reading "w1/0.0"'))
     await asyncio.wait([asyncio.ensure_future(read), future])

@@ -1,4 +1,4 @@
-"""A damaged checkpoint is noticed, said, set aside; the next older one is used."""
+"""A damaged checkpoint is detected, reported and renamed; the next older is used."""
 
 import os
 import random
@@ -18,7 +18,7 @@ from lakd_jax.store import checkpoint
 
 
 def _flip(folder, files, rng):
-    """Flips one bit of one file, each bit of all files being as likely."""
+    """Flips one bit, drawn uniformly from all bits of all files."""
     path = rng.choices(files, weights=[f.stat().st_size for f in files])[0]
     data = bytearray(path.read_bytes())
     data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
@@ -34,7 +34,7 @@ FLIPS = [("data", 20), ("other", 8)]
     [*FLIPS, *(pytest.param(p, 5 * n, marks=LONG) for p, n in FLIPS)],
 )
 def test_no_flipped_bit_is_restored_silently(two_steps, tmp_path, part, trials):
-    """Promise 2: in a hundred trials what is restored is what was saved."""
+    """Promise 2: in a hundred trials the restored state is the saved one."""
     rng = random.Random(f"{part} {trials}")
     template, older, newest = map(states.make_state, range(3))
     detected = 0
@@ -52,7 +52,7 @@ def test_no_flipped_bit_is_restored_silently(two_steps, tmp_path, part, trials):
         assert (folder / "2.broken").is_dir() == (step == 1)
         detected += step == 1
         shutil.rmtree(folder)
-    # Most of the data is array values, so a check that never fires would show.
+    # Most bytes are array values, so a check that never fails would be noticed.
     assert detected >= (trials // 2 if part == "data" else 1)
 
 
@@ -102,7 +102,7 @@ def _swap_step(step):
     ],
 )
 def test_damaged_newest_is_set_aside_and_the_older_used(copied, harm, capfd):
-    """Promise 3: renamed, told in a line, and the older one restored."""
+    """Promise 3: renamed, reported in one line, and the older one restored."""
     harm(copied / "2")
     lines = []
     with checkpoint.Checkpointer(copied, keep=3, notify=lines.append) as saver:
@@ -151,7 +151,7 @@ with checkpoint.Checkpointer(sys.argv[1], keep=2) as saver:
 
 
 def test_damage_is_told_in_one_line_on_the_terminal(tmp_path):
-    """Promise 3: and Orbax's own pages of text are not there."""
+    """Promise 3: without Orbax's pages of output."""
     state = {f"w{i}": np.random.rand(60, 60) for i in range(40)}
     with checkpoint.Checkpointer(tmp_path, keep=2) as saver:
         saver.save(1, state, extra={})
@@ -180,7 +180,7 @@ with checkpoint.Checkpointer(sys.argv[1], keep=2) as saver:
 
 
 def test_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
-    """Promise 1: also where a save is under way nearly always."""
+    """Promise 1: even if a save is nearly always in progress."""
     rng = random.Random(0)
     folder, last = tmp_path / "checkpoints", 0
     for trial in range(2):
@@ -190,7 +190,7 @@ def test_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
             text=True,
         )
         assert process.stdout.readline().split()[0] == "from", f"trial {trial}"
-        for _ in range(4):  # let a few saves begin, the kill falls into the next
+        for _ in range(4):  # after a few saves, the kill interrupts the next
             started = int(process.stdout.readline())
         time.sleep(rng.random() * 0.1)
         os.kill(process.pid, signal.SIGKILL)
@@ -203,7 +203,7 @@ def test_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
         assert (got["w"] == step).all()
         assert step >= max(started - 1, last)
         left = {p.name for p in folder.iterdir() if not p.name.isdecimal()}
-        assert len(left) <= 1, left  # kills do not pile up
+        assert len(left) <= 1, left  # remains of kills do not accumulate
         last = step
 
 

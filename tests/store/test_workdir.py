@@ -1,4 +1,4 @@
-"""The folder of a run is proved, locked, recorded, and refused to others."""
+"""The directory of a run is checked, locked and recorded; other runs are refused."""
 
 import json
 import logging
@@ -44,7 +44,7 @@ def test_first_use_records_config_and_environment(tmp_path):
 
 
 def test_same_config_resumes_and_keeps_the_first_environment(tmp_path):
-    """Promise 8: without a flag."""
+    """Promise 8: without any flag."""
     workdir.prepare(tmp_path, CONFIG).close()
     before = (tmp_path / "environment.json").read_text()
     with workdir.prepare(tmp_path, CONFIG) as run:
@@ -55,7 +55,7 @@ def test_same_config_resumes_and_keeps_the_first_environment(tmp_path):
 
 
 def test_other_config_is_refused_field_by_field(tmp_path):
-    """Promises 4, 8: with the old and the new value of each."""
+    """Promises 4, 8: with the old and the new value of each field."""
     workdir.prepare(tmp_path, CONFIG).close()
     other = _changed(seed=1, optim={"lr": 0.1, "momentum": 0.9}, empty={"x": 1})
     with pytest.raises(errors.WorkdirError) as caught:
@@ -71,7 +71,7 @@ def test_other_config_is_refused_field_by_field(tmp_path):
     ]
     assert "--workdir" in lines[-1] and "old values" in lines[-1]
     assert workdir.read_json(tmp_path / "config.json")["seed"] == 0
-    # The refused attempt left no lock behind.
+    # The refused attempt released the lock.
     workdir.prepare(tmp_path, CONFIG).close()
 
 
@@ -103,7 +103,7 @@ def test_a_run_of_another_version_is_refused(tmp_path, monkeypatch):
     with pytest.raises(errors.WorkdirError) as caught:
         workdir.prepare(tmp_path, {**CONFIG, "new": 1})
     (line,) = str(caught.value).splitlines()
-    assert "was begun by lakd_jax 0." in line and "this is 9.9.9" in line
+    assert "was started by lakd_jax 0." in line and "this is 9.9.9" in line
     assert "another --workdir" in line
     assert (tmp_path / workdir.CONFIG).read_bytes() == before
 
