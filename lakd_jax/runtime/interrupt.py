@@ -59,7 +59,7 @@ class Guard:
     def released(self) -> Iterator[None]:
         """Restores the previous signal handlers during a long call.
 
-        SIGTERM then ends the process at once. Only the work since the last checkpoint is
+        SIGTERM then ends the process at once. Only work since the last checkpoint is
         lost: nothing is written to a run during such calls.
 
         Raises:
