@@ -46,7 +46,8 @@ def saved_student(path, **changes):
     model = models.create("resnet8", num_classes=3)
     variables = tiny.variables(model)
     card = {"network": "resnet8", "num_classes": 3, "options": {}, "vam": None}
-    card |= {"mean": (0.4,) * 3, "std": (0.3,) * 3, "result": {}} | changes
+    card |= {"mean": (0.4,) * 3, "std": (0.3,) * 3, "image_size": 8, "result": {}}
+    card |= changes
     interop.save_variables(path, variables, card)
     return path
 
