@@ -5,13 +5,12 @@ the command line knows the name as well. Registering a name again replaces what 
 there, so that a notebook's cell may run twice.
 """
 
-import dataclasses
 from typing import Any
 
 from lakd_jax import config as config_lib
-from lakd_jax import distill, models
-from lakd_jax.config import rules
+from lakd_jax import models
 from lakd_jax.distill.base import method as method_lib
+from lakd_jax.distill.base import registry
 from lakd_jax.interop import layout
 
 
@@ -45,23 +44,6 @@ def method(name: str, cls: type[method_lib.Method]) -> None:
     Raises:
       ValueError: the name is taken or no word; or a field without such a default.
     """
-    block = _block(name, cls)
-    config_lib.add_block(name, block)  # first, as it may refuse the name
-    known = name in distill.names()
-    distill.METHODS[name] = cls
-    if not known and {"ce_weight", "weight"} <= block.keys():
-        rules.weights(name)
-
-
-def _block(name: str, cls: type[method_lib.Method]) -> dict[str, Any]:
-    """The fields of the class with their defaults."""
-    fields: Any = dataclasses.fields(cls)
-    block = {f.name: f.default for f in fields if f.name not in ("parent", "name")}
-    for field, default in block.items():
-        if not isinstance(default, bool | int | float | str | tuple):
-            raise ValueError(
-                f"method {name!r}: {cls.__name__}.{field} needs a default for the "
-                f"config's field {name}.{field}: write it in the class, as in "
-                f"`{field}: float = 1.0`"
-            )
-    return block
+    if name in config_lib.default() and name not in registry.TABLE:
+        raise ValueError(f"method {name!r}: the config has this name already")
+    registry.enter(name, cls)

@@ -11,6 +11,7 @@ from ml_collections import config_flags
 
 from lakd_jax import config as config_lib
 from lakd_jax import errors, paths
+from lakd_jax import fields as fields_lib
 
 _CONFIG = ("--config", "-config")
 _OVERRIDE = re.compile(r"--?(no)?config\.")
@@ -127,12 +128,10 @@ def _reason(
             cause = f"{type(error).__name__}: {cause}"
         file = re.search(r"-config[= ](\S+)", " ".join(argv))
         return f"{file.group(1) if file else '--config'}: {cause}"
-    from lakd_jax.config import check
-
     override = argv[next(i for i, a in enumerate(argv) if _OVERRIDE.match(a)) :]
     field, fields = _field(override), config_lib.flat(known)
     if field not in fields:
-        return check.unknown_field(field, fields)
+        return fields_lib.unknown_field(field, fields)
     if override == [f"--config.{field}"]:
         return f"--config.{field} has no value; write --config.{field}=VALUE"
     value = " ".join(override).replace("=", " ", 1).partition(" ")[2]

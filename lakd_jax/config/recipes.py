@@ -5,27 +5,18 @@ facts are those of the CIFAR-100 configurations published with CRD (learning rat
 mdistiller and Scale Decoupled Distillation (the others).
 """
 
+import fnmatch
 import math
 
 from lakd_jax import config as config_lib
-from lakd_jax.config import methods
+from lakd_jax.config import blocks
+from lakd_jax.distill.base import registry
 
 EPOCHS = 240  # what the methods' warm-ups are counted in
 
 _RATE = 0.05
 _MOBILE_RATE = 0.01
 _MOBILE = ("mobilenet_v2", "shuffle_v1", "shuffle_v2")
-
-# dkd.beta is 8 where nothing else is said.
-_VGG_BETA = 6.0
-_PAIRS = {
-    ("resnet56", "resnet20"): {"dkd.beta": 2.0},
-    ("resnet110", "resnet32"): {"dkd.beta": 2.0},
-    ("wrn_40_2", "wrn_16_2"): {"dkd.beta": 6.0},
-    ("wrn_40_2", "wrn_40_1"): {"dkd.beta": 6.0},
-    ("resnet32x4", "mobilenet_v2"): {"dkd.beta": 6.0},
-    ("resnet32x4", "resnet8x4"): {"review.weight": 5.0},
-}
 
 
 def rate(network: str) -> float:
@@ -34,10 +25,17 @@ def rate(network: str) -> float:
 
 
 def of_pair(teacher: str, student: str) -> dict[str, float]:
-    """The methods' fields that the published configurations set for this pair."""
-    vgg = any(name.startswith("vgg") for name in (teacher, student))
-    fields = {"dkd.beta": _VGG_BETA} if vgg else {}
-    return fields | _PAIRS.get((teacher, student), {})
+    """The methods' fields that the published configurations set for this pair.
+
+    Each method declares its own, see `lakd_jax.distill.base.method.Pairs`.
+    """
+    return {
+        f"{method}.{option}": value
+        for method, entry in registry.TABLE.items()
+        for patterns, values in entry.fact("pairs", {}).items()
+        if all(map(fnmatch.fnmatchcase, (teacher, student), patterns))
+        for option, value in values.items()
+    }
 
 
 def cifar(config: config_lib.ConfigDict, arg: str) -> config_lib.ConfigDict:
@@ -49,15 +47,12 @@ def cifar(config: config_lib.ConfigDict, arg: str) -> config_lib.ConfigDict:
       ValueError: more than three parts.
     """
     c = config_lib.with_pair(config, arg)
-    known = config_lib.flat(c)
-    own = of_pair(c.teacher.name, c.student.name)
     fields = {
         "epochs": EPOCHS,
         "data.minival": 0.0,
         "optim.lr": rate(c.student.name),
         "teacher.lr": rate(c.teacher.name),
-        # Methods come one by one; a fact about one that is not here yet waits for it.
-        **{field: value for field, value in own.items() if field in known},
+        **of_pair(c.teacher.name, c.student.name),
     }
     return config_lib.changed(c, fields)
 
@@ -74,10 +69,10 @@ def shortened(config: config_lib.ConfigDict, epochs: int) -> dict[str, object]:
         "optim.milestones": tuple(m * share for m in config.optim.milestones),
         "optim.warmup_epochs": config.optim.warmup_epochs * share,
     }
-    for method in methods.blocks():
-        for name, value in config[method].items():
+    for block in blocks.of_methods():
+        for name, value in config[block.name].items():
             if name.endswith("_epochs"):
-                fields[f"{method}.{name}"] = _scaled(value, epochs / EPOCHS)
+                fields[f"{block.name}.{name}"] = _scaled(value, epochs / EPOCHS)
     now = config_lib.flat(config)
     return {
         name: value

@@ -1,11 +1,18 @@
-"""What must hold between fields of a configuration that are each fine alone."""
+"""What must hold between fields of several owners that are each fine alone.
 
-from collections.abc import Callable, Sequence
+What must hold between the options of one method is declared with the method, see
+`lakd_jax.distill.base.rules`; `of_methods` applies it.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping, Set
+from typing import Any
 
 from lakd_jax import config as config_lib
 from lakd_jax import distill, models
-from lakd_jax.config import methods as methods_lib
-from lakd_jax.distill import lakd
+from lakd_jax.distill.base import registry
+from lakd_jax.distill.base import rules as rules_lib
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
 
@@ -63,63 +70,11 @@ def _teacher_warmup(c: Config, _: int) -> str:
     return _longer(c.optim.warmup_epochs, "teacher.epochs", c.teacher.epochs)
 
 
-@reads("kd.ce_weight", "kd.kd_weight")
+@reads("kd.ce_weight", "kd.kd_weight")  # whatever runs: several methods read them
 def _kd_weights(c: Config, _: int) -> str:
     if c.kd.ce_weight or c.kd.kd_weight:
         return ""
     return "kd.ce_weight and kd.kd_weight are both 0: nothing is learnt"
-
-
-@reads(
-    "lakd.preset",
-    "lakd.head_weight",
-    "lakd.attention_weight",
-    "lakd.feature_weight",
-    only_lakd=True,
-)
-def _lakd_weights(c: Config, _: int) -> str:
-    weights = ("head_weight", "attention_weight", "feature_weight")
-    if c.lakd.preset != "default" or any(c.lakd[w] for w in weights):
-        return ""
-    return f"lakd.{', lakd.'.join(weights)} are all 0: nothing is learnt"
-
-
-@reads(*METHODS, "afd.ce_weight", "afd.kd_weight", "afd.beta")
-def _afd_weights(c: Config, _: int) -> str:
-    return _all_zero("afd", c)
-
-
-@reads(*METHODS, "rtk.ce_weight", "rtk.kd_weight", "rtk.beta")
-def _rtk_weights(c: Config, _: int) -> str:
-    return _all_zero("rtk", c)
-
-
-def weights(name: str) -> None:
-    """Enters the relation between `ce_weight` and `weight` of a method's block."""
-
-    @reads(*METHODS, f"{name}.ce_weight", f"{name}.weight")
-    def relation(c: Config, _: int) -> str:
-        return _all_zero(name, c, ("ce_weight", "weight"))
-
-
-def _block_start(name: str) -> None:
-    """Enters the relation between `init_epochs` of such a block and all epochs."""
-
-    @reads(*METHODS, f"{name}.init_epochs", "epochs")
-    def relation(c: Config, _: int) -> str:
-        first = c[name].init_epochs
-        if name not in named(c) or first < c.epochs:
-            return ""
-        return (
-            f"{name}.init_epochs is {first:g}, but epochs is {c.epochs}: lower it, so "
-            "that some are left for what comes after"
-        )
-
-
-for block, fields in methods_lib.blocks().items():
-    weights(block)
-    if "init_epochs" in fields:
-        _block_start(block)
 
 
 @reads(*METHODS, "local.cut_scale")
@@ -145,37 +100,6 @@ def _least_batch(c: Config, _: int) -> str:
     return ""
 
 
-@reads("lakd.a", "lakd.b", only_lakd=True)
-def _mask(c: Config, _: int) -> str:
-    if c.lakd.a or c.lakd.b:
-        return ""
-    return "lakd.a and lakd.b are both 0: the mask would be empty"
-
-
-@reads("lakd.att_global", "lakd.attention", only_lakd=True)
-def _att_global(c: Config, _: int) -> str:
-    if not c.lakd.att_global or c.lakd.attention != "inside":
-        return ""
-    return "lakd.att_global needs a separate L_att; lakd.attention=inside has none"
-
-
-@reads("lakd.preact", "local.granularity", only_lakd=True)
-def _preact(c: Config, _: int) -> str:
-    if not c.lakd.preact or c.local.granularity in ("stage", "none"):
-        return ""
-    return "lakd.preact needs local.granularity=stage or none"
-
-
-@reads("lakd.preact", "lakd.task", "lakd.attention", only_lakd=True)
-def _preact_suffix(c: Config, _: int) -> str:
-    if not (c.lakd.preact and lakd.needs_suffix(c.lakd.task, c.lakd.attention)):
-        return ""
-    return (
-        "lakd.preact cannot go with lakd.task=teacher_suffix or lakd.attention=logits: "
-        "the teacher goes on from what its blocks put out"
-    )
-
-
 @reads(*METHODS, "local.granularity")
 def _preacts(c: Config, _: int) -> str:
     found = [m for m in methods(c) if distill.facts(m).needs_preacts]
@@ -185,13 +109,6 @@ def _preacts(c: Config, _: int) -> str:
         f"method {found[0]} reads pre-activations, which are recorded at the ends of "
         "stages: it needs local.granularity=stage or none"
     )
-
-
-@reads("lakd.att_global", "local.module_input", only_lakd=True)
-def _att_global_input(c: Config, _: int) -> str:
-    if not c.lakd.att_global or c.local.module_input == "student":
-        return ""
-    return "lakd.att_global needs local.module_input=student: no gradient crosses"
 
 
 @reads(*METHODS, "label_smoothing")
@@ -275,71 +192,6 @@ def _cuts(c: Config, _: int) -> str:
     return ""
 
 
-@reads(*_CUTS, "local.module_start_epochs", only_lakd=True)
-def _module_starts(c: Config, devices: int) -> str:
-    starts = c.local.module_start_epochs
-    if not starts or _cuts(c, devices):
-        return ""
-    modules = len(_partition(c)[2].names)
-    if len(starts) == modules:
-        return ""
-    return (
-        f"local.module_start_epochs has {len(starts)} entries, the student "
-        f"{modules} modules"
-    )
-
-
-@reads(*_CUTS, "local.module_input", only_lakd=True)
-def _module_input(c: Config, devices: int) -> str:
-    if c.local.module_input == "student" or _cuts(c, devices):
-        return ""
-    student, teacher, partition = _partition(c)
-    inner = slice(len(partition.names) - 1)  # the last joint feeds no module
-    ours, theirs = partition.student_joints[inner], partition.teacher_joints[inner]
-    have, want = chain.joint_shapes(student, ours), chain.joint_shapes(teacher, theirs)
-    for joint, mine, other in zip(ours, have, want, strict=True):
-        if mine != other:
-            return (
-                f"local.module_input=teacher: at {joint!r} the student has "
-                f"{mine[-1]} channels and the teacher {other[-1]}; use "
-                "local.module_input=student"
-            )
-    return ""
-
-
-@reads(*METHODS, "fitnet.hint_layer", *_CUTS)
-def _hint(c: Config, devices: int) -> str:
-    if "fitnet" not in named(c) or _cuts(c, devices):
-        return ""
-    modules = len(_partition(c)[2].names)
-    if c.fitnet.hint_layer <= modules:
-        return ""
-    return (
-        f"fitnet.hint_layer is {c.fitnet.hint_layer}, but the student has {modules} "
-        "modules: choose one of them"
-    )
-
-
-@reads(*METHODS, *_CUTS)
-def _pairs(c: Config, devices: int) -> str:
-    found = [name for name in ("fsp", "kdsvd") if name in named(c)]
-    if not found or _cuts(c, devices):
-        return ""
-    student, teacher, partition = _partition(c)
-    if len(partition.names) == 1:
-        return f"method {found[0]} compares stages: use local.granularity=stage"
-    have = chain.joint_shapes(student, partition.student_joints)
-    want = chain.joint_shapes(teacher, partition.teacher_joints)
-    for joint, mine, other in zip(partition.student_joints, have, want, strict=True):
-        if mine[-1] != other[-1]:
-            return (
-                f"method {found[0]} needs networks of the same widths, but at "
-                f"{joint!r} the student has {mine[-1]} channels and the teacher "
-                f"{other[-1]}: choose another student, or another method"
-            )
-    return ""
-
-
 def _shortcut(field: str, block: Config) -> str:
     offered = models.family(block.name).OPTIONS.get("shortcut", ("projection",))
     if block.shortcut in offered:
@@ -365,14 +217,6 @@ def _longer(warmup: float, field: str, epochs: int) -> str:
     return f"optim.warmup_epochs is {warmup:g}, more than {field} ({epochs})"
 
 
-def _all_zero(
-    name: str, c: Config, fields: Sequence[str] = ("ce_weight", "kd_weight", "beta")
-) -> str:
-    if name not in named(c) or any(c[name][f] for f in fields):
-        return ""
-    return f"{name}.{f', {name}.'.join(fields)} are all 0: nothing is learnt"
-
-
 def methods(c: Config) -> tuple[str, ...]:
     """Every method that runs."""
     return (c.method, *c.baselines)
@@ -386,6 +230,76 @@ def named(c: Config) -> set[str]:
 def needs_teacher(c: Config) -> bool:
     """Whether any method that runs has a teacher."""
     return any(distill.facts(m).needs_teacher for m in methods(c))
+
+
+class _Unreadable(Exception):
+    """A rule of a method read a field that is out of range by itself."""
+
+
+class _Run:
+    """A config as `distill.base.rules.Run`, for the rules of one method."""
+
+    def __init__(self, method: str, config: Config, faults: Set[str]):
+        self.method = method
+        self._config, self._faults = config, faults
+        self._values = config_lib.flat(config)
+
+    def __getitem__(self, field: str) -> Any:
+        if field in self._faults:
+            raise _Unreadable(field)
+        return self._values[field]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return self._partition[2].names
+
+    @functools.cached_property
+    def joints(self) -> tuple[rules_lib.Joint, ...]:
+        student, teacher, partition = self._partition
+        shapes = (
+            chain.joint_shapes(student, partition.student_joints),
+            chain.joint_shapes(teacher, partition.teacher_joints),
+        )
+        joints = zip(partition.student_joints, *shapes, strict=True)
+        return tuple(rules_lib.Joint(*joint) for joint in joints)
+
+    @functools.cached_property
+    def _partition(self) -> tuple[chain.Chain, chain.Chain, cuts.Partition]:
+        if not self._faults.isdisjoint(_CUTS):
+            raise _Unreadable(*_CUTS)
+        try:
+            return _partition(self._config)
+        except ValueError as e:  # reported by `_cuts`
+            raise _Unreadable(*_CUTS) from e
+
+
+class _Options:
+    """The options of a method as attributes, as the config has them."""
+
+    def __init__(self, run: _Run):
+        self._run, self._sources = run, distill.option_sources(run.method)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._run[self._sources[name]]
+
+
+def of_methods(config: Config, faults: Mapping[str, str]) -> list[str]:
+    """Returns the faults that the rules of the methods that run find.
+
+    Args:
+      config: as given by the user.
+      faults: the fields that are out of range by themselves.
+    """
+    if not faults.keys().isdisjoint(METHODS):
+        return []
+    found = []
+    for name in distill.names():
+        if name in named(config):
+            run = _Run(name, config, faults.keys())
+            for rule in registry.get(name).cls.rules:
+                with contextlib.suppress(_Unreadable):
+                    found += filter(None, [rule(_Options(run), run)])
+    return found
 
 
 def _partition(c: Config) -> tuple[chain.Chain, chain.Chain, cuts.Partition]:

@@ -5,87 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lakd_jax import fields
-from lakd_jax.distill import (
-    ab,
-    afd,
-    at,
-    catkd,
-    cc,
-    cd,
-    crd,
-    ctkd,
-    dist,
-    dkd,
-    fam,
-    fitnet,
-    fsp,
-    ft,
-    kd,
-    kdpp,
-    kdsvd,
-    lakd,
-    mlkd,
-    nkd,
-    nst,
-    ofd,
-    pkt,
-    review,
-    rkd,
-    rtk,
-    sdd,
-    sp,
-    vid,
-    wttm,
-)
-from lakd_jax.distill.base import method, term
+from lakd_jax.distill.base import method, registry, term
 
-METHODS: dict[str, type[method.Method]] = {
-    "none": kd.Plain,
-    "kd": kd.KD,
-    "lakd": lakd.LAKD,
-    "afd": afd.AFD,
-    "rtk": rtk.RTK,
-    "dkd": dkd.DKD,
-    "at": at.AT,
-    "sp": sp.SP,
-    "dist": dist.DIST,
-    "nkd": nkd.NKD,
-    "ttm": wttm.TTM,
-    "wttm": wttm.WTTM,
-    "ctkd": ctkd.CTKD,
-    "mlkd": mlkd.MLKD,
-    "sdd": sdd.SDD,
-    "rkd": rkd.RKD,
-    "pkt": pkt.PKT,
-    "nst": nst.NST,
-    "cc": cc.CC,
-    "vid": vid.VID,
-    "fitnet": fitnet.FitNet,
-    "kdsvd": kdsvd.KDSVD,
-    "ab": ab.AB,
-    "fsp": fsp.FSP,
-    "ft": ft.FT,
-    "catkd": catkd.CATKD,
-    "kdpp": kdpp.KDPP,
-    "fam": fam.FAM,
-    "cd": cd.CD,
-    "crd": crd.CRD,
-    "ofd": ofd.OFD,
-    "review": review.Review,
-}
-TITLES = {  # where they are not the name in capital letters
-    "none": "alone",
-    "fitnet": "FitNet",
-    "rtk": "RTK (our reading)",
-    "mlkd": "MLKD (one view)",
-    "catkd": "CAT-KD",
-    "kdpp": "KD++",
-    "fam": "FAM-KD",
-    "review": "ReviewKD",
-}
-
-# The methods whose options are an object of their own.
-_OPTIONS: dict[str, Any] = {"lakd": lakd.Options, "rtk": rtk.Options}
+registry.discover(__name__, __path__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +26,7 @@ class Facts:
 
 def names() -> list[str]:
     """All methods; `none` is plain training without a teacher."""
-    return list(METHODS)
+    return list(registry.TABLE)
 
 
 def parts(name: str) -> tuple[str, ...]:
@@ -126,7 +48,7 @@ def parts(name: str) -> tuple[str, ...]:
 
 def facts(name: str) -> Facts:
     """Of a method or a sum; ValueError as `parts`."""
-    found = [METHODS[one] for one in parts(name)]
+    found = [registry.get(one).cls for one in parts(name)]
     reads = dict.fromkeys(part for one in found for part in one.teacher_reads)
     return Facts(
         local=len(found) == 1 and found[0].local,
@@ -142,38 +64,40 @@ def facts(name: str) -> Facts:
 
 def title(name: str) -> str:
     """What tables call a method or a sum; ValueError as `parts`."""
-    return " + ".join(TITLES.get(one, one.upper()) for one in parts(name))
+    return " + ".join(
+        registry.get(one).fact("title", one.upper()) for one in parts(name)
+    )
 
 
 def option_names(name: str) -> list[str]:
-    """The options that `create` takes for a method.
+    """Returns the options that `create` takes for a method.
 
     Raises ValueError for an unknown method, with the nearest name.
     """
-    fields.check("method", name, names())
-    owner = _OPTIONS.get(name, METHODS[name])
-    own = [f.name for f in dataclasses.fields(owner)]
-    return [n for n in own if n not in ("parent", "name")]
+    return [option.name for option in registry.get(name).options]
+
+
+def option_sources(name: str) -> dict[str, str]:
+    """Returns, for each of `option_names`, the field of the config it is read from."""
+    options = registry.get(name).options
+    return {o.name: o.source or f"{name}.{o.name}" for o in options}
 
 
 def create(name: str, options: Mapping[str, Any]) -> method.Method:
-    """The method `name`; its parameters come from `init` with `Signals`.
+    """Makes the method `name`; its parameters come from `init` with `Signals`.
 
     Args:
       name: one of `names()`.
-      options: by the names of `option_names(name)`; LAKD's may be left out, where
-        `lakd.Options` has defaults.
+      options: by the names of `option_names(name)`; the others have their defaults.
 
     Raises:
       ValueError: unknown method or option, or a value that is not allowed.
-      TypeError: an option of a method other than LAKD is missing.
     """
-    fields.check("method", name, names())
+    make: Any = registry.get(name).cls
     for option in options:
         fields.check(f"an option of method {name}", option, option_names(name))
-    make: Any = METHODS[name]
-    if name in _OPTIONS:
-        return make(_OPTIONS[name](**options))
+    if make.options_class:
+        return make(make.options_class(**options))
     return make(**options)
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from lakd_jax import fields
 from lakd_jax.distill import fitnet
 from lakd_jax.distill.base import adapter, initial, method, numerics
 
@@ -39,12 +40,13 @@ class AB(initial.Initial):
     Each module has its own stage's part, half as much as the next. Features of two
     shapes are compared through a `fitnet.Regressor` without ReLU, the larger pooled
     to the smaller before.
-
-    Attributes:
-      margin: see `boundary_loss`.
     """
 
-    margin: float
+    weight: float = 0.003
+    margin: float = fields.field(
+        1.0, "distance from zero at which a response costs nothing", fields.above(0)
+    )
+    init_epochs: float = fields.field(30.0)
 
     staged: ClassVar[bool] = True
     needs_preacts: ClassVar[bool] = True
@@ -64,3 +66,7 @@ class AB(initial.Initial):
             share = 2.0 ** (k - count)
             terms.append({"ab": share * boundary_loss(ours, theirs, self.margin)})
         return terms
+
+
+METHODS = {"ab": AB}
+ORDER = 210  # in lists of methods

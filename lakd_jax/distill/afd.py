@@ -23,9 +23,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lakd_jax import fields
 from lakd_jax.distill import kd
 from lakd_jax.distill import tap_attention as attention_lib
 from lakd_jax.distill.base import method
+from lakd_jax.distill.base import rules as rules_lib
 
 
 def afd_loss(attention: jax.Array, distances: jax.Array) -> jax.Array:
@@ -47,21 +49,24 @@ class AFD(method.Method):
     Terms: `head_ce`, `head_kd`, `afd`. Diagnostics: entropy of the attention and the
     share of each student stage. Parameters: one `tap_attention.Similarity`, trained
     with the student and dropped after.
-
-    Attributes:
-      qk_dim: width of queries and keys.
-      ce_weight: of the cross-entropy with the labels.
-      kd_weight: of the softened divergence to the teacher.
-      beta: of L_AFD.
-      temperature: of the divergence.
     """
 
-    qk_dim: int
-    ce_weight: float
-    kd_weight: float
-    beta: float
-    temperature: float
+    qk_dim: int = fields.field(128, "width of queries and keys", fields.at_least(1))
+    ce_weight: float = fields.field(
+        1.0, "of the cross-entropy with the labels", fields.at_least(0)
+    )
+    kd_weight: float = fields.field(
+        0.9, "of the softened divergence to the teacher", fields.at_least(0)
+    )
+    beta: float = fields.field(
+        200.0, "of the attention-weighted feature distance", fields.at_least(0)
+    )
+    temperature: float = fields.field(kd.KD.temperature, source="kd.temperature")
 
+    about: ClassVar[str] = "the temperature is kd.temperature"
+    rules: ClassVar[tuple[rules_lib.Rule, ...]] = (
+        rules_lib.some_weight("ce_weight", "kd_weight", "beta"),
+    )
     least_batch: ClassVar[int] = 2
     teacher_reads: ClassVar[tuple[str, ...]] = ("logits", "taps")
 
@@ -94,3 +99,7 @@ class AFD(method.Method):
         diagnostics = attention_lib.attention_diagnostics(attention, groups)
         weights = {**weights, "afd": self.beta}
         return (method.ModuleLoss(terms, weights, diagnostics),)
+
+
+METHODS = {"afd": AFD}
+ORDER = 30  # in lists of methods

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from lakd_jax import fields
 from lakd_jax.distill.base import adapter, method, numerics, term
 
 
@@ -45,13 +46,10 @@ def _attention(features: jax.Array, p: float) -> jax.Array:
 
 
 class AT(term.Term):
-    """ce_weight CE + weight * `at_loss`, in each module its own stage's part.
+    """ce_weight CE + weight * `at_loss`, in each module its own stage's part."""
 
-    Attributes:
-      p: power of the maps.
-    """
-
-    p: float
+    weight: float = 1000.0
+    p: float = fields.field(2.0, "power of the activations", fields.above(0))
 
     staged: ClassVar[bool] = True
     teacher_reads: ClassVar[tuple[str, ...]] = ("joints",)
@@ -60,3 +58,7 @@ class AT(term.Term):
         """The term `at`, one a module."""
         pairs = zip(signals.student_joints, signals.teacher_joints, strict=True)
         return [{"at": at_loss([ours], [theirs], self.p)} for ours, theirs in pairs]
+
+
+METHODS = {"at": AT}
+ORDER = 60  # in lists of methods

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from lakd_jax import fields
 from lakd_jax.distill import ndam
 from lakd_jax.distill.base import method, numerics, term
 
@@ -57,15 +58,23 @@ class CATKD(term.Term):
     The public code gives both networks classifiers without biases, the teacher by
     dropping its own. Here they are those of the networks as they are, and the maps
     have the biases in them, so that their mean over positions is the logits.
-
-    Attributes:
-      resolution, normalise, binarise: see `cam_loss`.
     """
 
-    resolution: int
-    normalise: bool
-    binarise: bool
+    weight: float = 0.7
+    resolution: int = fields.field(
+        2, "side of the class activation maps that are compared", fields.at_least(1)
+    )
+    normalise: bool = fields.field(False, "the map of each class has L2 norm 1")
+    binarise: bool = fields.field(
+        False, "the teacher's map is 1 above its mean magnitude, else 0"
+    )
 
+    title: ClassVar[str] = "CAT-KD"
+    about: ClassVar[str] = (
+        "Of pairs 56-20; 1.8 for 110-32, 15 for 32x4-8x4, 12 for WRN, 4.5 for VGG. "
+        "To other families normalise=True and weight=40 or more, with resolution=4 "
+        "to ShuffleNets."
+    )
     needs_heads: ClassVar[bool] = True
     teacher_reads: ClassVar[tuple[str, ...]] = ("joints", "head")
 
@@ -81,3 +90,7 @@ class CATKD(term.Term):
             binarise=self.binarise,
         )
         return [{"cam": cam}]
+
+
+METHODS = {"catkd": CATKD}
+ORDER = 270  # in lists of methods

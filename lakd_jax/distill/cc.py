@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lakd_jax import fields
 from lakd_jax.distill.base import method, numerics, term
 
 
@@ -58,12 +59,10 @@ class CC(term.Term):
     The features are those that the classifiers read. Both embeddings are trained, the
     teacher's too, as in RepDistiller; so its loss can also fall by bringing both
     embeddings to one point.
-
-    Attributes:
-      dim: of the embeddings.
     """
 
-    dim: int
+    weight: float = 0.02
+    dim: int = fields.field(128, "of the embeddings", fields.at_least(1))
 
     least_batch: ClassVar[int] = 2
     teacher_reads: ClassVar[tuple[str, ...]] = ("pooled",)
@@ -73,3 +72,7 @@ class CC(term.Term):
         embed = Embeddings(self.dim, name="head")
         both = embed(signals.student.pooled, signals.teacher.pooled)
         return [{"cc": _congruence(*both)}]
+
+
+METHODS = {"cc": CC}
+ORDER = 170  # in lists of methods

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lakd_jax import fields
 from lakd_jax.distill.base import adapter, method, numerics, term
 
 
@@ -70,20 +71,27 @@ class CD(term.Term):
     convolution, batch norm and ReLU (`adapter.Adapter`, whose initial weights are
     ours). Sizes need not agree.
 
-    Attributes:
-      gkd_weight: of `guided_kd_loss`.
-      temperature: of the same.
-      decay: what `weight` is multiplied by at the beginning of each of decay_epochs.
-      decay_epochs: counted from 1.
-      alone_epochs: as long, CE and the guided part have no weight. This is what the
-        public code's early decay does beside the decay.
+    In the first `alone_epochs` CE and the guided part have no weight. This is what the
+    public code's early decay does beside the decay.
     """
 
-    gkd_weight: float
-    temperature: float
-    decay: float
-    decay_epochs: tuple[float, ...]
-    alone_epochs: float
+    weight: float = 6.0
+    gkd_weight: float = fields.field(
+        0.1, "of KD where the teacher is right; 1 on ImageNet", fields.at_least(0)
+    )
+    temperature: float = fields.field(1.0, "of the same", fields.above(0))
+    decay: float = fields.field(
+        0.9,
+        "Early decay is off. As published for 200 epochs: decay_epochs=(60,160), "
+        "alone_epochs=60. of weight, at each of decay_epochs",
+        fields.between(0, 1),
+    )
+    decay_epochs: tuple[float, ...] = fields.field(
+        (), "counted from 1", fields.each(fields.above(0))
+    )
+    alone_epochs: float = fields.field(
+        0.0, "before labels and logits count", fields.at_least(0)
+    )
 
     staged: ClassVar[bool] = True
     teacher_reads: ClassVar[tuple[str, ...]] = ("logits", "joints")
@@ -123,3 +131,7 @@ class CD(term.Term):
 def _epoch(signals: method.Signals) -> jax.Array:
     """The epoch that is run, counted from 1."""
     return jnp.floor(signals.epoch) + 1
+
+
+METHODS = {"cd": CD}
+ORDER = 300  # in lists of methods

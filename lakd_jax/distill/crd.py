@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lakd_jax import fields
 from lakd_jax.distill.base import method, numerics, term
 from lakd_jax.models import layers
 
@@ -163,18 +164,19 @@ class CRD(term.Term):
     Negatives are examples of other classes (the public code's "exact" mode). The
     classes are learnt as examples are seen: in the first epoch those that no batch has
     had count as of another class; their memories are random then.
-
-    Attributes:
-      dim: of the embeddings.
-      negatives: for each example; there may be more than the split has.
-      temperature: of the scores.
-      momentum: how much of a memory its example's next embedding leaves.
     """
 
-    dim: int
-    negatives: int
-    temperature: float
-    momentum: float
+    weight: float = 0.8
+    dim: int = fields.field(
+        128,
+        "of the embeddings; a memory of twice that many numbers an example",
+        fields.at_least(1),
+    )
+    negatives: int = fields.field(
+        16384, "for each example, with repetitions", fields.at_least(1)
+    )
+    temperature: float = fields.field(0.07, "of the scores", fields.above(0))
+    momentum: float = fields.field(0.5, "of the memories", fields.between(0, 1))
 
     teacher_reads: ClassVar[tuple[str, ...]] = ("pooled",)
 
@@ -182,3 +184,7 @@ class CRD(term.Term):
         """The term `crd`."""
         options = (self.dim, self.negatives, self.temperature, self.momentum)
         return [{"crd": Contrast(*options, name="head")(signals, train=train)}]
+
+
+METHODS = {"crd": CRD}
+ORDER = 240  # in lists of methods

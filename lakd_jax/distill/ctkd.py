@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lakd_jax import fields
 from lakd_jax.distill import kd
 from lakd_jax.distill.base import method, term
 
@@ -71,17 +72,24 @@ class CTKD(term.LogitTerm):
 
     The parameter is trained by the optimiser of the last module, weight decay
     included, as in the public code.
-
-    Attributes:
-      temperature_min, temperature_span: `lowest` and `span` of `ctkd_loss`.
-      lambda_min, lambda_max, lambda_epochs: see `reversal`.
     """
 
-    temperature_min: float
-    temperature_span: float
-    lambda_min: float
-    lambda_max: float
-    lambda_epochs: float
+    ce_weight: float = 0.1
+    weight: float = 0.9
+    temperature_min: float = fields.field(
+        1.0, "the learned temperature is from here", fields.above(0)
+    )
+    temperature_span: float = fields.field(20.0, "to so much more", fields.at_least(0))
+    lambda_min: float = fields.field(
+        0.0,
+        "share of the temperature's gradient that is reversed, at first",
+        fields.at_least(0),
+    )
+    lambda_max: float = fields.field(1.0, "and in the end", fields.at_least(0))
+    lambda_epochs: float = fields.field(
+        10.0, "from the first to the last, along a cosine", fields.above(0)
+    )
+    standardise: bool = fields.field(False, "z-scores of the logits; then weight=9")
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
         """The term `ctkd`."""
@@ -90,3 +98,7 @@ class CTKD(term.LogitTerm):
         factor = reversal(signals.epoch, *schedule)
         bounds = (self.temperature_min, self.temperature_span)
         return [{"ctkd": ctkd_loss(*self.logits(signals), raw, factor, *bounds)}]
+
+
+METHODS = {"ctkd": CTKD}
+ORDER = 110  # in lists of methods

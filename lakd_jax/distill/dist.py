@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from lakd_jax import fields
 from lakd_jax.distill.base import method, numerics, term
 
 _EPS = 1e-8  # of the public code, beside the product of two norms
@@ -62,15 +63,17 @@ def _norm(x: jax.Array) -> jax.Array:
 
 
 class DIST(term.LogitTerm):
-    """ce_weight CE + weight * `dist_loss`.
+    """ce_weight CE + weight * `dist_loss`."""
 
-    Attributes:
-      beta, gamma, temperature: see `dist_loss`.
-    """
-
-    beta: float
-    gamma: float
-    temperature: float
+    weight: float = 1.0
+    beta: float = fields.field(
+        1.0, "of the correlation between classes, in each example", fields.at_least(0)
+    )
+    gamma: float = fields.field(
+        1.0, "of the correlation within each class, over the batch", fields.at_least(0)
+    )
+    temperature: float = fields.field(4.0, check=fields.above(0))
+    standardise: bool = fields.field(False)
 
     least_batch: ClassVar[int] = 2  # one example has no correlation within a class
 
@@ -78,3 +81,7 @@ class DIST(term.LogitTerm):
         """The term `dist`."""
         options = (self.beta, self.gamma, self.temperature)
         return [{"dist": dist_loss(*self.logits(signals), *options)}]
+
+
+METHODS = {"dist": DIST}
+ORDER = 80  # in lists of methods

@@ -5,11 +5,12 @@ Source: Zhao et al., "Decoupled Knowledge Distillation" (arXiv 2203.08679), equa
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from lakd_jax import fields
 from lakd_jax.distill.base import method, numerics, term
 
 
@@ -71,17 +72,36 @@ def others(logits: jax.Array, target: jax.Array) -> jax.Array:
 
 
 class DKD(term.LogitTerm):
-    """ce_weight CE + weight * `dkd_loss`.
+    """ce_weight CE + weight * `dkd_loss`."""
 
-    Attributes:
-      alpha, beta, temperature: see `dkd_loss`.
-    """
+    weight: float = 1.0
+    warmup_epochs: float = 20.0
+    alpha: float = fields.field(
+        1.0, "of the label against all other classes", fields.at_least(0)
+    )
+    beta: float = fields.field(
+        8.0, "of the others among themselves; 6 for VGG", fields.at_least(0)
+    )
+    temperature: float = fields.field(4.0, check=fields.above(0))
+    standardise: bool = fields.field(
+        False, "z-scores of the logits; then temperature=2, weight=9"
+    )
 
-    alpha: float
-    beta: float
-    temperature: float
+    pairs: ClassVar[method.Pairs] = {  # beta is 8 elsewhere
+        ("vgg*", "*"): {"beta": 6.0},
+        ("*", "vgg*"): {"beta": 6.0},
+        ("resnet56", "resnet20"): {"beta": 2.0},
+        ("resnet110", "resnet32"): {"beta": 2.0},
+        ("wrn_40_2", "wrn_16_2"): {"beta": 6.0},
+        ("wrn_40_2", "wrn_40_1"): {"beta": 6.0},
+        ("resnet32x4", "mobilenet_v2"): {"beta": 6.0},
+    }
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
         """The term `dkd`."""
         options = (self.alpha, self.beta, self.temperature)
         return [{"dkd": dkd_loss(*self.logits(signals), signals.labels, *options)}]
+
+
+METHODS = {"dkd": DKD}
+ORDER = 50  # in lists of methods

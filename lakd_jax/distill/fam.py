@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lakd_jax import fields
 from lakd_jax.distill import ndam, review
 from lakd_jax.distill.base import adapter, method, numerics, term
 from lakd_jax.models import layers
@@ -216,13 +217,18 @@ class FAM(term.Term):
     Each module has the loss of its own stage, the last also that of the pooled
     features. But the loss of a stage trains the later ones, too, through what these
     hand on: `local.cut_scale` 0 only keeps gradients from crossing a cut downwards.
-
-    Attributes:
-      cutoff: see `high_pass`.
     """
 
-    cutoff: float
+    weight: float = 0.8
+    warmup_epochs: float = 20.0
+    cutoff: float = fields.field(
+        0.1,
+        "share of the frequencies that counts as low and is dropped",
+        fields.between(0, 1),
+    )
 
+    title: ClassVar[str] = "FAM-KD"
+    about: ClassVar[str] = "1 for 110-20 and 110-32, 5 for WRN"
     staged: ClassVar[bool] = True
     least_batch: ClassVar[int] = 2
     teacher_reads: ClassVar[tuple[str, ...]] = ("joints", "pooled")
@@ -239,3 +245,7 @@ class FAM(term.Term):
         pairs = zip(filtered, theirs, strict=True)
         values = [feature_loss([x], [z]) for x, z in pairs]
         return [{"fam": value} for value in review.by_module(values)]
+
+
+METHODS = {"fam": FAM}
+ORDER = 290  # in lists of methods

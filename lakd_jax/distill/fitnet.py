@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lakd_jax import fields
 from lakd_jax.distill.base import adapter, method, numerics, term
+from lakd_jax.distill.base import rules as rules_lib
 
 
 def hint_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
@@ -52,18 +54,30 @@ class Regressor(nn.Module):
         return nn.relu(x) if self.relu else x
 
 
+def _hint(options: Any, run: rules_lib.Run) -> str:
+    modules = len(run.modules)
+    if options.hint_layer <= modules:
+        return ""
+    return (
+        f"{run.method}.hint_layer is {options.hint_layer}, but the student has "
+        f"{modules} modules: choose one of them"
+    )
+
+
 class FitNet(term.Term):
     """ce_weight CE + weight * `hint_loss` of one stage, through a `Regressor`.
 
     The paper trains up to the hint first and with the labels afterwards; the public
     code, and this, do both at once.
-
-    Attributes:
-      hint_layer: number of the stage (the module), from 1.
     """
 
-    hint_layer: int
+    weight: float = 100.0
+    hint_layer: int = fields.field(
+        2, "number of the stage (the module) that is compared", fields.at_least(1)
+    )
 
+    title: ClassVar[str] = "FitNet"
+    rules: ClassVar[tuple[rules_lib.Rule, ...]] = (*term.Term.rules, _hint)
     staged: ClassVar[bool] = True
     teacher_reads: ClassVar[tuple[str, ...]] = ("joints",)
 
@@ -77,3 +91,7 @@ class FitNet(term.Term):
         terms: list[Any] = [{} for _ in signals.student_joints]
         terms[k]["fitnet"] = hint_loss(regress(ours, train=train), theirs)
         return terms
+
+
+METHODS = {"fitnet": FitNet}
+ORDER = 190  # in lists of methods

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lakd_jax.distill.base import adapter, initial, method, numerics
+from lakd_jax.distill.base import rules as rules_lib
 
 
 def fsp_loss(
@@ -63,6 +64,12 @@ class FSP(initial.Initial):
     `local.cut_scale`. Public code has one matrix more, of the stem and the first stage.
     """
 
+    weight: float = 50.0
+
+    rules: ClassVar[tuple[rules_lib.Rule, ...]] = (
+        *initial.Initial.rules,
+        rules_lib.equal_widths,
+    )
     staged: ClassVar[bool] = True
     teacher_reads: ClassVar[tuple[str, ...]] = ("joints",)
 
@@ -71,3 +78,7 @@ class FSP(initial.Initial):
         ours, theirs = signals.student_joints, signals.teacher_joints
         pairs = [slice(k - 1, k + 1) for k in range(1, len(ours))]
         return [{}, *({"fsp": fsp_loss(ours[p], theirs[p])} for p in pairs)]
+
+
+METHODS = {"fsp": FSP}
+ORDER = 220  # in lists of methods

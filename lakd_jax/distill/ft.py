@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lakd_jax import fields
 from lakd_jax.distill import fitnet, tap_attention
 from lakd_jax.distill.base import adapter, initial, method, numerics, term
+from lakd_jax.distill.base import rules as rules_lib
 from lakd_jax.models import layers
 
 
@@ -146,18 +148,25 @@ class FT(term.Term):
     In RepDistiller these epochs come on top of the schedule, at a learning rate of
     0.01 for most networks, while the student waits. Here they are part of the schedule
     and the student learns from the labels meanwhile; the share of the schedule's rate
-    that the paraphraser has is the weight of its loss, which for SGD is the same.
-
-    Attributes:
-      rate: see `Paraphraser`.
-      init_epochs: how many; 30 in the public code.
-      init_weight: of the paraphraser's loss; 0.2 of a rate of 0.05 is 0.01.
+    that the paraphraser has is the weight of its loss, which for SGD is the same
+    (0.2 of a rate of 0.05 is 0.01).
     """
 
-    rate: float
-    init_epochs: float
-    init_weight: float
+    weight: float = 200.0
+    rate: float = fields.field(
+        0.5, "channels of a factor for each of the teacher's", fields.above(0)
+    )
+    init_epochs: float = fields.field(
+        30.0, "the first ones, in which the paraphraser is trained", fields.at_least(0)
+    )
+    init_weight: float = fields.field(
+        0.2, "of its loss then: the share of optim.lr that it has", fields.at_least(0)
+    )
 
+    rules: ClassVar[tuple[rules_lib.Rule, ...]] = (
+        *term.Term.rules,
+        rules_lib.room_after_start,
+    )
     teacher_reads: ClassVar[tuple[str, ...]] = ("joints",)
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
@@ -187,3 +196,7 @@ class FT(term.Term):
         weight = jnp.where(first, self.init_weight, 0.0)
         weights = {**loss.weights, "ft_rebuilt": weight}
         return (dataclasses.replace(loss, weights=weights),)
+
+
+METHODS = {"ft": FT}
+ORDER = 230  # in lists of methods

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from lakd_jax import fields
 from lakd_jax.distill.base import method, numerics
 
 
@@ -120,14 +121,11 @@ def head_terms(
 
 
 class Plain(method.Method):
-    """No teacher: cross-entropy with the labels in the one and last module.
+    """No teacher: cross-entropy with the labels in the one and last module."""
 
-    Attributes:
-      label_smoothing: see `smoothed_cross_entropy`.
-    """
+    label_smoothing: float = fields.field(0.0, source="label_smoothing")
 
-    label_smoothing: float = 0.0
-
+    title: ClassVar[str] = "alone"
     needs_teacher: ClassVar[bool] = False
     teacher_reads: ClassVar[tuple[str, ...]] = ()
 
@@ -146,17 +144,21 @@ class Plain(method.Method):
 class KD(method.Method):
     """ce_weight * CE(labels) + kd_weight * T^2 KL(teacher || student).
 
-    Attributes:
-      ce_weight, kd_weight, temperature: as above.
-      label_smoothing: of the labels' part, see `smoothed_cross_entropy`.
-      standardise: of the divergence, see `standardised`.
+    Labels are smoothed as in `smoothed_cross_entropy`, logits of the divergence
+    standardised as in `standardised`.
     """
 
-    ce_weight: float
-    kd_weight: float
-    temperature: float
-    label_smoothing: float = 0.0
-    standardise: bool = False
+    ce_weight: float = fields.field(
+        0.1, "of the cross-entropy with the labels", fields.at_least(0)
+    )
+    kd_weight: float = fields.field(
+        0.9, "of the softened divergence to the teacher", fields.at_least(0)
+    )
+    temperature: float = fields.field(4.0, check=fields.above(0))
+    label_smoothing: float = fields.field(0.0, source="label_smoothing")
+    standardise: bool = fields.field(
+        False, "z-scores of the logits; then temperature=2, kd_weight=9"
+    )
 
     @nn.compact
     def __call__(
@@ -175,3 +177,7 @@ class KD(method.Method):
             smoothed = smoothed_cross_entropy(logits, labels, self.label_smoothing)
             terms["head_ce"] = smoothed
         return (method.ModuleLoss(terms=terms, weights=weights, diagnostics={}),)
+
+
+METHODS = {"none": Plain, "kd": KD}
+ORDER = 10  # in lists of methods

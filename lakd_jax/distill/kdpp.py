@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lakd_jax import fields
 from lakd_jax.distill import kd
 from lakd_jax.distill.base import method, numerics, term
 from lakd_jax.models import layers
@@ -137,18 +138,20 @@ class KDPP(term.Term):
     The public code's warm-up of KD starts from 0, ours (`term.ramp`) an epoch later.
     A student of another width than the teacher's is embedded, as there; the embedding
     is dropped after training.
-
-    Attributes:
-      kd_weight, temperature: of `kd.kd_loss`.
-      kd_warmup_epochs: of kd_weight alone, beside warmup_epochs of all but CE.
-      dropout: see `Embedding`.
     """
 
-    kd_weight: float
-    temperature: float
-    kd_warmup_epochs: float
-    dropout: float
+    weight: float = 2.0
+    kd_weight: float = fields.field(
+        1.0, "of KD; 3.5 for 32x4-8x4, 2.5 to 4 to other families", fields.at_least(0)
+    )
+    temperature: float = fields.field(4.0, check=fields.above(0))
+    kd_warmup_epochs: float = fields.field(20.0, "of kd_weight", fields.at_least(0))
+    dropout: float = fields.field(
+        0.5, "in front of the layer to a teacher of another width", fields.below(1)
+    )
 
+    title: ClassVar[str] = "KD++"
+    about: ClassVar[str] = "of norm and direction; 1.5 or 0.5 for some pairs"
     least_batch: ClassVar[int] = 2
     teacher_reads: ClassVar[tuple[str, ...]] = ("logits", "pooled")
 
@@ -166,3 +169,7 @@ class KDPP(term.Term):
         weight = self.kd_weight * term.ramp(signals.epoch, self.kd_warmup_epochs)
         weight *= term.ramp(signals.epoch, self.warmup_epochs)
         return (loss.plus("head_kd", soft, weight),)
+
+
+METHODS = {"kdpp": KDPP}
+ORDER = 280  # in lists of methods

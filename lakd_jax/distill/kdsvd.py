@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from lakd_jax import fields
 from lakd_jax.distill.base import method, numerics, term
+from lakd_jax.distill.base import rules as rules_lib
 
 _MORE = 3  # vectors of the student beside k, among which the teacher's are sought
 _LEAST = 1e-6  # of a gap between squared singular values, as a share of the largest
@@ -154,13 +156,15 @@ class KDSVD(term.Term):
     A relation belongs to the module of the later of its two stages, so that the first
     module has none; its gradient reaches the stage before, too, whatever
     `local.cut_scale`.
-
-    Attributes:
-      k: see `kdsvd_loss`.
     """
 
-    k: int
+    weight: float = 1.0
+    k: int = fields.field(1, "singular vectors", fields.at_least(1))
 
+    rules: ClassVar[tuple[rules_lib.Rule, ...]] = (
+        *term.Term.rules,
+        rules_lib.equal_widths,
+    )
     staged: ClassVar[bool] = True
     teacher_reads: ClassVar[tuple[str, ...]] = ("joints",)
 
@@ -168,3 +172,7 @@ class KDSVD(term.Term):
         """The term `kdsvd`, in every module but the first."""
         found = _losses(signals.student_joints, signals.teacher_joints, self.k)
         return [{}, *({"kdsvd": loss} for loss in found)]
+
+
+METHODS = {"kdsvd": KDSVD}
+ORDER = 200  # in lists of methods

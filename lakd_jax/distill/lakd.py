@@ -12,16 +12,15 @@ their features (non-directional activation mapping, `lakd_jax.distill.ndam`):
 What is certain: no official code exists, and no accuracy of LAKD is published as
 far as we know. The three formulas come from summaries of the paper that agree;
 what L_h and L_att are, how W is pooled and normalised, where adapters stand, and
-every hyper-parameter are **unknown**. Each of these is an option below, its
-default is **our reading**, and its comment lists the others (Q1 .. Q14 as in the
-project's notes). Our deviations from the bare formulas by default: adapters at
+every hyper-parameter are **unknown**. Each of these is an option, its
+default is **our interpretation**, and `lakd_options` lists the others (Q1 .. Q14 as
+in the project's notes). Our deviations from the bare formulas by default: adapters at
 every joint, W normalised to mean 1, CE + KD in the head, weights (1, 1, 1); the
 bare formulas are `preset=literal` with `adapter=shape`, `normalise=none` and
 `head_loss=ce`, and need a lower learning rate.
 """
 
-import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,134 +28,17 @@ from flax import linen as nn
 
 from lakd_jax import fields
 from lakd_jax.distill import kd, ndam
+from lakd_jax.distill import lakd_options as options_lib
 from lakd_jax.distill.base import adapter as adapters
 from lakd_jax.distill.base import method
+from lakd_jax.distill.base import rules as rules_lib
+
+CHOICES = options_lib.CHOICES
+Options = options_lib.Options
+needs_logits = options_lib.needs_logits
+needs_suffix = options_lib.needs_suffix
 
 Weighted = tuple[dict[str, jax.Array], dict[str, jax.Array | float]]
-
-CHOICES = {
-    "preset": ("default", "literal"),
-    "head_loss": ("ce", "ce+kd"),
-    "attention": ("weight", "map", "logits", "inside"),
-    "power": ("2", "1", "softmax"),
-    "f_sum": ndam.F_SUMS,
-    "normalise": ndam.NORMALISATIONS,
-    "task": ("last", "aux_heads", "teacher_suffix"),
-    "reduction": ("mean", "per_sample_sum"),
-    "adapter": ("always", "shape"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Every choice LAKD leaves open; ValueError names a field that is wrong.
-
-    Attributes:
-      preset: `default` weighs (L_h, L_att, L_lf) by `head_weight`,
-        `attention_weight`, `feature_weight`; `literal` by alpha,
-        (1 - alpha) att_scale, beta. The other set is not read.
-      head_loss: Q1, L_h: `ce` (literal) | `ce+kd` ce_weight CE + kd_weight KD.
-      attention: Q2, L_att: `weight` both maps weighted by the teacher's mask |
-        `map` distance of L2-normalised attention maps of student and teacher |
-        `logits` KL of the logits that the teacher's later stages make of the
-        weighted maps | `inside` the mask stands in L_lf, no separate term.
-      power: Q3, of the mask: `2` (What (u-v))^2, literal | `1` What (u-v)^2 |
-        `softmax` HW softmax_HW(What) (u-v)^2.
-      window: Q4, see `ndam.pooled_map`.
-      stride: Q4.
-      f_sum: Q5, see `ndam.attention_map`.
-      normalise: Q6, see `ndam.normalise`; `map` is always L2-normalised.
-      a: of the average in W; not the alpha of the total (Q13).
-      b: of the maximum in W; not the beta of the total (Q13).
-      task: Q7, where L_h also goes: `last` module only | `aux_heads` a linear
-        classifier on each earlier module's pooled features | `teacher_suffix`
-        each earlier module's adapted features through the frozen teacher's own
-        later stages. (Through an uncut student: cut_scale=1 in `local`.)
-      aux_weight: of that loss in each earlier module.
-      att_global: Q8, L_att is computed on a forward pass without cuts.
-      module_start_epochs: Q9, per module the epoch before which its weights are
-        0; () starts all at once.
-      reduction: Q11, N_l: `mean` over all elements | `per_sample_sum` over a
-        sample's elements, mean over the batch.
-      adapter: `always` at every joint | `shape` only where channels differ.
-      temperature: of KD, in the head and wherever logits are compared.
-      standardise: the logits of KD in heads, see `kd.standardised`.
-    """
-
-    preset: str = "default"
-    head_weight: float = 1.0
-    attention_weight: float = 1.0
-    feature_weight: float = 1.0
-    alpha: float = 0.5
-    beta: float = 100.0
-    att_scale: float = 1.0
-    head_loss: str = "ce+kd"
-    ce_weight: float = 0.1
-    kd_weight: float = 0.9
-    temperature: float = 4.0
-    standardise: bool = False
-    attention: str = "weight"
-    power: str = "2"
-    window: int = 3
-    stride: int = 1
-    f_sum: str = "abs"
-    normalise: str = "mean"
-    a: float = 0.5
-    b: float = 0.5
-    task: str = "last"
-    aux_weight: float = 1.0
-    att_global: bool = False
-    module_start_epochs: tuple[float, ...] = ()
-    reduction: str = "mean"
-    adapter: str = "always"
-
-    def __post_init__(self):
-        object.__setattr__(self, "power", str(self.power))
-        object.__setattr__(self, "module_start_epochs", tuple(self.module_start_epochs))
-        for field, valid in CHOICES.items():
-            fields.check(field, getattr(self, field), valid)
-        if self.window < 0 or self.stride < 1:
-            raise ValueError(
-                f"window must be at least 0 and stride at least 1, are {self.window} "
-                f"and {self.stride}"
-            )
-        if self.att_global and self.attention == "inside":
-            raise ValueError(
-                "att_global needs a separate L_att; attention='inside' has none"
-            )
-
-    @property
-    def weights(self) -> tuple[float, float, float]:
-        """Factors of (L_h, L_att, L_lf)."""
-        if self.preset == "literal":
-            return self.alpha, (1 - self.alpha) * self.att_scale, self.beta
-        return self.head_weight, self.attention_weight, self.feature_weight
-
-    def mask(self, features: jax.Array) -> jax.Array:
-        """What of the teacher's features (B, H, W, C), (B, H, W, 1), no gradient."""
-        return jax.lax.stop_gradient(self.map(features, self.normalise))
-
-    def map(self, features: jax.Array, kind: str) -> jax.Array:
-        """`ndam.activation_map` under these options, with a gradient."""
-        return ndam.activation_map(
-            features,
-            f_sum=self.f_sum,
-            a=self.a,
-            b=self.b,
-            window=self.window,
-            stride=self.stride,
-            kind=kind,
-        )
-
-
-def needs_logits(task: str, head_loss: str) -> bool:
-    """Whether modules before the last are compared with the teacher's logits."""
-    return task != "last" and head_loss == "ce+kd"
-
-
-def needs_suffix(task: str, attention: str) -> bool:
-    """Whether the teacher is run on from features of the student."""
-    return task == "teacher_suffix" or attention == "logits"
 
 
 def reduce_errors(errors: jax.Array, reduction: str) -> jax.Array:
@@ -190,7 +72,7 @@ def attention_loss(
 ) -> jax.Array:
     """L_att = (1/N) sum (What (u - v))^2: the feature error seen through the mask.
 
-    Our reading (Q2 a) of "W weights the feature maps of the modules"; summaries
+    Our interpretation (Q2 a) of "W weights the feature maps of the modules"; summaries
     do not give L_att's formula.
 
     Args:
@@ -244,6 +126,8 @@ class LAKD(method.Method):
 
     options: Options
 
+    options_class: ClassVar[Any] = Options
+    rules: ClassVar[tuple[rules_lib.Rule, ...]] = options_lib.RULES
     local: ClassVar[bool] = True
     staged: ClassVar[bool] = True
     cut_scale: ClassVar[float] = 0.0
@@ -409,3 +293,7 @@ def _head_loss(
         ce: weight * options.ce_weight,
         divergence: weight * options.kd_weight,
     }
+
+
+METHODS = {"lakd": LAKD}
+ORDER = 20  # in lists of methods

@@ -17,11 +17,12 @@ it outgrows all else unless `class_weight` is smaller.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from lakd_jax import fields
 from lakd_jax.distill import kd
 from lakd_jax.distill.base import method, numerics, term
 
@@ -72,15 +73,24 @@ def _gram_distance(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 class MLKD(term.LogitTerm):
-    """ce_weight CE + weight * `mlkd_loss`.
+    """ce_weight CE + weight * `mlkd_loss`."""
 
-    Attributes:
-      temperatures, batch_weight, class_weight: see `mlkd_loss`.
-    """
+    ce_weight: float = 0.1
+    weight: float = 0.9
+    temperatures: tuple[float, ...] = fields.field(
+        (2.0, 3.0, 4.0, 5.0, 6.0), check=fields.some(fields.above(0))
+    )
+    batch_weight: float = fields.field(
+        1 / 3, "of similarities of examples, as in the public code", fields.at_least(0)
+    )
+    class_weight: float = fields.field(
+        1 / 3, "of those of classes; far less for few classes", fields.at_least(0)
+    )
+    standardise: bool = fields.field(
+        False, "z-scores of the logits; then temperatures=(2, 2, 3, 5, 6), weight=9"
+    )
 
-    temperatures: tuple[float, ...]
-    batch_weight: float
-    class_weight: float
+    title: ClassVar[str] = "MLKD (one view)"
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
         """The term `mlkd`."""
@@ -93,3 +103,7 @@ class MLKD(term.LogitTerm):
             standardise=self.standardise,
         )
         return [{"mlkd": loss}]
+
+
+METHODS = {"mlkd": MLKD}
+ORDER = 120  # in lists of methods

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lakd_jax import fields
 from lakd_jax.distill import dkd
 from lakd_jax.distill.base import method, numerics, term
 
@@ -51,16 +52,20 @@ def nkd_loss(
 
 
 class NKD(term.LogitTerm):
-    """ce_weight CE + weight * `nkd_loss`.
+    """ce_weight CE + weight * `nkd_loss`."""
 
-    Attributes:
-      gamma, temperature: see `nkd_loss`.
-    """
-
-    gamma: float
-    temperature: float
+    weight: float = 1.0
+    gamma: float = fields.field(
+        1.5, "of the classes other than the label", fields.at_least(0)
+    )
+    temperature: float = fields.field(1.0, "of the same", fields.above(0))
+    standardise: bool = fields.field(False)
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
         """The term `nkd`."""
         options = (signals.labels, self.gamma, self.temperature)
         return [{"nkd": nkd_loss(*self.logits(signals), *options)}]
+
+
+METHODS = {"nkd": NKD}
+ORDER = 90  # in lists of methods

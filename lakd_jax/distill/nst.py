@@ -53,6 +53,8 @@ class NST(term.Term):
     The paper's loss is on the last stage alone; the public code has it on all.
     """
 
+    weight: float = 50.0
+
     staged: ClassVar[bool] = True
     teacher_reads: ClassVar[tuple[str, ...]] = ("joints",)
 
@@ -60,3 +62,7 @@ class NST(term.Term):
         """The term `nst`, one a module."""
         pairs = zip(signals.student_joints, signals.teacher_joints, strict=True)
         return [{"nst": nst_loss([ours], [theirs])} for ours, theirs in pairs]
+
+
+METHODS = {"nst": NST}
+ORDER = 160  # in lists of methods

@@ -91,6 +91,8 @@ class OFD(term.Term):
     The last module's loss counts whole, each one before it half as much as the next.
     """
 
+    weight: float = 0.001
+
     staged: ClassVar[bool] = True
     needs_preacts: ClassVar[bool] = True
     teacher_reads: ClassVar[tuple[str, ...]] = ("preacts",)
@@ -103,3 +105,7 @@ class OFD(term.Term):
             {"ofd": Stage(name=f"module{k}")(*pair, train=train) / 2 ** (last - k)}
             for k, pair in enumerate(pairs, 1)
         ]
+
+
+METHODS = {"ofd": OFD}
+ORDER = 250  # in lists of methods

@@ -41,9 +41,15 @@ def _neighbours(x: jax.Array) -> jax.Array:
 class PKT(term.Term):
     """ce_weight CE + weight * `pkt_loss` of the features that the classifiers read."""
 
+    weight: float = 30000.0
+
     least_batch: ClassVar[int] = 2
     teacher_reads: ClassVar[tuple[str, ...]] = ("pooled",)
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
         """The term `pkt`."""
         return [{"pkt": pkt_loss(signals.student.pooled, signals.teacher.pooled)}]
+
+
+METHODS = {"pkt": PKT}
+ORDER = 150  # in lists of methods

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lakd_jax import fields
 from lakd_jax.distill import ndam
 from lakd_jax.distill.base import method, numerics, term
 from lakd_jax.models import layers
@@ -108,13 +109,17 @@ class Review(term.Term):
     As in the public code the stem takes no part, the student's maps are repeated or
     thinned (nearest) to the teacher's sizes, and the teacher's are taken before the
     ReLU. There, too, pooled features are a last stage of 1x1.
-
-    Attributes:
-      student_preact: take the student's before the ReLU as well.
     """
 
-    student_preact: bool
+    weight: float = 1.0
+    warmup_epochs: float = 20.0
+    student_preact: bool = fields.field(
+        False, "the student's maps before the ReLU; True on ImageNet"
+    )
 
+    title: ClassVar[str] = "ReviewKD"
+    about: ClassVar[str] = "the weight is 5 for resnet32x4 -> resnet8x4"
+    pairs: ClassVar[method.Pairs] = {("resnet32x4", "resnet8x4"): {"weight": 5.0}}
     staged: ClassVar[bool] = True
     needs_preacts: ClassVar[bool] = True
     teacher_reads: ClassVar[tuple[str, ...]] = ("preacts", "pooled")
@@ -168,3 +173,7 @@ def by_module(values: Sequence[jax.Array]) -> list[jax.Array]:
 def as_map(pooled: jax.Array) -> jax.Array:
     """(B, C) as (B, 1, 1, C)."""
     return pooled[:, None, None]
+
+
+METHODS = {"review": Review}
+ORDER = 260  # in lists of methods

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lakd_jax import fields
 from lakd_jax.distill.base import method, numerics, term
 
 _LEAST = 1e-12  # of a squared distance
@@ -61,14 +62,15 @@ def _angles(x: jax.Array) -> jax.Array:
 
 
 class RKD(term.Term):
-    """ce_weight CE + weight * `rkd_loss` of the features that the classifiers read.
+    """ce_weight CE + weight * `rkd_loss` of the features that the classifiers read."""
 
-    Attributes:
-      distance_weight, angle_weight: see `rkd_loss`.
-    """
-
-    distance_weight: float
-    angle_weight: float
+    weight: float = 1.0
+    distance_weight: float = fields.field(
+        25.0, "of the distances between two examples", fields.at_least(0)
+    )
+    angle_weight: float = fields.field(
+        50.0, "of the angles among three", fields.at_least(0)
+    )
 
     least_batch: ClassVar[int] = 2
     teacher_reads: ClassVar[tuple[str, ...]] = ("pooled",)
@@ -77,3 +79,7 @@ class RKD(term.Term):
         """The term `rkd`."""
         features = (signals.student.pooled, signals.teacher.pooled)
         return [{"rkd": rkd_loss(*features, self.distance_weight, self.angle_weight)}]
+
+
+METHODS = {"rkd": RKD}
+ORDER = 140  # in lists of methods

@@ -1,11 +1,11 @@
-"""RTK (our reading): representative teacher keys.
+"""RTK (our interpretation): representative teacher keys.
 
 Source: Yang, Kao, Huang, "Knowledge Distillation with Representative Teacher Keys
 Based on Attention Mechanism for Image Classification Model Compression", arXiv
 2206.12788. **Only its abstract is known to us**, and no code is published. It says:
 the keys come from the teacher, useless information of the teacher is filtered out,
 and the accuracy of an attention-based method is improved on. All else here is our
-reading, on top of AFD (`lakd_jax.distill.afd`), with the roles swapped:
+interpretation, on top of AFD (`lakd_jax.distill.afd`), with the roles swapped:
 
     l[b, j, i] = similarity(student tap j asks, teacher tap i answers)
     M          = which teacher taps are representative, a hard choice (`MASKS`)
@@ -21,7 +21,7 @@ the paper's method. See docs/rtk.md.
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from lakd_jax import fields
 from lakd_jax.distill import kd
 from lakd_jax.distill import tap_attention as attention_lib
 from lakd_jax.distill.base import method
+from lakd_jax.distill.base import rules as rules_lib
 
 Mask = Callable[[jax.Array, attention_lib.Groups, int], jax.Array]
 
@@ -51,7 +52,7 @@ def stage_mask(logits: jax.Array, groups: attention_lib.Groups) -> jax.Array:
       groups: the teacher taps of each stage, a partition of 0..T-1.
 
     Returns:
-      (B, S, T) bool, one True a row and stage.
+      (B, S, T) bool, one True per row and stage.
     """
     taps = logits.shape[-1]
     mask = jnp.zeros(logits.shape, bool)
@@ -114,7 +115,7 @@ def select(
       top_r: how many "topr" keeps.
 
     Returns:
-      (B, S, T) bool without gradient, at least one True a row.
+      (B, S, T) bool without gradient, at least one True per row.
 
     Raises:
       ValueError: unknown selection or scope.
@@ -167,41 +168,49 @@ def merge_matrix(scores: jax.Array, groups: attention_lib.Groups) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Every choice of our reading; ValueError names a field that is wrong.
+    """Every choice of our interpretation; ValueError names a field that is wrong.
 
-    Attributes:
-      qk_dim: width of queries and keys.
-      ce_weight: of the cross-entropy with the labels.
-      kd_weight: of the softened divergence to the teacher.
-      beta: of L_RTK; 4, or about 200 with `distance_reduce=mean`.
-      temperature: of the divergence.
-      selection: `stage` the best tap of each teacher stage | `topr` the `top_r` best |
-        `threshold` those of at least mean weight | `pooled` a learnt mean of each
-        stage | `none` all of them, the control.
-      top_r: with `topr`.
-      scope: `sample` selects for each image, `batch` once for all.
-      distance_reduce: `sum` | `mean` over positions.
+    `selection`: `stage` the best tap of each teacher stage | `topr` the `top_r` best |
+    `threshold` those of at least mean weight | `pooled` a learnt mean of each stage |
+    `none` all of them, the control.
     """
 
-    qk_dim: int
-    ce_weight: float
-    kd_weight: float
-    beta: float
-    temperature: float
-    selection: str
-    top_r: int
-    scope: str
-    distance_reduce: str
+    qk_dim: int = fields.field(128, "width of queries and keys", fields.at_least(1))
+    ce_weight: float = fields.field(
+        1.0, "of the cross-entropy with the labels", fields.at_least(0)
+    )
+    kd_weight: float = fields.field(
+        0.9, "of the softened divergence to the teacher", fields.at_least(0)
+    )
+    beta: float = fields.field(
+        4.0,
+        "of the attention-weighted feature distance; with mean, 200",
+        fields.at_least(0),
+    )
+    temperature: float = fields.field(kd.KD.temperature, source="kd.temperature")
+    selection: str = fields.field(
+        "stage",
+        "of teacher taps: stage | topr | threshold | pooled | none",
+        fields.one_of(CHOICES["selection"]),
+    )
+    top_r: int = fields.field(3, "how many selection=topr keeps", fields.at_least(1))
+    scope: str = fields.field(
+        "sample",
+        "select for each image (sample) or once for all (batch)",
+        fields.one_of(CHOICES["scope"]),
+    )
+    distance_reduce: str = fields.field(
+        "sum",
+        "over the positions of a map: sum | mean",
+        fields.one_of(CHOICES["distance_reduce"]),
+    )
 
     def __post_init__(self):
-        for field, valid in CHOICES.items():
-            fields.check(field, getattr(self, field), valid)
-        if self.top_r < 1:
-            raise ValueError(f"top_r must be at least 1, is {self.top_r}")
+        fields.require(self)
 
 
 class RTK(method.Method):
-    """RTK (our reading): ce_weight CE + kd_weight KD + beta L_RTK.
+    """RTK (our interpretation): ce_weight CE + kd_weight KD + beta L_RTK.
 
     Terms: `head_ce`, `head_kd`, `rtk`. Diagnostics: entropy of the attention and the
     share of each teacher stage. All parameters are trained with the student and
@@ -210,6 +219,12 @@ class RTK(method.Method):
 
     options: Options
 
+    title: ClassVar[str] = "RTK (our reading)"
+    about: ClassVar[str] = "our reading, docs/rtk.md; the temperature is kd.temperature"
+    options_class: ClassVar[Any] = Options
+    rules: ClassVar[tuple[rules_lib.Rule, ...]] = (
+        rules_lib.some_weight("ce_weight", "kd_weight", "beta"),
+    )
     least_batch: ClassVar[int] = 2
     teacher_reads: ClassVar[tuple[str, ...]] = ("logits", "taps")
 
@@ -276,3 +291,7 @@ class Attend(nn.Module):
         how = {"scope": options.scope, "top_r": options.top_r}
         mask = select(logits, groups, options.selection, **how)
         return masked_softmax(logits, mask), distances, groups
+
+
+METHODS = {"rtk": RTK}
+ORDER = 40  # in lists of methods

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from lakd_jax import fields
 from lakd_jax.distill import dkd, kd, ndam, nkd
 from lakd_jax.distill.base import method, numerics, term
 
@@ -78,24 +79,38 @@ def sdd_loss(
 
 
 class SDD(term.LogitTerm):
-    """ce_weight CE + weight * `sdd_loss` on top of KD, DKD or NKD.
+    """ce_weight CE + weight * `sdd_loss` on top of KD, DKD or NKD."""
 
-    Attributes:
-      base: one of `BASES`.
-      scales, complementary: see `cells` and `sdd_loss`.
-      temperature: of the base.
-      alpha, beta: of base=dkd, see `dkd.dkd_loss`.
-      gamma: of base=nkd, see `nkd.nkd_loss`.
-    """
+    ce_weight: float = 0.1
+    weight: float = 0.9
+    base: str = fields.field(
+        "kd", "kd | dkd | nkd: the loss of each part", fields.one_of(BASES)
+    )
+    scales: tuple[int, ...] = fields.field(
+        (1, 2),
+        "parts by side; (1, 2, 4) for networks of two families",
+        fields.some(fields.whole(1)),
+    )
+    complementary: float = fields.field(
+        2.0,
+        "weight of parts about which the teacher changes its mind",
+        fields.at_least(0),
+    )
+    temperature: float = fields.field(4.0, check=fields.above(0))
+    alpha: float = fields.field(
+        1.0, "base=dkd: of the label against all other classes", fields.at_least(0)
+    )
+    beta: float = fields.field(
+        8.0,
+        "base=dkd: of the others; 2 and 6 in some of the reference's pairs",
+        fields.at_least(0),
+    )
+    gamma: float = fields.field(
+        1.5, "base=nkd: of the classes other than the label", fields.at_least(0)
+    )
+    standardise: bool = fields.field(False, "z-scores of the logits of each part")
 
-    base: str
-    scales: tuple[int, ...]
-    complementary: float
-    temperature: float
-    alpha: float
-    beta: float
-    gamma: float
-
+    about: ClassVar[str] = "base=dkd: ce_weight=1, weight=1, warmup_epochs=20"
     needs_heads: ClassVar[bool] = True
     teacher_reads: ClassVar[tuple[str, ...]] = ("logits", "joints", "head")
 
@@ -123,3 +138,7 @@ class SDD(term.LogitTerm):
         return functools.partial(
             nkd.nkd_loss, gamma=self.gamma, temperature=self.temperature
         )
+
+
+METHODS = {"sdd": SDD}
+ORDER = 130  # in lists of methods

@@ -38,8 +38,14 @@ def _similarities(feature: jax.Array) -> jax.Array:
 class SP(term.Term):
     """ce_weight CE + weight * `sp_loss` of the last stage's features."""
 
+    weight: float = 3000.0
+
     teacher_reads: ClassVar[tuple[str, ...]] = ("joints",)
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
         """The term `sp`."""
         return [{"sp": sp_loss(signals.student_joints[-1], signals.teacher_joints[-1])}]
+
+
+METHODS = {"sp": SP}
+ORDER = 70  # in lists of methods

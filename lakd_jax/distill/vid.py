@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lakd_jax import fields
 from lakd_jax.distill.base import adapter, method, numerics, term
 
 _LEAST_VARIANCE = 1e-5
@@ -65,12 +66,12 @@ class VID(term.Term):
 
     Of two sizes the larger features are pooled to the smaller. The variances are
     trained (RepDistiller; they stay as they are in mdistiller).
-
-    Attributes:
-      init_variance: of every channel at first; 5 in the public code.
     """
 
-    init_variance: float
+    weight: float = 1.0
+    init_variance: float = fields.field(
+        5.0, "of every channel at first; trained", fields.at_least(0.001)
+    )
 
     staged: ClassVar[bool] = True
     teacher_reads: ClassVar[tuple[str, ...]] = ("joints",)
@@ -85,3 +86,7 @@ class VID(term.Term):
             mean, scale = own(ours)
             terms.append({"vid": vid_loss(mean, theirs, scale)})
         return terms
+
+
+METHODS = {"vid": VID}
+ORDER = 180  # in lists of methods

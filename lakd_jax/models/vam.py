@@ -37,33 +37,36 @@ _PARAMETERS = ("vam_gate", "vam_slope")  # V and U above; the gates of HME are o
 class Options:
     """Settings shared by all gated convolutions of a network.
 
-    Attributes:
-        gate: one of `GATES`.
-        blocks: M_in and M_out, at least 2; if the channels are not divisible by it, the
-            largest divisor below it.
-        temperature: tau, above 0.
-        rescale: whether s is M_in; otherwise it is 1, and uniform attention divides the
-            kernel by M_in.
-        init_std: standard deviation of the initial V, 0 for V = 0.
+    `blocks` is M_in and M_out (where channels are not divisible by it, the largest divisor
+    below it), `temperature` is tau, `init_std` the standard deviation of V at the start.
+    With `rescale`, s is M_in; otherwise 1, and uniform attention divides the kernel by M_in.
 
     Raises:
         ValueError: a value out of range.
     """
 
-    gate: str
-    blocks: int
-    temperature: float
-    rescale: bool
-    init_std: float
+    gate: str = fields.field(
+        "static",
+        "static (folded away at the end) | dynamic (by image, stays)",
+        fields.one_of(GATES),
+    )
+    blocks: int = fields.field(
+        4,
+        "of inputs and of outputs; fewer where channels do not divide",
+        fields.at_least(2),
+    )
+    temperature: float = fields.field(1.0, "of the attention", fields.above(0))
+    rescale: bool = fields.field(
+        True, "times the number of blocks: uniform attention changes nothing"
+    )
+    init_std: float = fields.field(
+        0.0,
+        "of the gates; 0: training starts from the plain network",
+        fields.at_least(0),
+    )
 
     def __post_init__(self):
-        fields.check("vam gate", self.gate, GATES)
-        if self.blocks < 2:
-            raise ValueError(f"vam blocks must be at least 2, not {self.blocks}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"vam temperature must be above 0, not {self.temperature}")
-        if not 0 <= self.init_std < math.inf:
-            raise ValueError(f"vam init_std must be at least 0, not {self.init_std}")
+        fields.require(self, "vam ")
 
     @property
     def foldable(self) -> bool:

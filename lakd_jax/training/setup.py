@@ -152,20 +152,10 @@ def vam_options(config: config_lib.ConfigDict) -> vam.Options | None:
 
 
 def method_options(config: config_lib.ConfigDict) -> dict[str, Any]:
-    """The fields that `distill.create` takes for this method, which is no sum."""
-    name, smoothing = config.method, {"label_smoothing": config.label_smoothing}
-    if name == "none":
-        return smoothing
-    kd = config.kd.to_dict()
-    if name == "kd":
-        return kd | smoothing
-    if name in ("afd", "rtk"):
-        return {**config[name], "temperature": config.kd.temperature}
-    if name != "lakd":
-        return config[name].to_dict()
-    own = {n: v for n, v in config.lakd.items() if n != "preact"}  # the step's
-    starts = tuple(config.local.module_start_epochs)
-    return {**own, **kd, "module_start_epochs": starts}
+    """Returns the options that `distill.create` takes for this method, no sum."""
+    values = config_lib.flat(config)
+    sources = distill.option_sources(config.method)
+    return {option: values[field] for option, field in sources.items()}
 
 
 def _initialiser(

@@ -10,8 +10,8 @@ import tiny
 
 from lakd_jax import config as config_lib
 from lakd_jax import distill, interop, models, register
-from lakd_jax.config import check, rules, rules_of_runs, tree
-from lakd_jax.distill.base import term
+from lakd_jax.config import check
+from lakd_jax.distill.base import registry, term
 from lakd_jax.models import vgg
 
 Narrow = functools.partial(vgg.VGG, stem_widths=(4,), stage_sizes=(1, 1), widths=(6, 8))
@@ -34,11 +34,7 @@ class Bare(term.Term):
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch):
     """What a test registers is gone after it."""
-    table = list(rules.TABLE)
-    for module in (rules, rules_of_runs):
-        monkeypatch.setattr(module, "TABLE", table)
-    monkeypatch.setattr(tree, "_ADDED", {})
-    monkeypatch.setattr(distill, "METHODS", dict(distill.METHODS))
+    monkeypatch.setattr(registry, "TABLE", dict(registry.TABLE))
     monkeypatch.setattr(models, "_NETWORKS", dict(models._NETWORKS))
 
 
@@ -85,13 +81,13 @@ def test_a_registered_method_changes_no_other_run(tmp_path):
     recorded = config_lib.to_dict(own)
     assert recorded["mine"]["margin"] == -0.5
     assert config_lib.from_dict(recorded).mine.margin == -0.5
-    tree._ADDED.clear()
+    del registry.TABLE["mine"]
     with pytest.raises(ValueError, match="mine.margin.*must be registered first"):
         config_lib.from_dict(recorded)
 
 
 def test_registering_again_replaces():
-    relations_before = len(rules.TABLE)
+    before = len(registry.TABLE)
     for number in (1.0, 3.0):
 
         class Own(Mine):
@@ -99,28 +95,28 @@ def test_registering_again_replaces():
 
         register.method("mine", Own)
         assert config_lib.default().mine.margin == number
-        assert distill.METHODS["mine"] is Own
-    assert len(rules.TABLE) == relations_before + 1
+        assert registry.get("mine").cls is Own
+    assert len(registry.TABLE) == before + 1
 
 
 @pytest.mark.parametrize("name", ["kd", "none", "data", "epochs", "dkd"])
 def test_a_name_that_is_taken_is_refused(name):
     with pytest.raises(ValueError, match=f"'{name}': the config has this name|'none'"):
         register.method(name, Mine)
-    assert distill.METHODS.get(name) is not Mine
+    assert name not in registry.TABLE or registry.get(name).cls is not Mine
 
 
 @pytest.mark.parametrize(
     ("name", "cls", "words"),
     [
         ("a+b", Mine, "must be a word in small letters"),
-        ("mine", Bare, "Bare.ce_weight needs a default"),
+        ("mine", Bare, "Bare.weight needs a default"),
     ],
 )
 def test_a_method_that_cannot_be_is_refused(name, cls, words):
     with pytest.raises(ValueError, match=words):
         register.method(name, cls)
-    assert name not in config_lib.default() and name not in distill.METHODS
+    assert name not in config_lib.default() and name not in distill.names()
 
 
 def test_a_network_is_known_everywhere_and_a_new_one_takes_its_place(tmp_path):

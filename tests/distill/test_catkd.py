@@ -9,7 +9,7 @@ import pytest
 import tap_toys
 import toys
 
-from lakd_jax.config import methods
+from lakd_jax import config as config_lib
 from lakd_jax.distill import catkd
 from lakd_jax.distill.base import numerics
 
@@ -70,7 +70,7 @@ def test_maps_of_zeros_are_finite_and_bfloat16_is_computed_in_float32():
 
 
 def test_the_mean_of_the_maps_is_the_logits():
-    options = methods.blocks()["catkd"].to_dict()
+    options = config_lib.default()["catkd"].to_dict()
     lesson, batch = toys.lesson(options, name="catkd", cut_scale=1.0), toys.images()
     student = tap_toys.variables(lesson.student, batch[0])
 

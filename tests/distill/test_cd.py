@@ -9,8 +9,8 @@ import numpy as np
 import precision
 import pytest
 
+from lakd_jax import config as config_lib
 from lakd_jax import distill
-from lakd_jax.config import methods
 from lakd_jax.distill import cd, kd
 from lakd_jax.distill.base import method
 
@@ -76,7 +76,7 @@ def test_bfloat16_is_computed_in_float32():
 
 def test_the_teacher_decays_and_labels_wait():
     """The rates of the public CIFAR settings in epochs 60, 61, 160 (counted from 1)."""
-    options = methods.blocks()["cd"].to_dict()
+    options = config_lib.default()["cd"].to_dict()
     options |= {"decay_epochs": (60.0, 160.0), "alone_epochs": 60.0}
     taught = distill.create("cd", options)
     joints = [draw(k, 6, 8 // 2**k, 8 // 2**k, 3) for k in range(3)]

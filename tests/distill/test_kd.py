@@ -146,7 +146,7 @@ def test_methods_have_one_module_and_weigh_their_terms():
 
 def test_registry_knows_what_methods_need():
     facts = {
-        name: (distill.METHODS[name].local, distill.METHODS[name].needs_teacher)
+        name: (distill.facts(name).local, distill.facts(name).needs_teacher)
         for name in distill.names()
     }
     alone = {name for name, (_, needs_teacher) in facts.items() if not needs_teacher}

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import precision
 
+from lakd_jax import config as config_lib
 from lakd_jax import distill
-from lakd_jax.config import methods
 from lakd_jax.distill import kdpp
 from lakd_jax.distill.base import method
 
-OPTIONS = methods.blocks()["kdpp"].to_dict()
+OPTIONS = config_lib.default()["kdpp"].to_dict()
 
 
 def draw(seed, *shape):

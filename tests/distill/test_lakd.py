@@ -258,7 +258,7 @@ def test_wrong_options_name_the_field():
         ValueError, match="attention is 'wieght'; did you mean 'weight'"
     ):
         lakd.Options(attention="wieght")
-    with pytest.raises(ValueError, match="window"):
+    with pytest.raises(ValueError, match="stride must be at least 1, is 0"):
         lakd.Options(stride=0)
     with pytest.raises(ValueError, match="att_global"):
         lakd.Options(att_global=True, attention="inside")

@@ -1,4 +1,4 @@
-"""What holds for every method with a block in `config.methods`, on toy networks."""
+"""What holds for every method that is a `term.Term`, on toy networks."""
 
 import dataclasses
 import functools
@@ -14,10 +14,16 @@ import toys
 
 from lakd_jax import config as config_lib
 from lakd_jax import distill
-from lakd_jax.config import check, methods
+from lakd_jax.config import check
+from lakd_jax.distill.base import registry
+from lakd_jax.distill.base import term as term_lib
 from lakd_jax.training import setup
 
-METHODS = sorted(methods.blocks())
+METHODS = sorted(
+    name
+    for name, entry in registry.TABLE.items()
+    if issubclass(entry.cls, term_lib.Term)
+)
 STAGED = [name for name in METHODS if distill.facts(name).staged]
 SUMS = ("dkd+at", "kd+at+sp", "lakd+dkd")
 SETTINGS = {  # what the toys have not, or where the full weight needs many epochs
@@ -35,7 +41,7 @@ REACH = {
 
 def options(name):
     """The block's defaults for a toy, with a warm-up and little cross-entropy."""
-    block = methods.blocks()[name].to_dict()
+    block = config_lib.default()[name].to_dict()
     wanted = {"ce_weight": 0.5, "warmup_epochs": 4.0, "init_epochs": 0}
     wanted |= SETTINGS.get(name, {})
     return block | {n: v for n, v in wanted.items() if n in block}
@@ -251,13 +257,12 @@ def test_what_cannot_be_is_said_before_anything_runs(fields, line, tmp_path):
 
 
 def test_every_block_has_a_range_for_every_number():
-    blocks = methods.blocks()
-    assert set(blocks) <= set(distill.names())
+    default = config_lib.default()
     wrong = {
         f"{name}.{field}": -1.0 if isinstance(value, float) else -1
-        for name, block in blocks.items()
-        for field, value in block.items()
+        for name in METHODS
+        for field, value in default[name].items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
-    found = check.problems(config_lib.changed(config_lib.default(), wrong), 1)
+    found = check.problems(config_lib.changed(default, wrong), 1)
     assert set(wrong) <= {line.split()[0] for line in found}

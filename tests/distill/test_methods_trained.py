@@ -12,14 +12,19 @@ import toys
 
 from lakd_jax import config as config_lib
 from lakd_jax import distill, models
-from lakd_jax.config import methods
+from lakd_jax.distill.base import registry
+from lakd_jax.distill.base import term as term_lib
 from lakd_jax.interop import weights
 from lakd_jax.training import setup, spec, step
 from lakd_jax.training import state as state_lib
 
 bench, teacher_dir = resume.bench, resume.teacher_dir
 
-METHODS = sorted(methods.blocks())
+METHODS = sorted(
+    name
+    for name, entry in registry.TABLE.items()
+    if issubclass(entry.cls, term_lib.Term)
+)
 STATEFUL = ("crd", "ctkd", "kdpp", "ofd")
 # Losses that are means over examples, of each of which they see nothing else: that
 # devices take the step of one holds of them as it does of the networks.
@@ -33,7 +38,7 @@ FIELDS = {"crd": {"crd__negatives": 16}}
 def fields(name):
     """A method at once at its full weight, where it has a warm-up."""
     own = {f"{name}__warmup_epochs": 0.0}
-    if "init_epochs" in methods.blocks()[name]:
+    if "init_epochs" in config_lib.default()[name]:
         own[f"{name}__init_epochs"] = 1
     return {"method": name, "optim__lr": 1e-4, **own, **FIELDS.get(name, {})}
 

@@ -87,7 +87,7 @@ def test_what_differs_is_found(held):
 
 
 def test_every_method_has_a_case():
-    assert list(recordings_cases.METHODS) == distill.names()
+    assert recordings_cases._NEEDS.keys() <= set(distill.names())
     for name in distill.names():
         assert recordings.CASES[name]["method"] == name
 
@@ -126,7 +126,7 @@ def test_other_parts_have_cases(field, values):
 
 
 def test_every_case_is_recorded(held):
-    assert list(held) == list(recordings.CASES)
+    assert sorted(held) == sorted(recordings.CASES)
     for name, parts in held.items():
         hme = recordings.CASES[name].get("student.name") == "hme"
         assert list(parts) == (["run", "stage1"] if hme else ["run"]), name

@@ -17,7 +17,7 @@ import tap_toys
 
 from lakd_jax import config as config_lib
 from lakd_jax import distill
-from lakd_jax.config import check, methods
+from lakd_jax.config import check
 from lakd_jax.distill import ab, cc, fitnet, ft, kdsvd, vid
 from lakd_jax.distill.base import method
 from lakd_jax.models import chain
@@ -270,7 +270,7 @@ def signals(epoch=0.0, widths=(4, 4)):
 
 
 def made(name, **options):
-    block = methods.blocks()[name].to_dict()
+    block = config_lib.default()[name].to_dict()
     return distill.create(name, block | options)
 
 

@@ -198,11 +198,12 @@ def test_every_example_is_counted_once(batch_size):
         mesh,
         interrupt.Guard(),
     )
+    logits = model.apply(variables, pixels(jnp.asarray(test.images)), train=False)
+    logits = np.asarray(logits.logits, np.float64)
+    test.labels[0] = logits[0].argmax()  # the one that fills up the last batch
     score = evaluator(
         state_lib.replicate(variables, mesh), state_lib.resident(test, 0, mesh)
     )
-    logits = model.apply(variables, pixels(jnp.asarray(test.images)), train=False)
-    logits = np.asarray(logits.logits, np.float64)
     right = int(np.sum(logits.argmax(-1) == test.labels))
     chosen = logits[np.arange(45), test.labels]
     loss = np.mean(np.log(np.sum(np.exp(logits), -1)) - chosen)

@@ -1,5 +1,7 @@
 """The runs of `recordings`: fields of the config by the name of each."""
 
+from lakd_jax import distill
+
 BASE = {
     "epochs": 1,
     "batch_size": 16,  # of 48 images: an epoch has three steps
@@ -20,41 +22,24 @@ BASE = {
 # Three epochs of one step: what a method does epoch by epoch is in the three steps.
 PHASES = {"epochs": 3, "batch_size": 48}
 # What a method needs so that all of it takes part in those.
-METHODS = {
-    "none": {},
-    "kd": {},
+_NEEDS = {
     "lakd": {"local.module_start_epochs": (0, 1, 2)},
     "afd": {"afd.qk_dim": 16},
     "rtk": {"rtk.qk_dim": 16},
     "dkd": {"dkd.warmup_epochs": 2.0},
-    "at": {},
-    "sp": {},
-    "dist": {},
-    "nkd": {},
-    "ttm": {},
-    "wttm": {},
     "ctkd": {"ctkd.lambda_epochs": 2.0},
-    "mlkd": {},
-    "sdd": {},
-    "rkd": {},
-    "pkt": {},
-    "nst": {},
     "cc": {"cc.dim": 16},
-    "vid": {},
-    "fitnet": {},
-    "kdsvd": {},
     "ab": {"ab.init_epochs": 1.0},
     "fsp": {"fsp.init_epochs": 1.0},
     "ft": {"ft.init_epochs": 1.0},
-    "catkd": {},
+    "crd": {"crd.dim": 16, "crd.negatives": 32},
+    "review": {"review.warmup_epochs": 2.0},
     # Other widths than the teacher's, as it has its layer and dropout only then.
     "kdpp": {"student.name": "resnet8x4", "kdpp.kd_warmup_epochs": 2.0},
     "fam": {"fam.warmup_epochs": 2.0},
     "cd": {"cd.alone_epochs": 1.0, "cd.decay_epochs": (3,)},
-    "crd": {"crd.dim": 16, "crd.negatives": 32},
-    "ofd": {},
-    "review": {"review.warmup_epochs": 2.0},
 }
+METHODS = {name: _NEEDS.get(name, {}) for name in distill.names()}
 CUT, UNCUT = {"local.cut_scale": 0.0}, {"local.cut_scale": 1.0}
 # The other engines are for isolated modules, and kd has no loss at a cut: the config
 # is refused where an engine or a cut is missing here.

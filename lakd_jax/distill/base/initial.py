@@ -1,9 +1,13 @@
 """Methods whose own loss comes before the cross-entropy, not beside it."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 
+from lakd_jax import fields
 from lakd_jax.distill.base import method, term
+from lakd_jax.distill.base import rules as rules_lib
 
 
 def during(signals: method.Signals, epochs: float) -> jax.Array:
@@ -23,7 +27,16 @@ class Initial(term.Term, kw_only=True):
       init_epochs: how many; 30 in the public code.
     """
 
-    init_epochs: float
+    init_epochs: float = fields.field(
+        30.0,
+        "the first ones, in which it counts and the labels do not",
+        fields.at_least(0),
+    )
+
+    rules: ClassVar[tuple[rules_lib.Rule, ...]] = (
+        *term.Term.rules,
+        rules_lib.room_after_start,
+    )
 
     def weigh(self, signals: method.Signals) -> tuple[jax.Array, jax.Array]:
         """Of the two weights the one that counts in this step; the other is 0."""

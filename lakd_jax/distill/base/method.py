@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lakd_jax.distill.base import rules as rules_lib
+
 STORABLE = ("logits", "joints")  # of what methods read of a teacher, see `Method`
+
+
+# {(pattern of the teacher's name, of the student's): {option: value}}. Patterns are
+# those of `fnmatch`; of several that match, later ones win.
+Pairs = Mapping[tuple[str, str], Mapping[str, float]]
 
 
 def _no_suffix(k: int, activation: jax.Array) -> jax.Array:
@@ -94,7 +101,19 @@ class Method(nn.Module):
     (`joints` stands for `Signals.teacher_joints`); `needs_logits`, whether modules
     before the last read the teacher's logits, and so cannot be run before its last
     stage.
+
+    Of a class alone, not of its subclasses: `title`, what tables call it (else the name
+    in capital letters); `about`, a note on its options for docs/configuration.md;
+    `pairs`, the options that the published recipes change by the pair of networks.
+    `options_class` is the dataclass of the options, where these are an object of their
+    own, the field `options`; `rules` must hold between options and the run.
     """
+
+    title: ClassVar[str] = ""
+    about: ClassVar[str] = ""
+    pairs: ClassVar[Pairs] = {}
+    options_class: ClassVar[Any] = None
+    rules: ClassVar[tuple[rules_lib.Rule, ...]] = ()
 
     local: ClassVar[bool] = False
     staged: ClassVar[bool] = False

@@ -1,14 +1,16 @@
 """Methods that add one loss to cross-entropy, and sums of methods."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lakd_jax import fields
 from lakd_jax.distill import kd
 from lakd_jax.distill.base import method
+from lakd_jax.distill.base import rules as rules_lib
 
 
 def ramp(epoch: jax.Array, epochs: float) -> jax.Array | float:
@@ -26,7 +28,7 @@ def ramp(epoch: jax.Array, epochs: float) -> jax.Array | float:
 class Term(method.Method, kw_only=True):
     """ce_weight CE + weight * (the losses that `losses` gives).
 
-    A subclass gives `losses`, and its own options as fields.
+    A subclass gives `losses`, a default of `weight`, and its own options as fields.
 
     Attributes:
       ce_weight: of the cross-entropy with the labels.
@@ -34,9 +36,13 @@ class Term(method.Method, kw_only=True):
       warmup_epochs: see `ramp`, of `weight`.
     """
 
-    ce_weight: float
-    weight: float
-    warmup_epochs: float
+    ce_weight: float = fields.field(1.0, check=fields.at_least(0))
+    weight: float = fields.field(check=fields.at_least(0))
+    warmup_epochs: float = fields.field(0.0, check=fields.at_least(0))
+
+    rules: ClassVar[tuple[rules_lib.Rule, ...]] = (
+        rules_lib.some_weight("ce_weight", "weight"),
+    )
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
         """For each of the last local modules `{name: raw loss, scalar float32}`.
@@ -75,7 +81,7 @@ class LogitTerm(Term, kw_only=True):
       standardise: see `kd.standardised`.
     """
 
-    standardise: bool
+    standardise: bool = fields.field(False, "z-scores of the logits")
 
     def logits(self, signals: method.Signals) -> tuple[jax.Array, jax.Array]:
         """The student's and the teacher's, (B, classes) each."""

@@ -1,0 +1,416 @@
+"""The blocks of the config that belong to no method: every field, declared once.
+
+A class is a block, a field of it a field of the block. Options of methods are declared
+by the methods, in `lakd_jax.distill`.
+"""
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+from lakd_jax import distill, fields, models, paths
+from lakd_jax.distill.base import registry
+from lakd_jax.local import cuts as cuts_lib
+from lakd_jax.models import vam
+
+field = fields.field
+
+SEEDS = 2**32  # of a larger one JAX would take the lower 32 bits
+_SEED = fields.between(0, SEEDS - 1)
+_AT_LEAST_0, _AT_LEAST_1 = fields.at_least(0), fields.at_least(1)
+_POSITIVE = fields.above(0)
+
+
+def network(name: str) -> str:
+    """A network that can be made."""
+    try:
+        models.family(name)
+    except ValueError as e:
+        return str(e).removeprefix("network ")
+    return ""
+
+
+def method_name(name: str) -> str:
+    """A method, or a sum of several."""
+    try:
+        distill.parts(name)
+    except ValueError as e:
+        return str(e).removeprefix("method ")
+    return ""
+
+
+def data_source(value: str) -> str:
+    """The name of a data set, or its folder or file on this machine."""
+    return paths.fault(value.removeprefix("folder:").removeprefix("npz:"))
+
+
+def cache(value: str) -> str:
+    """A path, or a URL: JAX can keep compiled programs in a bucket."""
+    return "" if "://" in value else paths.fault(value)
+
+
+def share_or_method(value: float) -> str:
+    """A share of the gradient, or -1 where the method decides."""
+    return "" if value == -1 else fields.between(0, 1)(value)
+
+
+def _hme_option(name: str) -> fields.Check:
+    """One of what HMEs offer; that module is imported when this is first called."""
+    return lambda value: fields.fault(value, models.family("hme").OPTIONS[name])
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The fields outside of any block; the CIFAR protocol of the literature."""
+
+    method: str = field(
+        "lakd",
+        "none (plain training), a name of docs/methods.md, or a sum such as dkd+at",
+        method_name,
+    )
+    seed: int = field(0, "initialisation, order and augmentation follow from it", _SEED)
+    seeds: tuple[int, ...] = field(
+        (),
+        "a run each, in WORKDIR/seed0, ...; empty: one run, of `seed`",
+        fields.each(fields.whole(0, SEEDS - 1)),
+    )
+    epochs: int = field(240, check=_AT_LEAST_1)
+    batch_size: int = field(64, "global, over all devices", _AT_LEAST_1)
+    eval_batch_size: int = field(512, check=_AT_LEAST_1)
+    dtype: str = field(
+        "float32",
+        "compute type: float32 | bfloat16; losses stay float32",
+        fields.one_of(("float32", "bfloat16")),
+    )
+    label_smoothing: float = field(
+        0.0, "of the labels' part of the loss; methods none and kd", fields.below(1)
+    )
+    baselines: tuple[str, ...] = field(
+        (),
+        "methods trained first, in WORKDIR/METHOD, for the table",
+        fields.each(method_name),
+    )
+    log_every: int = field(50, "steps between two lines of metrics", _AT_LEAST_1)
+    eval_every: int = field(1, "epochs between two evaluations on minival", _AT_LEAST_1)
+    steps_per_dispatch: int = field(
+        0, "steps in one program; 0: 1 on CPU, else 50", _AT_LEAST_0
+    )
+    compile_cache: str = field(
+        "runs/compiled", "compiled programs, for the next start; or empty", cache
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The images, and how they are augmented."""
+
+    source: str = field(
+        "cifar100", "digits | folder:PATH | npz:PATH | a tfds name", data_source
+    )
+    data_dir: str = field(
+        "", "where tfds keeps its sets; empty: its own default", paths.fault
+    )
+    image_size: int = field(
+        0, "resize and centre crop to this; 0: as they are", _AT_LEAST_0
+    )
+    minival: float = field(
+        0.1,
+        "share of the training split kept to choose the best epoch",
+        fields.between(0, 0.5),
+    )
+    max_bad: int = field(
+        0,
+        "undecodable training images that may be left out; more: an error",
+        _AT_LEAST_0,
+    )
+    mean: tuple[float, ...] = field(
+        (0.5071, 0.4867, 0.4408),
+        "of the pixels in 0..1, per channel",
+        fields.channels(fields.between(0, 1), empty=False),
+    )
+    std: tuple[float, ...] = field(
+        (0.2675, 0.2565, 0.2761), check=fields.channels(_POSITIVE, empty=False)
+    )
+    pad: int = field(
+        4, "zero pixels around the image before the random crop", _AT_LEAST_0
+    )
+    flip: bool = field(True, "random horizontal mirror image")
+    streaming: bool = field(
+        False,
+        "Read and decode images when they are needed, instead of keeping all in "
+        "memory. A random part of each is cut out and resized to image_size; pad must "
+        "be 0.",
+    )
+    crop_scale: tuple[float, ...] = field(
+        (0.08, 1.0), "streaming: share of the area that is cut out", fields.shares
+    )
+    test_resize: int = field(
+        256,
+        "streaming, tests: the shorter side, before the centre is cut",
+        _AT_LEAST_1,
+    )
+    workers: int = field(0, "streaming: processes that decode; 0: threads", _AT_LEAST_0)
+    drop_last: bool = field(False, "leave out the short last batch of an epoch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What student and teacher have in common."""
+
+    name: str = field("resnet20", "see lakd_jax.models.names()", network)
+    init: str = field(
+        "",
+        "empty: random; a finished run, .safetensors or PyTorch file",
+        paths.fault,
+    )
+    shortcut: str = field(
+        "projection",
+        "projection | identity (option A of He et al.)",
+        fields.one_of(("projection", "identity")),
+    )
+    image_size: int = field(
+        0, "images are resized to this for it; 0: as the data has them", _AT_LEAST_0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Switch:
+    enabled: bool = field(False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Vam(vam.Options, _Switch):
+    """Virtual attention in the student's convolutions."""
+
+    about: ClassVar[str] = (
+        "attention over blocks of channels, our reading of KDExplainer's"
+    )
+
+    gamma: float = field(
+        0.01, "weight of the mean entropy of the attention", _AT_LEAST_0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher(Network):
+    """The teacher, and how it is trained where it has no weights yet."""
+
+    about: ClassVar[str] = "empty init: train it first with method=none"
+
+    name: str = "resnet56"
+    mean: tuple[float, ...] = field(
+        (),
+        "its own; empty (size: 0): as its finished run says, or the data's",
+        fields.channels(fields.between(0, 1), empty=True),
+    )
+    std: tuple[float, ...] = field((), check=fields.channels(_POSITIVE, empty=True))
+    epochs: int = field(
+        0, "when it is trained here; 0: as many as the student", _AT_LEAST_0
+    )
+    lr: float = field(0.0, "when it is trained here; 0: optim.lr", _AT_LEAST_0)
+    seed: int = field(
+        0, "when it is trained here; students of all seeds share it", _SEED
+    )
+    cache: str = field(
+        "runs/teachers", "where teachers trained here are kept, by hash", paths.fault
+    )
+    fold: bool = field(True, "batch norms into the convolutions: the same to rounding")
+    views: int = field(
+        0,
+        "0: the teacher runs in every step. V: methods with a teacher see each image "
+        "in V augmented views that come again every V epochs, and what the teacher "
+        "says of them is stored in `cache`, once for each seed; steps then run "
+        "without the teacher.",
+        _AT_LEAST_0,
+    )
+    views_mib: int = field(
+        2048, "most that this may take, on disk and on each device", _AT_LEAST_1
+    )
+    floor: float = field(
+        0.0, "lowest accuracy accepted, in 0..1; 0: twice chance", fields.between(0, 1)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    """The optimiser."""
+
+    lr: float = field(0.05, check=_POSITIVE)
+    lr_batch: int = field(
+        0, "the batch_size that lr is for, others in proportion; 0: any", _AT_LEAST_0
+    )
+    momentum: float = field(0.9, check=fields.between(0, 1))
+    nesterov: bool = field(False)
+    dot_delta: float = field(
+        0.0,
+        "DOT: momentum - this for the labels' losses, momentum + this for all others, "
+        "such as 0.075 on CIFAR and 0.09 on ImageNet; 0: one momentum for all.",
+        fields.below(1),
+    )
+    weight_decay: float = field(
+        5e-4, "on every parameter, as the field does", _AT_LEAST_0
+    )
+    schedule: str = field(
+        "step",
+        "step | cosine | constant",
+        fields.one_of(("step", "cosine", "constant")),
+    )
+    milestones: tuple[float, ...] = field(
+        (150.0, 180.0, 210.0),
+        "epochs after which lr falls (step)",
+        fields.each(_POSITIVE),
+    )
+    decay: float = field(0.1, "factor at each milestone", fields.between(0, 1))
+    warmup_epochs: float = field(0.0, "linear, from 0", _AT_LEAST_0)
+    clip_norm: float = field(
+        0.0, "largest gradient norm of a module; 0: no clipping", _AT_LEAST_0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Hme:
+    """The hierarchy of experts, a student that is trained in two stages."""
+
+    about: ClassVar[str] = (
+        "Of student.name=hme. optim's momentum, weight_decay and clip_norm hold for "
+        "it, too; optim.lr and its schedule are then those of a teacher that is "
+        "trained first."
+    )
+
+    layout: str = field(
+        "ltb",
+        "ltb (as released) | split (of a wide ResNet; our reading)",
+        _hme_option("layout"),
+    )
+    base: str = field(
+        "wrn_40_1",
+        "layout=split: the network that is split into experts",
+        _hme_option("base"),
+    )
+    output: str = field(
+        "nce",
+        "of a class's head: nce (the larger of two units) | ce (one)",
+        fields.one_of(("nce", "ce")),
+    )
+    loss: str = field(
+        "kway",
+        "kway | binary (a yes-or-no task a class; our reading)",
+        fields.one_of(("kway", "binary")),
+    )
+    positive_weight: float = field(
+        1.0, "loss=binary: of the one class that is right", _POSITIVE
+    )
+    stage1_epochs: int = field(
+        0,
+        "weights and gates; 0: as many as stage 2, which has `epochs`",
+        _AT_LEAST_0,
+    )
+    stage1_lr: float = field(0.05, "Adam", _POSITIVE)
+    gate_lr: float = field(0.01, "stage 1: of the gates", _POSITIVE)
+    temperature: float = field(
+        10.0, "stage 1: of the gates, divided by the epoch from 1", _POSITIVE
+    )
+    stage2_lr: float = field(
+        0.05, "SGD, halved at every tenth of the epochs", _POSITIVE
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """Where and how a student is cut."""
+
+    granularity: str = field(
+        "stage",
+        "Q14: stage | block | none (one) | list | bytes | flops",
+        fields.one_of(cuts_lib.GRANULARITIES),
+    )
+    modules: int = field(
+        0,
+        "granularity=bytes, flops: how many, balanced by activations or work",
+        _AT_LEAST_0,
+    )
+    cuts: tuple[str, ...] = field(  # checked against the networks
+        (), 'granularity=list: student joints, e.g. ("stage1", "stage2.block1")'
+    )
+    engine: str = field(
+        "fused",
+        "fused | dispatch (a program a module) | pipeline (on devices)",
+        fields.one_of(cuts_lib.ENGINES),
+    )
+    cut_scale: float = field(
+        -1.0,
+        "Q8: gradient kept at a cut: 0 isolates, 1 is end to end. -1: as the method "
+        "does, 0 for lakd, 1 for the others with a loss in each module (at, fitnet, "
+        "...).",
+        share_or_method,
+    )
+    module_input: str = field(
+        "student", "Q10: student | teacher", fields.one_of(("student", "teacher"))
+    )
+    module_start_epochs: tuple[float, ...] = field(
+        (), "Q9: epoch at which each module starts; empty: 0", fields.each(_AT_LEAST_0)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """How often the state is saved, and how much of it is kept."""
+
+    every_steps: int = field(0, "0: at the end of every epoch", _AT_LEAST_0)
+    keep: int = field(2, check=_AT_LEAST_1)
+
+
+class Block(NamedTuple):
+    """A block of the config, of a method or not.
+
+    Attributes:
+      name: for example "student.vam"; "" for the fields outside of any block.
+      options: its fields, in order.
+      about: a note on all of it; may be "".
+      method: whether it is a method's.
+    """
+
+    name: str
+    options: tuple[fields.Option, ...]
+    about: str
+    method: bool = False
+
+
+_FIRST: dict[str, type] = {
+    "": Run,
+    "data": Data,
+    "student": Network,
+    "student.vam": Vam,
+    "teacher": Teacher,
+    "optim": Optim,
+}
+_LAST: dict[str, type] = {"hme": Hme, "local": Local, "checkpoint": Checkpoint}
+
+
+def every() -> list[Block]:
+    """Returns all blocks, in the order in which the config has them."""
+    return [*_of(_FIRST), *of_methods(), *_of(_LAST)]
+
+
+def of_methods() -> list[Block]:
+    """Returns the blocks of the methods that have options of their own."""
+    return [
+        Block(name, entry.block, entry.fact("about", ""), method=True)
+        for name, entry in registry.TABLE.items()
+        if entry.block
+    ]
+
+
+def _of(classes: dict[str, type]) -> list[Block]:
+    return [
+        Block(name, fields.options(cls), vars(cls).get("about", ""))
+        for name, cls in classes.items()
+    ]
+
+
+def options() -> dict[str, fields.Option]:
+    """Returns every field of the config by its name, such as "data.pad"."""
+    return {
+        f"{block.name}.{option.name}".lstrip("."): option
+        for block in every()
+        for option in block.options
+    }
