@@ -37,9 +37,10 @@ _PARAMETERS = ("vam_gate", "vam_slope")  # V and U above; the gates of HME are o
 class Options:
     """Settings shared by all gated convolutions of a network.
 
-    `blocks` is M_in and M_out (where channels are not divisible by it, the largest divisor
-    below it), `temperature` is tau, `init_std` the standard deviation of V at the start.
-    With `rescale`, s is M_in; otherwise 1, and uniform attention divides the kernel by M_in.
+    `blocks` is M_in and M_out (where channels are not divisible by it, the largest
+    divisor below it), `temperature` is tau, `init_std` the standard deviation of V at
+    the start. With `rescale`, s is M_in; otherwise 1, and uniform attention divides the
+    kernel by M_in.
 
     Raises:
         ValueError: a value out of range.
