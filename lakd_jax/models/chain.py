@@ -133,6 +133,8 @@ class Chain(nn.Module, kw_only=True):
             return self.CLASSIFIER
         if path in self.TORCH_NAMES:
             return self.TORCH_NAMES[path]
+        if path[0] in ("stem", "head"):
+            return ".".join(path)  # of a family that is not published
         stage, index = _stage_and_index(".".join(path[:2]))
         return self.torch_block_name(stage, index, path[2])
 

@@ -1,0 +1,142 @@
+"""Networks without batch norms train, resume, fold and export like those with them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_train_resume as resume
+import test_train_step as steps
+import tiny
+from flax import linen as nn
+
+from lakd_jax import export, interop, models
+from lakd_jax.models import chain, folding
+from lakd_jax.report import metrics
+from lakd_jax.runtime import interrupt
+from lakd_jax.store import workdir
+from lakd_jax.training import segments, setup
+from lakd_jax.training import state as state_lib
+
+
+class Unit(nn.Module):
+    """3x3 convolution, a norm over channels or groups of them, ReLU."""
+
+    features: int
+    stride: int
+    groups: int
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        strides = (self.stride, self.stride)
+        x = nn.Conv(self.features, (3, 3), strides, use_bias=False, name="conv")(x)
+        layers = {0: nn.LayerNorm}
+        make = layers.get(self.groups, functools.partial(nn.GroupNorm, self.groups))
+        x = make(name="norm")(x)
+        return nn.relu(x), x
+
+
+class Head(nn.Module):
+    classes: int
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        pooled = jnp.mean(x, axis=(1, 2))
+        return nn.Dense(self.classes, name="dense")(pooled), pooled
+
+
+class Plain(chain.Chain, kw_only=True):
+    """Three stages of one unit; `groups` of the norm, 0 for LayerNorm."""
+
+    groups: int = 0
+    stage_sizes: tuple[int, ...] = (1, 1, 1)
+
+    @nn.nowrap
+    def make_stem(self, name):
+        return Unit(4, 1, self.groups, name=name)
+
+    @nn.nowrap
+    def make_block(self, stage, index, name):
+        return Unit(4 + 2 * stage, 2 if stage else 1, self.groups, name=name)
+
+    @nn.nowrap
+    def make_head(self, name):
+        return Head(self.num_classes, name=name)
+
+
+LAYER = Plain
+GROUP = functools.partial(Plain, groups=2)
+
+
+@pytest.mark.parametrize("network", [LAYER, GROUP], ids=["layer", "group"])
+@pytest.mark.parametrize("kind", ["fused", "dispatch", "pipeline"])
+def test_each_engine_trains_it(network, kind, tmp_path):
+    """LAKD, cut: every engine makes the fused step, and all weights move."""
+    devices = 3 if kind == "pipeline" else 1
+    made = steps.make(tmp_path, devices, network, method="lakd")
+    learner, state, teacher, data = made
+    assert (
+        "batch_stats" not in state.variables("student")
+        or not (state.variables("student")["batch_stats"])
+    )
+    config = tiny.config(tmp_path, method="lakd", local__engine=kind)
+    engine = setup.engine(config, learner, teacher, data, interrupt.Guard())
+    engine.load(state_lib.replicate(state, learner.mesh))
+    losses = []
+    for row in steps.rows(2):
+        losses.append(engine.read(engine.run(row[None]))["loss"])
+    after = jax.device_get(engine.state())
+    before = state.variables("student")["params"]
+    moved = jax.tree.map(
+        lambda a, b: np.any(a != b), after.variables("student")["params"], before
+    )
+    assert all(jax.tree.leaves(moved)) and np.all(np.isfinite(losses))
+    assert len(segments.of_student(learner)) == 3
+
+
+@pytest.mark.parametrize("method", ["none", "kd", "at"])
+def test_methods_take_their_step(method, tmp_path):
+    learner, state, teacher, data = steps.make(tmp_path, 1, GROUP, method=method)
+    after, found = steps.one_step((learner, state, teacher, data), steps.rows(1)[0])
+    assert np.isfinite(found["loss"]) and int(after.step) == 1
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    monkeypatch.setitem(models._NETWORKS, "grouped", GROUP)
+    for found in resume.lab_of(tmp_path):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(models._NETWORKS, "grouped", GROUP)
+            yield found
+
+
+@pytest.mark.long
+def test_a_run_resumes_and_is_exported(lab, tmp_path):
+    fields = {"method": "none", "student__name": "grouped"}
+    lab.train(tmp_path / "whole", **fields)
+    with pytest.raises(interrupt.Interrupted):
+        lab.train(tmp_path / "parts", tiny.StopAfter(5), **fields)
+    lab.train(tmp_path / "parts", **fields)
+    whole, parts = (resume.finished(tmp_path / n) for n in ("whole", "parts"))
+    resume.assert_equal_runs(whole, parts)
+    assert metrics.read(tmp_path / "whole")
+    file = export.run(tmp_path / "whole", "safetensors")
+    state = interop.load_torch_file(file)
+    again = interop.from_torch("grouped", state)
+    variables, _ = interop.load_variables(tmp_path / "whole" / workdir.STUDENT)
+    assert variables.keys() == {"params"}
+    jax.tree.map(np.testing.assert_array_equal, again["params"], variables["params"])
+
+
+def test_there_is_nothing_to_fold():
+    model = GROUP(num_classes=3)
+    variables = tiny.variables(model)
+    assert variables.keys() == {"params"}
+    folded, plain = folding.fold(model, variables)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 3)), jnp.float32)
+    ours, theirs = (
+        m.apply(v, x, train=False).logits
+        for m, v in ((folded, plain), (model, variables))
+    )
+    np.testing.assert_array_equal(ours, theirs)
