@@ -1,4 +1,4 @@
-"""Networks and methods of your own, by name, beside the built-in ones.
+"""Networks, methods and data of your own, by name, beside the built-in ones.
 
 docs/your_own.md has worked examples. Register in the file that has `get_config`, and
 the command line knows the name as well. Registering a name again replaces what was
@@ -9,6 +9,7 @@ from typing import Any
 
 from lakd_jax import config as config_lib
 from lakd_jax import models
+from lakd_jax.data import sources
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.distill.base import registry
 from lakd_jax.interop import layout
@@ -33,13 +34,14 @@ def method(name: str, cls: type[method_lib.Method]) -> None:
     """Makes a method known as `method` and in sums, with its block of the config.
 
     The block is called as the method is, and has the fields of the class with their
-    defaults. `ce_weight`, `weight`, `warmup_epochs` and `temperature` have the ranges
-    that they have in built-in methods; other numbers must be finite.
+    defaults. Those declared with `fields.field` have the ranges given there. Of others,
+    `ce_weight`, `weight`, `warmup_epochs` and `temperature` have the ranges that they
+    have in built-in methods, and all other numbers must be finite.
 
     Args:
       name: a word in small letters.
-      cls: a `distill.method.Method`, mostly a `distill.term.Term`; every field of it
-        has a default that is a bool, an int, a float, a str or a tuple.
+      cls: a `distill.base.method.Method`, mostly a `distill.base.term.Term`; every
+        field of it has a default that is a bool, an int, a float, a str or a tuple.
 
     Raises:
       ValueError: the name is taken or no word; or a field without such a default.
@@ -47,3 +49,18 @@ def method(name: str, cls: type[method_lib.Method]) -> None:
     if name in config_lib.default() and name not in registry.TABLE:
         raise ValueError(f"method {name!r}: the config has this name already")
     registry.enter(name, cls)
+
+
+def data(name: str, load: sources.Load) -> None:
+    """Makes a data set known as `data.source`, as "NAME" or "NAME:REST".
+
+    Args:
+      name: a word in small letters.
+      load: `(rest, image_size) -> lakd_jax.data.Dataset` with uint8 images, from what
+        follows "NAME:" and from `data.image_size`, 0 for the images' own size. If it
+        holds out no images as `minival`, `data.minival` does.
+
+    Raises:
+      ValueError: the name is built in or not a word.
+    """
+    sources.register(name, load)

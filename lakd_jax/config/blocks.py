@@ -8,6 +8,7 @@ import dataclasses
 from typing import ClassVar, NamedTuple
 
 from lakd_jax import distill, fields, models, paths
+from lakd_jax.data import sources
 from lakd_jax.distill.base import registry
 from lakd_jax.local import cuts as cuts_lib
 from lakd_jax.models import vam
@@ -40,6 +41,8 @@ def method_name(name: str) -> str:
 
 def data_source(value: str) -> str:
     """The name of a data set, or its folder or file on this machine."""
+    if sources.is_added(value):  # its function knows what the rest means
+        return ""
     return paths.fault(value.removeprefix("folder:").removeprefix("npz:"))
 
 

@@ -6,6 +6,7 @@ these and those of `lakd_jax.config.rules`.
 
 from lakd_jax import distill, models
 from lakd_jax.config import rules
+from lakd_jax.data import sources
 from lakd_jax.distill import lakd
 from lakd_jax.distill.base import method
 from lakd_jax.runtime import hosts
@@ -88,7 +89,8 @@ def _streaming(c: rules.Config, _: int) -> str:
     d = c.data
     if not d.streaming:
         return ""
-    if d.source == "digits" or d.source.startswith("npz:"):
+    in_memory = d.source == "digits" or d.source.startswith("npz:")
+    if in_memory or sources.is_added(d.source):
         return (
             f"data.streaming is for image files; data.source={d.source} needs it False"
         )

@@ -1,10 +1,37 @@
 """Loads data sets by the name of their source."""
 
+import re
+from collections.abc import Callable
+
+import numpy as np
+
 from lakd_jax import errors
 from lakd_jax.data import dataset
 
 _FOLDER = "folder:"
 _ARRAYS = "npz:"
+_BUILT_IN = ("digits", "folder", "npz")
+
+Load = Callable[[str, int], dataset.Dataset]  # (what follows the name, image_size)
+_ADDED: dict[str, Load] = {}
+
+
+def register(name: str, load: Load) -> None:
+    """Enters a source "NAME" or "NAME:REST"; an earlier one of that name goes.
+
+    Raises:
+      ValueError: the name is built in, or not a word in small letters.
+    """
+    if name in _BUILT_IN:
+        raise ValueError(f"data {name!r} is built in: register another name")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"data {name!r}: the name must be a word in small letters")
+    _ADDED[name] = load
+
+
+def is_added(source: str) -> bool:
+    """Whether the source is one that was registered."""
+    return source.partition(":")[0] in _ADDED
 
 
 def load(
@@ -19,27 +46,50 @@ def load(
 
     Args:
       source: "digits" (built in), "folder:PATH" (PATH/train/CLASS/x.png and
-        PATH/test/CLASS/x.png), "npz:PATH" (see `arrays.load`), or a tfds name such as
-        "cifar10".
+        PATH/test/CLASS/x.png), "npz:PATH" (see `arrays.load`), a registered name, or a
+        tfds name such as "cifar10".
       image_size: height and width in pixels, by resizing the shorter side and cropping
         the centre; 0 keeps the images' size (digits: 16).
       minival: fraction of the training split, 0 <= minival < 1, held out as
         `Dataset.minival`; stratified, the same in every run.
       data_dir: the data directory of tfds; "" is its default.
-        max_bad: how many undecodable training images may be skipped.
+      max_bad: how many undecodable training images may be skipped.
 
-      Raises:
-        DataError: the data is missing, invalid or damaged; the message says why.
+    Raises:
+      DataError: the data is missing, invalid or damaged; the message says why.
     """
     if not 0 <= minival < 1:
         raise errors.DataError(f"data.minival={minival:g} must be at least 0, below 1.")
     if image_size < 0:
         raise errors.DataError(f"data.image_size={image_size} must not be negative.")
-    classes, train, test = _read(source, image_size, data_dir, max_bad)
     held_out = None
-    if minival:
+    if is_added(source):
+        found = _added(source, image_size)
+        classes, train, test = found.classes, found.train, found.test
+        held_out = found.minival
+    else:
+        classes, train, test = _read(source, image_size, data_dir, max_bad)
+    if minival and held_out is None:
         train, held_out = dataset.hold_out(train, minival)
     return dataset.Dataset(source, classes, train, held_out, test)
+
+
+def _added(source: str, image_size: int) -> dataset.Dataset:
+    name, _, rest = source.partition(":")
+    found = _ADDED[name](rest, image_size)
+    if not isinstance(found, dataset.Dataset):
+        kind = type(found).__name__
+        raise errors.DataError(f"data.source={source}: gave {kind}, not data.Dataset.")
+    for role in ("train", "minival", "test"):
+        if (split := getattr(found, role)) is None:
+            continue
+        images = split.images
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise errors.DataError(
+                f"data.source={source}: images of {role} must be uint8 of (N, H, W, 3),"
+                f" are {images.dtype} of {images.shape}."
+            )
+    return found
 
 
 def _read(

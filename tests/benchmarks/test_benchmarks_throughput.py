@@ -36,11 +36,8 @@ def two_steps_of_ours(made, rows):
     for row in rows:
         state, metrics = run(state, made.teacher, made.resident, row[None])
         losses.append(float(metrics["loss"][0]))
-    variables = {
-        "params": state.params["student"],
-        "batch_stats": state.batch_stats["student"],
-    }
-    return losses, interop.to_torch("resnet8", jax.device_get(variables))
+    variables = jax.device_get(state.variables("student"))
+    return losses, interop.to_torch("resnet8", variables)
 
 
 @pytest.mark.parametrize("method", ["kd", pytest.param("lakd", marks=pytest.mark.long)])

@@ -106,8 +106,11 @@ def test_what_is_no_run_or_no_config_is_said(tmp_path):
 
 def test_importing_is_cheap_and_starts_no_jax():
     code = (
-        "import sys, lakd_jax; c = lakd_jax.config.default(); c.student.name = 'vgg8'; "
+        "import sys, lakd_jax; "
         "assert not {'jax', 'flax', 'orbax'} & sys.modules.keys(); "
+        "c = lakd_jax.config.default(); c.student.name = 'vgg8'; "
+        "from jax._src import xla_bridge; "
+        "assert not xla_bridge.backends_are_initialized(); "
         "assert {'train', 'load', 'register'} <= set(dir(lakd_jax)); lakd_jax.nothing"
     )
     command = [sys.executable, "-c", code]

@@ -261,10 +261,10 @@ def test_teacher_is_folded_and_fed_at_the_size_it_was_trained_at(run):
 def test_teacher_of_other_images_is_not_taken_from_the_cache(run, monkeypatch):
     trained = []
 
-    def leave(config, directory, bench, teacher):
+    def leave(phase, directory, bench, teacher):
         model = tiny.SMALL(num_classes=3)
         network = weights.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
-        result = {"student": config.student.name}
+        result = {"student": phase.config.student.name}
         file = directory / workdir.STUDENT
         weights.save(file, tiny.variables(model), network, result)
         workdir.write_json(directory / workdir.RESULT, result)
