@@ -47,7 +47,9 @@ def fold(model: chain.Chain, variables: PyTree) -> tuple[chain.Chain, PyTree]:
     if model.vam is not None and model.vam.foldable:
         model, variables = fold_gates(model, variables)
     params: dict[_Path, Any] = flax.traverse_util.flatten_dict(variables["params"])
-    stats: dict[_Path, Any] = flax.traverse_util.flatten_dict(variables.get("batch_stats", {}))
+    stats: dict[_Path, Any] = flax.traverse_util.flatten_dict(
+        variables.get("batch_stats", {})
+    )
     for norm in {path[:-1] for path in stats}:
         params |= _folded(norm, params, stats)
     folded = model.clone(folded=True)
