@@ -41,7 +41,7 @@ def of_engine(chosen: argparse.Namespace, count: int, engine: str) -> float:
     config = cut(chosen, count, engine)
     made = ours.setup(config)
     run = setup.engine(
-        config, made.learner, made.teacher, made.resident, interrupt.Guard()
+        config, made.spec, made.teacher, made.device_data, interrupt.Guard()
     )
     run.load(made.state)
     run.run(np.zeros((1, chosen.batch), np.int32))
@@ -51,20 +51,20 @@ def of_engine(chosen: argparse.Namespace, count: int, engine: str) -> float:
 def of_students(chosen: argparse.Namespace, count: int) -> float:
     """Returns MiB of the largest dispatched program with teacher outputs as inputs."""
     made = ours.setup(cut(chosen, count, "dispatch"))
-    learner = made.learner
+    spec = made.spec
     rows = np.zeros(chosen.batch, np.int32)
-    answers = jax.eval_shape(
-        functools.partial(teacher_outputs.ask, learner),
-        *(made.teacher, made.resident, rows, rows),
+    cached_outputs = jax.eval_shape(
+        functools.partial(teacher_outputs.compute_outputs, spec),
+        *(made.teacher, made.device_data, rows, rows),
     )
     step = made.state.step
-    start = functools.partial(segments.start, learner)
-    below, batch = jax.eval_shape(start, step, made.resident, rows)
+    start = functools.partial(segments.start, spec)
+    below, batch = jax.eval_shape(start, step, made.device_data, rows)
     largest = 0
-    for segment in segments.of_student(learner):
-        state = segments.state_of(learner, made.state, segment)
-        module = functools.partial(step_lib.segment_step, learner, segment)
-        arguments = (state, answers, below, batch)
+    for segment in segments.of_student(spec):
+        state = segments.state_of(spec, made.state, segment)
+        module = functools.partial(step_lib.segment_step, spec, segment)
+        arguments = (state, cached_outputs, below, batch)
         program = jax.jit(module, donate_argnums=0).lower(*arguments)
         compiled = program.compile(compiler_options=backend.compiler_options())
         largest = max(largest, compiled.memory_analysis().temp_size_in_bytes)

@@ -16,8 +16,9 @@ from lakd_jax.interop import weights
 from lakd_jax.models import folding
 from lakd_jax.runtime import backend
 from lakd_jax.training import setup as setup_lib
-from lakd_jax.training import spec, step
+from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
+from lakd_jax.training import step
 
 PyTree = Any
 
@@ -39,8 +40,8 @@ class Setup:
 
     config: config_lib.ConfigDict
     split: data.Split
-    learner: spec.Learner
-    resident: state_lib.Resident
+    spec: spec_lib.StepSpec
+    device_data: state_lib.DeviceData
     state: state_lib.TrainState
     teacher: PyTree
     teacher_torch: dict[str, np.ndarray] | None
@@ -78,7 +79,7 @@ def setup(config: config_lib.ConfigDict) -> Setup:
         if config.teacher.fold:
             model, variables = folding.fold(teacher.model, teacher.variables)
             teacher = dataclasses.replace(teacher, model=model, variables=variables)
-    learner, first_state = setup_lib.learner(
+    spec, first_state = setup_lib.spec(
         config,
         student,
         teacher,
@@ -91,8 +92,8 @@ def setup(config: config_lib.ConfigDict) -> Setup:
     return Setup(
         config,
         split,
-        learner,
-        state_lib.resident(split, config.seed, mesh),
+        spec,
+        state_lib.device_data(split, config.seed, mesh),
         first_state(),
         state_lib.replicate(teacher.variables, mesh) if teacher else None,
         original,
@@ -138,7 +139,7 @@ class Ours:
     def __init__(self, made: Setup, steps_per_dispatch: int):
         self._made = made
         # The step donates its state, and others start from the same one.
-        self._state = state_lib.replicate(made.state, made.learner.mesh)
+        self._state = state_lib.replicate(made.state, made.spec.mesh)
         began = time.perf_counter()
         one = self._compile(1)
         compiled = time.perf_counter() - began
@@ -165,7 +166,7 @@ class Ours:
             self._state, metrics = self._program(
                 self._state,
                 self._made.teacher,
-                self._made.resident,
+                self._made.device_data,
                 next(self._batches),
             )
         jax.block_until_ready((self._state, metrics))
@@ -179,11 +180,11 @@ class Ours:
         made = self._made
         return (
             jax.jit(
-                functools.partial(step.run_steps, made.learner),
+                functools.partial(step.run_steps, made.spec),
                 donate_argnums=0,
-                out_shardings=NamedSharding(made.learner.mesh, PartitionSpec()),
+                out_shardings=NamedSharding(made.spec.mesh, PartitionSpec()),
             )
-            .lower(self._state, made.teacher, made.resident, made.rows(count, 0))
+            .lower(self._state, made.teacher, made.device_data, made.rows(count, 0))
             .compile(compiler_options=backend.compiler_options())
         )
 

@@ -23,8 +23,9 @@ from lakd_jax import config as config_lib
 from lakd_jax import distill
 from lakd_jax.runs import teacher_cache
 from lakd_jax.runtime import backend, interrupt
-from lakd_jax.training import spec, step, teacher_outputs
+from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
+from lakd_jax.training import step, teacher_outputs
 
 ASKED = 500  # images of one batch of teacher outputs
 
@@ -36,22 +37,22 @@ def programs(made: ours.Setup, options: dict[str, Any]) -> dict[str, Callable]:
       made: networks and data.
       options: of the compiler.
     """
-    learner, rows = made.learner, made.rows(1, 0)
-    source = stored(made) if learner.views else made.teacher
+    spec, rows = made.spec, made.rows(1, 0)
+    source = stored(made) if spec.views else made.teacher
 
     def whole(
-        s: state_lib.TrainState, source: Any, d: state_lib.Resident, r: Any
+        s: state_lib.TrainState, source: Any, d: state_lib.DeviceData, r: Any
     ) -> Any:
-        return step.run_steps(learner, s, source, d, r)
+        return step.run_steps(spec, s, source, d, r)
 
     def only_input(
-        s: state_lib.TrainState, _: Any, d: state_lib.Resident, r: Any
+        s: state_lib.TrainState, _: Any, d: state_lib.DeviceData, r: Any
     ) -> Any:
-        images, labels = spec.batch(learner, s.step, d, r[0])
-        return learner.student_pixels(images), labels
+        images, labels = spec_lib.batch(spec, s.step, d, r[0])
+        return spec.student_pixels(images), labels
 
     def run(function: Callable) -> Callable[[], Any]:
-        arguments = (made.state, source, made.resident, rows)
+        arguments = (made.state, source, made.device_data, rows)
         program = jax.jit(function).lower(*arguments)
         program = program.compile(compiler_options=options)
         return lambda: jax.block_until_ready(program(*arguments))
@@ -59,15 +60,17 @@ def programs(made: ours.Setup, options: dict[str, Any]) -> dict[str, Callable]:
     return {"step": run(whole), "input": run(only_input)}
 
 
-def stored(made: ours.Setup) -> teacher_outputs.Answers:
+def stored(made: ours.Setup) -> teacher_outputs.TeacherOutputs:
     """Returns the teacher's outputs, stored and read as in a run."""
-    learner, guard = made.learner, interrupt.Guard()
-    asker = teacher_cache.Asker(learner, made.teacher, made.resident, ASKED, guard)
+    spec, guard = made.spec, interrupt.Guard()
+    computer = teacher_cache.OutputsComputer(
+        spec, made.teacher, made.device_data, ASKED, guard
+    )
     names = {"teacher": made.config.teacher.name, "data": "random", "seed": 0}
-    key = teacher_cache.settings(learner, made.teacher, asker.shapes(), **names)
+    key = teacher_cache.settings(spec, made.teacher, computer.shapes(), **names)
     with tempfile.TemporaryDirectory() as cache:
         return teacher_cache.kept(
-            pathlib.Path(cache), asker, key, made.split.labels, print
+            pathlib.Path(cache), computer, key, made.split.labels, print
         )
 
 

@@ -17,7 +17,7 @@ from lakd_jax.report import metrics
 from lakd_jax.runs import command
 from lakd_jax.runtime import hosts
 from lakd_jax.store import workdir
-from lakd_jax.training import spec
+from lakd_jax.training import spec as spec_lib
 
 _BATCH = 256  # images per call, so that memory does not grow with their number
 
@@ -45,7 +45,7 @@ class Run:
     history: list[dict[str, Any]]
     model: chain.Chain
     variables: Any
-    pixels: spec.Pixels
+    pixels: spec_lib.Pixels
 
     @property
     def accuracy(self) -> float:

@@ -13,7 +13,7 @@ from lakd_jax import errors, fields, interop, paths
 from lakd_jax.interop import weights as weights_lib
 from lakd_jax.report import model_card
 from lakd_jax.store import workdir
-from lakd_jax.training import spec
+from lakd_jax.training import spec as spec_lib
 
 FOLDER = "export"  # in the run's directory
 ENDINGS = {"safetensors": ".safetensors", "torch": ".pth", "stablehlo": ".stablehlo"}
@@ -96,7 +96,7 @@ def program(network: weights_lib.Loaded, image_shape: tuple[int, ...]) -> bytes:
     return bytes(exported.serialize())
 
 
-def pixels(network: weights_lib.Loaded) -> spec.Pixels:
+def pixels(network: weights_lib.Loaded) -> spec_lib.Pixels:
     """Returns the conversion of uint8 images to the network's input.
 
     Raises:
@@ -105,7 +105,7 @@ def pixels(network: weights_lib.Loaded) -> spec.Pixels:
     if network.mean is None or network.std is None:
         raise ValueError(f"{network.source}: mean and std of its images are unknown")
     dtype = network.model.dtype
-    return spec.Pixels(network.mean, network.std, dtype, network.size)
+    return spec_lib.Pixels(network.mean, network.std, dtype, network.size)
 
 
 def student(

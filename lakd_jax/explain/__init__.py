@@ -62,7 +62,7 @@ def run(
 def _summary(s: subject.Subject) -> list[str]:
     last, result = s.result["test_last"], s.result
     rows = [
-        ["data", f"{s.bench.dataset.preview.name}, {result['classes']} classes"],
+        ["data", f"{s.environment.dataset.preview.name}, {result['classes']} classes"],
         ["student", f"{result['student']}, {result['parameters']:,} parameters"],
         ["method", result["method"]],
         ["epochs, seed", f"{result['epochs']}, {result['seed']}"],
@@ -89,7 +89,7 @@ def _attention(
     path = scratch / "attention.png"
     chosen = measure.right_and_wrong(s, _SHOWN)
     pictures_lib.attention(
-        path, s.config, s.bench.dataset.preview, s.student, s.teacher, chosen
+        path, s.config, s.environment.dataset.preview, s.student, s.teacher, chosen
     )
     words = (
         "Test images that the student classifies correctly (first) and wrongly (after "
@@ -161,7 +161,7 @@ def _experts(s: subject.Subject, scratch: Path, _: Callable[[str], None]) -> lis
     if not isinstance(s.student.model, network.HME):
         return []
     variables: Any = s.student.variables
-    dataset = s.bench.dataset.preview
+    dataset = s.environment.dataset.preview
     return report.section(variables["params"], dataset.classes, dataset.name, scratch)
 
 

@@ -119,8 +119,8 @@ def _partition(s: subject.Subject) -> Any:
 def _probe_images(s: subject.Subject) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns fixed (images, labels) for training and for testing the probes."""
     splits = (
-        (s.bench.dataset.preview.train, PROBE_TRAIN),
-        (s.bench.dataset.preview.test, PROBE_TEST),
+        (s.environment.dataset.preview.train, PROBE_TRAIN),
+        (s.environment.dataset.preview.test, PROBE_TEST),
     )
     out = []
     for split, count in splits:
@@ -138,7 +138,7 @@ def right_and_wrong(s: subject.Subject, count: int) -> np.ndarray:
     Returns:
         Positions in the test split, the correct ones first.
     """
-    test = s.bench.dataset.preview.test
+    test = s.environment.dataset.preview.test
     order = np.random.default_rng(0).permutation(len(test))[:2000]
     logits, _ = subject.observe(
         s.student.model, s.student.variables, s.pixels, test.images[order], ()
@@ -180,7 +180,7 @@ def conflicts(s: subject.Subject) -> dict[str, dict[str, float]]:
 
     Covers the run and its baselines, on the same training images.
     """
-    split = s.bench.dataset.preview.train
+    split = s.environment.dataset.preview.train
     generator = np.random.default_rng(0)
     classes = np.unique(split.labels)
     classes = np.sort(generator.permutation(classes)[:CONFLICT_CLASSES])

@@ -18,7 +18,8 @@ from lakd_jax.runs import single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
 from lakd_jax.store import checkpoint, workdir
-from lakd_jax.training import setup, spec, vam
+from lakd_jax.training import setup, vam
+from lakd_jax.training import spec as spec_lib
 
 PyTree = Any
 BATCH = 128
@@ -41,9 +42,9 @@ class Subject:
 
     directory: Path
     config: config_lib.ConfigDict
-    bench: single.Bench
+    environment: single.Environment
     student: weights.Loaded
-    pixels: spec.Pixels
+    pixels: spec_lib.Pixels
     teacher: single.Teacher | None
     result: dict[str, Any]
 
@@ -51,7 +52,7 @@ class Subject:
     def steps_per_epoch(self) -> int:
         """Returns the number of updates per training epoch."""
         c = self.config
-        examples = len(self.bench.dataset.train)
+        examples = len(self.environment.dataset.train)
         return order.steps_per_epoch(examples, c.batch_size, c.data.drop_last)
 
 
@@ -69,15 +70,15 @@ def load(
         config = config_lib.from_dict(settings)
     except ValueError as error:
         raise errors.ExportError(f"{directory / workdir.CONFIG}: {error}") from error
-    bench = single.bench(config, guard, notify)
+    environment = single.environment(config, guard, notify)
     finished = config_lib.changed(config, {"student.init": str(directory)})
-    student = single.load_network("student", finished, bench)
+    student = single.load_network("student", finished, environment)
     teacher = None
     if distill.facts(config.method).needs_teacher:
-        teacher = teacher_lib.make(config, bench)
+        teacher = teacher_lib.make(config, environment)
     result = workdir.read_json(directory / workdir.RESULT)
     pixels = setup.pixels(config)
-    return Subject(directory, config, bench, student, pixels, teacher, result)
+    return Subject(directory, config, environment, student, pixels, teacher, result)
 
 
 def past(subject: Subject) -> Iterator[tuple[int, PyTree]]:
@@ -111,7 +112,7 @@ def part(arrays: dict[str, np.ndarray], name: str) -> PyTree:
 def observe(
     model: chain.Chain,
     variables: PyTree,
-    pixels: spec.Pixels,
+    pixels: spec_lib.Pixels,
     images: np.ndarray,
     joints: tuple[str, ...],
 ) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -74,7 +74,7 @@ def _entropy(s: subject.Subject, attention: np.ndarray) -> float:
 def over_training(s: subject.Subject) -> list[tuple[float, np.ndarray]]:
     """Returns (epoch, attention (n, student taps, teacher taps)) per checkpoint."""
     method = distill.create(s.config.method, setup.method_options(s.config))
-    test = s.bench.dataset.preview.test
+    test = s.environment.dataset.preview.test
     images, labels = (jnp.asarray(x[:IMAGES]) for x in (test.images, test.labels))
     assert s.teacher is not None
     teacher, pixels = s.teacher.network, s.teacher.pixels

@@ -56,21 +56,21 @@ def run(
         wanted = seeds.of_config(config, directory)
         for one in wanted if config.seeds else ():
             stack.enter_context(single.prepare(one.directory, one.config))
-        bench = single.bench(config, guard, notify)
-        notify(_describe_data(bench))
+        environment = single.environment(config, guard, notify)
+        notify(_describe_data(environment))
         methods = [*config.baselines, config.method]
         teacher = None
         if any(distill.facts(m).needs_teacher for m in methods):
-            teacher = teacher_lib.make(config, bench)
+            teacher = teacher_lib.make(config, environment)
             hosts.first(functools.partial(teacher_lib.require_same, directory, teacher))
         results = {}
         for method in config.baselines:
             notify(_title(config, method))
-            results[method] = _baselines(wanted, method, bench, teacher)
+            results[method] = _baselines(wanted, method, environment, teacher)
         notify(_title(config, config.method))
-        results[config.method] = seeds.train(wanted, bench, teacher)
+        results[config.method] = seeds.train(wanted, environment, teacher)
         for one in wanted:
-            _draw(one, bench, teacher)
+            _draw(one, environment, teacher)
         text = _table(config, results, teacher)
         hosts.first(lambda: (directory / workdir.TABLE).write_text(text + "\n"))
         notify(f"\n{text}\n\n{_where(wanted, directory)}")
@@ -79,11 +79,13 @@ def run(
 
 
 def _draw(
-    one: seeds.SeedRun, bench: single.Bench, teacher: single.Teacher | None
+    one: seeds.SeedRun, environment: single.Environment, teacher: single.Teacher | None
 ) -> None:
     folders = {distill.title(m): one.directory / m for m in one.config.baselines}
     folders[distill.title(one.config.method)] = one.directory
-    draw = functools.partial(pictures.draw, one.config, one.directory, bench, teacher)
+    draw = functools.partial(
+        pictures.draw, one.config, one.directory, environment, teacher
+    )
     hosts.first(lambda: draw(folders))
 
 
@@ -131,7 +133,7 @@ def _claimed(directory: Path, config: config_lib.ConfigDict) -> Iterator[None]:
 def _baselines(
     wanted: Sequence[seeds.SeedRun],
     method: str,
-    bench: single.Bench,
+    environment: single.Environment,
     teacher: single.Teacher | None,
 ) -> list[dict[str, Any]]:
     """Of all seeds, each in METHOD of the seed's directory."""
@@ -143,7 +145,7 @@ def _baselines(
     with contextlib.ExitStack() as stack:
         for one in own:
             stack.enter_context(single.prepare(one.directory, one.config))
-        return seeds.train(own, bench, teacher)
+        return seeds.train(own, environment, teacher)
 
 
 def _title(config: config_lib.ConfigDict, method: str) -> str:
@@ -164,19 +166,21 @@ def dry_run(
     """
     config, notify = _begin(config), hosts.notifier(notify)
     config = seeds.of_config(config, Path())[0].config
-    bench = single.bench(config, guard, notify)
-    notify(_describe_data(bench))
+    environment = single.environment(config, guard, notify)
+    notify(_describe_data(environment))
     teacher = None
     if distill.facts(config.method).needs_teacher:
-        teacher = teacher_lib.stand_in(config, bench) or teacher_lib.make(config, bench)
+        teacher = teacher_lib.stand_in(config, environment) or teacher_lib.make(
+            config, environment
+        )
     with tempfile.TemporaryDirectory() as scratch:
         first = phase.first(config)
-        own = single.parts(first, Path(scratch), bench, teacher, dry=True)
-        notify(dry_run_lib.one_step(config, bench, own, teacher))
+        own = single.parts(first, Path(scratch), environment, teacher, dry=True)
+        notify(dry_run_lib.one_step(config, environment, own, teacher))
 
 
-def _describe_data(bench: single.Bench) -> str:
-    d = bench.dataset
+def _describe_data(environment: single.Environment) -> str:
+    d = environment.dataset
     height, width, _ = d.train.shape
     minival = f", {len(d.minival):,} minival" if d.minival else ""
     return (

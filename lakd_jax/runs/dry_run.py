@@ -13,22 +13,22 @@ from lakd_jax.training import state as state_lib
 
 def one_step(
     config: config_lib.ConfigDict,
-    bench: single.Bench,
-    own: single.Parts,
+    environment: single.Environment,
+    own: single.TrainingJob,
     teacher: single.Teacher | None,
 ) -> str:
     """Runs a step and an evaluation batch; their costs as a block of text."""
-    job = single.job(own, bench)
+    job = single.job(own, environment)
     state, metrics, costs = job.one_step()
     size = config.eval_batch_size
-    some = feeds.first(bench.test, size)
-    evaluator = single.evaluator(config, own.student, setup.pixels(config), bench)
+    some = feeds.first(environment.test, size)
+    evaluator = single.evaluator(config, own.student, setup.pixels(config), environment)
     score = evaluator(state.variables("student"), some)
     plan = job.plan
     lines = {
         "student": _network(config.student.name, state.params["student"]),
         "method": f"{config.method}, {_count(state.params['method'])} parameters",
-        "devices": f"{bench.mesh.size} x {jax.devices()[0].device_kind}",
+        "devices": f"{environment.mesh.size} x {jax.devices()[0].device_kind}",
         "steps": f"{plan.total_steps:,} = {plan.epochs} epochs x "
         f"{plan.steps_per_epoch:,}, batch {plan.batch_size}",
         "a step": _compiled(costs),

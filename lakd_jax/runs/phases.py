@@ -17,7 +17,7 @@ _FACTS += ("seconds", "step_seconds", "images_per_second")
 def train(
     config: config_lib.ConfigDict,
     directory: Path,
-    bench: single.Bench,
+    environment: single.Environment,
     teacher: single.Teacher | None,
 ) -> dict[str, Any]:
     """Trains as `single.train_one` does; a first phase before, in `directory`/stage1.
@@ -29,14 +29,14 @@ def train(
     done = directory / workdir.RESULT
     phase, module = phase_lib.first(config), phase_lib.module_of(config.student.name)
     if module is None or hosts.first(done.exists):
-        return single.train_one(phase, directory, bench, teacher)
+        return single.train_one(phase, directory, environment, teacher)
     folder = directory / workdir.STAGE1
     if not hosts.first((folder / workdir.RESULT).exists):
-        bench.notify(f"stage 1 of 2, weights and gates, in {folder}")
+        environment.notify(f"stage 1 of 2, weights and gates, in {folder}")
     with single.prepare(folder, config):
-        result = single.train_one(phase, folder, bench, teacher)
+        result = single.train_one(phase, folder, environment, teacher)
     kept, _ = weights.student(folder / workdir.STUDENT, config.dtype)
-    bench.notify(f"stage 2 of 2, the tree of step {result['kept_step']} anew")
+    environment.notify(f"stage 2 of 2, the tree of step {result['kept_step']} anew")
     facts = {name: result[name] for name in _FACTS}
     phase = module.second(config, kept.variables, facts)
-    return single.train_one(phase, directory, bench, teacher)
+    return single.train_one(phase, directory, environment, teacher)

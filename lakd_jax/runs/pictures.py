@@ -23,7 +23,7 @@ SHOWN = 8  # test images in the attention picture
 def draw(
     config: config_lib.ConfigDict,
     directory: Path,
-    bench: single.Bench,
+    environment: single.Environment,
     teacher: single.Teacher | None,
     folders: Mapping[str, Path],
 ) -> None:
@@ -43,12 +43,12 @@ def draw(
     )
     if teacher:
         finished = config_lib.changed(config, {"student.init": str(directory)})
-        student = single.load_network("student", finished, bench)
-        chosen = _one_a_class(bench.dataset.preview.test.labels)
+        student = single.load_network("student", finished, environment)
+        chosen = _one_a_class(environment.dataset.preview.test.labels)
         attention(
             directory / "attention.png",
             config,
-            bench.dataset.preview,
+            environment.dataset.preview,
             student,
             teacher,
             chosen,

@@ -35,12 +35,14 @@ def of_config(config: config_lib.ConfigDict, directory: Path) -> list[SeedRun]:
 
 
 def train(
-    runs: Sequence[SeedRun], bench: single.Bench, teacher: single.Teacher | None
+    runs: Sequence[SeedRun],
+    environment: single.Environment,
+    teacher: single.Teacher | None,
 ) -> list[dict[str, Any]]:
     """Returns the results of all seeds; finished ones are not trained again."""
     results = []
     for run in runs:
         if len(runs) > 1:
-            bench.notify(f"seed {run.config.seed}")
-        results.append(phases.train(run.config, run.directory, bench, teacher))
+            environment.notify(f"seed {run.config.seed}")
+        results.append(phases.train(run.config, run.directory, environment, teacher))
     return results

@@ -18,17 +18,10 @@ from lakd_jax.runs import teacher_source
 from lakd_jax.runtime import backend, hosts, interrupt
 from lakd_jax.store import workdir
 from lakd_jax.training import engine as engine_lib
-from lakd_jax.training import (
-    evaluate,
-    feeds,
-    loop,
-    record,
-    setup,
-    spec,
-    teacher_outputs,
-    vam,
-)
+from lakd_jax.training import evaluate, feeds, loop, setup, teacher_outputs, vam
 from lakd_jax.training import phase as phase_lib
+from lakd_jax.training import record as record_lib
+from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
 
 PyTree = Any
@@ -38,7 +31,7 @@ STEPS_PER_DISPATCH = 50  # on accelerators, where a dispatch costs what a step d
 
 
 @dataclasses.dataclass(frozen=True)
-class Bench:
+class Environment:
     """What all runs of one command share: the data and the devices.
 
     Attributes:
@@ -60,15 +53,15 @@ class Teacher:
     """A frozen network that has proved its worth on the test split."""
 
     network: weights.Loaded  # variables replicated over the devices
-    pixels: spec.Pixels
+    pixels: spec_lib.Pixels
     score: evaluate.Score
     parameters: int  # before its batch norms were folded
     digest: str = ""  # of its variables, before that, too
 
 
-def bench(
+def environment(
     config: config_lib.ConfigDict, guard: interrupt.Guard, notify: Notify
-) -> Bench:
+) -> Environment:
     """Loads the data that `config` names."""
     d = config.data
     common = {"minival": d.minival, "data_dir": d.data_dir}
@@ -97,21 +90,21 @@ def on_mesh(
     mesh: jax.sharding.Mesh,
     guard: interrupt.Guard,
     notify: Notify,
-) -> Bench:
+) -> Environment:
     """The bench of these devices."""
 
     def placed(split: data.Split | batches.Streamed) -> feeds.Data:
         if isinstance(split, batches.Streamed):
             return feeds.Stream(split, mesh)
-        return state_lib.resident(split, 0, mesh)
+        return state_lib.device_data(split, 0, mesh)
 
     train, test = placed(dataset.train), placed(dataset.test)
     minival = placed(dataset.minival) if dataset.minival else None
-    return Bench(dataset, train, minival, test, mesh, guard, notify)
+    return Environment(dataset, train, minival, test, mesh, guard, notify)
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class TrainingJob:
     """A training, ready but for what executes its steps.
 
     Attributes:
@@ -120,11 +113,11 @@ class Parts:
     """
 
     phase: phase_lib.Phase
-    track: record.Track
-    learner: spec.Learner
+    record: record_lib.RunRecord
+    spec: spec_lib.StepSpec
     student: weights.Loaded
     source: teacher_outputs.Source
-    data: state_lib.Resident | feeds.Run
+    data: state_lib.DeviceData | feeds.Run
 
     @property
     def config(self) -> config_lib.ConfigDict:
@@ -140,7 +133,10 @@ def prepare(
 
 
 def train_one(
-    phase: phase_lib.Phase, directory: Path, bench: Bench, teacher: Teacher | None
+    phase: phase_lib.Phase,
+    directory: Path,
+    environment: Environment,
+    teacher: Teacher | None,
 ) -> dict[str, Any]:
     """Trains a phase's student in `directory`, or goes on, or returns its result.
 
@@ -151,29 +147,29 @@ def train_one(
     done = directory / workdir.RESULT
     if hosts.first(done.exists):
         return hosts.first(lambda: workdir.read_json(done))
-    own = parts(phase, directory, bench, teacher)
-    trained = job(own, bench).run()
-    return conclude(own, bench, teacher, trained)
+    own = parts(phase, directory, environment, teacher)
+    trained = job(own, environment).run()
+    return conclude(own, environment, teacher, trained)
 
 
 def conclude(
-    own: Parts,
-    bench: Bench,
+    own: TrainingJob,
+    environment: Environment,
     teacher: Teacher | None,
-    trained: record.Trained,
+    trained: record_lib.Trained,
 ) -> dict[str, Any]:
     """Tests a trained student and writes it and its result: the end of a run."""
-    directory = own.track.directory
+    directory = own.record.directory
     student, trained = _deployed(own.student, trained)
-    result = _result(own, bench, teacher, student, trained)
+    result = _result(own, environment, teacher, student, trained)
     kept = trained.last
     result |= own.phase.facts
     if own.phase.keeps_best:
-        result["kept_step"] = own.track.plan.total_steps
+        result["kept_step"] = own.record.plan.total_steps
         if trained.best is not None:
             kept, result["kept_step"] = trained.best, result["best_step"]
     pixels = setup.pixels(own.config)
-    height, width, _ = bench.dataset.train.shape
+    height, width, _ = environment.dataset.train.shape
     seen = dataclasses.replace(
         student,
         mean=pixels.mean,
@@ -190,8 +186,8 @@ def conclude(
 
 
 def _deployed(
-    student: weights.Loaded, trained: record.Trained
-) -> tuple[weights.Loaded, record.Trained]:
+    student: weights.Loaded, trained: record_lib.Trained
+) -> tuple[weights.Loaded, record_lib.Trained]:
     """Both as `gates.deployed` has them: what is tested is what is given out."""
     model, last = vam.deployed(student.model, trained.last)
     best = trained.best and vam.deployed(student.model, trained.best)[1]
@@ -202,11 +198,11 @@ def _deployed(
 def parts(
     phase: phase_lib.Phase,
     directory: Path,
-    bench: Bench,
+    environment: Environment,
     teacher: Teacher | None,
     *,
     dry: bool = False,
-) -> Parts:
+) -> TrainingJob:
     """Returns what a training in `directory` is made of.
 
     `dry` has zeros in place of stored outputs of the teacher (`teacher.views`).
@@ -214,66 +210,68 @@ def parts(
     config = phase.config
     if not distill.facts(config.method).needs_teacher:
         teacher = None
-    student = load_network("student", config, bench)
+    student = load_network("student", config, environment)
     student = weights.gated(student, setup.vam_options(config))
-    _check_last_batch(config, len(bench.dataset.train))
-    plan = _plan(config, len(bench.dataset.train))
-    learner, first_state = setup.learner(
+    _check_last_batch(config, len(environment.dataset.train))
+    plan = _plan(config, len(environment.dataset.train))
+    spec, first_state = setup.spec(
         config,
         student,
         teacher.network if teacher else None,
         teacher_pixels=teacher.pixels if teacher else setup.pixels(config),
-        image_shape=bench.dataset.train.shape,
+        image_shape=environment.dataset.train.shape,
         steps_per_epoch=plan.steps_per_epoch,
-        examples=len(bench.dataset.train),
-        mesh=bench.mesh,
+        examples=len(environment.dataset.train),
+        mesh=environment.mesh,
         phase=phase,
     )
-    if found := spec.unlike(learner, bench.dataset.train.shape[0]):
-        bench.notify(f"features of two shapes: {', '.join(found)}")
-    scored = evaluator(config, student, setup.pixels(config), bench, learner.student_at)
-    minival, seed = bench.minival, config.seed
+    if found := spec_lib.unlike(spec, environment.dataset.train.shape[0]):
+        environment.notify(f"features of two shapes: {', '.join(found)}")
+    scored = evaluator(
+        config, student, setup.pixels(config), environment, spec.student_at
+    )
+    minival, seed = environment.minival, config.seed
     own = feeds.of_run(
-        bench.train,
+        environment.train,
         seed,
-        bench.mesh,
-        bench.notify,
+        environment.mesh,
+        environment.notify,
         batch_size=plan.batch_size,
         drop_last=plan.drop_last,
         steps=plan.total_steps,
     )
     source = teacher_source.source(
         config,
-        learner,
+        spec,
         teacher.network.variables if teacher else None,
         own,
-        bench.dataset,
-        guard=bench.guard,
-        notify=bench.notify,
+        environment.dataset,
+        guard=environment.guard,
+        notify=environment.notify,
         dry=dry,
     )
-    return Parts(
+    return TrainingJob(
         phase,
-        record.Track(plan, directory, seed, first_state, minival, scored),
-        learner,
+        record_lib.RunRecord(plan, directory, seed, first_state, minival, scored),
+        spec,
         student,
         source,
         own,
     )
 
 
-def engine(own: Parts, bench: Bench) -> engine_lib.Engine:
+def engine(own: TrainingJob, environment: Environment) -> engine_lib.Engine:
     """What runs the steps of a single run."""
-    return setup.engine(own.config, own.learner, own.source, own.data, bench.guard)
+    return setup.engine(own.config, own.spec, own.source, own.data, environment.guard)
 
 
-def job(own: Parts, bench: Bench) -> loop.Fit:
+def job(own: TrainingJob, environment: Environment) -> loop.Fit:
     """The training loop of a single run."""
-    return loop.Fit(own.track, engine(own, bench), bench.guard)
+    return loop.Fit(own.record, engine(own, environment), environment.guard)
 
 
 def load_network(
-    part: str, config: config_lib.ConfigDict, bench: Bench
+    part: str, config: config_lib.ConfigDict, environment: Environment
 ) -> weights.Loaded:
     """The student or the teacher (`part`) that the config describes."""
     block = config[part]
@@ -283,19 +281,19 @@ def load_network(
         block.init,
         shortcut=block.shortcut,
         dtype=config.dtype,
-        num_classes=len(bench.dataset.classes),
+        num_classes=len(environment.dataset.classes),
         options=setup.network_options(config) if part == "student" else {},
     )
     if loaded.remark:
-        bench.notify(f"{part}.init: {loaded.source}: {loaded.remark}")
+        environment.notify(f"{part}.init: {loaded.source}: {loaded.remark}")
     return loaded
 
 
 def evaluator(
     config: config_lib.ConfigDict,
     network: weights.Loaded,
-    pixels: spec.Pixels,
-    bench: Bench,
+    pixels: spec_lib.Pixels,
+    environment: Environment,
     model_at: Callable[[Any], chain.Chain] | None = None,
 ) -> evaluate.Evaluator:
     """Returns what counts right answers of a network; see `evaluate.Evaluator`."""
@@ -303,8 +301,8 @@ def evaluator(
         network.model,
         pixels,
         config.eval_batch_size,
-        bench.mesh,
-        bench.guard,
+        environment.mesh,
+        environment.guard,
         model_at,
     )
 
@@ -327,14 +325,14 @@ def _check_last_batch(config: config_lib.ConfigDict, examples: int) -> None:
     )
 
 
-def _plan(config: config_lib.ConfigDict, examples: int) -> record.Plan:
+def _plan(config: config_lib.ConfigDict, examples: int) -> record_lib.Plan:
     steps_per_epoch = order.steps_per_epoch(
         examples, config.batch_size, config.data.drop_last
     )
     apart = config.local.engine != "fused" or config.data.streaming
     one = backend.on_cpu() or apart
     several = 1 if one else STEPS_PER_DISPATCH
-    return record.Plan(
+    return record_lib.Plan(
         batch_size=config.batch_size,
         drop_last=config.data.drop_last,
         examples=examples,
@@ -348,38 +346,38 @@ def _plan(config: config_lib.ConfigDict, examples: int) -> record.Plan:
 
 
 def _result(
-    own: Parts,
-    bench: Bench,
+    own: TrainingJob,
+    environment: Environment,
     teacher: Teacher | None,
     student: weights.Loaded,
-    trained: record.Trained,
+    trained: record_lib.Trained,
 ) -> dict[str, Any]:
     """What result.json holds; the test split is looked at here and only here."""
-    config, ledger = own.config, trained.ledger
+    config, progress = own.config, trained.progress
     score = evaluator(
-        config, student, setup.pixels(config), bench, own.learner.student_at
+        config, student, setup.pixels(config), environment, own.spec.student_at
     )
-    last = score(trained.last, bench.test, own.track.plan.total_steps - 1)
+    last = score(trained.last, environment.test, own.record.plan.total_steps - 1)
     best = None
     if trained.best:
-        best = score(trained.best, bench.test, ledger.best_step - 1)
+        best = score(trained.best, environment.test, progress.best_step - 1)
     return {
         "method": config.method,
         "student": config.student.name,
         "teacher": config.teacher.name if teacher else None,
-        "classes": len(bench.dataset.classes),
-        "class_names": list(bench.dataset.classes),
-        "image_shape": list(bench.dataset.train.shape),
-        "data": bench.dataset.fingerprint(),
+        "classes": len(environment.dataset.classes),
+        "class_names": list(environment.dataset.classes),
+        "image_shape": list(environment.dataset.train.shape),
+        "data": environment.dataset.fingerprint(),
         "seed": config.seed,
         "epochs": config.epochs,
         "test_last": _counts(last),
         "test_best_on_minival": _counts(best) if best else None,
-        "best_step": ledger.best_step,
+        "best_step": progress.best_step,
         "teacher_test": _counts(teacher.score) if teacher else None,
         "parameters": state_lib.parameter_count(trained.last["params"]),
-        "seconds": ledger.seconds,
-        "step_seconds": ledger.step_seconds,
+        "seconds": progress.seconds,
+        "step_seconds": progress.step_seconds,
         "images_per_second": trained.images_per_second,
         "device": jax.devices()[0].device_kind,
     }

@@ -14,11 +14,14 @@ from lakd_jax.models import folding
 from lakd_jax.runs import single, teacher_source
 from lakd_jax.runtime import hosts
 from lakd_jax.store import manifest, workdir
-from lakd_jax.training import evaluate, phase, setup, spec
+from lakd_jax.training import evaluate, phase, setup
+from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
 
 
-def make(config: config_lib.ConfigDict, bench: single.Bench) -> single.Teacher:
+def make(
+    config: config_lib.ConfigDict, environment: single.Environment
+) -> single.Teacher:
     """The teacher: from `teacher.init`, the cache, or trained now; then tested.
 
     Raises:
@@ -26,24 +29,26 @@ def make(config: config_lib.ConfigDict, bench: single.Bench) -> single.Teacher:
         is below `teacher.floor` (0: twice chance).
       errors.ConfigError: its outputs cannot be stored in `teacher.views_mib`.
     """
-    loaded = single.load_network("teacher", config, bench)
+    loaded = single.load_network("teacher", config, environment)
     seen = _pixels(config, loaded)
-    teacher_source.require_room(config, loaded, seen, bench.dataset, bench.mesh)
-    if not config.teacher.init:
-        _train_teacher(config, bench)
-        cached = str(_cached(config, bench))
-        config = config_lib.changed(config, {"teacher.init": cached})
-        loaded = single.load_network("teacher", config, bench)
-    pixels, digest = _pixels(config, loaded), manifest.digest(loaded.variables)
-    loaded, parameters = _frozen(config, loaded, bench)
-    score = single.evaluator(config, loaded, pixels, bench)(
-        loaded.variables, bench.test
+    teacher_source.require_room(
+        config, loaded, seen, environment.dataset, environment.mesh
     )
-    bench.notify(
+    if not config.teacher.init:
+        _train_teacher(config, environment)
+        cached = str(_cached(config, environment))
+        config = config_lib.changed(config, {"teacher.init": cached})
+        loaded = single.load_network("teacher", config, environment)
+    pixels, digest = _pixels(config, loaded), manifest.digest(loaded.variables)
+    loaded, parameters = _frozen(config, loaded, environment)
+    score = single.evaluator(config, loaded, pixels, environment)(
+        loaded.variables, environment.test
+    )
+    environment.notify(
         f"teacher {config.teacher.name} from {loaded.source}: {score.right} of "
         f"{score.examples} test images right ({100 * score.accuracy:.2f} %)"
     )
-    _check_floor(config, bench, loaded, pixels, score)
+    _check_floor(config, environment, loaded, pixels, score)
     return single.Teacher(loaded, pixels, score, parameters, digest)
 
 
@@ -67,9 +72,9 @@ def require_same(directory: Path, teacher: single.Teacher) -> None:
         )
 
 
-def _pixels(config: config_lib.ConfigDict, loaded: weights.Loaded) -> spec.Pixels:
+def _pixels(config: config_lib.ConfigDict, loaded: weights.Loaded) -> spec_lib.Pixels:
     """What the teacher sees of an image."""
-    return spec.Pixels(
+    return spec_lib.Pixels(
         tuple(config.teacher.mean or loaded.mean or config.data.mean),
         tuple(config.teacher.std or loaded.std or config.data.std),
         setup.pixels(config).dtype,
@@ -78,7 +83,9 @@ def _pixels(config: config_lib.ConfigDict, loaded: weights.Loaded) -> spec.Pixel
 
 
 def _frozen(
-    config: config_lib.ConfigDict, loaded: weights.Loaded, bench: single.Bench
+    config: config_lib.ConfigDict,
+    loaded: weights.Loaded,
+    environment: single.Environment,
 ) -> tuple[weights.Loaded, int]:
     """A teacher made ready for inference on all devices, and its parameter count."""
     model: Any = loaded.model
@@ -87,56 +94,60 @@ def _frozen(
     if config.teacher.fold:
         model, variables = folding.fold(model, variables)
     hosts.agree_on_arrays("the teacher", variables)
-    variables = state_lib.replicate(variables, bench.mesh)
+    variables = state_lib.replicate(variables, environment.mesh)
     return dataclasses.replace(loaded, model=model, variables=variables), parameters
 
 
 def stand_in(
-    config: config_lib.ConfigDict, bench: single.Bench
+    config: config_lib.ConfigDict, environment: single.Environment
 ) -> single.Teacher | None:
     """For a dry run: a teacher of random weights, if it would be trained first."""
-    trained = _cached(config, bench) / workdir.RESULT
+    trained = _cached(config, environment) / workdir.RESULT
     if config.teacher.init or hosts.first(trained.exists):
         return None
-    loaded = single.load_network("teacher", config, bench)
-    images = jnp.zeros((1, *bench.dataset.train.shape), jnp.float32)
+    loaded = single.load_network("teacher", config, environment)
+    images = jnp.zeros((1, *environment.dataset.train.shape), jnp.float32)
     variables = loaded.model.init(jax.random.key(0), images, train=False)
     loaded = dataclasses.replace(loaded, variables=variables)
-    loaded, parameters = _frozen(config, loaded, bench)
-    bench.notify(f"teacher {config.teacher.name}: random weights stand in for training")
+    loaded, parameters = _frozen(config, loaded, environment)
+    environment.notify(
+        f"teacher {config.teacher.name}: random weights stand in for training"
+    )
     pixels = dataclasses.replace(setup.pixels(config), size=config.teacher.image_size)
     return single.Teacher(
         loaded, pixels, evaluate.Score(0, 1, float("nan")), parameters
     )
 
 
-def _cached(config: config_lib.ConfigDict, bench: single.Bench) -> Path:
+def _cached(config: config_lib.ConfigDict, environment: single.Environment) -> Path:
     """Where the teacher that this config would train on these images is kept."""
     key = config_lib.digest(config_lib.teacher_config(config))
-    images = bench.dataset.fingerprint()[:6]  # a folder may have changed
+    images = environment.dataset.fingerprint()[:6]  # a folder may have changed
     cache = paths.local(config.teacher.cache, "teacher.cache")
     return cache / f"{config.teacher.name}-{key}-{images}"
 
 
-def _train_teacher(config: config_lib.ConfigDict, bench: single.Bench) -> None:
+def _train_teacher(
+    config: config_lib.ConfigDict, environment: single.Environment
+) -> None:
     """Trains the config's teacher into the cache, unless it is there."""
-    directory, own = _cached(config, bench), config_lib.teacher_config(config)
+    directory, own = _cached(config, environment), config_lib.teacher_config(config)
     if hosts.first((directory / workdir.RESULT).exists):
         return
-    bench.notify(f"{config.teacher.name}, the teacher, in {directory}")
+    environment.notify(f"{config.teacher.name}, the teacher, in {directory}")
     with single.prepare(directory, own):
-        single.train_one(phase.Phase(own), directory, bench, None)
+        single.train_one(phase.Phase(own), directory, environment, None)
 
 
 def _check_floor(
     config: config_lib.ConfigDict,
-    bench: single.Bench,
+    environment: single.Environment,
     loaded: weights.Loaded,
-    pixels: spec.Pixels,
+    pixels: spec_lib.Pixels,
     score: evaluate.Score,
 ) -> None:
     # Of two classes, twice chance would be every image.
-    floor = config.teacher.floor or min(2 / len(bench.dataset.classes), 0.75)
+    floor = config.teacher.floor or min(2 / len(environment.dataset.classes), 0.75)
     if score.accuracy >= floor:
         return
     raise errors.TeacherError(

@@ -23,8 +23,9 @@ from lakd_jax import errors
 from lakd_jax.report import summary
 from lakd_jax.runtime import backend, interrupt
 from lakd_jax.store import manifest, workdir
-from lakd_jax.training import spec, teacher_outputs
+from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
+from lakd_jax.training import teacher_outputs
 
 PyTree = Any
 Notify = Callable[[str], None]
@@ -38,19 +39,19 @@ _MANIFEST = "manifest.json"
 _PATIENCE = 10.0  # seconds between two lines about progress
 
 
-class Asker:
+class OutputsComputer:
     """Asks a teacher about any views of the training images, by one program."""
 
     def __init__(
         self,
-        learner: spec.Learner,
+        spec: spec_lib.StepSpec,
         variables: PyTree,
-        data: state_lib.Resident,
+        data: state_lib.DeviceData,
         batch_size: int,
         guard: interrupt.Guard,
     ):
         """`spec.views` is V; `guard` lets an interruption through."""
-        self.learner, self._guard = learner, guard
+        self.spec, self._guard = spec, guard
         self._arguments = variables, data
         self._batch_size = batch_size
         self._program: Any = None
@@ -60,12 +61,14 @@ class Asker:
         """N, how many training images there are."""
         return self._arguments[1].images.shape[0]
 
-    def shapes(self) -> teacher_outputs.Answers:
+    def shapes(self) -> teacher_outputs.TeacherOutputs:
         """Shapes (V, N, ...) and types of all answers; nothing is computed."""
         image = self._arguments[1].images.shape[1:]
-        return shapes(self.learner, self._arguments[0], image, self.examples)
+        return shapes(self.spec, self._arguments[0], image, self.examples)
 
-    def __call__(self, views: np.ndarray, rows: np.ndarray) -> teacher_outputs.Answers:
+    def __call__(
+        self, views: np.ndarray, rows: np.ndarray
+    ) -> teacher_outputs.TeacherOutputs:
         """The answers (n, ...), on the host, on views (n,) of the examples at `rows`.
 
         `n` is at most `batch_size`. Raises interrupt.Interrupted.
@@ -73,14 +76,14 @@ class Asker:
         count, missing = len(rows), (0, self._batch_size - len(rows))
         asked = [np.pad(x.astype(np.int32), missing) for x in (views, rows)]
         if self._program is None:
-            function = functools.partial(teacher_outputs.ask, self.learner)
+            function = functools.partial(teacher_outputs.compute_outputs, self.spec)
             lowered = jax.jit(function).lower(*self._arguments, *asked)
             options = backend.compiler_options()
             with self._guard.released():
                 self._program = lowered.compile(compiler_options=options)
-        answers = jax.device_get(self._program(*self._arguments, *asked))
+        cached_outputs = jax.device_get(self._program(*self._arguments, *asked))
         self._guard.check()
-        return jax.tree.map(lambda x: x[:count], answers)
+        return jax.tree.map(lambda x: x[:count], cached_outputs)
 
     def batches(self, total: int) -> list[np.ndarray]:
         """The numbers below `total` in pieces that one call takes."""
@@ -90,11 +93,11 @@ class Asker:
 
 
 def shapes(
-    learner: spec.Learner,
+    spec: spec_lib.StepSpec,
     variables: PyTree,
     image_shape: Sequence[int],
     examples: int,
-) -> teacher_outputs.Answers:
+) -> teacher_outputs.TeacherOutputs:
     """Shapes (V, N, ...) and types of all answers; nothing is computed.
 
     Args:
@@ -104,23 +107,21 @@ def shapes(
       examples: N.
     """
 
-    def one(variables: PyTree, image: jax.Array) -> teacher_outputs.Answers:
+    def one(variables: PyTree, image: jax.Array) -> teacher_outputs.TeacherOutputs:
         zero = jnp.zeros(1, jnp.int32)
         key = jax.random.key(0)
-        data = state_lib.Resident(image, zero, zero, key, key)
-        return teacher_outputs.ask(learner, variables, data, zero, zero)
+        data = state_lib.DeviceData(image, zero, zero, key, key)
+        return teacher_outputs.compute_outputs(spec, variables, data, zero, zero)
 
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
     found = jax.eval_shape(one, variables, image)
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            (learner.views, examples, *x.shape[1:]), x.dtype
-        ),
+        lambda x: jax.ShapeDtypeStruct((spec.views, examples, *x.shape[1:]), x.dtype),
         found,
     )
 
 
-def require_room(wanted: teacher_outputs.Answers, limit: int) -> None:
+def require_room(wanted: teacher_outputs.TeacherOutputs, limit: int) -> None:
     """Raises errors.ConfigError where `wanted` (of `shapes`) exceeds `limit` MiB."""
     views, examples = wanted.logits.shape[:2]
     parts = {
@@ -144,17 +145,17 @@ def require_room(wanted: teacher_outputs.Answers, limit: int) -> None:
 
 
 def blank(
-    wanted: teacher_outputs.Answers, mesh: jax.sharding.Mesh
-) -> teacher_outputs.Answers:
+    wanted: teacher_outputs.TeacherOutputs, mesh: jax.sharding.Mesh
+) -> teacher_outputs.TeacherOutputs:
     """Zeros in place of answers, on every device: a dry run asks no teacher."""
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), wanted)
     return _placed(zeros, mesh)
 
 
 def settings(
-    learner: spec.Learner,
+    spec: spec_lib.StepSpec,
     variables: PyTree,
-    wanted: teacher_outputs.Answers,
+    wanted: teacher_outputs.TeacherOutputs,
     *,
     teacher: str,
     data: str,
@@ -170,7 +171,7 @@ def settings(
       data: fingerprint of the data set.
       seed: of the augmentation.
     """
-    pixels, leaves = learner.teacher_pixels, manifest.named_leaves(wanted)
+    pixels, leaves = spec.teacher_pixels, manifest.named_leaves(wanted)
     return {
         "teacher": teacher,
         "weights": manifest.digest(variables),
@@ -180,18 +181,22 @@ def settings(
         "size": pixels.size,
         "data": data,
         "seed": seed,
-        "pad": learner.pad,
-        "flip": learner.flip,
-        "views": learner.views,
+        "pad": spec.pad,
+        "flip": spec.flip,
+        "views": spec.views,
         "stored": {n: f"{x.dtype.name}{list(x.shape)}" for n, x in leaves.items()},
-        "joints": list(learner.partition.teacher_joints if wanted.joints else ()),
-        "preact": learner.preact,
+        "joints": list(spec.partition.teacher_joints if wanted.joints else ()),
+        "preact": spec.preact,
     }
 
 
 def kept(
-    cache: Path, asker: Asker, key: dict[str, Any], labels: np.ndarray, notify: Notify
-) -> teacher_outputs.Answers:
+    cache: Path,
+    computer: OutputsComputer,
+    key: dict[str, Any],
+    labels: np.ndarray,
+    notify: Notify,
+) -> teacher_outputs.TeacherOutputs:
     """The answers (V, N, ...) of all views, on every device of the learner.
 
     Read from a folder in `cache`, made there where they are missing, and held against
@@ -211,22 +216,26 @@ def kept(
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     folder = cache / f"{key['teacher']}-views-{digest}"
-    answers = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), asker.shapes())
-    views = range(asker.learner.views)
-    missing = [v for v in views if not _read(_place(folder, v), answers, v, notify)]
+    cached_outputs = jax.tree.map(
+        lambda x: np.empty(x.shape, x.dtype), computer.shapes()
+    )
+    views = range(computer.spec.views)
+    missing = [
+        v for v in views if not _read(_place(folder, v), cached_outputs, v, notify)
+    ]
     if missing:
         notify(f"the teacher's outputs, {len(missing)} of {len(views)} views, {folder}")
         with workdir.prepare(folder, key):
-            _make(folder, asker, answers, missing, notify)
-    _verify(folder, asker, answers, labels)
-    return _placed(answers, asker.learner.mesh)
+            _make(folder, computer, cached_outputs, missing, notify)
+    _verify(folder, computer, cached_outputs, labels)
+    return _placed(cached_outputs, computer.spec.mesh)
 
 
 def _placed(
-    answers: teacher_outputs.Answers, mesh: jax.sharding.Mesh
-) -> teacher_outputs.Answers:
+    cached_outputs: teacher_outputs.TeacherOutputs, mesh: jax.sharding.Mesh
+) -> teacher_outputs.TeacherOutputs:
     # Not `state.replicate`, whose copy is for what a step donates.
-    return jax.device_put(answers, NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(cached_outputs, NamedSharding(mesh, PartitionSpec()))
 
 
 def _place(folder: Path, view: int) -> Path:
@@ -237,13 +246,18 @@ def _file(place: Path, name: str) -> Path:
     return place / f"{name.replace('/', '-')}.bin"
 
 
-def _of_view(answers: teacher_outputs.Answers, view: int) -> dict[str, np.ndarray]:
+def _of_view(
+    cached_outputs: teacher_outputs.TeacherOutputs, view: int
+) -> dict[str, np.ndarray]:
     """Its part of the arrays (V, N, ...), by name: views (N, ...) of the memory."""
-    return {name: x[view] for name, x in manifest.named_leaves(answers).items()}
+    return {name: x[view] for name, x in manifest.named_leaves(cached_outputs).items()}
 
 
 def _read(
-    place: Path, answers: teacher_outputs.Answers, view: int, notify: Notify
+    place: Path,
+    cached_outputs: teacher_outputs.TeacherOutputs,
+    view: int,
+    notify: Notify,
 ) -> bool:
     """Fills in a view from its subfolder; False if it is missing or damaged."""
     if not (place / _MANIFEST).exists():
@@ -251,7 +265,7 @@ def _read(
     try:
         stored = workdir.read_json(place / _MANIFEST)
         manifest.check_manifest(stored, view)
-        parts = _of_view(answers, view)
+        parts = _of_view(cached_outputs, view)
         for name, part in parts.items():
             raw = np.fromfile(_file(place, name), np.uint8)
             part[...] = raw.view(part.dtype).reshape(part.shape)
@@ -264,26 +278,26 @@ def _read(
 
 def _make(
     folder: Path,
-    asker: Asker,
-    answers: teacher_outputs.Answers,
+    computer: OutputsComputer,
+    cached_outputs: teacher_outputs.TeacherOutputs,
     missing: Sequence[int],
     notify: Notify,
 ) -> None:
     """Asks about the views `missing` and writes each when it is whole."""
-    batches = asker.batches(asker.examples)
-    total, done = len(missing) * asker.examples, 0
+    batches = computer.batches(computer.examples)
+    total, done = len(missing) * computer.examples, 0
     began = said = time.monotonic()
     for view in missing:
         for rows in batches:
-            told = asker(np.full(len(rows), view), rows)
-            for name, part in _of_view(answers, view).items():
+            told = computer(np.full(len(rows), view), rows)
+            for name, part in _of_view(cached_outputs, view).items():
                 part[rows] = manifest.named_leaves(told)[name]
             done, now = done + len(rows), time.monotonic()
             if now - said > _PATIENCE and done < total:
                 said, left = now, (now - began) * (total - done) / done
                 share = f"{done:,} of {total:,} images asked about"
                 notify(f"{share}, {summary.duration(left)} to go")
-        _write(_place(folder, view), _of_view(answers, view), view)
+        _write(_place(folder, view), _of_view(cached_outputs, view), view)
 
 
 def _write(place: Path, parts: dict[str, np.ndarray], view: int) -> None:
@@ -294,19 +308,22 @@ def _write(place: Path, parts: dict[str, np.ndarray], view: int) -> None:
 
 
 def _verify(
-    folder: Path, asker: Asker, answers: teacher_outputs.Answers, labels: np.ndarray
+    folder: Path,
+    computer: OutputsComputer,
+    cached_outputs: teacher_outputs.TeacherOutputs,
+    labels: np.ndarray,
 ) -> None:
     """Raises errors.TeacherError unless the teacher says what is stored.
 
     It is asked about `CHECKED` examples, evenly spread over all views.
     """
-    total = asker.learner.views * asker.examples
+    total = computer.spec.views * computer.examples
     chosen = np.linspace(0, total - 1, min(CHECKED, total)).astype(np.int64)
-    views, rows = np.divmod(chosen, asker.examples)
-    told = [asker(views[b], rows[b]) for b in asker.batches(len(chosen))]
+    views, rows = np.divmod(chosen, computer.examples)
+    told = [computer(views[b], rows[b]) for b in computer.batches(len(chosen))]
     live = jax.tree.map(lambda *parts: np.concatenate(parts), *told)
-    stored = jax.tree.map(lambda x: x[views, rows], answers)
-    share = TOLERANCE[asker.learner.teacher_pixels.dtype.name]
+    stored = jax.tree.map(lambda x: x[views, rows], cached_outputs)
+    share = TOLERANCE[computer.spec.teacher_pixels.dtype.name]
     found = _differences(stored, live, share)
     right = [
         int(np.sum(np.argmax(x.logits, -1) == labels[rows])) for x in (stored, live)
@@ -322,7 +339,9 @@ def _verify(
 
 
 def _differences(
-    stored: teacher_outputs.Answers, live: teacher_outputs.Answers, share: float
+    stored: teacher_outputs.TeacherOutputs,
+    live: teacher_outputs.TeacherOutputs,
+    share: float,
 ) -> list[str]:
     """A line for each array that differs by more than this share of the largest."""
     found = []

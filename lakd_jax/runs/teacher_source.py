@@ -12,7 +12,8 @@ from lakd_jax.interop import weights
 from lakd_jax.models import chain
 from lakd_jax.runs import teacher_cache
 from lakd_jax.runtime import interrupt
-from lakd_jax.training import feeds, setup, spec, teacher_outputs
+from lakd_jax.training import feeds, setup, teacher_outputs
+from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
 
 PyTree = Any
@@ -20,9 +21,9 @@ PyTree = Any
 
 def source(
     config: config_lib.ConfigDict,
-    learner: spec.Learner,
+    spec: spec_lib.StepSpec,
     variables: PyTree,
-    resident: state_lib.Resident | feeds.Run,
+    device_data: state_lib.DeviceData | feeds.Run,
     dataset: data.Dataset | batches.Dataset,
     *,
     guard: interrupt.Guard,
@@ -45,21 +46,21 @@ def source(
       errors.ConfigError: they would exceed `teacher.views_mib`.
       errors.LakdError: see `teacher_cache.kept`.
     """
-    if not learner.views:
+    if not spec.views:
         return variables
     # Streamed images are refused with `teacher.views`, see `rules_of_runs`.
-    assert isinstance(resident, state_lib.Resident)
+    assert isinstance(device_data, state_lib.DeviceData)
     assert isinstance(dataset, data.Dataset)
-    asker = teacher_cache.Asker(
-        learner, variables, resident, config.eval_batch_size, guard
+    computer = teacher_cache.OutputsComputer(
+        spec, variables, device_data, config.eval_batch_size, guard
     )
-    wanted = asker.shapes()
+    wanted = computer.shapes()
     teacher_cache.require_room(wanted, config.teacher.views_mib)
     if dry:
         notify("teacher.views: zeros stand in for the teacher's outputs")
-        return teacher_cache.blank(wanted, learner.mesh)
+        return teacher_cache.blank(wanted, spec.mesh)
     key = teacher_cache.settings(
-        learner,
+        spec,
         variables,
         wanted,
         teacher=config.teacher.name,
@@ -67,13 +68,13 @@ def source(
         seed=config.seed,
     )
     cache = paths.local(config.teacher.cache, "teacher.cache")
-    return teacher_cache.kept(cache, asker, key, dataset.train.labels, notify)
+    return teacher_cache.kept(cache, computer, key, dataset.train.labels, notify)
 
 
 def require_room(
     config: config_lib.ConfigDict,
     teacher: weights.Loaded,
-    pixels: spec.Pixels,
+    pixels: spec_lib.Pixels,
     dataset: data.Dataset | batches.Dataset,
     mesh: jax.sharding.Mesh,
 ) -> None:
@@ -89,7 +90,7 @@ def require_room(
     for method in (config.method, *config.baselines):
         if not distill.facts(method).needs_teacher:
             continue
-        learner, _ = setup.learner(
+        spec, _ = setup.spec(
             config_lib.changed(config, {"method": method}),
             _any_student(config, len(dataset.classes)),
             dataclasses.replace(teacher, variables=shapes),
@@ -99,7 +100,7 @@ def require_room(
             examples=len(dataset.train),
             mesh=mesh,
         )
-        wanted = teacher_cache.shapes(learner, shapes, image_shape, len(dataset.train))
+        wanted = teacher_cache.shapes(spec, shapes, image_shape, len(dataset.train))
         teacher_cache.require_room(wanted, config.teacher.views_mib)
 
 

@@ -19,7 +19,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lakd_jax.runtime import backend, interrupt
-from lakd_jax.training import feeds, segments, spec, step
+from lakd_jax.training import feeds, segments, step
+from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
 
 PyTree = Any
@@ -76,12 +77,12 @@ class Fused:
 
     def __init__(
         self,
-        learner: spec.Learner,
+        spec: spec_lib.StepSpec,
         teacher_variables: PyTree,
-        data: state_lib.Resident | feeds.Run,
+        data: state_lib.DeviceData | feeds.Run,
         guard: interrupt.Guard,
     ):
-        self._learner, self._teacher = learner, teacher_variables
+        self._spec, self._teacher = spec, teacher_variables
         self._guard = guard
         self._feed = feeds.feed(data)
         self._programs: dict[tuple[int, ...], Any] = {}
@@ -104,9 +105,9 @@ class Fused:
         arguments = (self._state, self._teacher, self._feed.next(rows), rows)
         if rows.shape not in self._programs:
             program = jax.jit(
-                functools.partial(step.run_steps, self._learner),
+                functools.partial(step.run_steps, self._spec),
                 donate_argnums=0,
-                out_shardings=_whole(self._learner.mesh),
+                out_shardings=_whole(self._spec.mesh),
             )
             self._programs[rows.shape] = _compiled(program, arguments, self._guard)
         self._last = self._programs[rows.shape]
@@ -127,9 +128,9 @@ class Modules:
 
     def __init__(
         self,
-        learner: spec.Learner,
+        spec: spec_lib.StepSpec,
         teacher_variables: PyTree,
-        data: state_lib.Resident | feeds.Run,
+        data: state_lib.DeviceData | feeds.Run,
         guard: interrupt.Guard,
         devices: Sequence[Any] = (),
     ):
@@ -139,16 +140,16 @@ class Modules:
           devices: among which the modules are shared out in order, for a pipeline; ()
             runs each on all devices of the learner.
         """
-        if not learner.isolated:
+        if not spec.isolated:
             raise ValueError("modules that need each other need local.engine=fused")
-        self._learner, self._guard = learner, guard
-        self._segments = segments.of_student(learner)
+        self._spec, self._guard = spec, guard
+        self._segments = segments.of_student(spec)
         count = len(self._segments)
-        self._meshes = [learner.mesh] * count
+        self._meshes = [spec.mesh] * count
         if devices:
             places = [devices[k * len(devices) // count] for k in range(count)]
             self._meshes = [Mesh(np.array([d]), ("data",)) for d in places]
-        if isinstance(data, state_lib.Resident):
+        if isinstance(data, state_lib.DeviceData):
             data = jax.device_put(data, _whole(self._meshes[0]))
         self._feed = feeds.feed(data)
         self._teacher = teacher_variables
@@ -156,17 +157,17 @@ class Modules:
 
     def load(self, state: state_lib.TrainState) -> None:
         """See `Engine`."""
-        learner = self._learner
+        spec = self._spec
         self._feed.begin(first_step(state))
         self._like = jax.eval_shape(lambda: state)
         self._states, self._teachers = [], []
         for segment, mesh in zip(self._segments, self._meshes, strict=True):
-            names = segments.student_names(learner, segment)
-            own = segments.state_of(learner, state, segment)
+            names = segments.student_names(spec, segment)
+            own = segments.state_of(spec, state, segment)
             own = segments.renamed_state(names.remove, own)
             self._states.append(state_lib.replicate(own, mesh))
-            names = segments.teacher_names(learner, segment)
-            part = segments.teacher_of(learner, self._teacher, segment)
+            names = segments.teacher_names(spec, segment)
+            part = segments.teacher_of(spec, self._teacher, segment)
             part = segments.renamed_teacher(names.remove, part)
             self._teachers.append(state_lib.replicate(part, mesh))
         alike = [self._signature(k) for k in range(len(self._segments))]
@@ -181,16 +182,16 @@ class Modules:
         """See `Engine`."""
         parts = []
         for segment, state in zip(self._segments, self._states, strict=True):
-            names = segments.student_names(self._learner, segment)
+            names = segments.student_names(self._spec, segment)
             parts.append(segments.renamed_state(names.restore, state))
         joined = segments.joined(self._like, *parts)
-        return jax.device_put(joined, _whole(self._learner.mesh))
+        return jax.device_put(joined, _whole(self._spec.mesh))
 
     def run(self, rows: np.ndarray) -> Any:
         """See `Engine`; one row at a time."""
         (row,) = rows
         data = self._feed.next(rows)
-        if self._meshes[0] != self._learner.mesh:  # a no-op for what is there already
+        if self._meshes[0] != self._spec.mesh:  # a no-op for what is there already
             data = jax.device_put(data, _whole(self._meshes[0]))
         if row.shape not in self._programs:
             # All before the first one runs: a stop while compiling finds whole steps.
@@ -218,16 +219,16 @@ class Modules:
     def _signature(self, k: int) -> Any:
         """Returns what is equal for modules that one program can run."""
         ends = (k == 0, k + 1 == len(self._segments))
-        if self._learner.starts or any(ends):
+        if self._spec.starts or any(ends):
             return k  # it has a schedule of its own, the stem or the head
         trees = (self._states[k], self._teachers[k])
         return jax.tree.structure(trees), _shapes(trees)
 
     def _compile(
-        self, row: np.ndarray, data: state_lib.Resident
+        self, row: np.ndarray, data: state_lib.DeviceData
     ) -> tuple[Any, list[Any]]:
         """The programs for a batch of this size: what feeds the modules, and theirs."""
-        first_learner = dataclasses.replace(self._learner, mesh=self._meshes[0])
+        first_learner = dataclasses.replace(self._spec, mesh=self._meshes[0])
         begin = functools.partial(segments.start, first_learner)
         arguments = (self._states[0].step, data, row)
         below, batch = jax.eval_shape(begin, *arguments)
@@ -249,9 +250,9 @@ class Modules:
         return start, programs
 
     def _module_program(self, k: int, mesh: Mesh, examples: int) -> Any:
-        learner, segment = self._learner, self._segments[k]
-        names = segments.student_names(learner, segment)
-        theirs = segments.teacher_names(learner, segment)
+        spec, segment = self._spec, self._segments[k]
+        names = segments.student_names(spec, segment)
+        theirs = segments.teacher_names(spec, segment)
 
         def update(
             state: state_lib.TrainState, teacher: PyTree, below: Any, batch: Any
@@ -261,7 +262,7 @@ class Modules:
                 kind: theirs.restore(tree)["student"] for kind, tree in teacher.items()
             }
             state, above, metrics = step.segment_step(
-                learner, segment, state, teacher, below, batch
+                spec, segment, state, teacher, below, batch
             )
             state = segments.renamed_state(names.remove, state)
             return state, above, jax.tree.map(lambda m: m[None], metrics)

@@ -11,7 +11,8 @@ import optax
 
 from lakd_jax.models import chain
 from lakd_jax.runtime import backend, interrupt
-from lakd_jax.training import feeds, spec
+from lakd_jax.training import feeds
+from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
 
 PyTree = Any
@@ -41,7 +42,7 @@ class Evaluator:
     def __init__(
         self,
         model: chain.Chain,
-        pixels: spec.Pixels,
+        pixels: spec_lib.Pixels,
         batch_size: int,
         mesh: jax.sharding.Mesh,
         guard: interrupt.Guard,
@@ -81,7 +82,7 @@ class Evaluator:
     def _batch(
         self,
         variables: PyTree,
-        data: state_lib.Resident,
+        data: state_lib.DeviceData,
         rows: jax.Array,
         mask: jax.Array,
         step: jax.Array | None,

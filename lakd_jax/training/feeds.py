@@ -1,8 +1,8 @@
 """Where a step's images come from: a split on the devices, or batches read ahead.
 
 A split on the devices is gathered from by the compiled step. A streamed one is given
-to it batch by batch, each already cut (`Resident.whole`), and the next one is read and
-sent while a step runs.
+to it batch by batch, each already cut (`DeviceData.whole`), and the next one is read
+and sent while a step runs.
 """
 
 import concurrent.futures
@@ -24,14 +24,14 @@ PATIENCE = 0.2  # share of the time that may be spent waiting
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """A streamed split on the devices of `mesh`; stands where `Resident` does."""
+    """A streamed split on the devices of `mesh`; stands where `DeviceData` does."""
 
     split: batches_lib.Streamed
     mesh: Mesh
 
     def put(
         self, part: batches_lib.Part, keys: dict[str, jax.Array]
-    ) -> state_lib.Resident:
+    ) -> state_lib.DeviceData:
         """The batch that this process has a part of, spread over all devices.
 
         One that they cannot share equally is whole in each part, and on each device.
@@ -46,7 +46,7 @@ class Stream:
 
         own = part.split
         fields = (array(x) for x in (own.images, own.labels, own.ids))
-        return state_lib.Resident(*fields, **keys, whole=True)
+        return state_lib.DeviceData(*fields, **keys, whole=True)
 
     def share(self) -> batches_lib.Share:
         """The part of a batch that this process decodes."""
@@ -66,7 +66,7 @@ class Run:
     notify: Callable[[str], None]
 
 
-Data = state_lib.Resident | Stream
+Data = state_lib.DeviceData | Stream
 
 
 def of_run(
@@ -78,9 +78,9 @@ def of_run(
     batch_size: int,
     drop_last: bool,
     steps: int,
-) -> state_lib.Resident | Run:
+) -> state_lib.DeviceData | Run:
     """The training split as the run of a seed, with so many steps, reads it."""
-    if isinstance(data, state_lib.Resident):
+    if isinstance(data, state_lib.DeviceData):
         return state_lib.rekeyed(data, seed, mesh)
     sizes = (batch_size, drop_last, steps)
     batches = batches_lib.Training(data.split, seed, *sizes, data.share())
@@ -95,7 +95,7 @@ class Feed(Protocol):
         """The next step is the one with this number."""
         ...
 
-    def next(self, rows: np.ndarray) -> state_lib.Resident:
+    def next(self, rows: np.ndarray) -> state_lib.DeviceData:
         """What holds the examples at `rows` (n, B) of the step that is next."""
         ...
 
@@ -104,7 +104,7 @@ class Feed(Protocol):
         ...
 
 
-def feed(data: state_lib.Resident | Run) -> Feed:
+def feed(data: state_lib.DeviceData | Run) -> Feed:
     """Of the data of a run."""
     return Ahead(data) if isinstance(data, Run) else Held(data)
 
@@ -112,13 +112,13 @@ def feed(data: state_lib.Resident | Run) -> Feed:
 class Held:
     """A split that is on the devices already."""
 
-    def __init__(self, data: state_lib.Resident):
+    def __init__(self, data: state_lib.DeviceData):
         self._data = data
 
     def begin(self, step: int) -> None:
         """See `Feed`."""
 
-    def next(self, rows: np.ndarray) -> state_lib.Resident:
+    def next(self, rows: np.ndarray) -> state_lib.DeviceData:
         """See `Feed`."""
         return self._data
 
@@ -143,7 +143,7 @@ class Ahead:
         self._coming = self._pool.submit(self._fetch)
         self._since, self._seen, self._waited = time.perf_counter(), 0, 0.0
 
-    def next(self, rows: np.ndarray) -> state_lib.Resident:
+    def next(self, rows: np.ndarray) -> state_lib.DeviceData:
         """See `Feed`; one row.
 
         Raises:
@@ -164,7 +164,7 @@ class Ahead:
         if self._batches is not None:
             self._batches.close()  # ends the processes
 
-    def _fetch(self) -> state_lib.Resident | None:
+    def _fetch(self) -> state_lib.DeviceData | None:
         assert self._batches is not None  # `begin` comes first
         batch = next(self._batches, None)
         if batch is None:
@@ -192,36 +192,36 @@ class Ahead:
 
 def testing(
     data: Data, batch_size: int
-) -> Iterator[tuple[state_lib.Resident, np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[state_lib.DeviceData, np.ndarray, np.ndarray]]:
     """All examples of a split, once each: (what holds them, rows, mask), (B,) both.
 
     The last batch is filled up with the first example, where the mask is False.
     """
     examples = count(data)
     starts = range(0, examples, batch_size)
-    if isinstance(data, state_lib.Resident):
-        held: Iterator[state_lib.Resident] = (data for _ in starts)
+    if isinstance(data, state_lib.DeviceData):
+        held: Iterator[state_lib.DeviceData] = (data for _ in starts)
     else:
         batches = batches_lib.Testing(data.split, batch_size, data.share())
         keys = state_lib.replicate(state_lib.keys(0), data.mesh)
         read = batches_lib.read(batches, 0, data.split.workers)
         held = (data.put(batch, keys) for batch in read)
-    for start, resident in zip(starts, held, strict=True):
+    for start, device_data in zip(starts, held, strict=True):
         rows = np.arange(start, start + batch_size)
         mask = rows < examples
-        yield resident, np.where(mask, rows, 0), mask
+        yield device_data, np.where(mask, rows, 0), mask
 
 
 def count(data: Data) -> int:
     """How many examples a split has."""
-    if isinstance(data, state_lib.Resident):
+    if isinstance(data, state_lib.DeviceData):
         return data.labels.shape[0]
     return len(data.split)
 
 
 def first(data: Data, size: int) -> Data:
     """The split with no more than its first `size` examples."""
-    if isinstance(data, state_lib.Resident):
+    if isinstance(data, state_lib.DeviceData):
         images, labels = data.images[:size], data.labels[:size]
         return dataclasses.replace(data, images=images, labels=labels)
     few = dataclasses.replace(data.split, chosen=data.split.chosen[:size])

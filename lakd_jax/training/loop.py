@@ -12,7 +12,7 @@ from typing import Any
 from lakd_jax.report import progress as progress_lib
 from lakd_jax.runtime import interrupt
 from lakd_jax.training import engine as engine_lib
-from lakd_jax.training import record
+from lakd_jax.training import record as record_lib
 from lakd_jax.training import state as state_lib
 
 
@@ -20,16 +20,16 @@ from lakd_jax.training import state as state_lib
 class Fit:
     """One training run; `run` does all of it."""
 
-    track: record.Track
+    record: record_lib.RunRecord
     engine: engine_lib.Engine
     guard: interrupt.Guard
 
     @property
-    def plan(self) -> record.Plan:
+    def plan(self) -> record_lib.Plan:
         """How long the run is and how often it logs, evaluates and saves."""
-        return self.track.plan
+        return self.record.plan
 
-    def run(self) -> record.Trained:
+    def run(self) -> record_lib.Trained:
         """Trains from the newest checkpoint, or from the start, to the end.
 
         Raises:
@@ -41,7 +41,7 @@ class Fit:
         with contextlib.ExitStack() as stack:
             stack.callback(self.engine.close)
             start = self._restore(stack)
-            self.track.begin(stack, start)
+            self.record.begin(stack, start)
             self._screen = stack.enter_context(
                 progress_lib.Progress(plan.total_steps, plan.steps_per_epoch)
             )
@@ -52,15 +52,15 @@ class Fit:
             except interrupt.Interrupted:
                 self._save(self._step)
                 raise
-        return self.track.trained(self.engine.state())
+        return self.record.trained(self.engine.state())
 
     def one_step(
         self,
     ) -> tuple[state_lib.TrainState, dict[str, float], engine_lib.Costs]:
         """Runs the first step alone and returns (state, its metrics, its costs)."""
         with contextlib.closing(self.engine) as engine:
-            engine.load(self.track.first_state())
-            metrics = engine.read(engine.run(self.track.rows(0, 1)))
+            engine.load(self.record.first_state())
+            metrics = engine.read(engine.run(self.record.rows(0, 1)))
             first = {name: float(values[0]) for name, values in metrics.items()}
             return engine.state(), first, engine.costs()
 
@@ -79,7 +79,7 @@ class Fit:
         unread: tuple[int, Any] | None = None
         try:
             while step < stop:
-                rows = self.track.rows(step, stop)
+                rows = self.record.rows(step, stop)
                 began = time.perf_counter()
                 pending = self.engine.run(rows)
                 self._step = step + rows.shape[0]
@@ -104,10 +104,10 @@ class Fit:
         """Metrics, evaluation, checkpoint, in this order: a stop loses none."""
         plan = self.plan
         epoch_end = step % plan.steps_per_epoch == 0
-        if self.track.ledger.window and (epoch_end or step % plan.log_every == 0):
+        if self.record.progress.window and (epoch_end or step % plan.log_every == 0):
             self._flush(step)
-        if self.track.evaluation_due(step):
-            score = self.track.evaluate(step, self.engine.state())
+        if self.record.evaluation_due(step):
+            score = self.record.evaluate(step, self.engine.state())
             epoch = step / plan.steps_per_epoch
             self._screen.epoch_line(epoch, "minival", score.accuracy, score.loss)
         if step % plan.save_every == 0 or step == plan.total_steps:
@@ -122,21 +122,21 @@ class Fit:
 
     def _restore(self, stack: contextlib.ExitStack) -> int:
         with self.guard.released():
-            first = self.track.first_state()
-        self._step, state = self.track.restore(stack, first)
+            first = self.record.first_state()
+        self._step, state = self.record.restore(stack, first)
         self.engine.load(state)
         return self._step
 
     def _read(self, first: int, pending: Any) -> None:
-        self.track.note(first, self.engine.read(pending))
+        self.record.note(first, self.engine.read(pending))
 
     def _spent(self, seconds: float, images: int = 0) -> None:
-        self.track.ledger.images += images
-        self.track.ledger.step_seconds += seconds
+        self.record.progress.images += images
+        self.record.progress.step_seconds += seconds
 
     def _flush(self, step: int) -> None:
         """Writes a line of metrics, and shows it."""
-        means, speed = self.track.flush(step)
+        means, speed = self.record.flush(step)
         # All are in metrics.jsonl; the line has room for few, the head's first.
         terms = [n for n in means if "/" in n and "norm" not in n]
         terms.sort(key=lambda name: "head" not in name)
@@ -146,5 +146,5 @@ class Fit:
     def _save(self, step: int) -> None:
         # Waits for the disk: a kill must not cost more than one interval, and steps
         # made while this is written would come on top of it.
-        if self.track.saved < step:
-            self.track.save(step, self.engine.state())
+        if self.record.saved < step:
+            self.record.save(step, self.engine.state())

@@ -48,7 +48,7 @@ class Plan:
 
 
 @dataclasses.dataclass
-class Ledger:
+class Progress:
     """What a checkpoint keeps beside the arrays; plain numbers, so it is JSON.
 
     Attributes:
@@ -75,15 +75,15 @@ class Trained:
 
     last: PyTree
     best: PyTree | None
-    ledger: Ledger
+    progress: Progress
 
     @property
     def images_per_second(self) -> float:
         """Over all steps, compilation, evaluation and saving left out."""
-        return self.ledger.images / max(self.ledger.step_seconds, 1e-9)
+        return self.progress.images / max(self.progress.step_seconds, 1e-9)
 
 
-class Track:
+class RunRecord:
     """What a run keeps on disk and between steps, for the loop to call."""
 
     def __init__(
@@ -97,7 +97,7 @@ class Track:
     ):
         self.plan, self.directory, self.seed = plan, directory, seed
         self.first_state = first_state
-        self.ledger = Ledger()
+        self.progress = Progress()
         self.saved = 0
         self._minival, self._evaluator = minival, evaluator
         self._best: PyTree = {}
@@ -126,10 +126,10 @@ class Track:
             return 0, state
         step, arrays, extra = found
         self._best = arrays["best"]
-        self.ledger = Ledger(**extra)
-        self._began -= self.ledger.seconds
+        self.progress = Progress(**extra)
+        self._began -= self.progress.seconds
         self.saved = step
-        self._shown = self.ledger.images, self.ledger.step_seconds
+        self._shown = self.progress.images, self.progress.step_seconds
         return step, state_lib.TrainState.from_tree(arrays["train"])
 
     def begin(self, stack: contextlib.ExitStack, step: int) -> None:
@@ -166,8 +166,8 @@ class Track:
             bad = [n for n, v in row.items() if not math.isfinite(v)]
             if bad:
                 step = first + i + 1
-                raise self._not_finite(step - len(self.ledger.window), step, bad)
-            self.ledger.window.append(row)
+                raise self._not_finite(step - len(self.progress.window), step, bad)
+            self.progress.window.append(row)
 
     def _not_finite(
         self, first: int, step: int, bad: list[str]
@@ -186,19 +186,19 @@ class Track:
 
     def flush(self, step: int) -> tuple[dict[str, float], float]:
         """Writes means over the window: (them, images a second since the last)."""
-        window, ledger = self.ledger.window, self.ledger
+        window, progress = self.progress.window, self.progress
         means = {n: sum(row[n] for row in window) / len(window) for n in window[0]}
         self._writer.write(step, "train", means)
         images, seconds = self._shown  # the speed of late, not of the whole run
-        speed = (ledger.images - images) / max(ledger.step_seconds - seconds, 1e-9)
-        self._shown = ledger.images, ledger.step_seconds
+        speed = (progress.images - images) / max(progress.step_seconds - seconds, 1e-9)
+        self._shown = progress.images, progress.step_seconds
         window.clear()
         return means, speed
 
     def evaluation_due(self, step: int) -> bool:
         """Whether minival is to be looked at now and has not been."""
         plan = self.plan
-        if not self._minival or self.ledger.evaluated >= step:
+        if not self._minival or self.progress.evaluated >= step:
             return False
         due = step % (plan.eval_every * plan.steps_per_epoch) == 0
         return due or step == plan.total_steps
@@ -211,16 +211,16 @@ class Track:
         epoch = step / self.plan.steps_per_epoch
         values = {"epoch": epoch, "accuracy": score.accuracy, "loss": score.loss}
         self._writer.write(step, "eval", values)
-        self.ledger.evaluated = step
-        if score.right > self.ledger.best_right:
-            self.ledger.best_right, self.ledger.best_step = score.right, step
+        self.progress.evaluated = step
+        if score.right > self.progress.best_right:
+            self.progress.best_right, self.progress.best_step = score.right, step
             self._best = jax.device_get(variables)
         return score
 
     def save(self, step: int, state: state_lib.TrainState) -> None:
         """Writes a checkpoint and blocks until it is on disk."""
-        self.ledger.seconds = time.perf_counter() - self._began
-        extra = dataclasses.asdict(self.ledger)
+        self.progress.seconds = time.perf_counter() - self._began
+        extra = dataclasses.asdict(self.progress)
         arrays = {"train": state.to_tree(), "best": self._best}
         self._saver.save(step, arrays, extra=extra)
         self._saver.wait()
@@ -228,4 +228,4 @@ class Track:
 
     def trained(self, state: state_lib.TrainState) -> Trained:
         """The end of the run."""
-        return Trained(state.variables("student"), self._best or None, self.ledger)
+        return Trained(state.variables("student"), self._best or None, self.progress)

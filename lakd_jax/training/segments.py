@@ -15,12 +15,12 @@ import jax
 
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
-from lakd_jax.training import spec
+from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
 
 PyTree = Any
 # A segment's own metrics, and those of its modules.
-Metrics = tuple[spec.Metrics, tuple[spec.Metrics, ...]]
+Metrics = tuple[spec_lib.Metrics, tuple[spec_lib.Metrics, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,40 +70,42 @@ class Batch:
     noise: jax.Array
 
 
-def of_student(learner: spec.Learner) -> tuple[Segment, ...]:
+def of_student(spec: spec_lib.StepSpec) -> tuple[Segment, ...]:
     """Returns the segments of a student, from the image to the head."""
-    count = len(learner.partition.names)
-    if learner.isolated:
+    count = len(spec.partition.names)
+    if spec.isolated:
         return tuple(Segment(k, k) for k in range(count))
-    return (whole(learner),)
+    return (whole(spec),)
 
 
-def whole(learner: spec.Learner) -> Segment:
+def whole(spec: spec_lib.StepSpec) -> Segment:
     """Returns the segment of all modules."""
-    return Segment(0, len(learner.partition.names) - 1)
+    return Segment(0, len(spec.partition.names) - 1)
 
 
 def start(
-    learner: spec.Learner,
+    spec: spec_lib.StepSpec,
     step: jax.Array,
-    data: state_lib.Resident,
+    data: state_lib.DeviceData,
     indices: jax.Array,
 ) -> tuple[Boundary, Batch]:
     """Returns what the first segment is fed in the step with this number."""
-    images, labels = spec.batch(learner, step, data, indices)
+    images, labels = spec_lib.batch(spec, step, data, indices)
     noise = jax.random.fold_in(data.noise, step)
-    return of_images(learner, images), Batch(labels, indices, noise)
+    return of_images(spec, images), Batch(labels, indices, noise)
 
 
-def of_images(learner: spec.Learner, images: jax.Array) -> Boundary:
+def of_images(spec: spec_lib.StepSpec, images: jax.Array) -> Boundary:
     """Returns images (B, H, W, 3) uint8 as each network takes them."""
-    ours = learner.student_pixels(images)
-    return Boundary(ours, learner.teacher_pixels(images) if learner.teacher else ours)
+    ours = spec.student_pixels(images)
+    return Boundary(ours, spec.teacher_pixels(images) if spec.teacher else ours)
 
 
-def flat_metrics(parts: Sequence[Segment], metrics: Sequence[Metrics]) -> spec.Metrics:
+def flat_metrics(
+    parts: Sequence[Segment], metrics: Sequence[Metrics]
+) -> spec_lib.Metrics:
     """Returns the metrics of a step from those of its segments; losses are summed."""
-    flat: spec.Metrics = {}
+    flat: spec_lib.Metrics = {}
     for segment, (shared, modules) in zip(parts, metrics, strict=True):
         flat |= shared
         for k, values in zip(segment.modules, modules, strict=True):
@@ -114,7 +116,7 @@ def flat_metrics(parts: Sequence[Segment], metrics: Sequence[Metrics]) -> spec.M
 
 
 def compared(
-    learner: spec.Learner,
+    spec: spec_lib.StepSpec,
     model: chain.Chain,
     outputs: chain.Outputs,
     joints: tuple[str, ...],
@@ -129,10 +131,10 @@ def compared(
     """
     if len(segment.modules) == len(joints):
         return tuple(
-            chain.feature_at(outputs, model, n, preact=learner.preact) for n in joints
+            chain.feature_at(outputs, model, n, preact=spec.preact) for n in joints
         )
     joint = joints[segment.last]
-    return (outputs.preacts[-1] if learner.preact else passed(outputs, joint),)
+    return (outputs.preacts[-1] if spec.preact else passed(outputs, joint),)
 
 
 def passed(outputs: chain.Outputs, joint: str) -> jax.Array:
@@ -147,14 +149,14 @@ def passed(outputs: chain.Outputs, joint: str) -> jax.Array:
 
 
 def state_of(
-    learner: spec.Learner, state: state_lib.TrainState, segment: Segment
+    spec: spec_lib.StepSpec, state: state_lib.TrainState, segment: Segment
 ) -> state_lib.TrainState:
     """Returns the part of a whole student's state that belongs to a segment."""
-    if segment == whole(learner):
+    if segment == whole(spec):
         return state
-    take = functools.partial(_owned, learner.partition, learner.student, segment)
+    take = functools.partial(_owned, spec.partition, spec.student, segment)
     params = take(state.params)
-    optimizer = learner.optimizer_of(labels_of(learner, params))
+    optimizer = spec.optimizer_of(labels_of(spec, params))
     like = state_lib.TrainState(
         step=state.step,
         params=params,
@@ -164,9 +166,9 @@ def state_of(
     return joined(like, state)
 
 
-def labels_of(learner: spec.Learner, params: PyTree) -> PyTree:
+def labels_of(spec: spec_lib.StepSpec, params: PyTree) -> PyTree:
     """Returns the index of the module that owns each parameter."""
-    return cuts.label_tree(params, learner.partition, learner.student)
+    return cuts.label_tree(params, spec.partition, spec.student)
 
 
 def joined(like: PyTree, *sources: PyTree) -> PyTree:
@@ -187,18 +189,18 @@ def joined(like: PyTree, *sources: PyTree) -> PyTree:
 
 
 def teacher_of(
-    learner: spec.Learner, variables: PyTree, segment: Segment
+    spec: spec_lib.StepSpec, variables: PyTree, segment: Segment
 ) -> dict[str, PyTree]:
     """Returns the teacher's variables that a segment needs.
 
     Those of its own units, and of all behind them where the method runs the teacher on
     from a joint.
     """
-    names = learner.partition.teacher_joints
-    as_student = cuts.Partition(names, (), learner.partition.names)
-    if learner.method.needs_suffix:
+    names = spec.partition.teacher_joints
+    as_student = cuts.Partition(names, (), spec.partition.names)
+    if spec.method.needs_suffix:
         segment = Segment(segment.first, len(names) - 1)
-    take = functools.partial(_owned, as_student, learner.teacher, segment)
+    take = functools.partial(_owned, as_student, spec.teacher, segment)
     return {
         kind: take({"student": tree})["student"] for kind, tree in variables.items()
     }
@@ -274,20 +276,20 @@ def _take(tree: dict[str, Any], unit: str) -> PyTree:
     return taken
 
 
-def student_names(learner: spec.Learner, segment: Segment) -> Names:
+def student_names(spec: spec_lib.StepSpec, segment: Segment) -> Names:
     """Returns the names in a segment of one module."""
-    partition = learner.partition
-    units = _units(learner.student, partition.student_joints, segment)
+    partition = spec.partition
+    units = _units(spec.student, partition.student_joints, segment)
     return Names(units, partition.names[segment.first])
 
 
-def teacher_names(learner: spec.Learner, segment: Segment) -> Names:
+def teacher_names(spec: spec_lib.StepSpec, segment: Segment) -> Names:
     """Returns the names in what `teacher_of` gives for a segment of one module."""
-    joints = learner.partition.teacher_joints
-    assert learner.teacher is not None  # of isolated modules
-    if learner.method.needs_suffix:
+    joints = spec.partition.teacher_joints
+    assert spec.teacher is not None  # of isolated modules
+    if spec.method.needs_suffix:
         segment = Segment(segment.first, len(joints) - 1)
-    return Names(_units(learner.teacher, joints, segment))
+    return Names(_units(spec.teacher, joints, segment))
 
 
 def _units(

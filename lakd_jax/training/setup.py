@@ -17,8 +17,9 @@ from lakd_jax.local import cuts
 from lakd_jax.models import vam
 from lakd_jax.runtime import backend, hosts, interrupt
 from lakd_jax.training import engine as engine_lib
-from lakd_jax.training import feeds, spec
+from lakd_jax.training import feeds
 from lakd_jax.training import phase as phase_lib
+from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
 from lakd_jax.training import step as step_lib
 from lakd_jax.training import vam as vam_lib
@@ -26,9 +27,9 @@ from lakd_jax.training import vam as vam_lib
 PyTree = Any
 
 
-def pixels(config: config_lib.ConfigDict) -> spec.Pixels:
+def pixels(config: config_lib.ConfigDict) -> spec_lib.Pixels:
     """What the student sees of an image."""
-    return spec.Pixels(
+    return spec_lib.Pixels(
         tuple(config.data.mean),
         tuple(config.data.std),
         jnp.dtype(config.dtype),
@@ -36,18 +37,18 @@ def pixels(config: config_lib.ConfigDict) -> spec.Pixels:
     )
 
 
-def learner(
+def spec(
     config: config_lib.ConfigDict,
     student: weights.Loaded,
     teacher: weights.Loaded | None,
     *,
-    teacher_pixels: spec.Pixels,
+    teacher_pixels: spec_lib.Pixels,
     image_shape: tuple[int, ...],
     steps_per_epoch: int,
     examples: int,
     mesh: jax.sharding.Mesh,
     phase: phase_lib.Phase | None = None,
-) -> tuple[spec.Learner, Callable[[], state_lib.TrainState]]:
+) -> tuple[spec_lib.StepSpec, Callable[[], state_lib.TrainState]]:
     """The step's fixed parts, and a function that makes the first state.
 
     Args:
@@ -73,7 +74,7 @@ def learner(
         owner=lambda path: cuts.module_of(path, partition, student.model),
         starts=tuple(local.module_start_epochs) if facts.local else (),
     )
-    draft = spec.Learner(
+    draft = spec_lib.StepSpec(
         student=student.model,
         teacher=teacher.model if teacher else None,
         method=method,
@@ -112,17 +113,17 @@ def learner(
 
 def engine(
     config: config_lib.ConfigDict,
-    learner: spec.Learner,
+    spec: spec_lib.StepSpec,
     teacher_variables: PyTree,
-    data: state_lib.Resident | feeds.Run,
+    data: state_lib.DeviceData | feeds.Run,
     guard: interrupt.Guard,
 ) -> engine_lib.Engine:
     """What runs the steps: `local.engine` for methods that cut the student."""
     kind = config.local.engine if distill.facts(config.method).local else "fused"
-    arguments = (learner, teacher_variables, data, guard)
+    arguments = (spec, teacher_variables, data, guard)
     if kind == "fused":
         return engine_lib.Fused(*arguments)
-    devices = tuple(learner.mesh.devices.flat) if kind == "pipeline" else ()
+    devices = tuple(spec.mesh.devices.flat) if kind == "pipeline" else ()
     return engine_lib.Modules(*arguments, devices)
 
 
@@ -159,7 +160,7 @@ def method_options(config: config_lib.ConfigDict) -> dict[str, Any]:
 
 
 def _initialiser(
-    learner: spec.Learner,
+    spec: spec_lib.StepSpec,
     teacher: weights.Loaded | None,
     key: jax.Array,
     image_shape: tuple[int, ...],
@@ -170,14 +171,14 @@ def _initialiser(
 
     def init() -> tuple[PyTree, PyTree]:
         keys = dict(zip(("student", "method"), jax.random.split(key), strict=True))
-        student = learner.student.init(
-            keys["student"], learner.student_pixels(images), train=False
+        student = spec.student.init(
+            keys["student"], spec.student_pixels(images), train=False
         )
         begun = _collected(jnp.int32(0), {"student": student, "method": {}})
         signals = step_lib.first_signals(
-            learner, begun, _zeros(teacher), images, labels, key
+            spec, begun, _zeros(teacher), images, labels, key
         )
-        method = learner.method.init(keys["method"], signals, train=True)
+        method = spec.method.init(keys["method"], signals, train=True)
         state = _collected(begun.step, {"student": student, "method": method})
         return state.params, state.collections
 
@@ -201,7 +202,7 @@ def _zeros(teacher: weights.Loaded | None) -> PyTree:
 
 
 def _first_state(
-    learner: spec.Learner,
+    spec: spec_lib.StepSpec,
     init: Callable[[], tuple[PyTree, PyTree]],
     student_variables: Mapping[str, PyTree] | None,
     phase: phase_lib.Phase,
@@ -218,6 +219,6 @@ def _first_state(
         student["params"] = vam_lib.completed(given, params["student"])
     for kind, tree in phase.first_variables(student).items():
         (params if kind == "params" else collections[kind])["student"] = tree
-    state = dataclasses.replace(state, opt_state=learner.optimizer.init(params))
+    state = dataclasses.replace(state, opt_state=spec.optimizer.init(params))
     hosts.agree_on_arrays("the first state", state)
-    return state_lib.replicate(state, learner.mesh)
+    return state_lib.replicate(state, spec.mesh)

@@ -41,7 +41,7 @@ class Pixels:
 
 
 @dataclasses.dataclass(frozen=True)
-class Learner:
+class StepSpec:
     """Everything about a step that does not change while training.
 
     Attributes:
@@ -117,19 +117,19 @@ class Learner:
 
 
 def batch(
-    learner: Learner, step: jax.Array, data: state_lib.Resident, indices: jax.Array
+    spec: StepSpec, step: jax.Array, data: state_lib.DeviceData, indices: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Augmented images (B,H,W,3) uint8 and labels (B,), split over devices.
 
     An example's augmentation depends on (seed, view, example id) alone, not on
     the batch it comes in.
     """
-    images = augmented(learner, data, indices, learner.view(step))
-    return shared(learner, (images, data.at(indices)[1]))
+    images = augmented(spec, data, indices, spec.view(step))
+    return shared(spec, (images, data.at(indices)[1]))
 
 
 def augmented(
-    learner: Learner, data: state_lib.Resident, indices: jax.Array, view: jax.Array
+    spec: StepSpec, data: state_lib.DeviceData, indices: jax.Array, view: jax.Array
 ) -> jax.Array:
     """One augmented view of the examples at `indices` (B,), (B,H,W,3) uint8."""
     images, _, ids = data.at(indices)
@@ -138,16 +138,16 @@ def augmented(
         images,
         ids,
         view,
-        pad=learner.pad,
-        flip=learner.flip,
+        pad=spec.pad,
+        flip=spec.flip,
     )
 
 
-def shared(learner: Learner, batch: PyTree) -> PyTree:
+def shared(spec: StepSpec, batch: PyTree) -> PyTree:
     """A batch (arrays of (B, ...)) split over the devices, if they can share it."""
-    if jax.tree.leaves(batch)[0].shape[0] % learner.mesh.size:
+    if jax.tree.leaves(batch)[0].shape[0] % spec.mesh.size:
         return batch  # a short one, whole everywhere
-    return jax.lax.with_sharding_constraint(batch, state_lib.over_batch(learner.mesh))
+    return jax.lax.with_sharding_constraint(batch, state_lib.over_batch(spec.mesh))
 
 
 def preacts(
@@ -157,19 +157,19 @@ def preacts(
     return tuple(chain.feature_at(outputs, model, n, preact=True) for n in names)
 
 
-def unlike(learner: Learner, side: int) -> list[str]:
+def unlike(spec: StepSpec, side: int) -> list[str]:
     """The joints whose features differ in shape from the teacher's, one a line.
 
     `side` is that of the data's images, which a network may be fed at another size.
     """
-    if learner.teacher is None or "joints" not in learner.facts.teacher_reads:
+    if spec.teacher is None or "joints" not in spec.facts.teacher_reads:
         return []
-    partition, lines = learner.partition, []
+    partition, lines = spec.partition, []
     ours = chain.joint_shapes(
-        learner.student, partition.student_joints, learner.student_pixels.size or side
+        spec.student, partition.student_joints, spec.student_pixels.size or side
     )
     theirs = chain.joint_shapes(
-        learner.teacher, partition.teacher_joints, learner.teacher_pixels.size or side
+        spec.teacher, partition.teacher_joints, spec.teacher_pixels.size or side
     )
     for name, own, other in zip(partition.student_joints, ours, theirs, strict=True):
         if own != other:

@@ -52,7 +52,7 @@ class TrainState:
 
 
 @flax.struct.dataclass
-class Resident:
+class DeviceData:
     """A split kept on the devices: images (N,H,W,3) uint8, labels, ids (N,).
 
     `key` is the augmentation's, `noise` that of what networks draw themselves
@@ -80,19 +80,19 @@ class Resident:
 INITIALISE, AUGMENT, NOISE, INITIALISE_AGAIN = range(4)
 
 
-def resident(split: data.Split, seed: int, mesh: Mesh) -> Resident:
+def device_data(split: data.Split, seed: int, mesh: Mesh) -> DeviceData:
     """A split whole on every device, with the keys of `seed`."""
     host: Any = (split.images, split.labels, split.ids)
-    return replicate(Resident(*host, **keys(seed)), mesh)
+    return replicate(DeviceData(*host, **keys(seed)), mesh)
 
 
-def rekeyed(data: Resident, seed: int, mesh: Mesh) -> Resident:
+def rekeyed(data: DeviceData, seed: int, mesh: Mesh) -> DeviceData:
     """The same arrays with the keys of another seed."""
     return dataclasses.replace(data, **replicate(keys(seed), mesh))
 
 
 def keys(seed: int) -> dict[str, jax.Array]:
-    """The fields `key` and `noise` of `Resident`."""
+    """The fields `key` and `noise` of `DeviceData`."""
     root = jax.random.key(seed)
     purposes = {"key": AUGMENT, "noise": NOISE}
     return {name: jax.random.fold_in(root, p) for name, p in purposes.items()}

@@ -13,7 +13,8 @@ from lakd_jax.distill.base import method as method_lib
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
 from lakd_jax.runtime import backend
-from lakd_jax.training import dot, optim, segments, spec, teacher_outputs
+from lakd_jax.training import dot, optim, segments, teacher_outputs
+from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
 
 PyTree = Any
@@ -38,12 +39,12 @@ jax.tree_util.register_dataclass(Pass)
 
 
 def run_steps(
-    learner: spec.Learner,
+    spec: spec_lib.StepSpec,
     state: state_lib.TrainState,
     source: teacher_outputs.Source,
-    data: state_lib.Resident,
+    data: state_lib.DeviceData,
     indices: jax.Array,
-) -> tuple[state_lib.TrainState, spec.Metrics]:
+) -> tuple[state_lib.TrainState, spec_lib.Metrics]:
     """Runs as many steps as `indices` (n, B) has rows; metrics are (n,) each.
 
     `source` is the teacher's variables, what is stored of its outputs, or None.
@@ -51,10 +52,10 @@ def run_steps(
     than ten times slower.
     """
     if indices.shape[0] == 1:
-        state, metrics = train_step(learner, state, source, data, indices[0])
+        state, metrics = train_step(spec, state, source, data, indices[0])
         return state, jax.tree.map(lambda m: m[None], metrics)
     return jax.lax.scan(
-        lambda s, rows: train_step(learner, s, source, data, rows),
+        lambda s, rows: train_step(spec, s, source, data, rows),
         state,
         indices,
         unroll=indices.shape[0] if backend.on_cpu() else 1,
@@ -62,12 +63,12 @@ def run_steps(
 
 
 def train_step(
-    learner: spec.Learner,
+    spec: spec_lib.StepSpec,
     state: state_lib.TrainState,
     source: teacher_outputs.Source,
-    data: state_lib.Resident,
+    data: state_lib.DeviceData,
     indices: jax.Array,
-) -> tuple[state_lib.TrainState, spec.Metrics]:
+) -> tuple[state_lib.TrainState, spec_lib.Metrics]:
     """Makes one update from the examples at `indices` (B,) of the training split.
 
     A segment is updated as soon as its losses are known, and all that comes after waits
@@ -76,13 +77,13 @@ def train_step(
     Returns the new state and scalars: the loss, the batch's accuracy, every
     loss term, and per module the norms of gradient and weight-decay term.
     """
-    source = teacher_outputs.of_batch(learner, source, state.step, indices)
-    below, batch = segments.start(learner, state.step, data, indices)
+    source = teacher_outputs.of_batch(spec, source, state.step, indices)
+    below, batch = segments.start(spec, state.step, data, indices)
     found, states = [], []
-    parts = segments.of_student(learner)
+    parts = segments.of_student(spec)
     for segment in parts:
-        own = segments.state_of(learner, state, segment)
-        own, below, metrics = segment_step(learner, segment, own, source, below, batch)
+        own = segments.state_of(spec, state, segment)
+        own, below, metrics = segment_step(spec, segment, own, source, below, batch)
         if len(parts) > 1:
             own, below = _in_order(own, below)
         states.append(own)
@@ -92,7 +93,7 @@ def train_step(
 
 
 def segment_step(
-    learner: spec.Learner,
+    spec: spec_lib.StepSpec,
     segment: segments.Segment,
     state: state_lib.TrainState,
     source: teacher_outputs.Source,
@@ -112,40 +113,40 @@ def segment_step(
       learning rate come with the last segment.
     """
     seen = None
-    if learner.teacher is not None:
-        teacher = teacher_outputs.teacher(learner, source)
+    if spec.teacher is not None:
+        teacher = teacher_outputs.teacher(spec, source)
         seen = teacher.segment(segment, below.teacher)
     forward = functools.partial(
-        _forward, learner, segment, state, source, seen, below, batch
+        _forward, spec, segment, state, source, seen, below, batch
     )
-    grads, losses, left = _gradient(learner, forward, state.params)
-    total = segment == segments.whole(learner)
-    labels = learner.labels if total else segments.labels_of(learner, state.params)
-    optimizer = learner.optimizer if total else learner.optimizer_of(labels)
+    grads, losses, left = _gradient(spec, forward, state.params)
+    total = segment == segments.whole(spec)
+    labels = spec.labels if total else segments.labels_of(spec, state.params)
+    optimizer = spec.optimizer if total else spec.optimizer_of(labels)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    if learner.apart:
+    if spec.apart:
         grads = jax.tree.map(jnp.add, *grads)
-    metrics = _metrics(learner, segment, losses, grads, params, labels)
+    metrics = _metrics(spec, segment, losses, grads, params, labels)
     above = below  # which nothing reads behind the last segment
-    if segment.last + 1 == len(learner.partition.names):
+    if segment.last + 1 == len(spec.partition.names):
         correct = jnp.argmax(left.student.logits, -1) == batch.labels
         metrics[0]["accuracy"] = jnp.mean(correct, dtype=jnp.float32)
-        rate = learner.learning_rate(state.step)
+        rate = spec.learning_rate(state.step)
         metrics[0]["learning_rate"] = jnp.float32(rate)
     elif seen is not None:
-        joint = learner.partition.student_joints[segment.last]
+        joint = spec.partition.student_joints[segment.last]
         above = segments.Boundary(segments.passed(left.student, joint), seen.passed[-1])
     new = state_lib.TrainState(state.step + 1, params, left.collections, opt_state)
     return new, above, metrics
 
 
 def _gradient(
-    learner: spec.Learner,
+    spec: spec_lib.StepSpec,
     forward: Callable[[PyTree], tuple[Losses, Pass]],
     params: PyTree,
 ) -> tuple[PyTree, Losses, Pass]:
-    """Returns the gradient of all losses; with `Learner.apart` two, see `dot`.
+    """Returns the gradient of all losses; with `StepSpec.apart` two, see `dot`.
 
     The gradient of their sum for a module's parameters is that of its own loss, since
     the cuts let nothing (or `cut_scale` of it) through.
@@ -159,7 +160,7 @@ def _gradient(
         losses, left = forward(params)
         return dot.losses(losses), (losses, left)
 
-    if not learner.apart:
+    if not spec.apart:
         grads, (losses, left) = jax.grad(total, has_aux=True)(params)
         return grads, losses, left
     _, backward, (losses, left) = jax.vjp(both, params, has_aux=True)
@@ -169,7 +170,7 @@ def _gradient(
 
 
 def _forward(
-    learner: spec.Learner,
+    spec: spec_lib.StepSpec,
     segment: segments.Segment,
     state: state_lib.TrainState,
     source: teacher_outputs.Source,
@@ -180,13 +181,13 @@ def _forward(
 ) -> tuple[Losses, Pass]:
     """Runs a segment and the method on it: the losses of its modules."""
     state = dataclasses.replace(state, params=params)
-    signals, left = observe(learner, segment, state, source, seen, below, batch)
+    signals, left = observe(spec, segment, state, source, seen, below, batch)
     names = list(state.collections)
-    losses, after = learner.method.apply(
+    losses, after = spec.method.apply(
         state.variables("method"), signals, train=True, mutable=names
     )
-    if learner.regularise:
-        losses = learner.regularise(losses, left.get(_SOWN, {}), epoch=signals.epoch)
+    if spec.regularise:
+        losses = spec.regularise(losses, left.get(_SOWN, {}), epoch=signals.epoch)
     collections = {
         name: {"student": left.get(name, {}), "method": after.get(name, {})}
         for name in names
@@ -195,7 +196,7 @@ def _forward(
 
 
 def observe(
-    learner: spec.Learner,
+    spec: spec_lib.StepSpec,
     segment: segments.Segment,
     state: state_lib.TrainState,
     source: teacher_outputs.Source,
@@ -207,23 +208,23 @@ def observe(
 
     `seen` is what the teacher's part gave.
     """
-    joints = learner.partition.student_joints
+    joints = spec.partition.student_joints
     after, until = segment.span(joints)
     inputs = below.student
     if segment.first:
-        fed = below.teacher if learner.module_input == "teacher" else inputs
+        fed = below.teacher if spec.module_input == "teacher" else inputs
         inputs = jax.lax.stop_gradient(fed)
-    model = learner.student_at(state.step) if learner.student_at else learner.student
+    model = spec.student_at(state.step) if spec.student_at else spec.student
     variables = state.variables("student")
     replace = None
-    if learner.module_input == "teacher" and seen is not None:
+    if spec.module_input == "teacher" and seen is not None:
         ends = joints[segment.first : segment.last + 1]
         replace = dict(zip(ends, seen.passed, strict=True))
 
     def run(scale: float) -> tuple[chain.Outputs, PyTree]:
         cut = None
         if segment.first != segment.last:
-            cut = cuts.joint_function(learner.partition, scale, replace)
+            cut = cuts.joint_function(spec.partition, scale, replace)
         left: Any = model.apply(
             variables,
             inputs,
@@ -236,41 +237,41 @@ def observe(
         )
         return left
 
-    student, left = run(learner.cut_scale)
-    compared = functools.partial(segments.compared, learner, learner.student)
+    student, left = run(spec.cut_scale)
+    compared = functools.partial(segments.compared, spec, spec.student)
     signals = method_lib.Signals(
         student=student,
         teacher=seen and seen.outputs,
         labels=batch.labels,
-        epoch=state.step.astype(jnp.float32) / learner.steps_per_epoch,
+        epoch=state.step.astype(jnp.float32) / spec.steps_per_epoch,
         student_joints=_among(joints, segment, compared(student, joints, segment)),
         teacher_joints=_among(joints, segment, seen.compared) if seen else (),
         examples=batch.examples,
-        count=learner.examples,
+        count=spec.examples,
         key=batch.noise,
     )
     more: dict[str, Any] = {}
-    if learner.uncut:
+    if spec.uncut:
         # The same values again; the compiler merges the two forward passes.
         more["student_uncut"] = compared(run(1.0)[0], joints, segment)
-    if learner.facts.needs_heads:
+    if spec.facts.needs_heads:
         more["student_head"] = functools.partial(
-            _head, learner, variables, [*state.collections, _SOWN]
+            _head, spec, variables, [*state.collections, _SOWN]
         )
-    if learner.facts.needs_preacts:
-        more["student_preacts"] = spec.preacts(learner.student, student, joints)
+    if spec.facts.needs_preacts:
+        more["student_preacts"] = spec_lib.preacts(spec.student, student, joints)
     if seen is not None:
-        teacher = teacher_outputs.teacher(learner, source)
+        teacher = teacher_outputs.teacher(spec, source)
         more["teacher_suffix"] = teacher.suffix
-        if learner.facts.needs_heads:
+        if spec.facts.needs_heads:
             more["teacher_head"] = teacher.head
-        if learner.facts.needs_preacts:
+        if spec.facts.needs_preacts:
             more["teacher_preacts"] = teacher.preacts(seen.outputs)
     return dataclasses.replace(signals, **more), left
 
 
 def first_signals(
-    learner: spec.Learner,
+    spec: spec_lib.StepSpec,
     state: state_lib.TrainState,
     source: teacher_outputs.Source,
     images: jax.Array,
@@ -281,14 +282,14 @@ def first_signals(
 
     `state` needs no variables of the method: what it sees decides their shapes.
     """
-    everything = segments.whole(learner)
-    below = segments.of_images(learner, images)
+    everything = segments.whole(spec)
+    below = segments.of_images(spec, images)
     batch = segments.Batch(labels, labels, noise)
     seen = None
-    if learner.teacher is not None:
-        teacher = teacher_outputs.teacher(learner, source)
+    if spec.teacher is not None:
+        teacher = teacher_outputs.teacher(spec, source)
         seen = teacher.segment(everything, below.teacher)
-    return observe(learner, everything, state, source, seen, below, batch)[0]
+    return observe(spec, everything, state, source, seen, below, batch)[0]
 
 
 def _among(
@@ -300,21 +301,24 @@ def _among(
 
 
 def _head(
-    learner: spec.Learner, variables: PyTree, mutable: list[str], activation: jax.Array
+    spec: spec_lib.StepSpec,
+    variables: PyTree,
+    mutable: list[str],
+    activation: jax.Array,
 ) -> jax.Array:
     """Returns the student's logits (N, classes) from (N, H, W, C) of its end."""
-    outputs, _ = learner.student.apply(
+    outputs, _ = spec.student.apply(
         variables,
-        activation.astype(learner.student_pixels.dtype),
+        activation.astype(spec.student_pixels.dtype),
         train=True,
-        after=learner.student.unit_names[-1],
+        after=spec.student.unit_names[-1],
         mutable=mutable,
     )
     return outputs.logits
 
 
 def _metrics(
-    learner: spec.Learner,
+    spec: spec_lib.StepSpec,
     segment: segments.Segment,
     losses: Losses,
     grads: PyTree,
@@ -331,7 +335,7 @@ def _metrics(
     for k, norm in optim.module_norms(grads, labels).items():
         found[k - segment.first]["grad_norm"] = norm
     for k, norm in optim.module_norms(optim.decayed(params), labels).items():
-        found[k - segment.first]["decay_norm"] = learner.weight_decay * norm
+        found[k - segment.first]["decay_norm"] = spec.weight_decay * norm
     return {"loss": method_lib.total(losses)}, tuple(found)
 
 

@@ -1,7 +1,7 @@
 """What a step learns of its teacher: asked at once, or answered and stored before.
 
 A step's source is the variables of a frozen teacher, which is then run on the batch, or
-`Answers`, what was stored of its outputs (`lakd_jax.runs.teacher_cache`).
+`TeacherOutputs`, what was stored of its outputs (`lakd_jax.runs.teacher_cache`).
 """
 
 import dataclasses
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.models import chain
-from lakd_jax.training import segments, spec
+from lakd_jax.training import segments
+from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
 
 PyTree = Any
@@ -64,17 +65,17 @@ class Teacher(Protocol):
 class Live:
     """A teacher that is run."""
 
-    learner: spec.Learner
+    spec: spec_lib.StepSpec
     variables: PyTree
 
     def segment(self, segment: segments.Segment, below: jax.Array) -> "Seen":
         """See `Teacher`."""
-        learner, model = self.learner, self.learner.teacher
+        spec, model = self.spec, self.spec.teacher
         assert model is not None
-        names = learner.partition.teacher_joints
+        names = spec.partition.teacher_joints
         after, until = segment.span(names)
         outputs = self._run(below, after=after, until=until)
-        compared = segments.compared(learner, model, outputs, names, segment)
+        compared = segments.compared(spec, model, outputs, names, segment)
         if len(segment.modules) == len(names):
             passed = tuple(chain.feature_at(outputs, model, name) for name in names)
         else:
@@ -83,12 +84,12 @@ class Live:
 
     def suffix(self, k: int, activation: jax.Array) -> jax.Array:
         """See `Teacher`; the activation's gradient goes through."""
-        model: Any = self.learner.teacher
+        model: Any = self.spec.teacher
         outputs = model.apply(
             self.variables,
-            activation.astype(self.learner.teacher_pixels.dtype),
+            activation.astype(self.spec.teacher_pixels.dtype),
             train=False,
-            after=self.learner.partition.teacher_joints[k],
+            after=self.spec.partition.teacher_joints[k],
         )
         return outputs.logits
 
@@ -98,18 +99,18 @@ class Live:
 
     def preacts(self, outputs: chain.Outputs) -> Joints:
         """See `Teacher`."""
-        model: Any = self.learner.teacher
-        names = self.learner.partition.teacher_joints
-        return spec.preacts(model, outputs, names)
+        model: Any = self.spec.teacher
+        names = self.spec.partition.teacher_joints
+        return spec_lib.preacts(model, outputs, names)
 
     def _run(self, inputs: jax.Array, **part: str) -> chain.Outputs:
-        model: Any = self.learner.teacher
+        model: Any = self.spec.teacher
         outputs = model.apply(self.variables, inputs, train=False, **part)
         return jax.lax.stop_gradient(outputs)
 
 
 @flax.struct.dataclass
-class Answers:
+class TeacherOutputs:
     """What a method reads of a teacher's outputs; of a batch it is a `Teacher`.
 
     Attributes:
@@ -139,46 +140,46 @@ class Answers:
         raise ValueError("a method on pre-activations needs teacher.views=0")
 
 
-Source = PyTree | Answers | None
+Source = PyTree | TeacherOutputs | None
 
 
-def teacher(learner: spec.Learner, source: Source) -> Teacher:
+def teacher(spec: spec_lib.StepSpec, source: Source) -> Teacher:
     """What answers for a batch; `source` is variables or the answers on that batch."""
-    return source if isinstance(source, Answers) else Live(learner, source)
+    return source if isinstance(source, TeacherOutputs) else Live(spec, source)
 
 
 def of_batch(
-    learner: spec.Learner, source: Source, step: jax.Array, indices: jax.Array
+    spec: spec_lib.StepSpec, source: Source, step: jax.Array, indices: jax.Array
 ) -> Source:
     """The source for the batch at `indices` (B,) in the step with this number."""
-    if not isinstance(source, Answers):
+    if not isinstance(source, TeacherOutputs):
         return source
-    view = learner.view(step)
+    view = spec.view(step)
     rows = jax.tree.map(lambda x: x[view, indices], source)
-    return spec.shared(learner, rows)
+    return spec_lib.shared(spec, rows)
 
 
-def ask(
-    learner: spec.Learner,
+def compute_outputs(
+    spec: spec_lib.StepSpec,
     variables: PyTree,
-    data: state_lib.Resident,
+    data: state_lib.DeviceData,
     views: jax.Array,
     rows: jax.Array,
-) -> Answers:
+) -> TeacherOutputs:
     """The answers (B, ...) on views (B,) of the examples at `rows` (B,).
 
     Raises:
       ValueError: the method reads more of the teacher than is stored.
     """
-    reads = learner.facts.teacher_reads
+    reads = spec.facts.teacher_reads
     stored = method_lib.STORABLE
-    if learner.method.needs_suffix or not set(reads) <= set(stored):
+    if spec.method.needs_suffix or not set(reads) <= set(stored):
         raise ValueError(f"of {', '.join(reads)} only {', '.join(stored)} are stored")
     # One by one, as each may be of another view; the values are those of a batch.
-    one = functools.partial(spec.augmented, learner, data)
+    one = functools.partial(spec_lib.augmented, spec, data)
     images = jax.vmap(lambda view, row: one(row[None], view)[0])(views, rows)
-    images = spec.shared(learner, images)
-    below = learner.teacher_pixels(images)
-    seen = Live(learner, variables).segment(segments.whole(learner), below)
+    images = spec_lib.shared(spec, images)
+    below = spec.teacher_pixels(images)
+    seen = Live(spec, variables).segment(segments.whole(spec), below)
     logits = seen.outputs.logits.astype(jnp.float32)
-    return Answers(logits, seen.compared if "joints" in reads else ())
+    return TeacherOutputs(logits, seen.compared if "joints" in reads else ())

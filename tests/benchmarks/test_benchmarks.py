@@ -126,9 +126,9 @@ def test_untrained_gates_are_those_that_a_run_begins_with(tmp_path, monkeypatch)
     monkeypatch.setattr(state_lib, "data_mesh", lambda: one)
     fields = {"method": "none", "epochs": 1, "student__name": "hme", "seed": 3}
     config = config_lib.resolve(tiny.config(tmp_path, **fields))
-    bench = single.bench(config, interrupt.Guard(), lambda text: None)
-    own = phases.parts(config, tmp_path, bench, None)
-    began = network.gates(own.track.first_state().params["student"])
+    environment = single.environment(config, interrupt.Guard(), lambda text: None)
+    own = phases.parts(config, tmp_path, environment, None)
+    began = network.gates(own.record.first_state().params["student"])
     found = network.gates(gate_entropy.untrained(3, own.student.model))
     other = network.gates(gate_entropy.untrained(4, own.student.model))
     for mine, wanted, foreign in zip(found, began, other, strict=True):

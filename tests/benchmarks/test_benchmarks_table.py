@@ -392,18 +392,21 @@ def test_methods_of_a_seed_see_the_same_images_in_the_same_order(tmp_path, monke
 
     fields = {"method": "kd", "epochs": 2}
     config = config_lib.resolve(tiny.config(tmp_path, **fields))
-    bench = single.bench(config, interrupt.Guard(), lambda text: None)
-    teacher = teacher_lib.stand_in(config, bench)
+    environment = single.environment(config, interrupt.Guard(), lambda text: None)
+    teacher = teacher_lib.stand_in(config, environment)
 
     def seen(method, seed):
         changes = {"method": method, "seed": seed}
         own = single.parts(
-            phase.first(config_lib.changed(config, changes)), tmp_path, bench, teacher
+            phase.first(config_lib.changed(config, changes)),
+            tmp_path,
+            environment,
+            teacher,
         )
-        steps = own.track.plan.total_steps
-        rows = [own.track.rows(step, steps).tolist() for step in range(steps)]
+        steps = own.record.plan.total_steps
+        rows = [own.record.rows(step, steps).tolist() for step in range(steps)]
         keys = [jax.random.key_data(k).tolist() for k in (own.data.key, own.data.noise)]
-        return rows, keys, (own.learner.pad, own.learner.flip)
+        return rows, keys, (own.spec.pad, own.spec.flip)
 
     first = seen("none", 0)
     assert len(first[0]) == 6 and first[0][:3] != first[0][3:]

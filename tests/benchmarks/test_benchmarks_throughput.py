@@ -31,10 +31,10 @@ def setup(method, **changes):
 
 def two_steps_of_ours(made, rows):
     """Losses of two steps, and the student after them in PyTorch's names."""
-    run = jax.jit(lambda *a: step.run_steps(made.learner, *a))
+    run = jax.jit(lambda *a: step.run_steps(made.spec, *a))
     state, losses = made.state, []
     for row in rows:
-        state, metrics = run(state, made.teacher, made.resident, row[None])
+        state, metrics = run(state, made.teacher, made.device_data, row[None])
         losses.append(float(metrics["loss"][0]))
     variables = jax.device_get(state.variables("student"))
     return losses, interop.to_torch("resnet8", variables)

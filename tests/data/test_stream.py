@@ -318,15 +318,17 @@ def test_a_streamed_split_is_scored_as_one_in_memory(unbroken, lab):
     fields, folder = unbroken("none", "fused")
     settings = lab.config(**fields)
     result = json.loads((folder / workdir.RESULT).read_text())
-    bench = resume.make_bench(settings, interrupt.Guard())
-    held = state_lib.resident(bench.dataset.preview.test, 0, bench.mesh)
+    environment = resume.make_environment(settings, interrupt.Guard())
+    held = state_lib.device_data(environment.dataset.preview.test, 0, environment.mesh)
     network, _ = weights.student(folder / workdir.STUDENT, "float32")
     pixels = setup_lib.pixels(settings)
-    score = single.evaluator(settings, network, pixels, bench)(network.variables, held)
+    score = single.evaluator(settings, network, pixels, environment)(
+        network.variables, held
+    )
     assert score.right == result["test_last"]["right"]
     assert score.examples == result["test_last"]["examples"] == 21
     assert result["image_shape"] == [8, 8, 3]
-    assert result["data"] == bench.dataset.fingerprint()
+    assert result["data"] == environment.dataset.fingerprint()
 
 
 def test_eight_devices_are_fed_like_one(photos):
@@ -403,7 +405,7 @@ def test_two_processes_stream_as_two_devices_of_one(photos, tmp_path):
     fields = streaming(photos) | distributed.PLAIN
     two = distributed.both(tmp_path / "two", fields)
     assert two[0][0] == 0
-    with tiny.bench(devices=2):
+    with tiny.environment(devices=2):
         settings = tiny.small(tmp_path / "one", **fields)
         command.run(settings, tmp_path / "one" / "run", notify=lambda text: None)
     one, other = (distributed.finished(tmp_path / name) for name in ("one", "two"))

@@ -15,10 +15,11 @@ from lakd_jax import distill, models
 from lakd_jax.distill.base import registry
 from lakd_jax.distill.base import term as term_lib
 from lakd_jax.interop import weights
-from lakd_jax.training import setup, spec, step
+from lakd_jax.training import setup, step
+from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
 
-bench, teacher_dir = resume.bench, resume.teacher_dir
+environment, teacher_dir = resume.environment, resume.teacher_dir
 
 METHODS = sorted(
     name
@@ -43,12 +44,12 @@ def fields(name):
     return {"method": name, "optim__lr": 1e-4, **own, **FIELDS.get(name, {})}
 
 
-def learner(tmp_path, model, **fields):
+def spec(tmp_path, model, **fields):
     """(learner, function of its first state, the teacher's variables) on one device."""
     config = config_lib.resolve(tiny.config(tmp_path, **fields))
     mesh = state_lib.data_mesh()
     variables = state_lib.replicate(toys.network(model, 7), mesh)
-    made, first = setup.learner(
+    made, first = setup.spec(
         config,
         weights.Loaded(model, toys.network(model, 1), "drawn"),
         weights.Loaded(model, variables, "drawn"),
@@ -68,7 +69,7 @@ def row():
 @pytest.mark.long
 @pytest.mark.parametrize("name", [n for n in METHODS if n not in PER_EXAMPLE])
 def test_devices_take_the_step_of_one(name, tmp_path):
-    made, first, teacher = learner(tmp_path, toys.Toy(), **fields(name))
+    made, first, teacher = spec(tmp_path, toys.Toy(), **fields(name))
     # From the same state on each of the meshes.
     start = jax.device_get((first(), teacher))
 
@@ -76,7 +77,7 @@ def test_devices_take_the_step_of_one(name, tmp_path):
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("data",))
         own = dataclasses.replace(made, mesh=mesh)
         state, variables = state_lib.replicate(start, mesh)
-        data = state_lib.resident(tiny.split(160, 0), 0, mesh)
+        data = state_lib.device_data(tiny.split(160, 0), 0, mesh)
         take = jax.jit(functools.partial(step.train_step, own))
         return take(state, variables, data, row())
 
@@ -90,12 +91,12 @@ def test_devices_take_the_step_of_one(name, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", STATEFUL)
-def test_a_stop_loses_nothing_of_its_state(name, tmp_path, bench, teacher_dir):
+def test_a_stop_loses_nothing_of_its_state(name, tmp_path, environment, teacher_dir):
     """Promise 12: memories, centres, margins and temperatures go on."""
     config = tiny.config(tmp_path, epochs=2, **fields(name))
 
     def train(folder, guard):
-        return resume.train(config, tmp_path / folder, bench, guard, teacher_dir)
+        return resume.train(config, tmp_path / folder, environment, guard, teacher_dir)
 
     whole = train("whole", resume.interrupt.Guard())
     assert whole["method"] == name
@@ -107,12 +108,12 @@ def test_a_stop_loses_nothing_of_its_state(name, tmp_path, bench, teacher_dir):
 
 
 def test_features_of_two_shapes_are_told(tmp_path):
-    made, *_ = learner(tmp_path, models.create("resnet8", num_classes=3), method="at")
-    assert spec.unlike(made, 8) == []
+    made, *_ = spec(tmp_path, models.create("resnet8", num_classes=3), method="at")
+    assert spec_lib.unlike(made, 8) == []
     wide = dataclasses.replace(made, teacher=models.create("resnet8x4", num_classes=3))
-    assert spec.unlike(wide, 8)[0] == "stage1.block1 8x8x16 from 8x8x64"
+    assert spec_lib.unlike(wide, 8)[0] == "stage1.block1 8x8x16 from 8x8x64"
     larger = dataclasses.replace(made.teacher_pixels, size=16)
     large = dataclasses.replace(made, teacher_pixels=larger)
-    assert spec.unlike(large, 8)[2] == "stage3.block1 2x2x64 from 4x4x64"
+    assert spec_lib.unlike(large, 8)[2] == "stage3.block1 2x2x64 from 4x4x64"
     blind = dataclasses.replace(wide, facts=distill.facts("kd"))
-    assert spec.unlike(blind, 8) == []
+    assert spec_lib.unlike(blind, 8) == []

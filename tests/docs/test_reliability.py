@@ -25,7 +25,8 @@ from lakd_jax.runs import command, single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import hosts, interrupt
 from lakd_jax.store import checkpoint, manifest, workdir
-from lakd_jax.training import phase, segments, setup, spec
+from lakd_jax.training import phase, segments, setup
+from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -226,9 +227,9 @@ def test_modules_hand_the_teacher_images_as_it_takes_them():
     """Promise 18: where modules are trained one by one, too."""
     split, rows = tiny.split(4, 0), np.array([2, 0])
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
-    own = spec.Pixels((0.2, 0.3, 0.4), (0.5, 0.6, 0.7), jnp.float32)
+    own = spec_lib.Pixels((0.2, 0.3, 0.4), (0.5, 0.6, 0.7), jnp.float32)
     other = dataclasses.replace(own, mean=(0.5,) * 3)
-    learner = types.SimpleNamespace(
+    spec = types.SimpleNamespace(
         student_pixels=other,
         teacher=object(),
         teacher_pixels=own,
@@ -237,8 +238,8 @@ def test_modules_hand_the_teacher_images_as_it_takes_them():
         flip=False,
         mesh=mesh,
     )
-    held = state_lib.resident(split, 0, mesh)
-    below, batch = segments.start(learner, jnp.int32(0), held, rows)
+    held = state_lib.device_data(split, 0, mesh)
+    below, batch = segments.start(spec, jnp.int32(0), held, rows)
     for given, pixels in ((below.student, other), (below.teacher, own)):
         wanted = (split.images[rows] / 255 - pixels.mean) / np.array(pixels.std)
         np.testing.assert_allclose(given, wanted, atol=1e-6)
@@ -284,17 +285,17 @@ def test_processes_compare_all_that_must_agree(monkeypatch, tmp_path):
     assert compared == config_lib.flat(config) | versions
 
     compared.clear()
-    bench = single.bench(config, interrupt.Guard(), print)
+    environment = single.environment(config, interrupt.Guard(), print)
     assert list(compared.values()) == [tiny.dataset().fingerprint()]
 
     compared.clear()
     model = weights_lib.models.create("resnet8", num_classes=3)
     loaded = weights_lib.Loaded(model, tiny.variables(model), "")
-    teacher_lib._frozen(config, loaded, bench)
+    teacher_lib._frozen(config, loaded, environment)
     assert compared["the teacher"]["params"]
 
     drawn = {"student": {"w": jnp.ones(3)}}, {}
-    plain = types.SimpleNamespace(optimizer=optax.identity(), mesh=bench.mesh)
+    plain = types.SimpleNamespace(optimizer=optax.identity(), mesh=environment.mesh)
     state = setup._first_state(plain, lambda: drawn, None, phase.Phase(config))
     assert compared["the first state"].params.keys() == state.params.keys()
 

@@ -10,7 +10,7 @@ from lakd_jax import errors
 from lakd_jax.runtime import interrupt
 from lakd_jax.store import checkpoint
 from lakd_jax.training import loop as loop_lib
-from lakd_jax.training import record
+from lakd_jax.training import record as record_lib
 from lakd_jax.training import state as state_lib
 
 STEPS, EPOCH, EVERY = 10, 5, 3
@@ -49,7 +49,7 @@ class Adding:
 
 def loop(directory, guard, seen):
     """Ten steps in two epochs, of which every third is saved."""
-    plan = record.Plan(
+    plan = record_lib.Plan(
         batch_size=4,
         drop_last=True,
         examples=4 * EPOCH,
@@ -60,7 +60,7 @@ def loop(directory, guard, seen):
         steps_per_dispatch=1,
         keep=2,
     )
-    one = record.Track(plan, directory, 0, first_state, None, None)
+    one = record_lib.RunRecord(plan, directory, 0, first_state, None, None)
     return loop_lib.Fit(one, Adding(seen), guard)
 
 

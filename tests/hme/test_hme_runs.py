@@ -25,7 +25,7 @@ STEPS, EPOCHS = 4, 2  # steps per epoch, epochs per stage
 
 @pytest.fixture(scope="module")
 def mesh():
-    with tiny.bench() as one:
+    with tiny.environment() as one:
         yield one
 
 
@@ -35,9 +35,9 @@ def config(tmp_path, **fields):
 
 
 def train(settings, directory, guard, teacher=None):
-    bench = single.bench(settings, guard, lambda text: None)
+    environment = single.environment(settings, guard, lambda text: None)
     with workdir.prepare(directory, config_lib.to_dict(settings)):
-        return phases.train(settings, directory, bench, teacher)
+        return phases.train(settings, directory, environment, teacher)
 
 
 def finished(directory):

@@ -19,7 +19,7 @@ from lakd_jax import config as config_lib
 from lakd_jax import export, interop, models
 from lakd_jax.interop import weights as weights_lib
 from lakd_jax.store import workdir
-from lakd_jax.training import spec
+from lakd_jax.training import spec as spec_lib
 
 # ml_collections loads config files in a way deprecated since Python 3.12.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -75,7 +75,7 @@ def images(count):
 def logits(count, dtype=jnp.float32, size=0):
     """Returns the network's logits of `images(count)`."""
     model = models.create("resnet8", num_classes=3, dtype=dtype)
-    pixels = spec.Pixels(MEAN, STD, jnp.dtype(dtype), size)
+    pixels = spec_lib.Pixels(MEAN, STD, jnp.dtype(dtype), size)
     inputs = pixels(jnp.asarray(images(count)))
     return np.asarray(model.apply(variables(), inputs, train=False).logits)
 
@@ -156,10 +156,10 @@ def test_stablehlo_in_a_process_with_jax_alone(finished, tmp_path, dtype, size):
     )
     assert done.returncode == 0, done.stderr
     assert all(f"'{platform}'" in done.stdout for platform in ("cpu", "cuda", "tpu"))
-    answers = np.load(files[2])
+    cached_outputs = np.load(files[2])
     close = 1e-5 if dtype == "float32" else 0.05
     for count in (1, 5):
-        answer = answers[str(count)]
+        answer = cached_outputs[str(count)]
         assert answer.dtype == np.float32 and answer.shape == (count, 3)
         expected = logits(count, dtype, size)
         np.testing.assert_allclose(answer, expected, rtol=close, atol=close)

@@ -231,9 +231,9 @@ def test_attention_between_taps_is_read_from_checkpoints(method, finished, tmp_p
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Yields a finished LAKD run on tiny data, inside `tiny.bench`."""
+    """Yields a finished LAKD run on tiny data, inside `tiny.environment`."""
     directory = tmp_path_factory.mktemp("explained")
-    with tiny.bench():
+    with tiny.environment():
         from lakd_jax.runs import command
 
         fields = {"epochs": 1, "baselines": ("none",), "checkpoint__every_steps": 2}
@@ -277,7 +277,7 @@ def test_a_baseline_without_teacher_has_a_report_too(finished):
 def test_right_and_wrong_images_are_right_and_wrong(finished):
     s = subject.load(finished, interrupt.Guard(), lambda text: None)
     chosen = measure.right_and_wrong(s, 4)
-    test = s.bench.dataset.test
+    test = s.environment.dataset.test
     args = (s.student.model, s.student.variables, s.pixels)
     logits, _ = subject.observe(*args, test.images, ())
     right = logits.argmax(-1) == test.labels

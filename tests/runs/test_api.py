@@ -32,7 +32,7 @@ def config(folder):
 @pytest.fixture(autouse=True, scope="module")
 def small():
     """The tiny data set on one device."""
-    with tiny.bench():
+    with tiny.environment():
         yield
 
 

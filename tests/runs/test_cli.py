@@ -41,7 +41,7 @@ def tiny_main(main, tmp_path):
     """The same on the tiny data set and one device; needs no --config."""
     file = tmp_path / "tiny_config.py"
     file.write_text(CONFIG)
-    with tiny.bench():
+    with tiny.environment():
         yield lambda *args: main(f"--config={file}:{tmp_path}", *args)
 
 

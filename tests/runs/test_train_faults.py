@@ -19,22 +19,25 @@ from lakd_jax.runs import single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
 from lakd_jax.store import checkpoint, workdir
-from lakd_jax.training import evaluate, phase, spec
+from lakd_jax.training import evaluate, phase
+from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
 
 
 @pytest.fixture(scope="module")
 def mesh():
     """One device, for all that trains here on the tiny data."""
-    with tiny.bench() as one:
+    with tiny.environment() as one:
         yield one
 
 
 def train(directory, *, guard=None, teacher=None, method="none", **fields):
     config = config_lib.resolve(tiny.small(directory, method=method, **fields))
-    bench = single.bench(config, guard or interrupt.Guard(), lambda text: None)
+    environment = single.environment(
+        config, guard or interrupt.Guard(), lambda text: None
+    )
     with workdir.prepare(directory, config_lib.to_dict(config)):
-        return single.train_one(phase.first(config), directory, bench, teacher)
+        return single.train_one(phase.first(config), directory, environment, teacher)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +192,7 @@ def test_every_example_is_counted_once(batch_size):
     model = tiny.SMALL(num_classes=3)
     variables = tiny.variables(model)
     test = tiny.split(45, 2)
-    pixels = spec.Pixels((0.4,) * 3, (0.3,) * 3, jnp.float32)
+    pixels = spec_lib.Pixels((0.4,) * 3, (0.3,) * 3, jnp.float32)
     mesh = Mesh(np.array(jax.devices()), ("data",))  # all eight of them
     evaluator = evaluate.Evaluator(
         model,
@@ -202,7 +205,7 @@ def test_every_example_is_counted_once(batch_size):
     logits = np.asarray(logits.logits, np.float64)
     test.labels[0] = logits[0].argmax()  # the one that fills up the last batch
     score = evaluator(
-        state_lib.replicate(variables, mesh), state_lib.resident(test, 0, mesh)
+        state_lib.replicate(variables, mesh), state_lib.device_data(test, 0, mesh)
     )
     right = int(np.sum(logits.argmax(-1) == test.labels))
     chosen = logits[np.arange(45), test.labels]
@@ -230,9 +233,9 @@ def test_floor_of_the_teacher(tmp_path, mesh, classes, floor, right, good):
     teacher = tiny.teacher(mesh)
     dataset = tiny.dataset()
     object.__setattr__(dataset, "classes", tuple(map(str, range(classes))))
-    bench = single.Bench(dataset, *[None] * 4, interrupt.Guard(), print)
+    environment = single.Environment(dataset, *[None] * 4, interrupt.Guard(), print)
     score = evaluate.Score(right, 100, 1.0)
-    arguments = (config, bench, teacher.network, teacher.pixels, score)
+    arguments = (config, environment, teacher.network, teacher.pixels, score)
     if good:
         teacher_lib._check_floor(*arguments)
         return
@@ -242,8 +245,8 @@ def test_floor_of_the_teacher(tmp_path, mesh, classes, floor, right, good):
 
 def made_teacher(directory, **fields):
     config = config_lib.resolve(tiny.small(directory, method="kd", **fields))
-    bench = single.bench(config, interrupt.Guard(), lambda text: None)
-    return teacher_lib.make(config, bench)
+    environment = single.environment(config, interrupt.Guard(), lambda text: None)
+    return teacher_lib.make(config, environment)
 
 
 def test_teacher_is_folded_and_fed_at_the_size_it_was_trained_at(run):
@@ -261,7 +264,7 @@ def test_teacher_is_folded_and_fed_at_the_size_it_was_trained_at(run):
 def test_teacher_of_other_images_is_not_taken_from_the_cache(run, monkeypatch):
     trained = []
 
-    def leave(phase, directory, bench, teacher):
+    def leave(phase, directory, environment, teacher):
         model = tiny.SMALL(num_classes=3)
         network = weights.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
         result = {"student": phase.config.student.name}

@@ -54,9 +54,9 @@ def test_the_remark_is_on_the_console(tmp_path, part):
     config = tiny.config(tmp_path, **{f"{part}__init": str(path)})
     lines = []
     dataset = types.SimpleNamespace(classes=tuple("abcdefg"))
-    bench = types.SimpleNamespace(dataset=dataset, notify=lines.append)
+    environment = types.SimpleNamespace(dataset=dataset, notify=lines.append)
     for name in ("teacher", "student"):
-        single.load_network(name, config, bench)
+        single.load_network(name, config, environment)
     assert lines == [f"{part}.init: {path}: float16 weights cast to float32"]
 
 

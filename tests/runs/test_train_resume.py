@@ -24,11 +24,11 @@ LONG = pytest.mark.long
 
 
 @pytest.fixture
-def bench(monkeypatch):
+def environment(monkeypatch):
     monkeypatch.setattr(single.data, "load", lambda *a, **k: tiny.dataset())
     one = Mesh(np.array(jax.devices()[:1]), ("data",))
     monkeypatch.setattr(state_lib, "data_mesh", lambda: one)
-    return make_bench
+    return make_environment
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +36,14 @@ def teacher_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("teachers")
 
 
-def make_bench(config, guard):
-    return single.bench(config, guard, lambda text: None)
+def make_environment(config, guard):
+    return single.environment(config, guard, lambda text: None)
 
 
-def train(config, directory, bench, guard, teacher):
+def train(config, directory, environment, guard, teacher):
     """`teacher`: one, or the folder of one that the first to ask for it trains."""
     config = config_lib.resolve(config)
-    own = bench(config, interrupt.Guard())
+    own = environment(config, interrupt.Guard())
     if config.method == "none":
         teacher = None
     elif not isinstance(teacher, single.Teacher):
@@ -79,7 +79,7 @@ def saved_steps(directory):
 
 @dataclasses.dataclass(frozen=True)
 class Lab:
-    """Runs on `tiny.bench`, of methods and engines; `root` holds their folders."""
+    """Runs methods and engines on `tiny.environment`; `root` holds their folders."""
 
     root: object
     teacher: single.Teacher
@@ -88,7 +88,7 @@ class Lab:
         return tiny.small(self.root, **({"log_every": 3} | fields))
 
     def train(self, folder, guard=None, **fields):
-        arguments = make_bench, guard or interrupt.Guard(), self.teacher
+        arguments = make_environment, guard or interrupt.Guard(), self.teacher
         return train(self.config(**fields), folder, *arguments)
 
     def stop(self, folder, start, step, evaluated=True, **fields):
@@ -103,7 +103,7 @@ class Lab:
 
 
 def lab_of(root, devices=1, **counts):
-    with tiny.bench(devices, **counts) as mesh:
+    with tiny.environment(devices, **counts) as mesh:
         yield Lab(root, tiny.teacher(mesh))
 
 

@@ -18,7 +18,7 @@ LONG = pytest.mark.long
 @pytest.fixture(autouse=True, scope="module")
 def small():
     """The small data set, on one device."""
-    with tiny.bench():
+    with tiny.environment():
         yield
 
 
@@ -42,7 +42,7 @@ def run(config, directory, guard=None):
 def stopped(config, directory, checks):
     """Stops at that check; the teacher is there before, so it has none but its test."""
     resolved = config_lib.resolve(config)
-    teacher.make(resolved, single_lib.bench(resolved, interrupt.Guard(), str))
+    teacher.make(resolved, single_lib.environment(resolved, interrupt.Guard(), str))
     with pytest.raises(interrupt.Interrupted):
         run(config, directory, tiny.StopAfter(checks))
 

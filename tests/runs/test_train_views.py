@@ -20,30 +20,33 @@ from lakd_jax.runs import command, phases, single, teacher_cache, teacher_source
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
 from lakd_jax.store import manifest, workdir
-from lakd_jax.training import segments, setup, spec, step, teacher_outputs
+from lakd_jax.training import segments, setup, step, teacher_outputs
+from lakd_jax.training import spec as spec_lib
 
 LONG = pytest.mark.long
 VIEWS = 2
 BATCH = 32
 
 
-def asker(made, guard=None):
-    learner, _, variables, data = made
-    return teacher_cache.Asker(
-        learner, variables, data, BATCH, guard or interrupt.Guard()
+def computer(made, guard=None):
+    spec, _, variables, data = made
+    return teacher_cache.OutputsComputer(
+        spec, variables, data, BATCH, guard or interrupt.Guard()
     )
 
 
-def key(made, ask):
-    learner, _, variables, _ = made
+def key(made, compute_outputs):
+    spec, _, variables, _ = made
     names = {"teacher": "resnet8", "data": "tiny", "seed": 0}
-    return teacher_cache.settings(learner, variables, ask.shapes(), **names)
+    return teacher_cache.settings(spec, variables, compute_outputs.shapes(), **names)
 
 
 def kept(made, cache, guard=None, notify=lambda text: None):
-    ask = asker(made, guard)
+    compute_outputs = computer(made, guard)
     labels = tiny.split(160, 0).labels
-    return teacher_cache.kept(cache, ask, key(made, ask), labels, notify)
+    return teacher_cache.kept(
+        cache, compute_outputs, key(made, compute_outputs), labels, notify
+    )
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +95,9 @@ def trained(program, made, source):
 )
 def test_stored_outputs_train_as_the_teacher_does(devices, fields, tmp_path):
     made = steps.small(tmp_path, devices, teacher__views=VIEWS, **fields)
-    answers = kept(made, tmp_path / "cache")
+    cached_outputs = kept(made, tmp_path / "cache")
     program = jax.jit(functools.partial(step.train_step, made[0]))
-    ours, told = trained(program, made, answers)
+    ours, told = trained(program, made, cached_outputs)
     live, expected = trained(program, made, made[2])
     # Each program rounds in its own way.
     tolerance = 2e-2 if "dtype" in fields else 1e-4
@@ -104,7 +107,7 @@ def test_stored_outputs_train_as_the_teacher_does(devices, fields, tmp_path):
             np.testing.assert_allclose(
                 mine[name], value, rtol=tolerance, atol=1e-6, err_msg=name
             )
-    other, _ = trained(program, made, jax.tree.map(lambda x: x[::-1], answers))
+    other, _ = trained(program, made, jax.tree.map(lambda x: x[::-1], cached_outputs))
     near, far = distance(ours, live), distance(other, live)
     assert near < tolerance / 10 and far > 5 * near
 
@@ -116,23 +119,23 @@ def distance(one, other):
 
 
 def test_views_come_again_and_are_those_of_the_first_epochs(lakd):
-    learner = lakd[0][0]
-    free = dataclasses.replace(learner, views=0)
-    at = [int(learner.view(jnp.int32(10 * epoch + 9))) for epoch in range(5)]
+    spec = lakd[0][0]
+    free = dataclasses.replace(spec, views=0)
+    at = [int(spec.view(jnp.int32(10 * epoch + 9))) for epoch in range(5)]
     assert at == [0, 1, 0, 1, 0]
     assert [int(free.view(jnp.int32(10 * epoch))) for epoch in range(5)] == [*range(5)]
 
 
 def test_answers_are_what_the_teacher_says_of_that_view(lakd):
-    (learner, _, variables, data), cache = lakd
+    (spec, _, variables, data), cache = lakd
     stored = kept(lakd[0], cache)
     assert stored.logits.shape == (VIEWS, 160, 3)
     assert [j.shape[2:] for j in stored.joints] == [(4, 4, 4), (2, 2, 6), (2, 2, 8)]
     rows = np.array([3, 150, 7, 7])
     for step_number in (0, 12):  # of epochs 0 and 1
-        images, _ = spec.batch(learner, jnp.int32(step_number), data, rows)
-        below, whole = learner.teacher_pixels(images), segments.whole(learner)
-        seen = teacher_outputs.Live(learner, variables).segment(whole, below)
+        images, _ = spec_lib.batch(spec, jnp.int32(step_number), data, rows)
+        below, whole = spec.teacher_pixels(images), segments.whole(spec)
+        seen = teacher_outputs.Live(spec, variables).segment(whole, below)
         outputs, joints = seen.outputs, seen.compared
         view = step_number // 10
         np.testing.assert_allclose(stored.logits[view, rows], outputs.logits, atol=1e-4)
@@ -158,9 +161,9 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
 def test_both_stages_of_an_experts_tree_share_what_is_stored(tmp_path):
     fields = {"method": "kd", "student__name": "hme", "epochs": 1}
     config = config_lib.resolve(tiny.small(tmp_path, **fields, teacher__views=1))
-    with tiny.bench() as mesh:
+    with tiny.environment() as mesh:
         lines = []
-        own = single.bench(config, interrupt.Guard(), lines.append)
+        own = single.environment(config, interrupt.Guard(), lines.append)
         with workdir.prepare(tmp_path / "run", config_lib.to_dict(config)):
             folder, teacher = tmp_path / "run", tiny.teacher(mesh)
             result = phases.train(config, folder, own, teacher)
@@ -249,29 +252,29 @@ def test_a_stop_keeps_whole_views(lakd, tmp_path):
 
 
 def test_what_outputs_depend_on_is_in_the_key(lakd):
-    made = learner, _, variables, _ = lakd[0]
-    ask = asker(made)
-    same = key(made, ask)
-    assert key(made, asker(made)) == same
+    made = spec, _, variables, _ = lakd[0]
+    compute_outputs = computer(made)
+    same = key(made, compute_outputs)
+    assert key(made, computer(made)) == same
     others = {
         "weights": jax.tree.map(lambda x: x + 1e-6, variables),
         "pad": 2,
         "flip": False,
         "views": 3,
         "preact": True,
-        "teacher_pixels": dataclasses.replace(learner.teacher_pixels, size=4),
+        "teacher_pixels": dataclasses.replace(spec.teacher_pixels, size=4),
     }
     for name, value in others.items():
         if name == "weights":
-            changed = (learner, None, value, None)
+            changed = (spec, None, value, None)
         else:
             changed = (
-                dataclasses.replace(learner, **{name: value}),
+                dataclasses.replace(spec, **{name: value}),
                 None,
                 variables,
                 0,
             )
-        assert key(changed, ask) != same, name
+        assert key(changed, compute_outputs) != same, name
 
 
 # ----------------------------------------------------------------- what is refused
@@ -281,7 +284,7 @@ def test_too_little_room_is_told_with_the_sum():
     def shape(*own):
         return jax.ShapeDtypeStruct((30, 50_000, *own), jnp.float32)
 
-    wanted = teacher_outputs.Answers(shape(10), (shape(8, 8, 4),))
+    wanted = teacher_outputs.TeacherOutputs(shape(10), (shape(8, 8, 4),))
     teacher_cache.require_room(wanted, 1_526)  # 1 MiB is 2**20
     with pytest.raises(errors.ConfigError) as caught:
         teacher_cache.require_room(wanted, 1_000)
@@ -297,8 +300,8 @@ def test_too_little_room_is_known_before_the_teacher_is_trained(tmp_path):
     fields = {"method": "kd", "baselines": ("lakd",), "teacher__views": 4}
     config = config_lib.resolve(tiny.config(tmp_path, **fields))
     config.teacher.views_mib = 1
-    with tiny.bench(train=160):
-        own = resume.make_bench(config, interrupt.Guard())
+    with tiny.environment(train=160):
+        own = resume.make_environment(config, interrupt.Guard())
         with pytest.raises(errors.ConfigError, match=r"160 images x 4 views = 4 MiB"):
             teacher_lib.make(config, own)
     assert not (tmp_path / "teachers").exists()
@@ -311,8 +314,8 @@ def test_the_room_of_an_experts_tree_is_known(tmp_path, monkeypatch):
     monkeypatch.setattr(
         teacher_cache, "require_room", lambda wanted, _: asked.append(wanted)
     )
-    with tiny.bench():
-        own = resume.make_bench(config, interrupt.Guard())
+    with tiny.environment():
+        own = resume.make_environment(config, interrupt.Guard())
         teacher = single.load_network("teacher", config, own)
         pixels = setup.pixels(config)
         teacher_source.require_room(config, teacher, pixels, own.dataset, own.mesh)
@@ -355,9 +358,9 @@ def test_preact_is_not_what_modules_are_fed():
 )
 def test_a_method_that_reads_more_cannot_be_answered(fields, tmp_path):
     fields = {"teacher__views": 1} | fields
-    learner, _, variables = steps.learner_of(tmp_path, 1, tiny.SMALL, **fields)
+    spec, _, variables = steps.spec_of(tmp_path, 1, tiny.SMALL, **fields)
     with pytest.raises(ValueError, match="only logits, joints are stored"):
-        teacher_cache.shapes(learner, variables, (8, 8, 3), 160)
+        teacher_cache.shapes(spec, variables, (8, 8, 3), 160)
 
 
 # ------------------------------------------------------------- the command line
@@ -397,7 +400,7 @@ def test_two_runs_share_what_the_teacher_said(tmp_path):
     config, quiet, results = stored_once(tmp_path), interrupt.Guard(), []
     for name, count in (("one", 2), ("two", 0)):  # of KD and LAKD
         lines = []
-        with tiny.bench():
+        with tiny.environment():
             folder = tmp_path / name
             result = command.run(config, folder, guard=quiet, notify=lines.append)
         assert sum("teacher's outputs, 1 of 1 views" in line for line in lines) == count
@@ -409,7 +412,7 @@ def test_two_runs_share_what_the_teacher_said(tmp_path):
 @LONG
 def test_a_dry_run_stores_nothing(tmp_path):
     lines = []
-    with tiny.bench():
+    with tiny.environment():
         config = stored_once(tmp_path)
         command.dry_run(config, guard=interrupt.Guard(), notify=lines.append)
     out = "\n".join(lines)

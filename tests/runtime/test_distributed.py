@@ -90,7 +90,7 @@ def alone():
         command_lib.run(config, folder / "run", notify=lambda text: None)
         return finished(folder)
 
-    with tiny.bench(devices=2):
+    with tiny.environment(devices=2):
         yield run
 
 

@@ -270,17 +270,17 @@ def test_home_in_init(home, field):
 def test_home_in_teacher_cache(home, monkeypatch):
     """The config, and with it the name of the teacher's folder, do not change."""
     config = tiny.config(home)
-    bench = types.SimpleNamespace(dataset=tiny.dataset())
-    name = teacher._cached(config, bench).name
+    environment = types.SimpleNamespace(dataset=tiny.dataset())
+    name = teacher._cached(config, environment).name
     config.teacher.cache = "~/teachers"
-    assert teacher._cached(config, bench) == home / "teachers" / name
+    assert teacher._cached(config, environment) == home / "teachers" / name
     assert config.teacher.cache == "~/teachers"
 
 
 def test_home_in_teacher_cache_of_views(home, monkeypatch):
-    asker = types.SimpleNamespace(shapes=dict)
+    computer = types.SimpleNamespace(shapes=dict)
     cache = teacher_source.teacher_cache
-    monkeypatch.setattr(cache, "Asker", lambda *_: asker)
+    monkeypatch.setattr(cache, "Asker", lambda *_: computer)
     monkeypatch.setattr(cache, "require_room", lambda *_: None)
     monkeypatch.setattr(cache, "settings", lambda *_, **__: "key")
     monkeypatch.setattr(cache, "kept", lambda folder, *_: folder)
@@ -290,7 +290,7 @@ def test_home_in_teacher_cache_of_views(home, monkeypatch):
         config,
         types.SimpleNamespace(views=2, mesh=None),
         {},
-        state_lib.resident(dataset.train, 0, state_lib.data_mesh()),
+        state_lib.device_data(dataset.train, 0, state_lib.data_mesh()),
         dataset,
         guard=interrupt.Guard(),
         notify=print,

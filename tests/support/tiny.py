@@ -16,7 +16,8 @@ from lakd_jax.interop import weights
 from lakd_jax.models import vgg
 from lakd_jax.runs import single
 from lakd_jax.runtime import interrupt
-from lakd_jax.training import evaluate, spec
+from lakd_jax.training import evaluate
+from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
 
 KEY = jax.random.key(0)
@@ -58,7 +59,7 @@ def config(tmp_path, **fields) -> config_lib.ConfigDict:
 
 
 def small(tmp_path, **fields) -> config_lib.ConfigDict:
-    """NETWORK from NETWORK on the data of `bench`: 3 epochs of 4 steps."""
+    """NETWORK from NETWORK on the data of `environment`: 3 epochs of 4 steps."""
     own = {"epochs": 3, "batch_size": 16, "student__name": NETWORK}
     return config(tmp_path, **(own | {"teacher__name": NETWORK} | fields))
 
@@ -67,7 +68,7 @@ COUNTS = {"train": 64, "minival": 32, "test": 45}
 
 
 @contextlib.contextmanager
-def bench(devices: int = 1, **counts):
+def environment(devices: int = 1, **counts):
     """Runs find `dataset`, use that many devices, and know NETWORK.
 
     An evaluation is of two batches of minival, of three of test, the last one short.
@@ -102,7 +103,7 @@ def teacher(mesh: Mesh, build=SMALL) -> single.Teacher:
     """A network of random weights, as if it had been trained and tested."""
     model = build(num_classes=len(CLASSES))
     network = weights.Loaded(model, state_lib.replicate(variables(model), mesh), "it")
-    pixels = spec.Pixels((0.4,) * 3, (0.3,) * 3, jnp.dtype("float32"))
+    pixels = spec_lib.Pixels((0.4,) * 3, (0.3,) * 3, jnp.dtype("float32"))
     return single.Teacher(network, pixels, evaluate.Score(15, 45, 1.0), 1)
 
 

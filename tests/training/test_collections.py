@@ -75,14 +75,14 @@ def test_each_engine_trains_it(network, kind, tmp_path):
     """LAKD, cut: every engine makes the fused step, and all weights move."""
     devices = 3 if kind == "pipeline" else 1
     made = steps.make(tmp_path, devices, network, method="lakd")
-    learner, state, teacher, data = made
+    spec, state, teacher, data = made
     assert (
         "batch_stats" not in state.variables("student")
         or not (state.variables("student")["batch_stats"])
     )
     config = tiny.config(tmp_path, method="lakd", local__engine=kind)
-    engine = setup.engine(config, learner, teacher, data, interrupt.Guard())
-    engine.load(state_lib.replicate(state, learner.mesh))
+    engine = setup.engine(config, spec, teacher, data, interrupt.Guard())
+    engine.load(state_lib.replicate(state, spec.mesh))
     losses = []
     for row in steps.rows(2):
         losses.append(engine.read(engine.run(row[None]))["loss"])
@@ -92,13 +92,13 @@ def test_each_engine_trains_it(network, kind, tmp_path):
         lambda a, b: np.any(a != b), after.variables("student")["params"], before
     )
     assert all(jax.tree.leaves(moved)) and np.all(np.isfinite(losses))
-    assert len(segments.of_student(learner)) == 3
+    assert len(segments.of_student(spec)) == 3
 
 
 @pytest.mark.parametrize("method", ["none", "kd", "at"])
 def test_methods_take_their_step(method, tmp_path):
-    learner, state, teacher, data = steps.make(tmp_path, 1, GROUP, method=method)
-    after, found = steps.one_step((learner, state, teacher, data), steps.rows(1)[0])
+    spec, state, teacher, data = steps.make(tmp_path, 1, GROUP, method=method)
+    after, found = steps.one_step((spec, state, teacher, data), steps.rows(1)[0])
     assert np.isfinite(found["loss"]) and int(after.step) == 1
 
 

@@ -36,11 +36,11 @@ QUICK = ("default", "several")
 
 def both_ways(made, row):
     """(state, metrics) of two steps, module by module and by one gradient."""
-    learner, state, teacher, data = made
-    one = dataclasses.replace(learner, regularise=lambda losses, sown, epoch: losses)
-    assert [len(segments.of_student(x)) for x in (learner, one)] == [3, 1]
+    spec, state, teacher, data = made
+    one = dataclasses.replace(spec, regularise=lambda losses, sown, epoch: losses)
+    assert [len(segments.of_student(x)) for x in (spec, one)] == [3, 1]
     results = []
-    for each in (learner, one):
+    for each in (spec, one):
         program, now = jax.jit(functools.partial(step.train_step, each)), state
         for _ in range(2):
             now, metrics = program(now, teacher, data, row)
@@ -73,33 +73,33 @@ def lakd(tmp_path_factory):
 
 
 def test_a_module_follows_its_own_loss(lakd):
-    learner, state, teacher, data = lakd
-    below, batch = segments.start(learner, state.step, data, steps.rows(1)[0])
+    spec, state, teacher, data = lakd
+    below, batch = segments.start(spec, state.step, data, steps.rows(1)[0])
     segment = segments.Segment(0, 0)
 
-    def first_module(learner):
-        own = segments.state_of(learner, state, segment)
-        part = segments.teacher_of(learner, teacher, segment)
-        program = jax.jit(functools.partial(step.segment_step, learner, segment))
+    def first_module(spec):
+        own = segments.state_of(spec, state, segment)
+        part = segments.teacher_of(spec, teacher, segment)
+        program = jax.jit(functools.partial(step.segment_step, spec, segment))
         new, *_ = program(own, part, below, batch)
         return new.params
 
-    heavier = learner.method.options
+    heavier = spec.method.options
     heavier = dataclasses.replace(heavier, feature_weight=7.0)
-    other = dataclasses.replace(learner, method=type(learner.method)(heavier))
-    same, changed = first_module(learner), first_module(other)
+    other = dataclasses.replace(spec, method=type(spec.method)(heavier))
+    same, changed = first_module(spec), first_module(other)
     kernel = "student", "stem", "conv1", "kernel"
     same, changed = (functools.reduce(dict.get, kernel, p) for p in (same, changed))
     assert np.abs(same - changed).max() > 0
 
 
-def parts_of(learner, state):
-    return [segments.state_of(learner, state, s) for s in segments.of_student(learner)]
+def parts_of(spec, state):
+    return [segments.state_of(spec, state, s) for s in segments.of_student(spec)]
 
 
 def test_states_of_modules_are_the_whole_and_share_nothing(lakd):
-    learner, state, _, _ = lakd
-    parts = parts_of(learner, state)
+    spec, state, _, _ = lakd
+    parts = parts_of(spec, state)
     counts = [len(jax.tree.leaves(p.params)) for p in parts]
     assert sum(counts) == len(jax.tree.leaves(state.params)) and min(counts) > 0
     joined = segments.joined(state, *parts)
@@ -110,11 +110,11 @@ def test_states_of_modules_are_the_whole_and_share_nothing(lakd):
 
 def test_names_can_be_removed_and_restored(lakd):
     """Of parameters, momentum and statistics alike."""
-    learner, state, _, _ = lakd
+    spec, state, _, _ = lakd
     for segment, part in zip(
-        segments.of_student(learner), parts_of(learner, state), strict=True
+        segments.of_student(spec), parts_of(spec, state), strict=True
     ):
-        names = segments.student_names(learner, segment)
+        names = segments.student_names(spec, segment)
         placed = segments.renamed_state(names.remove, part)
         assert "block1" not in str(jax.tree.structure(placed))
         again = segments.renamed_state(names.restore, placed)
@@ -136,18 +136,16 @@ def test_units_are_handed_over_in_the_order_of_the_network():
 
 
 def test_a_module_needs_only_its_own_part_of_the_teacher(lakd, tmp_path):
-    learner, _, teacher, _ = lakd
-    parts = [
-        segments.teacher_of(learner, teacher, s) for s in segments.of_student(learner)
-    ]
+    spec, _, teacher, _ = lakd
+    parts = [segments.teacher_of(spec, teacher, s) for s in segments.of_student(spec)]
     assert [set(p["params"]) for p in parts] == [
         {"stem", "stage1"},
         {"stage2"},
         {"stage3", "head"},
     ]
     fields = {"method": "lakd", "lakd.task": "teacher_suffix"}
-    learner, _, teacher, _ = steps.small(tmp_path, 1, **fields)
-    second = segments.teacher_of(learner, teacher, segments.Segment(1, 1))
+    spec, _, teacher, _ = steps.small(tmp_path, 1, **fields)
+    second = segments.teacher_of(spec, teacher, segments.Segment(1, 1))
     assert "head" in second["params"]
 
 
@@ -163,5 +161,5 @@ def test_a_module_needs_only_its_own_part_of_the_teacher(lakd, tmp_path):
     ],
 )
 def test_what_crosses_a_cut_is_in_one_segment(fields, count, tmp_path):
-    learner, *_ = steps.learner_of(tmp_path, 1, tiny.SMALL, **fields)
-    assert len(segments.of_student(learner)) == count
+    spec, *_ = steps.spec_of(tmp_path, 1, tiny.SMALL, **fields)
+    assert len(segments.of_student(spec)) == count

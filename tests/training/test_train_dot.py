@@ -99,10 +99,10 @@ def test_labels_terms_are_told_from_others():
     assert [float(x) for x in dot.losses([first, last])] == [6.5, 32.0]
 
 
-def two_steps(learner, state, teacher, data):
+def two_steps(spec, state, teacher, data):
     """The state and the metrics after each of them."""
     rows = np.arange(32, dtype=np.int32).reshape(2, 16)
-    program = jax.jit(functools.partial(step.train_step, learner))
+    program = jax.jit(functools.partial(step.train_step, spec))
     found = []
     for row in rows:
         state, metrics = program(state, teacher, data, row)

@@ -27,10 +27,10 @@ SHAPES = {
 
 def engine(kind, made, tmp_path):
     """An engine with a copy of the first state of `made`."""
-    learner, state, teacher, data = made
+    spec, state, teacher, data = made
     config = tiny.config(tmp_path, method="lakd", local__engine=kind)
-    run = setup.engine(config, learner, teacher, data, interrupt.Guard())
-    run.load(state_lib.replicate(state, learner.mesh))
+    run = setup.engine(config, spec, teacher, data, interrupt.Guard())
+    run.load(state_lib.replicate(state, spec.mesh))
     return run
 
 
@@ -131,9 +131,9 @@ def test_running_statistics_move_once_a_step(trained):
 
 def test_modules_that_need_each_other_are_refused(tmp_path):
     fields = {"method": "lakd", "local__cut_scale": 0.5}
-    learner, *_ = steps.learner_of(tmp_path, 1, tiny.SMALL, **fields)
+    spec, *_ = steps.spec_of(tmp_path, 1, tiny.SMALL, **fields)
     with pytest.raises(ValueError, match="local.engine=fused"):
-        engine_lib.Modules(learner, None, None, interrupt.Guard())
+        engine_lib.Modules(spec, None, None, interrupt.Guard())
 
 
 def test_costs_are_of_the_step(trained):

@@ -14,7 +14,8 @@ from lakd_jax import config as config_lib
 from lakd_jax import errors, models
 from lakd_jax.interop import weights
 from lakd_jax.runs import single
-from lakd_jax.training import setup, spec, step
+from lakd_jax.training import setup, step
+from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
 
 
@@ -22,7 +23,7 @@ def resnet8(**options):
     return models.create("resnet8", **options)
 
 
-def learner_of(tmp_path, devices=8, network=resnet8, **fields):
+def spec_of(tmp_path, devices=8, network=resnet8, **fields):
     """(learner, what makes its first state, the teacher's variables)."""
     config = config_lib.resolve(tiny.config(tmp_path, **fields))
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
@@ -32,7 +33,7 @@ def learner_of(tmp_path, devices=8, network=resnet8, **fields):
     if config.method != "none":
         variables = state_lib.replicate(tiny.variables(model), mesh)
         teacher = dataclasses.replace(student, variables=variables)
-    learner, first = setup.learner(
+    spec, first = setup.spec(
         config,
         student,
         teacher,
@@ -42,22 +43,22 @@ def learner_of(tmp_path, devices=8, network=resnet8, **fields):
         examples=160,
         mesh=mesh,
     )
-    return learner, first, teacher.variables if teacher else None
+    return spec, first, teacher.variables if teacher else None
 
 
 def make(tmp_path, devices=8, network=resnet8, **fields):
     """(learner, first state, teacher variables, resident data) on some devices."""
-    learner, first, teacher = learner_of(tmp_path, devices, network, **fields)
-    data = state_lib.resident(tiny.split(160, 0), fields.get("seed", 0), learner.mesh)
-    return learner, first(), teacher, data
+    spec, first, teacher = spec_of(tmp_path, devices, network, **fields)
+    data = state_lib.device_data(tiny.split(160, 0), fields.get("seed", 0), spec.mesh)
+    return spec, first(), teacher, data
 
 
 small = functools.partial(make, network=tiny.SMALL)
 
 
 def one_step(made, row):
-    learner, state, teacher, data = made
-    jitted = jax.jit(lambda s, t, d, r: step.train_step(learner, s, t, d, r))
+    spec, state, teacher, data = made
+    jitted = jax.jit(lambda s, t, d, r: step.train_step(spec, s, t, d, r))
     return jitted(state, teacher, data, row)
 
 
@@ -66,8 +67,8 @@ def rows(steps, batch=16):
 
 
 def run_singly(made, indices):
-    learner, state, teacher, data = made
-    one = jax.jit(lambda s, t, d, r: step.run_steps(learner, s, t, d, r))
+    spec, state, teacher, data = made
+    one = jax.jit(lambda s, t, d, r: step.run_steps(spec, s, t, d, r))
     losses = []
     for row in indices:
         state, metrics = one(state, teacher, data, row[None])
@@ -82,8 +83,8 @@ WEIGHTS = {"lakd__feature_weight": 3.0, "lakd__attention_weight": 2.0}
 def lakd(tmp_path_factory):
     """(what `small` makes for LAKD, [(state, metrics) after each of four steps])."""
     made = small(tmp_path_factory.mktemp("lakd"), 1, method="lakd", **WEIGHTS)
-    learner, state, teacher, data = made
-    one = jax.jit(functools.partial(step.run_steps, learner))
+    spec, state, teacher, data = made
+    one = jax.jit(functools.partial(step.run_steps, spec))
     after = []
     for row in rows(4):
         state, metrics = one(state, teacher, data, row[None])
@@ -130,8 +131,8 @@ def test_devices_train_as_one(method, devices, trained_on):
 
 
 def test_many_steps_in_a_dispatch_are_the_same_steps(lakd):
-    (learner, first, teacher, data), after = lakd
-    program = jax.jit(functools.partial(step.run_steps, learner))
+    (spec, first, teacher, data), after = lakd
+    program = jax.jit(functools.partial(step.run_steps, spec))
     state, metrics = program(first, teacher, data, rows(4))
     assert int(state.step) == 4
     losses = [told["loss"] for _, told in after]
@@ -177,14 +178,14 @@ def test_logged_total_is_the_sum_of_weighted_terms(lakd):
 
 
 def test_metrics_report_gradient_and_decay_of_each_module(lakd):
-    (learner, *_), after = lakd
+    (spec, *_), after = lakd
     state, metrics = after[0]
     for k in (1, 2, 3):
         assert metrics[f"module{k}/grad_norm"] > 0
     leaves = [
         np.sum(np.square(x))
         for x, label in zip(
-            jax.tree.leaves(state.params), jax.tree.leaves(learner.labels), strict=True
+            jax.tree.leaves(state.params), jax.tree.leaves(spec.labels), strict=True
         )
         if label == 1
     ]
@@ -218,21 +219,19 @@ def test_without_features_lakd_uncut_is_plain_training(tmp_path):
 
 def test_teacher_is_fed_with_its_own_normalisation(tmp_path):
     """Promise 18: its logits are those of a direct call."""
-    learner, state, teacher, data = small(tmp_path, 1, method="kd")
-    own = spec.Pixels((0.2, 0.3, 0.4), (0.5, 0.6, 0.7), jnp.float32)
-    learner = dataclasses.replace(learner, teacher_pixels=own)
+    spec, state, teacher, data = small(tmp_path, 1, method="kd")
+    own = spec_lib.Pixels((0.2, 0.3, 0.4), (0.5, 0.6, 0.7), jnp.float32)
+    spec = dataclasses.replace(spec, teacher_pixels=own)
 
     @jax.jit
     def observe(state, teacher, data, row):
-        images, labels = spec.batch(learner, state.step, data, row)
-        signals = step.first_signals(
-            learner, state, teacher, images, labels, data.noise
-        )
+        images, labels = spec_lib.batch(spec, state.step, data, row)
+        signals = step.first_signals(spec, state, teacher, images, labels, data.noise)
         return images, signals.teacher.logits
 
     images, logits = observe(state, teacher, data, rows(1)[0])
     x = (np.asarray(images) / 255 - own.mean) / np.array(own.std)
-    apply = jax.jit(lambda v, x: learner.teacher.apply(v, x, train=False).logits)
+    apply = jax.jit(lambda v, x: spec.teacher.apply(v, x, train=False).logits)
     direct = apply(teacher, x.astype(np.float32))
     np.testing.assert_allclose(logits, direct, atol=1e-5)
 
@@ -240,32 +239,32 @@ def test_teacher_is_fed_with_its_own_normalisation(tmp_path):
 def test_teacher_and_student_are_fed_at_their_own_sizes(tmp_path):
     """Promise 18: each at its own."""
     made = small(tmp_path, 1, method="lakd", student__image_size=4)
-    learner, state, teacher, data = made
-    assert learner.student_pixels.size == 4
-    own = dataclasses.replace(learner.teacher_pixels, size=16)
-    learner = dataclasses.replace(learner, teacher_pixels=own)
+    spec, state, teacher, data = made
+    assert spec.student_pixels.size == 4
+    own = dataclasses.replace(spec.teacher_pixels, size=16)
+    spec = dataclasses.replace(spec, teacher_pixels=own)
 
     def observe(state, teacher, data, row):
-        images, labels = spec.batch(learner, state.step, data, row)
-        return step.first_signals(learner, state, teacher, images, labels, data.noise)
+        images, labels = spec_lib.batch(spec, state.step, data, row)
+        return step.first_signals(spec, state, teacher, images, labels, data.noise)
 
     signals = jax.eval_shape(observe, state, teacher, data, rows(1)[0])
     assert signals.student.features[0].shape[1:3] == (4, 4)
     assert signals.teacher.features[0].shape[1:3] == (16, 16)
-    take = functools.partial(step.train_step, learner)
+    take = functools.partial(step.train_step, spec)
     jax.eval_shape(take, state, teacher, data, rows(1)[0])
 
 
 def test_batch_statistics_move_once_a_step(lakd):
     """Property 17, the fused half: momentum 0.9 applied exactly once."""
-    (learner, state, _, data), after = lakd
+    (spec, state, _, data), after = lakd
 
     @jax.jit
     def direct(state, data, row):
-        images, _ = spec.batch(learner, state.step, data, row)
-        return learner.student.apply(
+        images, _ = spec_lib.batch(spec, state.step, data, row)
+        return spec.student.apply(
             state.variables("student"),
-            learner.student_pixels(images),
+            spec.student_pixels(images),
             train=True,
             mutable=["batch_stats"],
         )[1]["batch_stats"]
@@ -279,10 +278,10 @@ def test_batch_statistics_move_once_a_step(lakd):
 
 def test_student_variables_are_the_plain_network(lakd):
     """Property 18: no adapter or other part of the method goes along."""
-    learner, state, _, _ = lakd[0]
+    spec, state, _, _ = lakd[0]
     images = jnp.zeros((1, 8, 8, 3))
     plain = jax.eval_shape(
-        lambda: learner.student.init(jax.random.key(0), images, train=False)
+        lambda: spec.student.init(jax.random.key(0), images, train=False)
     )
     student = state.variables("student")
     assert jax.tree.structure(student) == jax.tree.structure(dict(plain))

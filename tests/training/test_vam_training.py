@@ -39,7 +39,7 @@ def made(tmp_path, **fields):
     config = config_lib.resolve(tiny.config(tmp_path, **fields))
     plain = weights.Loaded(NETWORK(num_classes=3), None, "random weights")
     teacher = dataclasses.replace(plain, variables=tiny.variables(plain.model))
-    learner, first = setup.learner(
+    spec, first = setup.spec(
         config,
         weights.gated(plain, setup.vam_options(config)),
         teacher if config.method != "none" else None,
@@ -49,15 +49,15 @@ def made(tmp_path, **fields):
         examples=160,
         mesh=MESH,
     )
-    data = state_lib.resident(tiny.split(160, 0), config.seed, MESH)
-    return learner, first(), teacher.variables, data
+    data = state_lib.device_data(tiny.split(160, 0), config.seed, MESH)
+    return spec, first(), teacher.variables, data
 
 
 def run_steps(made, indices=ROWS):
     """The state after these steps, and each step's metrics."""
-    learner, state, teacher, data = made
-    teacher = teacher if learner.teacher else None
-    one = jax.jit(functools.partial(step.train_step, learner))
+    spec, state, teacher, data = made
+    teacher = teacher if spec.teacher else None
+    one = jax.jit(functools.partial(step.train_step, spec))
     metrics = []
     for row in indices:
         state, values = one(state, teacher, data, row)
@@ -103,13 +103,13 @@ def entropy_of(layers):
 @pytest.mark.parametrize("method", ["kd", "none", "lakd"])
 def test_20_frozen_gates_without_entropy_train_as_the_plain_network(method, tmp_path):
     plain = made(tmp_path, method=method)
-    learner, _, teacher, data = made(
+    spec, _, teacher, data = made(
         tmp_path, method=method, student__vam__gamma=0.0, **VAM
     )
-    learner = dataclasses.replace(learner, optimizer=freeze(learner.optimizer))
+    spec = dataclasses.replace(spec, optimizer=freeze(spec.optimizer))
     first = made(tmp_path, method=method, **VAM)[1]
-    first = first.replace(opt_state=learner.optimizer.init(first.params))
-    state, metrics = run_steps((learner, first, teacher, data))
+    first = first.replace(opt_state=spec.optimizer.init(first.params))
+    state, metrics = run_steps((spec, first, teacher, data))
     wanted, plain_metrics = run_steps(plain)
     for ours, theirs in zip(metrics, plain_metrics, strict=True):
         np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
@@ -147,8 +147,8 @@ def test_gates_learn_and_the_entropy_is_part_of_the_loss(method, gate, tmp_path)
 
 def test_each_module_has_the_entropy_of_its_own_layers(tmp_path):
     fields = {"student__vam__gamma": 0.3, "student__vam__init_std": 1.0, **VAM}
-    learner, state, *rest = made(tmp_path, method="lakd", **fields)
-    (values,) = run_steps((learner, state, *rest), ROWS[:1])[1]
+    spec, state, *rest = made(tmp_path, method="lakd", **fields)
+    (values,) = run_steps((spec, state, *rest), ROWS[:1])[1]
     student = gates_of(state.params["student"])
     for k, count in ((1, 2), (2, 1), (3, 1)):
         own = [gate for path, gate in student.items() if path[0] == f"stage{k}"]
@@ -214,8 +214,8 @@ def test_gates_are_not_decayed():
 
 
 def test_gates_belong_to_the_modules_of_their_convolutions(tmp_path):
-    learner, state, *_ = made(tmp_path, method="lakd", **VAM)
-    labels = cuts.label_tree(state.params, learner.partition, learner.student)
+    spec, state, *_ = made(tmp_path, method="lakd", **VAM)
+    labels = cuts.label_tree(state.params, spec.partition, spec.student)
     owners = {path[1]: k for path, k in flat(labels).items() if vam.is_gate(path)}
     assert owners == {"stage1": 0, "stage2": 1, "stage3": 2}
 
@@ -226,7 +226,7 @@ def test_gates_belong_to_the_modules_of_their_convolutions(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     """Where runs on the tiny data go, on one device."""
-    with tiny.bench():
+    with tiny.environment():
         yield tmp_path
 
 
@@ -256,9 +256,9 @@ def loaded(path, part="teacher"):
 
 def last_variables(folder, config, result_of):
     """The student's variables in the last checkpoint of a run."""
-    bench = single.bench(config, guard(), print)
-    own = single.parts(phase.first(config), folder / result_of, bench, None)
-    (trained,) = single.job(own, bench).run()
+    environment = single.environment(config, guard(), print)
+    own = single.parts(phase.first(config), folder / result_of, environment, None)
+    (trained,) = single.job(own, environment).run()
     return own.student.model, trained.last
 
 
@@ -306,9 +306,12 @@ def test_dynamic_gates_stay_in_the_student(folder):
     assert network.model == models.create(tiny.NETWORK, num_classes=3, vam=options)
     assert gates_of(network.variables["params"])
     score = single.evaluator(
-        config, network, setup.pixels(config), single.bench(config, guard(), print)
+        config,
+        network,
+        setup.pixels(config),
+        single.environment(config, guard(), print),
     )
-    data = state_lib.resident(tiny.split(45, 2), 0, MESH)
+    data = state_lib.device_data(tiny.split(45, 2), 0, MESH)
     assert score(network.variables, data).right == result["test_last"]["right"]
     for to in ("safetensors", "torch"):
         with pytest.raises(errors.ExportError, match="use --to=stablehlo"):

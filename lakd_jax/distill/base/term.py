@@ -108,10 +108,10 @@ class Sum(method.Method):
         self, signals: method.Signals, *, train: bool
     ) -> tuple[method.ModuleLoss, ...]:
         """As many as the longest of the parts has, aligned at the last module."""
-        answers = [part(signals, train=train) for part in self.parts]
-        count = max(map(len, answers))
+        cached_outputs = [part(signals, train=train) for part in self.parts]
+        count = max(map(len, cached_outputs))
         merged = [method.ModuleLoss({}, {}, {}) for _ in range(count)]
-        for losses in answers:
+        for losses in cached_outputs:
             first = count - len(losses)
             for k, loss in enumerate(losses, first):
                 merged[k] = _merged(merged[k], loss)
