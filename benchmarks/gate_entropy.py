@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lakd_jax import models
+from lakd_jax.data import device
 from lakd_jax.hme import network, tree
 from lakd_jax.interop import weights
 from lakd_jax.report import table
 from lakd_jax.store import workdir
-from lakd_jax.training import state as state_lib
 
 # By temperature: the entropy of each gate, and their mean.
 Entropies = dict[str, dict[str, Any]]
@@ -49,7 +49,7 @@ def untrained(seed: int, like: Any) -> Any:
 
     Gates are initialised from the seed alone, so the arms of one seed share them.
     """
-    key = jax.random.fold_in(jax.random.key(seed), state_lib.INITIALISE)
+    key = jax.random.fold_in(jax.random.key(seed), device.INITIALISE)
     student_key, _ = jax.random.split(key)  # the other half is the method's
     model = models.create("hme", num_classes=like.num_classes, layout=like.layout)
     images = jnp.zeros((1, 32, 32, 3))

@@ -12,9 +12,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lakd_jax import config as config_lib
 from lakd_jax import data, distill, interop
+from lakd_jax.data import device
 from lakd_jax.interop import weights
 from lakd_jax.models import folding
 from lakd_jax.runtime import backend
+from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.training import setup as setup_lib
 from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
@@ -41,7 +43,7 @@ class Setup:
     config: config_lib.ConfigDict
     split: data.Split
     spec: spec_lib.StepSpec
-    device_data: state_lib.DeviceData
+    device_data: device.DeviceData
     state: state_lib.TrainState
     teacher: PyTree
     teacher_torch: dict[str, np.ndarray] | None
@@ -93,9 +95,9 @@ def setup(config: config_lib.ConfigDict) -> Setup:
         config,
         split,
         spec,
-        state_lib.device_data(split, config.seed, mesh),
+        device.device_data(split, config.seed, mesh),
         first_state(),
-        state_lib.replicate(teacher.variables, mesh) if teacher else None,
+        mesh_lib.replicate(teacher.variables, mesh) if teacher else None,
         original,
     )
 
@@ -139,7 +141,7 @@ class Ours:
     def __init__(self, made: Setup, steps_per_dispatch: int):
         self._made = made
         # The step donates its state, and others start from the same one.
-        self._state = state_lib.replicate(made.state, made.spec.mesh)
+        self._state = mesh_lib.replicate(made.state, made.spec.mesh)
         began = time.perf_counter()
         one = self._compile(1)
         compiled = time.perf_counter() - began

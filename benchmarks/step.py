@@ -21,6 +21,7 @@ import jax
 from benchmarks import ours
 from lakd_jax import config as config_lib
 from lakd_jax import distill
+from lakd_jax.data import device
 from lakd_jax.runs import teacher_cache
 from lakd_jax.runtime import backend, interrupt
 from lakd_jax.training import spec as spec_lib
@@ -41,12 +42,12 @@ def programs(made: ours.Setup, options: dict[str, Any]) -> dict[str, Callable]:
     source = stored(made) if spec.views else made.teacher
 
     def whole(
-        s: state_lib.TrainState, source: Any, d: state_lib.DeviceData, r: Any
+        s: state_lib.TrainState, source: Any, d: device.DeviceData, r: Any
     ) -> Any:
         return step.run_steps(spec, s, source, d, r)
 
     def only_input(
-        s: state_lib.TrainState, _: Any, d: state_lib.DeviceData, r: Any
+        s: state_lib.TrainState, _: Any, d: device.DeviceData, r: Any
     ) -> Any:
         images, labels = spec_lib.batch(spec, s.step, d, r[0])
         return spec.student_pixels(images), labels

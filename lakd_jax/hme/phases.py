@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import optax
 
 from lakd_jax import config as config_lib
+from lakd_jax.data import device
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.hme import losses, network
 from lakd_jax.models import chain
 from lakd_jax.training import optim, phase
-from lakd_jax.training import state as state_lib
 
 PyTree = Any
 
@@ -89,7 +89,7 @@ class Second(phase.Phase):
 
     start: PyTree = None
 
-    purpose: ClassVar[int] = state_lib.INITIALISE_AGAIN
+    purpose: ClassVar[int] = device.INITIALISE_AGAIN
 
     def learning_rate(self, steps_per_epoch: int) -> optax.Schedule:
         """Of all parameters but the gates, at a step counted from 0."""

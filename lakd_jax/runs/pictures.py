@@ -14,8 +14,8 @@ from lakd_jax.local import cuts
 from lakd_jax.models import chain
 from lakd_jax.report import maps, metrics, pictures
 from lakd_jax.runs import single
+from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.training import setup
-from lakd_jax.training import state as state_lib
 
 SHOWN = 8  # test images in the attention picture
 
@@ -122,7 +122,7 @@ def _one_a_class(labels: np.ndarray) -> np.ndarray:
 def _forward(network: weights.Loaded, inputs: jax.Array) -> chain.Outputs:
     forward = jax.jit(lambda v, x: network.model.apply(v, x, train=False))
     # One process alone cannot run a program over the devices of all.
-    return forward(state_lib.on_one_device(network.variables), inputs)
+    return forward(mesh_lib.on_one_device(network.variables), inputs)
 
 
 def _joints(

@@ -10,12 +10,13 @@ import jax
 
 from lakd_jax import config as config_lib
 from lakd_jax import data, distill, errors
-from lakd_jax.data import order
+from lakd_jax.data import device, order
 from lakd_jax.data.streaming import batches
 from lakd_jax.interop import weights
 from lakd_jax.models import chain
 from lakd_jax.runs import teacher_source
 from lakd_jax.runtime import backend, hosts, interrupt
+from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.store import workdir
 from lakd_jax.training import engine as engine_lib
 from lakd_jax.training import evaluate, feeds, loop, setup, teacher_outputs, vam
@@ -82,7 +83,7 @@ def environment(
             f"data.source {d.source}: {len(dataset.train)} training images "
             f"do not fill one batch; lower batch_size ({config.batch_size})."
         )
-    return on_mesh(dataset, state_lib.data_mesh(), guard, notify)
+    return on_mesh(dataset, mesh_lib.data_mesh(), guard, notify)
 
 
 def on_mesh(
@@ -96,7 +97,7 @@ def on_mesh(
     def placed(split: data.Split | batches.Streamed) -> feeds.Data:
         if isinstance(split, batches.Streamed):
             return feeds.Stream(split, mesh)
-        return state_lib.device_data(split, 0, mesh)
+        return device.device_data(split, 0, mesh)
 
     train, test = placed(dataset.train), placed(dataset.test)
     minival = placed(dataset.minival) if dataset.minival else None
@@ -117,7 +118,7 @@ class TrainingJob:
     spec: spec_lib.StepSpec
     student: weights.Loaded
     source: teacher_outputs.Source
-    data: state_lib.DeviceData | feeds.Run
+    data: device.DeviceData | feeds.Run
 
     @property
     def config(self) -> config_lib.ConfigDict:

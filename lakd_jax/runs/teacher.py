@@ -13,6 +13,7 @@ from lakd_jax.interop import weights
 from lakd_jax.models import folding
 from lakd_jax.runs import single, teacher_source
 from lakd_jax.runtime import hosts
+from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.store import manifest, workdir
 from lakd_jax.training import evaluate, phase, setup
 from lakd_jax.training import spec as spec_lib
@@ -94,7 +95,7 @@ def _frozen(
     if config.teacher.fold:
         model, variables = folding.fold(model, variables)
     hosts.agree_on_arrays("the teacher", variables)
-    variables = state_lib.replicate(variables, environment.mesh)
+    variables = mesh_lib.replicate(variables, environment.mesh)
     return dataclasses.replace(loaded, model=model, variables=variables), parameters
 
 

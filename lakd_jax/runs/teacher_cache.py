@@ -20,11 +20,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lakd_jax import errors
+from lakd_jax.data import device
 from lakd_jax.report import summary
 from lakd_jax.runtime import backend, interrupt
 from lakd_jax.store import manifest, workdir
 from lakd_jax.training import spec as spec_lib
-from lakd_jax.training import state as state_lib
 from lakd_jax.training import teacher_outputs
 
 PyTree = Any
@@ -46,7 +46,7 @@ class OutputsComputer:
         self,
         spec: spec_lib.StepSpec,
         variables: PyTree,
-        data: state_lib.DeviceData,
+        data: device.DeviceData,
         batch_size: int,
         guard: interrupt.Guard,
     ):
@@ -110,7 +110,7 @@ def shapes(
     def one(variables: PyTree, image: jax.Array) -> teacher_outputs.TeacherOutputs:
         zero = jnp.zeros(1, jnp.int32)
         key = jax.random.key(0)
-        data = state_lib.DeviceData(image, zero, zero, key, key)
+        data = device.DeviceData(image, zero, zero, key, key)
         return teacher_outputs.compute_outputs(spec, variables, data, zero, zero)
 
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)

@@ -7,6 +7,7 @@ import jax
 
 from lakd_jax import config as config_lib
 from lakd_jax import data, distill, paths
+from lakd_jax.data import device
 from lakd_jax.data.streaming import batches
 from lakd_jax.interop import weights
 from lakd_jax.models import chain
@@ -14,7 +15,6 @@ from lakd_jax.runs import teacher_cache
 from lakd_jax.runtime import interrupt
 from lakd_jax.training import feeds, setup, teacher_outputs
 from lakd_jax.training import spec as spec_lib
-from lakd_jax.training import state as state_lib
 
 PyTree = Any
 
@@ -23,7 +23,7 @@ def source(
     config: config_lib.ConfigDict,
     spec: spec_lib.StepSpec,
     variables: PyTree,
-    device_data: state_lib.DeviceData | feeds.Run,
+    device_data: device.DeviceData | feeds.Run,
     dataset: data.Dataset | batches.Dataset,
     *,
     guard: interrupt.Guard,
@@ -49,7 +49,7 @@ def source(
     if not spec.views:
         return variables
     # Streamed images are refused with `teacher.views`, see `rules_of_runs`.
-    assert isinstance(device_data, state_lib.DeviceData)
+    assert isinstance(device_data, device.DeviceData)
     assert isinstance(dataset, data.Dataset)
     computer = teacher_cache.OutputsComputer(
         spec, variables, device_data, config.eval_batch_size, guard

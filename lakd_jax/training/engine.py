@@ -18,7 +18,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lakd_jax.data import device
 from lakd_jax.runtime import backend, interrupt
+from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.training import feeds, segments, step
 from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
@@ -69,7 +71,7 @@ class Engine(Protocol):
 
 def first_step(state: state_lib.TrainState) -> int:
     """Returns the number of the step that comes next."""
-    return int(jax.device_get(state_lib.on_one_device(state.step)))
+    return int(jax.device_get(mesh_lib.on_one_device(state.step)))
 
 
 class Fused:
@@ -79,7 +81,7 @@ class Fused:
         self,
         spec: spec_lib.StepSpec,
         teacher_variables: PyTree,
-        data: state_lib.DeviceData | feeds.Run,
+        data: device.DeviceData | feeds.Run,
         guard: interrupt.Guard,
     ):
         self._spec, self._teacher = spec, teacher_variables
@@ -130,7 +132,7 @@ class Modules:
         self,
         spec: spec_lib.StepSpec,
         teacher_variables: PyTree,
-        data: state_lib.DeviceData | feeds.Run,
+        data: device.DeviceData | feeds.Run,
         guard: interrupt.Guard,
         devices: Sequence[Any] = (),
     ):
@@ -149,7 +151,7 @@ class Modules:
         if devices:
             places = [devices[k * len(devices) // count] for k in range(count)]
             self._meshes = [Mesh(np.array([d]), ("data",)) for d in places]
-        if isinstance(data, state_lib.DeviceData):
+        if isinstance(data, device.DeviceData):
             data = jax.device_put(data, _whole(self._meshes[0]))
         self._feed = feeds.feed(data)
         self._teacher = teacher_variables
@@ -165,11 +167,11 @@ class Modules:
             names = segments.student_names(spec, segment)
             own = segments.state_of(spec, state, segment)
             own = segments.renamed_state(names.remove, own)
-            self._states.append(state_lib.replicate(own, mesh))
+            self._states.append(mesh_lib.replicate(own, mesh))
             names = segments.teacher_names(spec, segment)
             part = segments.teacher_of(spec, self._teacher, segment)
             part = segments.renamed_teacher(names.remove, part)
-            self._teachers.append(state_lib.replicate(part, mesh))
+            self._teachers.append(mesh_lib.replicate(part, mesh))
         alike = [self._signature(k) for k in range(len(self._segments))]
         # Of modules that differ only by their names the first one's program serves all.
         self._as = [alike.index(signature) for signature in alike]
@@ -225,7 +227,7 @@ class Modules:
         return jax.tree.structure(trees), _shapes(trees)
 
     def _compile(
-        self, row: np.ndarray, data: state_lib.DeviceData
+        self, row: np.ndarray, data: device.DeviceData
     ) -> tuple[Any, list[Any]]:
         """The programs for a batch of this size: what feeds the modules, and theirs."""
         first_learner = dataclasses.replace(self._spec, mesh=self._meshes[0])
@@ -312,4 +314,4 @@ def _whole(mesh: Mesh) -> NamedSharding:
 
 def _split(mesh: Mesh, examples: int) -> NamedSharding:
     """Of a batch: over the devices, if they can share it equally."""
-    return state_lib.over_batch(mesh) if examples % mesh.size == 0 else _whole(mesh)
+    return mesh_lib.over_batch(mesh) if examples % mesh.size == 0 else _whole(mesh)

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lakd_jax.data import device
 from lakd_jax.models import chain
 from lakd_jax.runtime import backend, interrupt
+from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.training import feeds
 from lakd_jax.training import spec as spec_lib
-from lakd_jax.training import state as state_lib
 
 PyTree = Any
 
@@ -82,12 +83,12 @@ class Evaluator:
     def _batch(
         self,
         variables: PyTree,
-        data: state_lib.DeviceData,
+        data: device.DeviceData,
         rows: jax.Array,
         mask: jax.Array,
         step: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
-        sharding = state_lib.over_batch(self._mesh)
+        sharding = mesh_lib.over_batch(self._mesh)
         images, labels, _ = data.at(rows)
         images = jax.lax.with_sharding_constraint(images, sharding)
         model = self._model_at(step) if self._model_at else self._model

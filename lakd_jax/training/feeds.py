@@ -15,8 +15,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lakd_jax.data import device
 from lakd_jax.data.streaming import batches as batches_lib
-from lakd_jax.training import state as state_lib
+from lakd_jax.runtime import mesh as mesh_lib
 
 WATCHED = 100  # steps over which waiting is measured
 PATIENCE = 0.2  # share of the time that may be spent waiting
@@ -31,7 +32,7 @@ class Stream:
 
     def put(
         self, part: batches_lib.Part, keys: dict[str, jax.Array]
-    ) -> state_lib.DeviceData:
+    ) -> device.DeviceData:
         """The batch that this process has a part of, spread over all devices.
 
         One that they cannot share equally is whole in each part, and on each device.
@@ -46,7 +47,7 @@ class Stream:
 
         own = part.split
         fields = (array(x) for x in (own.images, own.labels, own.ids))
-        return state_lib.DeviceData(*fields, **keys, whole=True)
+        return device.DeviceData(*fields, **keys, whole=True)
 
     def share(self) -> batches_lib.Share:
         """The part of a batch that this process decodes."""
@@ -66,7 +67,7 @@ class Run:
     notify: Callable[[str], None]
 
 
-Data = state_lib.DeviceData | Stream
+Data = device.DeviceData | Stream
 
 
 def of_run(
@@ -78,13 +79,13 @@ def of_run(
     batch_size: int,
     drop_last: bool,
     steps: int,
-) -> state_lib.DeviceData | Run:
+) -> device.DeviceData | Run:
     """The training split as the run of a seed, with so many steps, reads it."""
-    if isinstance(data, state_lib.DeviceData):
-        return state_lib.rekeyed(data, seed, mesh)
+    if isinstance(data, device.DeviceData):
+        return device.rekeyed(data, seed, mesh)
     sizes = (batch_size, drop_last, steps)
     batches = batches_lib.Training(data.split, seed, *sizes, data.share())
-    keys = state_lib.replicate(state_lib.keys(seed), mesh)
+    keys = mesh_lib.replicate(device.keys(seed), mesh)
     return Run(data, batches, keys, notify)
 
 
@@ -95,7 +96,7 @@ class Feed(Protocol):
         """The next step is the one with this number."""
         ...
 
-    def next(self, rows: np.ndarray) -> state_lib.DeviceData:
+    def next(self, rows: np.ndarray) -> device.DeviceData:
         """What holds the examples at `rows` (n, B) of the step that is next."""
         ...
 
@@ -104,7 +105,7 @@ class Feed(Protocol):
         ...
 
 
-def feed(data: state_lib.DeviceData | Run) -> Feed:
+def feed(data: device.DeviceData | Run) -> Feed:
     """Of the data of a run."""
     return Ahead(data) if isinstance(data, Run) else Held(data)
 
@@ -112,13 +113,13 @@ def feed(data: state_lib.DeviceData | Run) -> Feed:
 class Held:
     """A split that is on the devices already."""
 
-    def __init__(self, data: state_lib.DeviceData):
+    def __init__(self, data: device.DeviceData):
         self._data = data
 
     def begin(self, step: int) -> None:
         """See `Feed`."""
 
-    def next(self, rows: np.ndarray) -> state_lib.DeviceData:
+    def next(self, rows: np.ndarray) -> device.DeviceData:
         """See `Feed`."""
         return self._data
 
@@ -143,7 +144,7 @@ class Ahead:
         self._coming = self._pool.submit(self._fetch)
         self._since, self._seen, self._waited = time.perf_counter(), 0, 0.0
 
-    def next(self, rows: np.ndarray) -> state_lib.DeviceData:
+    def next(self, rows: np.ndarray) -> device.DeviceData:
         """See `Feed`; one row.
 
         Raises:
@@ -164,7 +165,7 @@ class Ahead:
         if self._batches is not None:
             self._batches.close()  # ends the processes
 
-    def _fetch(self) -> state_lib.DeviceData | None:
+    def _fetch(self) -> device.DeviceData | None:
         assert self._batches is not None  # `begin` comes first
         batch = next(self._batches, None)
         if batch is None:
@@ -192,18 +193,18 @@ class Ahead:
 
 def testing(
     data: Data, batch_size: int
-) -> Iterator[tuple[state_lib.DeviceData, np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[device.DeviceData, np.ndarray, np.ndarray]]:
     """All examples of a split, once each: (what holds them, rows, mask), (B,) both.
 
     The last batch is filled up with the first example, where the mask is False.
     """
     examples = count(data)
     starts = range(0, examples, batch_size)
-    if isinstance(data, state_lib.DeviceData):
-        held: Iterator[state_lib.DeviceData] = (data for _ in starts)
+    if isinstance(data, device.DeviceData):
+        held: Iterator[device.DeviceData] = (data for _ in starts)
     else:
         batches = batches_lib.Testing(data.split, batch_size, data.share())
-        keys = state_lib.replicate(state_lib.keys(0), data.mesh)
+        keys = mesh_lib.replicate(device.keys(0), data.mesh)
         read = batches_lib.read(batches, 0, data.split.workers)
         held = (data.put(batch, keys) for batch in read)
     for start, device_data in zip(starts, held, strict=True):
@@ -214,14 +215,14 @@ def testing(
 
 def count(data: Data) -> int:
     """How many examples a split has."""
-    if isinstance(data, state_lib.DeviceData):
+    if isinstance(data, device.DeviceData):
         return data.labels.shape[0]
     return len(data.split)
 
 
 def first(data: Data, size: int) -> Data:
     """The split with no more than its first `size` examples."""
-    if isinstance(data, state_lib.DeviceData):
+    if isinstance(data, device.DeviceData):
         images, labels = data.images[:size], data.labels[:size]
         return dataclasses.replace(data, images=images, labels=labels)
     few = dataclasses.replace(data.split, chosen=data.split.chosen[:size])

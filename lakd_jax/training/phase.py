@@ -11,10 +11,10 @@ import optax
 
 from lakd_jax import config as config_lib
 from lakd_jax import models
+from lakd_jax.data import device
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.models import chain
 from lakd_jax.training import dot, optim
-from lakd_jax.training import state as state_lib
 
 PyTree = Any
 
@@ -33,7 +33,7 @@ class Phase:
     config: config_lib.ConfigDict
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    purpose: ClassVar[int] = state_lib.INITIALISE
+    purpose: ClassVar[int] = device.INITIALISE
     keeps_best: ClassVar[bool] = False
 
     def learning_rate(self, steps_per_epoch: int) -> optax.Schedule:

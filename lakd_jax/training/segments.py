@@ -13,6 +13,7 @@ from typing import Any
 import flax
 import jax
 
+from lakd_jax.data import device
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
 from lakd_jax.training import spec as spec_lib
@@ -86,7 +87,7 @@ def whole(spec: spec_lib.StepSpec) -> Segment:
 def start(
     spec: spec_lib.StepSpec,
     step: jax.Array,
-    data: state_lib.DeviceData,
+    data: device.DeviceData,
     indices: jax.Array,
 ) -> tuple[Boundary, Batch]:
     """Returns what the first segment is fed in the step with this number."""

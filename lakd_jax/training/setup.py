@@ -11,11 +11,13 @@ import optax
 
 from lakd_jax import config as config_lib
 from lakd_jax import distill
+from lakd_jax.data import device
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.interop import weights
 from lakd_jax.local import cuts
 from lakd_jax.models import vam
 from lakd_jax.runtime import backend, hosts, interrupt
+from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.training import engine as engine_lib
 from lakd_jax.training import feeds
 from lakd_jax.training import phase as phase_lib
@@ -115,7 +117,7 @@ def engine(
     config: config_lib.ConfigDict,
     spec: spec_lib.StepSpec,
     teacher_variables: PyTree,
-    data: state_lib.DeviceData | feeds.Run,
+    data: device.DeviceData | feeds.Run,
     guard: interrupt.Guard,
 ) -> engine_lib.Engine:
     """What runs the steps: `local.engine` for methods that cut the student."""
@@ -221,4 +223,4 @@ def _first_state(
         (params if kind == "params" else collections[kind])["student"] = tree
     state = dataclasses.replace(state, opt_state=spec.optimizer.init(params))
     hosts.agree_on_arrays("the first state", state)
-    return state_lib.replicate(state, spec.mesh)
+    return mesh_lib.replicate(state, spec.mesh)

@@ -9,11 +9,11 @@ import optax
 from jax.sharding import Mesh
 
 from lakd_jax import distill
-from lakd_jax.data import augment
+from lakd_jax.data import augment, device
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
-from lakd_jax.training import state as state_lib
+from lakd_jax.runtime import mesh as mesh_lib
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -117,7 +117,7 @@ class StepSpec:
 
 
 def batch(
-    spec: StepSpec, step: jax.Array, data: state_lib.DeviceData, indices: jax.Array
+    spec: StepSpec, step: jax.Array, data: device.DeviceData, indices: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Augmented images (B,H,W,3) uint8 and labels (B,), split over devices.
 
@@ -129,7 +129,7 @@ def batch(
 
 
 def augmented(
-    spec: StepSpec, data: state_lib.DeviceData, indices: jax.Array, view: jax.Array
+    spec: StepSpec, data: device.DeviceData, indices: jax.Array, view: jax.Array
 ) -> jax.Array:
     """One augmented view of the examples at `indices` (B,), (B,H,W,3) uint8."""
     images, _, ids = data.at(indices)
@@ -147,7 +147,7 @@ def shared(spec: StepSpec, batch: PyTree) -> PyTree:
     """A batch (arrays of (B, ...)) split over the devices, if they can share it."""
     if jax.tree.leaves(batch)[0].shape[0] % spec.mesh.size:
         return batch  # a short one, whole everywhere
-    return jax.lax.with_sharding_constraint(batch, state_lib.over_batch(spec.mesh))
+    return jax.lax.with_sharding_constraint(batch, mesh_lib.over_batch(spec.mesh))
 
 
 def preacts(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lakd_jax.data import device
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
@@ -42,7 +43,7 @@ def run_steps(
     spec: spec_lib.StepSpec,
     state: state_lib.TrainState,
     source: teacher_outputs.Source,
-    data: state_lib.DeviceData,
+    data: device.DeviceData,
     indices: jax.Array,
 ) -> tuple[state_lib.TrainState, spec_lib.Metrics]:
     """Runs as many steps as `indices` (n, B) has rows; metrics are (n,) each.
@@ -66,7 +67,7 @@ def train_step(
     spec: spec_lib.StepSpec,
     state: state_lib.TrainState,
     source: teacher_outputs.Source,
-    data: state_lib.DeviceData,
+    data: device.DeviceData,
     indices: jax.Array,
 ) -> tuple[state_lib.TrainState, spec_lib.Metrics]:
     """Makes one update from the examples at `indices` (B,) of the training split.

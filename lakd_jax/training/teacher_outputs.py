@@ -12,11 +12,11 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from lakd_jax.data import device
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.models import chain
 from lakd_jax.training import segments
 from lakd_jax.training import spec as spec_lib
-from lakd_jax.training import state as state_lib
 
 PyTree = Any
 Joints = tuple[jax.Array, ...]
@@ -162,7 +162,7 @@ def of_batch(
 def compute_outputs(
     spec: spec_lib.StepSpec,
     variables: PyTree,
-    data: state_lib.DeviceData,
+    data: device.DeviceData,
     views: jax.Array,
     rows: jax.Array,
 ) -> TeacherOutputs:

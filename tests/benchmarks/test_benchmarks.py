@@ -23,7 +23,7 @@ from lakd_jax.config import check, command_line
 from lakd_jax.hme import network
 from lakd_jax.runs import phases, single
 from lakd_jax.runtime import interrupt
-from lakd_jax.training import state as state_lib
+from lakd_jax.runtime import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -123,7 +123,7 @@ def test_runs_of_a_plan_are_recorded_as_on_any_machine(tmp_path, monkeypatch):
 def test_untrained_gates_are_those_that_a_run_begins_with(tmp_path, monkeypatch):
     one = Mesh(np.array(jax.devices()[:1]), ("data",))
     monkeypatch.setattr(single.data, "load", lambda *a, **k: tiny.dataset(train=80))
-    monkeypatch.setattr(state_lib, "data_mesh", lambda: one)
+    monkeypatch.setattr(mesh_lib, "data_mesh", lambda: one)
     fields = {"method": "none", "epochs": 1, "student__name": "hme", "seed": 3}
     config = config_lib.resolve(tiny.config(tmp_path, **fields))
     environment = single.environment(config, interrupt.Guard(), lambda text: None)

@@ -23,7 +23,7 @@ from lakd_jax.config import check, command_line
 from lakd_jax.runs import single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
-from lakd_jax.training import state as state_lib
+from lakd_jax.runtime import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -388,7 +388,7 @@ def test_methods_of_a_seed_see_the_same_images_in_the_same_order(tmp_path, monke
     """The rows of every batch, and the keys that crops and mirrors follow from."""
     one = Mesh(np.array(jax.devices()[:1]), ("data",))
     monkeypatch.setattr(single.data, "load", lambda *a, **k: tiny.dataset(train=40))
-    monkeypatch.setattr(state_lib, "data_mesh", lambda: one)
+    monkeypatch.setattr(mesh_lib, "data_mesh", lambda: one)
 
     fields = {"method": "kd", "epochs": 2}
     config = config_lib.resolve(tiny.config(tmp_path, **fields))

@@ -17,7 +17,7 @@ from lakd_jax import errors
 from lakd_jax.data.streaming import batches
 from lakd_jax.data.tfds import imagenet
 from lakd_jax.runs import command
-from lakd_jax.training import state as state_lib
+from lakd_jax.runtime import mesh as mesh_lib
 
 LONG = pytest.mark.long
 CLASSES = ("n01440764", "n01443537", "n02105855")
@@ -118,7 +118,7 @@ def test_it_is_trained_on_with_every_engine(
     """Trains four steps and evaluates; repeating the command returns the result."""
     devices = 2 if engine == "pipeline" else 1
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
-    monkeypatch.setattr(state_lib, "data_mesh", lambda: mesh)
+    monkeypatch.setattr(mesh_lib, "data_mesh", lambda: mesh)
     fields = {
         "data__source": "imagenet2012",
         "data__data_dir": str(data_dir),

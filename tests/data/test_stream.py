@@ -20,15 +20,16 @@ from PIL import Image
 
 from lakd_jax import data, errors
 from lakd_jax.config import check
+from lakd_jax.data import device
 from lakd_jax.data.streaming import batches as batches_lib
 from lakd_jax.data.streaming import crops, records
 from lakd_jax.interop import weights
 from lakd_jax.runs import command, single
 from lakd_jax.runtime import interrupt
+from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.store import workdir
 from lakd_jax.training import feeds
 from lakd_jax.training import setup as setup_lib
-from lakd_jax.training import state as state_lib
 
 VIEWS = batches_lib.Views(size=8, scale=(0.3, 1.0), shorter=10)
 COUNTS = {"train": 30, "test": 7}
@@ -185,7 +186,7 @@ def test_a_batch_that_devices_cannot_share_is_whole_everywhere(photos):
     part = batches_lib.Training(loaded(photos).train, 3, 6, False, 9, share)[0]
     assert len(part.split) == part.total == 6
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
-    keys = state_lib.replicate(state_lib.keys(0), mesh)
+    keys = mesh_lib.replicate(device.keys(0), mesh)
     batch = feeds.Stream(loaded(photos).train, mesh).put(part, keys)
     assert batch.images.shape[0] == 6 and batch.images.is_fully_replicated
 
@@ -319,7 +320,7 @@ def test_a_streamed_split_is_scored_as_one_in_memory(unbroken, lab):
     settings = lab.config(**fields)
     result = json.loads((folder / workdir.RESULT).read_text())
     environment = resume.make_environment(settings, interrupt.Guard())
-    held = state_lib.device_data(environment.dataset.preview.test, 0, environment.mesh)
+    held = device.device_data(environment.dataset.preview.test, 0, environment.mesh)
     network, _ = weights.student(folder / workdir.STUDENT, "float32")
     pixels = setup_lib.pixels(settings)
     score = single.evaluator(settings, network, pixels, environment)(
@@ -369,7 +370,7 @@ def test_a_stall_is_told(photos, monkeypatch):
     run = feeds.Run(
         feeds.Stream(split, mesh),
         Slow(split, 3, 16, True, 60, ALONE),
-        state_lib.replicate(state_lib.keys(0), mesh),
+        mesh_lib.replicate(device.keys(0), mesh),
         lines.append,
     )
     feed = feeds.feed(run)

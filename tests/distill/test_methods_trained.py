@@ -12,12 +12,13 @@ import toys
 
 from lakd_jax import config as config_lib
 from lakd_jax import distill, models
+from lakd_jax.data import device
 from lakd_jax.distill.base import registry
 from lakd_jax.distill.base import term as term_lib
 from lakd_jax.interop import weights
+from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.training import setup, step
 from lakd_jax.training import spec as spec_lib
-from lakd_jax.training import state as state_lib
 
 environment, teacher_dir = resume.environment, resume.teacher_dir
 
@@ -47,8 +48,8 @@ def fields(name):
 def spec(tmp_path, model, **fields):
     """(learner, function of its first state, the teacher's variables) on one device."""
     config = config_lib.resolve(tiny.config(tmp_path, **fields))
-    mesh = state_lib.data_mesh()
-    variables = state_lib.replicate(toys.network(model, 7), mesh)
+    mesh = mesh_lib.data_mesh()
+    variables = mesh_lib.replicate(toys.network(model, 7), mesh)
     made, first = setup.spec(
         config,
         weights.Loaded(model, toys.network(model, 1), "drawn"),
@@ -76,8 +77,8 @@ def test_devices_take_the_step_of_one(name, tmp_path):
     def taken(devices):
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("data",))
         own = dataclasses.replace(made, mesh=mesh)
-        state, variables = state_lib.replicate(start, mesh)
-        data = state_lib.device_data(tiny.split(160, 0), 0, mesh)
+        state, variables = mesh_lib.replicate(start, mesh)
+        data = device.device_data(tiny.split(160, 0), 0, mesh)
         take = jax.jit(functools.partial(step.train_step, own))
         return take(state, variables, data, row())
 

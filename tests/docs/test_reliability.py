@@ -16,7 +16,7 @@ from PIL import Image
 
 from lakd_jax import config as config_lib
 from lakd_jax import data, errors, interop
-from lakd_jax.data import order
+from lakd_jax.data import device, order
 from lakd_jax.distill import dkd, kd
 from lakd_jax.hme import losses
 from lakd_jax.interop import weights as weights_lib
@@ -24,10 +24,10 @@ from lakd_jax.report import metrics
 from lakd_jax.runs import command, single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import hosts, interrupt
+from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.store import checkpoint, manifest, workdir
 from lakd_jax.training import phase, segments, setup
 from lakd_jax.training import spec as spec_lib
-from lakd_jax.training import state as state_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reliability.md"
@@ -104,7 +104,7 @@ def on_tiny(monkeypatch):
     """Runs whole commands on the tiny data and one device."""
     monkeypatch.setattr(single.data, "load", lambda *a, **k: tiny.dataset())
     one = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
-    monkeypatch.setattr(state_lib, "data_mesh", lambda: one)
+    monkeypatch.setattr(mesh_lib, "data_mesh", lambda: one)
     quiet = {"guard": interrupt.Guard(), "notify": lambda text: None}
     return lambda config, directory: command.run(config, directory, **quiet)
 
@@ -211,7 +211,7 @@ def test_each_use_of_the_seed_follows_it(tmp_path):
 
     def drawn(seed):
         first = phase.key(phase.Phase(tiny.config(tmp_path, seed=seed)))
-        keys = [first, *state_lib.keys(seed).values()]
+        keys = [first, *device.keys(seed).values()]
         images = order.batch_indices(seed, 0, 50, 8, True)
         return [tuple(x.tolist()) for x in (*map(jax.random.key_data, keys), images)]
 
@@ -238,7 +238,7 @@ def test_modules_hand_the_teacher_images_as_it_takes_them():
         flip=False,
         mesh=mesh,
     )
-    held = state_lib.device_data(split, 0, mesh)
+    held = device.device_data(split, 0, mesh)
     below, batch = segments.start(spec, jnp.int32(0), held, rows)
     for given, pixels in ((below.student, other), (below.teacher, own)):
         wanted = (split.images[rows] / 255 - pixels.mean) / np.array(pixels.std)

@@ -10,8 +10,8 @@ import pytest
 import tiny
 
 from lakd_jax import config as config_lib
+from lakd_jax.data import device
 from lakd_jax.hme import network, phases
-from lakd_jax.training import state as state_lib
 
 
 def stage(number, tmp_path, epochs=300, **fields):
@@ -134,7 +134,7 @@ def test_property_11_stage_2_starts_from_gates_and_statistics(tmp_path):
     new = flax.traverse_util.flatten_dict(drawn["params"])
     assert all(flat[p] is new[p] for p in flat if not network.is_gate(p))
     assert stage(1, tmp_path).first_variables(drawn) is drawn
-    assert made.purpose != stage(1, tmp_path).purpose == state_lib.INITIALISE
+    assert made.purpose != stage(1, tmp_path).purpose == device.INITIALISE
 
 
 def test_stages_have_their_own_epochs_and_gates(tmp_path):

@@ -13,15 +13,16 @@ from jax.sharding import Mesh
 
 from lakd_jax import config as config_lib
 from lakd_jax import errors, interop
+from lakd_jax.data import device
 from lakd_jax.interop import weights
 from lakd_jax.report import metrics
 from lakd_jax.runs import single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
+from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.store import checkpoint, workdir
 from lakd_jax.training import evaluate, phase
 from lakd_jax.training import spec as spec_lib
-from lakd_jax.training import state as state_lib
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +206,7 @@ def test_every_example_is_counted_once(batch_size):
     logits = np.asarray(logits.logits, np.float64)
     test.labels[0] = logits[0].argmax()  # the one that fills up the last batch
     score = evaluator(
-        state_lib.replicate(variables, mesh), state_lib.device_data(test, 0, mesh)
+        mesh_lib.replicate(variables, mesh), device.device_data(test, 0, mesh)
     )
     right = int(np.sum(logits.argmax(-1) == test.labels))
     chosen = logits[np.arange(45), test.labels]

@@ -16,9 +16,9 @@ from lakd_jax.report import metrics
 from lakd_jax.runs import single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
+from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.store import workdir
 from lakd_jax.training import phase
-from lakd_jax.training import state as state_lib
 
 LONG = pytest.mark.long
 
@@ -27,7 +27,7 @@ LONG = pytest.mark.long
 def environment(monkeypatch):
     monkeypatch.setattr(single.data, "load", lambda *a, **k: tiny.dataset())
     one = Mesh(np.array(jax.devices()[:1]), ("data",))
-    monkeypatch.setattr(state_lib, "data_mesh", lambda: one)
+    monkeypatch.setattr(mesh_lib, "data_mesh", lambda: one)
     return make_environment
 
 

@@ -11,7 +11,7 @@ import lakd_jax
 from lakd_jax import errors
 from lakd_jax.runs import single
 from lakd_jax.runtime import hosts
-from lakd_jax.training import state as state_lib
+from lakd_jax.runtime import mesh as mesh_lib
 
 # ml_collections loads config files in a way deprecated since Python 3.12.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -24,7 +24,7 @@ def pod(monkeypatch):
     def begun(*_):  # a test that fails must not train
         raise errors.DataError("the run began")
 
-    monkeypatch.setattr(single, "bench", begun)
+    monkeypatch.setattr(single, "environment", begun)
     monkeypatch.setattr(jax, "process_count", lambda: 4)
 
 
@@ -54,7 +54,7 @@ def test_devices_of_a_process_are_neighbours():
     places = [(0, 0), (0, 1), (1, 2), (1, 3), (0, 4), (0, 5), (1, 6), (1, 7)]
     devices = [types.SimpleNamespace(process_index=p, id=i) for p, i in places]
     mixed = [devices[i] for i in (3, 4, 0, 7, 2, 5, 1, 6)]
-    found = [(d.process_index, d.id) for d in state_lib.by_process(mixed)]
+    found = [(d.process_index, d.id) for d in mesh_lib.by_process(mixed)]
     assert found == [(0, i) for i in (0, 1, 4, 5)] + [(1, i) for i in (2, 3, 6, 7)]
 
 
@@ -62,4 +62,4 @@ def test_the_mesh_has_them_in_that_order(monkeypatch):
     devices = jax.devices()
     assert len(devices) == 8
     monkeypatch.setattr(jax, "devices", lambda: devices[5:] + devices[:5][::-1])
-    assert list(state_lib.data_mesh().devices) == devices
+    assert list(mesh_lib.data_mesh().devices) == devices

@@ -15,13 +15,14 @@ from benchmarks import flag_types, table, throughput
 from benchmarks import input as input_benchmark
 from lakd_jax import api, data, errors, explain, export, interop, paths
 from lakd_jax.config import check
+from lakd_jax.data import device
 from lakd_jax.data.streaming import batches
 from lakd_jax.data.tfds import source as source_lib
 from lakd_jax.interop import weights as weights_lib
 from lakd_jax.runs import single, teacher, teacher_source
 from lakd_jax.runtime import backend, interrupt
+from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.store import workdir
-from lakd_jax.training import state as state_lib
 
 # ml_collections loads config files in a way deprecated since Python 3.12.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -45,7 +46,7 @@ def here(tmp_path, monkeypatch):
     def begun(*_):  # a test that fails must not train
         raise errors.DataError("the run began")
 
-    monkeypatch.setattr(single, "bench", begun)
+    monkeypatch.setattr(single, "environment", begun)
     yield folder
     assert not list(folder.iterdir())
 
@@ -280,7 +281,7 @@ def test_home_in_teacher_cache(home, monkeypatch):
 def test_home_in_teacher_cache_of_views(home, monkeypatch):
     computer = types.SimpleNamespace(shapes=dict)
     cache = teacher_source.teacher_cache
-    monkeypatch.setattr(cache, "Asker", lambda *_: computer)
+    monkeypatch.setattr(cache, "OutputsComputer", lambda *_: computer)
     monkeypatch.setattr(cache, "require_room", lambda *_: None)
     monkeypatch.setattr(cache, "settings", lambda *_, **__: "key")
     monkeypatch.setattr(cache, "kept", lambda folder, *_: folder)
@@ -290,7 +291,7 @@ def test_home_in_teacher_cache_of_views(home, monkeypatch):
         config,
         types.SimpleNamespace(views=2, mesh=None),
         {},
-        state_lib.device_data(dataset.train, 0, state_lib.data_mesh()),
+        device.device_data(dataset.train, 0, mesh_lib.data_mesh()),
         dataset,
         guard=interrupt.Guard(),
         notify=print,

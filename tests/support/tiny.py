@@ -16,9 +16,9 @@ from lakd_jax.interop import weights
 from lakd_jax.models import vgg
 from lakd_jax.runs import single
 from lakd_jax.runtime import interrupt
+from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.training import evaluate
 from lakd_jax.training import spec as spec_lib
-from lakd_jax.training import state as state_lib
 
 KEY = jax.random.key(0)
 CLASSES = ("dark", "left", "right")
@@ -79,7 +79,7 @@ def environment(devices: int = 1, **counts):
         networks = {**models._NETWORKS, NETWORK: SMALL}
         patch.setattr(models, "_NETWORKS", networks)
         patch.setattr(data, "load", lambda *a, **k: found)
-        patch.setattr(state_lib, "data_mesh", lambda: mesh)
+        patch.setattr(mesh_lib, "data_mesh", lambda: mesh)
         yield mesh
 
 
@@ -102,7 +102,7 @@ def variables(model):
 def teacher(mesh: Mesh, build=SMALL) -> single.Teacher:
     """A network of random weights, as if it had been trained and tested."""
     model = build(num_classes=len(CLASSES))
-    network = weights.Loaded(model, state_lib.replicate(variables(model), mesh), "it")
+    network = weights.Loaded(model, mesh_lib.replicate(variables(model), mesh), "it")
     pixels = spec_lib.Pixels((0.4,) * 3, (0.3,) * 3, jnp.dtype("float32"))
     return single.Teacher(network, pixels, evaluate.Score(15, 45, 1.0), 1)
 

@@ -15,9 +15,9 @@ from lakd_jax import export, interop, models
 from lakd_jax.models import chain, folding
 from lakd_jax.report import metrics
 from lakd_jax.runtime import interrupt
+from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.store import workdir
 from lakd_jax.training import segments, setup
-from lakd_jax.training import state as state_lib
 
 
 class Unit(nn.Module):
@@ -82,7 +82,7 @@ def test_each_engine_trains_it(network, kind, tmp_path):
     )
     config = tiny.config(tmp_path, method="lakd", local__engine=kind)
     engine = setup.engine(config, spec, teacher, data, interrupt.Guard())
-    engine.load(state_lib.replicate(state, spec.mesh))
+    engine.load(mesh_lib.replicate(state, spec.mesh))
     losses = []
     for row in steps.rows(2):
         losses.append(engine.read(engine.run(row[None]))["loss"])

@@ -11,9 +11,9 @@ import tiny
 
 from lakd_jax import config as config_lib
 from lakd_jax.runtime import interrupt
+from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.training import engine as engine_lib
 from lakd_jax.training import setup
-from lakd_jax.training import state as state_lib
 
 LONG = pytest.mark.long
 BLOCKS = functools.partial(tiny.SMALL, stage_sizes=(3, 1), widths=(4, 4))
@@ -30,7 +30,7 @@ def engine(kind, made, tmp_path):
     spec, state, teacher, data = made
     config = tiny.config(tmp_path, method="lakd", local__engine=kind)
     run = setup.engine(config, spec, teacher, data, interrupt.Guard())
-    run.load(state_lib.replicate(state, spec.mesh))
+    run.load(mesh_lib.replicate(state, spec.mesh))
     return run
 
 

@@ -12,11 +12,12 @@ from jax.sharding import Mesh
 
 from lakd_jax import config as config_lib
 from lakd_jax import errors, models
+from lakd_jax.data import device
 from lakd_jax.interop import weights
 from lakd_jax.runs import single
+from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.training import setup, step
 from lakd_jax.training import spec as spec_lib
-from lakd_jax.training import state as state_lib
 
 
 def resnet8(**options):
@@ -31,7 +32,7 @@ def spec_of(tmp_path, devices=8, network=resnet8, **fields):
     student = weights.Loaded(model, None, "random weights")
     teacher = None
     if config.method != "none":
-        variables = state_lib.replicate(tiny.variables(model), mesh)
+        variables = mesh_lib.replicate(tiny.variables(model), mesh)
         teacher = dataclasses.replace(student, variables=variables)
     spec, first = setup.spec(
         config,
@@ -49,7 +50,7 @@ def spec_of(tmp_path, devices=8, network=resnet8, **fields):
 def make(tmp_path, devices=8, network=resnet8, **fields):
     """(learner, first state, teacher variables, resident data) on some devices."""
     spec, first, teacher = spec_of(tmp_path, devices, network, **fields)
-    data = state_lib.device_data(tiny.split(160, 0), fields.get("seed", 0), spec.mesh)
+    data = device.device_data(tiny.split(160, 0), fields.get("seed", 0), spec.mesh)
     return spec, first(), teacher, data
 
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from lakd_jax import config as config_lib
 from lakd_jax import errors, export, models
 from lakd_jax.config import check
+from lakd_jax.data import device
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.explain import subject
 from lakd_jax.interop import weights
@@ -49,7 +50,7 @@ def made(tmp_path, **fields):
         examples=160,
         mesh=MESH,
     )
-    data = state_lib.device_data(tiny.split(160, 0), config.seed, MESH)
+    data = device.device_data(tiny.split(160, 0), config.seed, MESH)
     return spec, first(), teacher.variables, data
 
 
@@ -311,7 +312,7 @@ def test_dynamic_gates_stay_in_the_student(folder):
         setup.pixels(config),
         single.environment(config, guard(), print),
     )
-    data = state_lib.device_data(tiny.split(45, 2), 0, MESH)
+    data = device.device_data(tiny.split(45, 2), 0, MESH)
     assert score(network.variables, data).right == result["test_last"]["right"]
     for to in ("safetensors", "torch"):
         with pytest.raises(errors.ExportError, match="use --to=stablehlo"):
