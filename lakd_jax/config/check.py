@@ -13,12 +13,12 @@ from lakd_jax.distill.base import registry
 def problems(
     config: config_lib.ConfigDict, devices: int, *, skip: Collection[str] = ()
 ) -> list[str]:
-    """Every fault found, each a line that names the field; empty if none.
+    """Returns every fault, each as a line that names the field.
 
     Args:
       config: as given by the user, not yet resolved.
       devices: how many the batch will be split over.
-      skip: fields that are known to be wrong and of which nothing is to be said.
+      skip: fields that are known to be wrong and are not reported again.
     """
     options = blocks.options()
     faults = {field: "" for field in skip} | _structure(config, options)
@@ -29,7 +29,7 @@ def problems(
             faults[field] = f"{field} {fault}"
     found = [fault for fault in faults.values() if fault]
     for reads, relation in rules_of_runs.TABLE:
-        # What a relation makes of a field wrong by itself is not worth reading.
+        # A relation that reads a field which is wrong by itself would report it twice.
         if faults.keys().isdisjoint(reads):
             found += filter(None, [relation(config, devices)])
     return found + rules.of_methods(config, faults)

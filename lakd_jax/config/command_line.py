@@ -18,11 +18,11 @@ _OVERRIDE = re.compile(r"--?(no)?config\.")
 
 
 def parse(argv: list[str]) -> tuple[config_lib.ConfigDict, str, bool]:
-    """The config with its overrides, the run's directory, and `dry_run`.
+    """Returns the config with its overrides, the run's directory, and `dry_run`.
 
     Raises:
-      errors.ConfigError: naming every flag and override that is not right, and
-        what is wrong with the config beside them.
+      errors.ConfigError: lists every flag and override that is wrong, and
+        the other faults of the config.
     """
     overrides, base = split(argv)
     values, problem = attempt(base)
@@ -36,7 +36,7 @@ def parse(argv: list[str]) -> tuple[config_lib.ConfigDict, str, bool]:
         raise errors.ConfigError([f"--config: get_config() gave {kind}, no ConfigDict"])
     good, problems = [], {}
     for override in overrides:
-        # One at a time: absl stops at the first fault, a person wants them all.
+        # One at a time: absl stops at the first fault, and all are to be reported.
         _, problem = attempt([*base, *override], values.config)
         if problem:
             problems[_field(override)] = problem
@@ -55,7 +55,7 @@ def parse(argv: list[str]) -> tuple[config_lib.ConfigDict, str, bool]:
 
 
 def _others(values: Any, known: Collection[str]) -> list[str]:
-    """What is wrong with the config apart from the fields in `known`."""
+    """Returns the faults of the config, except for the fields in `known`."""
     import jax
 
     from lakd_jax.config import check
@@ -68,7 +68,7 @@ def _field(override: list[str]) -> str:
 
 
 def split(argv: list[str]) -> tuple[list[list[str]], list[str]]:
-    """Overrides, each with its value, apart from all other arguments."""
+    """Splits `argv` into overrides, each with its value, and all other arguments."""
     overrides, base, rest = [], [], list(argv)
     while rest:
         arg = rest.pop(0)
@@ -82,7 +82,7 @@ def split(argv: list[str]) -> tuple[list[list[str]], list[str]]:
 
 
 def _expanded(arg: str) -> str:
-    """`arg` with the `~` of --config expanded: ml_collections opens the file itself."""
+    """Expands the `~` of --config, since ml_collections opens the file itself."""
     flag, equals, value = arg.partition("=")
     if not equals:  # it may be the value of the flag before
         return os.path.expanduser(arg)
@@ -92,7 +92,7 @@ def _expanded(arg: str) -> str:
 def attempt(
     argv: list[str], known: config_lib.ConfigDict | None = None
 ) -> tuple[Any, str]:
-    """Parses `argv`: (flag values, "") or (None, what is wrong with it)."""
+    """Parses `argv`; returns (flag values, "") or (None, the fault)."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config", None, "file with get_config()", values, sys_argv=["main.py", *argv]
@@ -117,7 +117,7 @@ def attempt(
 def _reason(
     argv: list[str], error: Exception, known: config_lib.ConfigDict | None
 ) -> str:
-    """One line for a flag that could not be parsed."""
+    """Returns one line for a flag that could not be parsed."""
     text = str(error)
     if known is None and isinstance(error, flags.Error) and "\n" not in text:
         return f"flags: {text}"

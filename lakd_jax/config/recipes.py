@@ -1,7 +1,7 @@
-"""What the field's CIFAR-100 recipe sets by the pair of networks.
+"""The CIFAR-100 recipe of the literature: what it sets by the pair of networks.
 
-The rest of the recipe is the same for all pairs and stands in `lakd_jax.config`. The
-facts are those of the CIFAR-100 configurations published with CRD (learning rates),
+The rest of the recipe is the same for all pairs and is the default of the config. The
+values are those of the CIFAR-100 configurations published with CRD (learning rates),
 mdistiller and Scale Decoupled Distillation (the others).
 """
 
@@ -20,12 +20,12 @@ _MOBILE = ("mobilenet_v2", "shuffle_v1", "shuffle_v2")
 
 
 def rate(network: str) -> float:
-    """The learning rate that a network is trained with, as teacher or student."""
+    """Returns the learning rate of a network, as teacher or student."""
     return _MOBILE_RATE if network in _MOBILE else _RATE
 
 
 def of_pair(teacher: str, student: str) -> dict[str, float]:
-    """The methods' fields that the published configurations set for this pair.
+    """Returns the methods' fields that the published configurations set for a pair.
 
     Each method declares its own, see `lakd_jax.distill.base.method.Pairs`.
     """
@@ -39,9 +39,9 @@ def of_pair(teacher: str, student: str) -> dict[str, float]:
 
 
 def cifar(config: config_lib.ConfigDict, arg: str) -> config_lib.ConfigDict:
-    """`config` under the recipe for the pair in `arg`, "TEACHER,STUDENT,METHOD".
+    """Returns `config` with the recipe for the pair in "TEACHER,STUDENT,METHOD".
 
-    Nothing of the training split is kept apart: 50,000 images, 782 steps an epoch.
+    Nothing of the training split is held out: 50,000 images, 782 steps per epoch.
 
     Raises:
       ValueError: more than three parts.
@@ -58,7 +58,7 @@ def cifar(config: config_lib.ConfigDict, arg: str) -> config_lib.ConfigDict:
 
 
 def shortened(config: config_lib.ConfigDict, epochs: int) -> dict[str, object]:
-    """The fields that make `config` one of `epochs` epochs, all else in proportion.
+    """Returns the fields that shorten `config` to `epochs` epochs, in proportion.
 
     Milestones and the learning rate's warm-up keep their share of the training; the
     methods' own durations keep their share of the recipe's 240, whatever the config.
@@ -83,7 +83,7 @@ def shortened(config: config_lib.ConfigDict, epochs: int) -> dict[str, object]:
 
 
 def _scaled(value: float | tuple[float, ...], share: float) -> object:
-    """A duration, or several, times `share`."""
+    """Scales a duration, or several."""
     if isinstance(value, tuple):
         return tuple(each * share for each in value)
     return value * share

@@ -33,7 +33,7 @@ _CUTS = (
 
 
 def reads(*fields: str, only_lakd: bool = False) -> Callable[[Relation], Relation]:
-    """Enters a relation in the table, with the fields that it reads."""
+    """Enters a relation in the table, with the fields it reads."""
 
     def enter(relation: Relation) -> Relation:
         def if_lakd(c: Config, devices: int) -> str:
@@ -218,17 +218,17 @@ def _longer(warmup: float, field: str, epochs: int) -> str:
 
 
 def methods(c: Config) -> tuple[str, ...]:
-    """Every method that runs."""
+    """Returns the methods that will run."""
     return (c.method, *c.baselines)
 
 
 def named(c: Config) -> set[str]:
-    """Every method that runs, alone or in a sum."""
+    """Returns the methods that will run, alone or in a sum."""
     return {part for name in methods(c) for part in distill.parts(name)}
 
 
 def needs_teacher(c: Config) -> bool:
-    """Whether any method that runs has a teacher."""
+    """Returns whether any method that will run has a teacher."""
     return any(distill.facts(m).needs_teacher for m in methods(c))
 
 
@@ -303,7 +303,7 @@ def of_methods(config: Config, faults: Mapping[str, str]) -> list[str]:
 
 
 def _partition(c: Config) -> tuple[chain.Chain, chain.Chain, cuts.Partition]:
-    """Both networks and where they are cut; ValueError if they cannot be."""
+    """Returns both networks and their cuts; ValueError if they cannot be cut."""
     student = models.create(c.student.name, num_classes=2)
     teacher = models.create(c.teacher.name, num_classes=2)
     local = c.local

@@ -17,7 +17,7 @@ ConfigDict = ml_collections.ConfigDict
 
 
 def default() -> ConfigDict:
-    """Every field with its default; the CIFAR protocol of the literature, LAKD on."""
+    """Returns every field with its default: LAKD under the usual CIFAR protocol."""
     from lakd_jax.config import blocks  # not above: it imports JAX
 
     c = ConfigDict()
@@ -32,7 +32,7 @@ def default() -> ConfigDict:
 
 
 def with_pair(config: ConfigDict, arg: str) -> ConfigDict:
-    """`config` with "TEACHER,STUDENT,METHOD" set; parts left out stay as they are.
+    """Returns `config` with "TEACHER,STUDENT,METHOD" set; empty parts change nothing.
 
     Raises:
       ValueError: more than three parts.
@@ -49,7 +49,7 @@ LITERAL = {"adapter": "shape", "normalise": "none", "head_loss": "ce"}
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """A copy with presets and "same as" fields written out.
+    """Returns a copy with presets and "same as" fields written out.
 
     `lakd.preset="literal"` pins the fields in `LITERAL`; `teacher.epochs=0` and
     `hme.stage1_epochs=0` become the student's epochs; `baselines` loses `method` and
@@ -74,12 +74,12 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:
-    """Plain nested dictionaries and lists, as they are written to JSON."""
+    """Returns plain nested dictionaries and lists, as they are written to JSON."""
     return json.loads(json.dumps(config.to_dict()))
 
 
 def from_dict(values: dict[str, Any]) -> ConfigDict:
-    """What `to_dict` gave, for example as a run's config.json; the inverse.
+    """Returns the config of which `to_dict` made `values`, such as a config.json.
 
     Fields that did not exist then have their defaults.
 
@@ -101,13 +101,13 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
 
 
 def digest(config: ConfigDict) -> str:
-    """Twelve hex digits that change with any field."""
+    """Returns twelve hex digits that change with any field."""
     text = json.dumps(to_dict(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """`{"data.pad": 4, ...}` of every field that is not a block."""
+    """Returns `{"data.pad": 4, ...}` with every field that is not a block."""
     out: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, ConfigDict):
@@ -118,14 +118,14 @@ def flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def changed(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
-    """A copy in which each `{"block.field": value}` is set."""
+    """Returns a copy in which each `{"block.field": value}` is set."""
     c = copy.deepcopy(config)
     c.update_from_flattened_dict(fields)
     return c
 
 
 def teacher_config(config: ConfigDict) -> ConfigDict:
-    """The config that trains `config`'s teacher: plain training of its network.
+    """Returns the config that trains the teacher: plain training of its network.
 
     Only what matters to the teacher is kept; student and method fields are
     reset, so that every student that needs this teacher finds the same one.

@@ -12,7 +12,7 @@ registry.discover(__name__, __path__)
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a run has to know of its method; see `method.Method` for each."""
+    """The properties of a method that a run depends on; see `method.Method`."""
 
     local: bool
     staged: bool
@@ -25,12 +25,12 @@ class Facts:
 
 
 def names() -> list[str]:
-    """All methods; `none` is plain training without a teacher."""
+    """Returns all methods; `none` is plain training without a teacher."""
     return list(registry.TABLE)
 
 
 def parts(name: str) -> tuple[str, ...]:
-    """The methods of a sum, "dkd+at" -> ("dkd", "at"); of a lone one, itself.
+    """Splits a sum, "dkd+at" -> ("dkd", "at"); a single method gives itself.
 
     Raises:
       ValueError: an unknown method, with the nearest name; one that is named twice;
@@ -47,7 +47,7 @@ def parts(name: str) -> tuple[str, ...]:
 
 
 def facts(name: str) -> Facts:
-    """Of a method or a sum; ValueError as `parts`."""
+    """Returns the facts of a method or a sum; ValueError as `parts`."""
     found = [registry.get(one).cls for one in parts(name)]
     reads = dict.fromkeys(part for one in found for part in one.teacher_reads)
     return Facts(
@@ -63,7 +63,7 @@ def facts(name: str) -> Facts:
 
 
 def title(name: str) -> str:
-    """What tables call a method or a sum; ValueError as `parts`."""
+    """Returns the name of a method or a sum in tables; ValueError as `parts`."""
     return " + ".join(
         registry.get(one).fact("title", one.upper()) for one in parts(name)
     )
@@ -102,5 +102,5 @@ def create(name: str, options: Mapping[str, Any]) -> method.Method:
 
 
 def create_sum(options: Mapping[str, Mapping[str, Any]]) -> method.Method:
-    """All of these methods at once, by name the options that `create` takes."""
+    """Makes the sum of methods, given the options of each by its name."""
     return term.Sum(tuple(create(name, own) for name, own in options.items()))

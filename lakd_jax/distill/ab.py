@@ -53,7 +53,7 @@ class AB(initial.Initial):
     teacher_reads: ClassVar[tuple[str, ...]] = ("preacts",)
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `ab`, one a module."""
+        """Returns the term `ab`, one per module."""
         terms: list[Any] = []
         count = len(signals.student_preacts)
         pairs = zip(signals.student_preacts, signals.teacher_preacts, strict=True)

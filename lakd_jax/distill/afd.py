@@ -10,11 +10,11 @@ the authors' published code has it:
     L          = CE + 0.9 KD + 200 L_AFD
 
 g and f are L2-normalised maps of mean squared activation, the student's pooled to the
-teacher's size. Each *teacher* tap asks which *student* taps shall imitate it. No
-gradient is stopped on the student's side: it learns through the maps and through
+teacher's size. Each *teacher* tap attends to the *student* taps that are to imitate
+it. No gradient is stopped on the student's side: it learns through the maps and through
 the attention. One deviation: where the authors call a pre-activation network's norm
-a second time for the tap, which moves its running statistics twice a step, here they
-move once.
+a second time for the tap, which moves its running statistics twice per step, here
+they move once.
 """
 
 from typing import ClassVar
@@ -74,7 +74,7 @@ class AFD(method.Method):
     def __call__(
         self, signals: method.Signals, *, train: bool
     ) -> tuple[method.ModuleLoss, ...]:
-        """One `ModuleLoss`.
+        """Returns one `ModuleLoss`.
 
         Raises:
           ValueError: a network without taps.

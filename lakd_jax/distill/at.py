@@ -55,7 +55,7 @@ class AT(term.Term):
     teacher_reads: ClassVar[tuple[str, ...]] = ("joints",)
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `at`, one a module."""
+        """Returns the term `at`, one per module."""
         pairs = zip(signals.student_joints, signals.teacher_joints, strict=True)
         return [{"at": at_loss([ours], [theirs], self.p)} for ours, theirs in pairs]
 

@@ -79,7 +79,7 @@ class CATKD(term.Term):
     teacher_reads: ClassVar[tuple[str, ...]] = ("joints", "head")
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `cam`."""
+        """Returns the term `cam`."""
         student = numerics.logit_map(signals.student_head, signals.student_joints[-1])
         teacher = numerics.logit_map(signals.teacher_head, signals.teacher_joints[-1])
         cam = cam_loss(

@@ -68,7 +68,7 @@ class CC(term.Term):
     teacher_reads: ClassVar[tuple[str, ...]] = ("pooled",)
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `cc`."""
+        """Returns the term `cc`."""
         embed = Embeddings(self.dim, name="head")
         both = embed(signals.student.pooled, signals.teacher.pooled)
         return [{"cc": _congruence(*both)}]

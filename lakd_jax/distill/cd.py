@@ -97,7 +97,7 @@ class CD(term.Term):
     teacher_reads: ClassVar[tuple[str, ...]] = ("logits", "joints")
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `cd`, one a module."""
+        """Returns the term `cd`, one per module."""
         pairs = zip(signals.student_joints, signals.teacher_joints, strict=True)
         own = []
         for k, (ours, theirs) in enumerate(pairs, 1):
@@ -119,7 +119,7 @@ class CD(term.Term):
     def __call__(
         self, signals: method.Signals, *, train: bool
     ) -> tuple[method.ModuleLoss, ...]:
-        """One `ModuleLoss` a module; the last has `head_ce` and `gkd`, too."""
+        """Returns one `ModuleLoss` per module, the last with `head_ce` and `gkd`."""
         *before, last = super().__call__(signals, train=train)
         logits = signals.student.logits, signals.teacher.logits
         gkd = guided_kd_loss(*logits, signals.labels, self.temperature)

@@ -181,7 +181,7 @@ class CRD(term.Term):
     teacher_reads: ClassVar[tuple[str, ...]] = ("pooled",)
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `crd`."""
+        """Returns the term `crd`."""
         options = (self.dim, self.negatives, self.temperature, self.momentum)
         return [{"crd": Contrast(*options, name="head")(signals, train=train)}]
 

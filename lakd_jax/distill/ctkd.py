@@ -92,7 +92,7 @@ class CTKD(term.LogitTerm):
     standardise: bool = fields.field(False, "z-scores of the logits; then weight=9")
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `ctkd`."""
+        """Returns the term `ctkd`."""
         raw = _Raw(name="head")()
         schedule = (self.lambda_min, self.lambda_max, self.lambda_epochs)
         factor = reversal(signals.epoch, *schedule)

@@ -78,7 +78,7 @@ class DIST(term.LogitTerm):
     least_batch: ClassVar[int] = 2  # one example has no correlation within a class
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `dist`."""
+        """Returns the term `dist`."""
         options = (self.beta, self.gamma, self.temperature)
         return [{"dist": dist_loss(*self.logits(signals), *options)}]
 

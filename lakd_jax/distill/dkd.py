@@ -98,7 +98,7 @@ class DKD(term.LogitTerm):
     }
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `dkd`."""
+        """Returns the term `dkd`."""
         options = (self.alpha, self.beta, self.temperature)
         return [{"dkd": dkd_loss(*self.logits(signals), signals.labels, *options)}]
 

@@ -84,7 +84,7 @@ class Filter(nn.Module):
         """(B, H, W, C) float32 -> (B, H, W, features); H and W are fixed by `init`."""
         height, width, channels = x.shape[1:]
         shape = (height, width, channels, self.features)
-        # A pair of real arrays, as optimisers and checkpoints want them.
+        # A pair of real arrays, as optimisers and checkpoints need them.
         start = nn.initializers.uniform(1 / (channels * self.features))
         real = self.param("real", start, shape)
         imaginary = self.param("imaginary", start, shape)
@@ -234,7 +234,7 @@ class FAM(term.Term):
     teacher_reads: ClassVar[tuple[str, ...]] = ("joints", "pooled")
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `fam`, one a module."""
+        """Returns the term `fam`, one per module."""
         ours = (*signals.student_joints, review.as_map(signals.student.pooled))
         theirs = (*signals.teacher_joints, review.as_map(signals.teacher.pooled))
 

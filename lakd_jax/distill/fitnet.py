@@ -82,7 +82,7 @@ class FitNet(term.Term):
     teacher_reads: ClassVar[tuple[str, ...]] = ("joints",)
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `fitnet` in the module of the hint, nothing in the others."""
+        """Returns the term `fitnet`, in the module of the hint only."""
         k = self.hint_layer - 1
         pair = signals.student_joints[k], signals.teacher_joints[k]
         ours, theirs = adapter.match_size(*numerics.frozen(*pair))

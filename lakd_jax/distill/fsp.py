@@ -74,7 +74,7 @@ class FSP(initial.Initial):
     teacher_reads: ClassVar[tuple[str, ...]] = ("joints",)
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `fsp`, in every module but the first."""
+        """Returns the term `fsp`, in every module but the first."""
         ours, theirs = signals.student_joints, signals.teacher_joints
         pairs = [slice(k - 1, k + 1) for k in range(1, len(ours))]
         return [{}, *({"fsp": fsp_loss(ours[p], theirs[p])} for p in pairs)]

@@ -170,7 +170,7 @@ class FT(term.Term):
     teacher_reads: ClassVar[tuple[str, ...]] = ("joints",)
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The terms `ft` and `ft_rebuilt`, the paraphraser's."""
+        """Returns the terms `ft` and `ft_rebuilt`, the paraphraser's."""
         teacher = signals.teacher_joints[-1]
         student, factor, rebuilt = Factors(self.rate, name="head")(
             signals.student_joints[-1],
@@ -190,7 +190,7 @@ class FT(term.Term):
     def __call__(
         self, signals: method.Signals, *, train: bool
     ) -> tuple[method.ModuleLoss, ...]:
-        """One `ModuleLoss`; `ft_rebuilt` has `init_weight` at first, then 0."""
+        """Returns one `ModuleLoss`; `ft_rebuilt` has `init_weight` at first, then 0."""
         (loss,) = super().__call__(signals, train=train)
         first = initial.during(signals, self.init_epochs)
         weight = jnp.where(first, self.init_weight, 0.0)

@@ -133,7 +133,7 @@ class Plain(method.Method):
     def __call__(
         self, signals: method.Signals, *, train: bool
     ) -> tuple[method.ModuleLoss, ...]:
-        """One `ModuleLoss` with the term `head_ce`."""
+        """Returns one `ModuleLoss` with the term `head_ce`."""
         logits, smoothing = signals.student.logits, self.label_smoothing
         terms = {"head_ce": smoothed_cross_entropy(logits, signals.labels, smoothing)}
         return (
@@ -164,7 +164,7 @@ class KD(method.Method):
     def __call__(
         self, signals: method.Signals, *, train: bool
     ) -> tuple[method.ModuleLoss, ...]:
-        """One `ModuleLoss` with the terms `head_ce` and `head_kd`."""
+        """Returns one `ModuleLoss` with the terms `head_ce` and `head_kd`."""
         terms, weights = head_terms(
             signals,
             self.ce_weight,

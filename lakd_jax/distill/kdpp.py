@@ -156,13 +156,13 @@ class KDPP(term.Term):
     teacher_reads: ClassVar[tuple[str, ...]] = ("logits", "pooled")
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `nd`."""
+        """Returns the term `nd`."""
         return [{"nd": _Head(self.dropout, name="head")(signals, train=train)}]
 
     def __call__(
         self, signals: method.Signals, *, train: bool
     ) -> tuple[method.ModuleLoss, ...]:
-        """One `ModuleLoss` with `nd`, `head_ce` and `head_kd`."""
+        """Returns one `ModuleLoss` with `nd`, `head_ce` and `head_kd`."""
         (loss,) = super().__call__(signals, train=train)
         logits = signals.student.logits, signals.teacher.logits
         soft = kd.kd_loss(*logits, self.temperature)

@@ -35,10 +35,10 @@ def kdsvd_loss(
     these, and over the batch divided by its size.
 
     A vector's sign, which the decomposition leaves open, is that with a positive sum
-    (our reading; the code has that of its library, which for features that are not
-    negative is the same for all stages). Directions whose singular values are next to
-    equal have no gradient towards each other, which would be infinite (the code leaves
-    out losses that are not finite, but not such gradients).
+    (our interpretation; the code has that of its library, which for features that are
+    not negative is the same for all stages). Directions whose singular values are
+    almost equal have no gradient towards each other, which would be infinite (the code
+    leaves out losses that are not finite, but not such gradients).
 
     Args:
       student_features: (B, H, W, C) each, two or more.
@@ -169,7 +169,7 @@ class KDSVD(term.Term):
     teacher_reads: ClassVar[tuple[str, ...]] = ("joints",)
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `kdsvd`, in every module but the first."""
+        """Returns the term `kdsvd`, in every module but the first."""
         found = _losses(signals.student_joints, signals.teacher_joints, self.k)
         return [{}, *({"kdsvd": loss} for loss in found)]
 

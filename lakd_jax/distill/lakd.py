@@ -152,7 +152,7 @@ class LAKD(method.Method):
     def __call__(
         self, signals: method.Signals, *, train: bool
     ) -> tuple[method.ModuleLoss, ...]:
-        """One `ModuleLoss` per module with an entry in `signals.student_joints`.
+        """Returns one `ModuleLoss` per entry of `student_joints` that is not None.
 
         Raises:
           ValueError: `module_start_epochs` has another length, or a signal that
@@ -177,7 +177,7 @@ def _check_signals(options: Options, signals: method.Signals) -> None:
             "modules"
         )
     if options.att_global and len(signals.student_uncut) != count:
-        raise ValueError("att_global needs Signals.student_uncut, one a module")
+        raise ValueError("att_global needs Signals.student_uncut, one per module")
 
 
 class _LocalLoss(nn.Module):

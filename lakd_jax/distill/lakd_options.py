@@ -158,7 +158,7 @@ class Options:
         return self.head_weight, self.attention_weight, self.feature_weight
 
     def mask(self, features: jax.Array) -> jax.Array:
-        """What of the teacher's features (B, H, W, C), (B, H, W, 1), no gradient."""
+        """Returns What of features (B, H, W, C): (B, H, W, 1), no gradient."""
         return jax.lax.stop_gradient(self.map(features, self.normalise))
 
     def map(self, features: jax.Array, kind: str) -> jax.Array:

@@ -93,7 +93,7 @@ class MLKD(term.LogitTerm):
     title: ClassVar[str] = "MLKD (one view)"
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `mlkd`."""
+        """Returns the term `mlkd`."""
         loss = mlkd_loss(
             signals.student.logits,
             signals.teacher.logits,

@@ -3,7 +3,7 @@
 W = a * avgpool(F_sum(T)) + b * maxpool(F_sum(T)), where F_sum adds a feature
 map over its channels (LAKD, arXiv 2408.11478; the formula is known from
 summaries of the paper). Pooling window, normalisation and the exact F_sum are
-not known: each is an argument here and its default is **our reading**. F_sum is
+not known: each is an argument here and its default is **our interpretation**. F_sum is
 the notation of Attention Transfer (Zagoruyko and Komodakis, arXiv 1612.03928),
 which is why absolute values are the default. Everything is float32, NHWC.
 """

@@ -62,7 +62,7 @@ class NKD(term.LogitTerm):
     standardise: bool = fields.field(False)
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `nkd`."""
+        """Returns the term `nkd`."""
         options = (signals.labels, self.gamma, self.temperature)
         return [{"nkd": nkd_loss(*self.logits(signals), *options)}]
 

@@ -59,7 +59,7 @@ class NST(term.Term):
     teacher_reads: ClassVar[tuple[str, ...]] = ("joints",)
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `nst`, one a module."""
+        """Returns the term `nst`, one per module."""
         pairs = zip(signals.student_joints, signals.teacher_joints, strict=True)
         return [{"nst": nst_loss([ours], [theirs])} for ours, theirs in pairs]
 

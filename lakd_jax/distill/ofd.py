@@ -41,9 +41,9 @@ class Margin(nn.Module):
 
     The public code works it out from scale and bias of the teacher's last batch norm,
     as if responses were Gaussian. Teachers here have their norms folded into the
-    convolutions, so the mean over all that was seen so far stands for it (our
-    reading). A channel that was never negative has margin 0, which alters nothing of
-    it; the code has -3 deviations where less than a thousandth is negative.
+    convolutions, so the mean over all that was seen so far is used instead (our
+    interpretation). A channel that was never negative has margin 0, which does not
+    alter it; the code has -3 deviations where less than a thousandth is negative.
     """
 
     @nn.compact
@@ -98,7 +98,7 @@ class OFD(term.Term):
     teacher_reads: ClassVar[tuple[str, ...]] = ("preacts",)
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `ofd`, one a module, already halved for those before the last."""
+        """Returns the term `ofd`, one per module, halved before the last."""
         pairs = zip(signals.student_preacts, signals.teacher_preacts, strict=True)
         last = len(signals.student_preacts)
         return [

@@ -47,7 +47,7 @@ class PKT(term.Term):
     teacher_reads: ClassVar[tuple[str, ...]] = ("pooled",)
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `pkt`."""
+        """Returns the term `pkt`."""
         return [{"pkt": pkt_loss(signals.student.pooled, signals.teacher.pooled)}]
 
 

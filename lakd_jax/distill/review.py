@@ -125,7 +125,7 @@ class Review(term.Term):
     teacher_reads: ClassVar[tuple[str, ...]] = ("preacts", "pooled")
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `review`, one a module."""
+        """Returns the term `review`, one per module."""
         joints = signals.student_joints
         stages = signals.student_preacts if self.student_preact else joints
         ours = (*stages, as_map(signals.student.pooled))
@@ -165,7 +165,7 @@ def from_the_last(
 
 
 def by_module(values: Sequence[jax.Array]) -> list[jax.Array]:
-    """One a stage and one of the pooled features -> one a module."""
+    """One per stage and one of the pooled features -> one per module."""
     *stages, last, pooled = values
     return [*stages, last + pooled]
 

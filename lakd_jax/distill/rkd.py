@@ -76,7 +76,7 @@ class RKD(term.Term):
     teacher_reads: ClassVar[tuple[str, ...]] = ("pooled",)
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `rkd`."""
+        """Returns the term `rkd`."""
         features = (signals.student.pooled, signals.teacher.pooled)
         return [{"rkd": rkd_loss(*features, self.distance_weight, self.angle_weight)}]
 

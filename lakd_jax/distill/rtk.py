@@ -2,12 +2,12 @@
 
 Source: Yang, Kao, Huang, "Knowledge Distillation with Representative Teacher Keys
 Based on Attention Mechanism for Image Classification Model Compression", arXiv
-2206.12788. **Only its abstract is known to us**, and no code is published. It says:
+2206.12788. **Only its abstract is known to us**, and no code is published. It claims:
 the keys come from the teacher, useless information of the teacher is filtered out,
 and the accuracy of an attention-based method is improved on. All else here is our
 interpretation, on top of AFD (`lakd_jax.distill.afd`), with the roles swapped:
 
-    l[b, j, i] = similarity(student tap j asks, teacher tap i answers)
+    l[b, j, i] = similarity(query of student tap j, key of teacher tap i)
     M          = which teacher taps are representative, a hard choice (`MASKS`)
     a[b, j, :] = softmax over the teacher taps i with M[b, j, i]
     E[b, j, i] = ||f_{j->i} - g_i||^2, summed over positions
@@ -232,7 +232,7 @@ class RTK(method.Method):
     def __call__(
         self, signals: method.Signals, *, train: bool
     ) -> tuple[method.ModuleLoss, ...]:
-        """One `ModuleLoss`.
+        """Returns one `ModuleLoss`.
 
         Raises:
           ValueError: a network without taps.

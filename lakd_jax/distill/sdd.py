@@ -115,7 +115,7 @@ class SDD(term.LogitTerm):
     teacher_reads: ClassVar[tuple[str, ...]] = ("logits", "joints", "head")
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `sdd`."""
+        """Returns the term `sdd`."""
         ours = numerics.logit_map(signals.student_head, signals.student_joints[-1])
         theirs = numerics.logit_map(signals.teacher_head, signals.teacher_joints[-1])
         ours, theirs = cells(ours, self.scales), cells(theirs, self.scales)

@@ -43,7 +43,7 @@ class SP(term.Term):
     teacher_reads: ClassVar[tuple[str, ...]] = ("joints",)
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `sp`."""
+        """Returns the term `sp`."""
         return [{"sp": sp_loss(signals.student_joints[-1], signals.teacher_joints[-1])}]
 
 

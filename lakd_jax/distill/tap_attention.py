@@ -3,7 +3,7 @@
 Source: Ji, Heo, Park, "Show, Attend and Distill: Knowledge Distillation via
 Attention-based Feature Matching" (AFD, AAAI 2021, arXiv 2102.02973). Taps are
 activations (B, H, W, C) of blocks of any sizes (`chain.Outputs.taps`). AFD and RTK
-differ in which network asks (queries) and which is chosen from (keys), and in how
+differ in which network gives the queries and which the keys, and in how
 attention and distances are put together; see `afd` and `rtk`. Everything is float32.
 """
 

@@ -77,7 +77,7 @@ class VID(term.Term):
     teacher_reads: ClassVar[tuple[str, ...]] = ("joints",)
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `vid`, one a module."""
+        """Returns the term `vid`, one per module."""
         terms = []
         pairs = zip(signals.student_joints, signals.teacher_joints, strict=True)
         for k, pair in enumerate(pairs, 1):

@@ -82,7 +82,7 @@ class TTM(term.LogitTerm):
     about: ClassVar[str] = _ABOUT
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `ttm`."""
+        """Returns the term `ttm`."""
         return [{"ttm": ttm_loss(*self.logits(signals), self.exponent)}]
 
 
@@ -98,7 +98,7 @@ class WTTM(term.LogitTerm):
     about: ClassVar[str] = _ABOUT
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """The term `wttm`."""
+        """Returns the term `wttm`."""
         return [{"wttm": wttm_loss(*self.logits(signals), self.exponent)}]
 
 

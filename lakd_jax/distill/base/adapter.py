@@ -1,4 +1,4 @@
-"""Bringing a student's feature map to the shape of the teacher's."""
+"""Adapters that bring a student's feature map to the shape of the teacher's."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class Adapter(nn.Module):
 
     Owned by its local module, trained with it and dropped after training. The
     paper's adapters, if it has any, are not known to us: this is FitNet's
-    regressor as the field builds it.
+    regressor as the literature builds it.
 
     Attributes:
       features: channels of the teacher's map.

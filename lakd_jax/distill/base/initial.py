@@ -1,4 +1,4 @@
-"""Methods whose own loss comes before the cross-entropy, not beside it."""
+"""Methods whose own loss comes before the cross-entropy, not along with it."""
 
 from typing import ClassVar
 
@@ -39,7 +39,7 @@ class Initial(term.Term, kw_only=True):
     )
 
     def weigh(self, signals: method.Signals) -> tuple[jax.Array, jax.Array]:
-        """Of the two weights the one that counts in this step; the other is 0."""
+        """Returns both weights, of which one is 0 in this step."""
         hard, weight = super().weigh(signals)
         first = during(signals, self.init_epochs)
         return jnp.where(first, 0.0, hard), jnp.where(first, weight, 0.0)

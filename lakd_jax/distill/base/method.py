@@ -1,6 +1,6 @@
-"""What every distillation method is given and what it gives back.
+"""The interface of distillation methods: `Signals` in, one `ModuleLoss` per module.
 
-A method is a Linen module called once a step with `Signals`; it answers one
+A method is a Linen module called once per step with `Signals`; it returns one
 `ModuleLoss` for each local module of the student, in order from the image to
 the head. The last module owns the head. Which parameters a loss may reach is
 decided by where the forward pass is cut (`lakd_jax.local.cuts`), never here.
@@ -88,7 +88,7 @@ class Signals:
 
 
 class Method(nn.Module):
-    """What all methods share; a subclass says how it sees `Signals`.
+    """The base of all methods; a subclass turns `Signals` into losses.
 
     Class facts (instance properties where they depend on options): `local`, whether
     its modules can be run one by one; `staged`, whether it has a loss in each module
@@ -102,11 +102,11 @@ class Method(nn.Module):
     before the last read the teacher's logits, and so cannot be run before its last
     stage.
 
-    Of a class alone, not of its subclasses: `title`, what tables call it (else the name
-    in capital letters); `about`, a note on its options for docs/configuration.md;
-    `pairs`, the options that the published recipes change by the pair of networks.
-    `options_class` is the dataclass of the options, where these are an object of their
-    own, the field `options`; `rules` must hold between options and the run.
+    What the class declares for itself and not for its subclasses: `title`, its name in
+    tables (by default the method's in capital letters); `about`, a note on its options
+    for docs/configuration.md; `pairs`, the options that the published recipes change by
+    the pair of networks. `options_class` is the dataclass of the field `options`, where
+    the options are one object. `rules` are checked before a run.
     """
 
     title: ClassVar[str] = ""
@@ -162,7 +162,7 @@ class ModuleLoss:
     def plus(
         self, name: str, term: jax.Array, weight: jax.Array | float
     ) -> "ModuleLoss":
-        """The same with one term more."""
+        """Returns a copy with one more term."""
         return ModuleLoss(
             terms=self.terms | {name: term},
             weights={**self.weights, name: weight},

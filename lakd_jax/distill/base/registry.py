@@ -14,7 +14,7 @@ from typing import Any
 from lakd_jax import fields
 from lakd_jax.distill.base import method
 
-# Ranges of options that a class of one's own declares without one.
+# Ranges of options that a user's class declares without one.
 _PLAIN: dict[str, fields.Check] = {
     "ce_weight": fields.at_least(0),
     "weight": fields.at_least(0),
@@ -39,11 +39,11 @@ class Entry:
 
     @property
     def block(self) -> tuple[fields.Option, ...]:
-        """The options that are fields of the method's block in the config."""
+        """Returns the options that are fields of the method's block in the config."""
         return tuple(option for option in self.options if not option.source)
 
     def fact(self, name: str, default: Any) -> Any:
-        """`title`, `about` or `pairs` as this class declares it, or the default."""
+        """Returns `title`, `about` or `pairs` as this class declares it."""
         return vars(self.cls).get(name, default)
 
 
@@ -72,7 +72,7 @@ def enter(name: str, cls: type[method.Method], *, built_in: bool = False) -> Non
 
 
 def _with_ranges(options: Iterable[fields.Option]) -> tuple[fields.Option, ...]:
-    """The options, with the ranges of those declared without."""
+    """Returns the options, with ranges for those declared without."""
     return tuple(
         option
         if option.check or isinstance(option.default, bool)
@@ -95,11 +95,11 @@ def discover(package: str, path: Iterable[str]) -> None:
 
 
 def get(name: str) -> Entry:
-    """The method `name`; ValueError with the nearest name if there is none."""
+    """Returns the method `name`; ValueError with the nearest name if there is none."""
     fields.check("method", name, TABLE)
     return TABLE[name]
 
 
 def added() -> list[str]:
-    """Names of the methods that are not built in."""
+    """Returns the names of the methods that are not built in."""
     return [name for name, entry in TABLE.items() if not entry.built_in]

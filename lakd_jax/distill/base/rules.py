@@ -22,27 +22,30 @@ class Run(Protocol):
 
     Attributes:
       method: the name of the method, which is also that of its block.
-      modules: the names of the student's modules.
-      joints: one per module.
     """
 
     method: str
 
     def __getitem__(self, field: str) -> Any:
         """The value of any field of the config, such as "local.granularity"."""
+        ...
 
     @property
-    def modules(self) -> Sequence[str]: ...  # noqa: D102
+    def modules(self) -> Sequence[str]:
+        """The names of the student's modules."""
+        ...
 
     @property
-    def joints(self) -> Sequence[Joint]: ...  # noqa: D102
+    def joints(self) -> Sequence[Joint]:
+        """The end of each module."""
+        ...
 
 
 Rule = Callable[[Any, Run], str]  # (options, run) -> the fault, or ""
 
 
 def some_weight(*names: str) -> Rule:
-    """Not all of these weights are 0."""
+    """Returns the rule that not all of these weights are 0."""
 
     def rule(options: Any, run: Run) -> str:
         if any(getattr(options, name) for name in names):
@@ -54,7 +57,7 @@ def some_weight(*names: str) -> Rule:
 
 
 def room_after_start(options: Any, run: Run) -> str:
-    """`init_epochs` are fewer than all epochs."""
+    """Checks that `init_epochs` leaves some of all epochs."""
     if options.init_epochs < run["epochs"]:
         return ""
     return (
@@ -64,7 +67,7 @@ def room_after_start(options: Any, run: Run) -> str:
 
 
 def equal_widths(options: Any, run: Run) -> str:
-    """Both networks have several stages, of the same widths."""
+    """Checks that both networks have several stages, of the same widths."""
     if len(run.modules) == 1:
         return f"method {run.method} compares stages: use local.granularity=stage"
     for joint in run.joints:

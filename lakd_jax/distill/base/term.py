@@ -45,23 +45,23 @@ class Term(method.Method, kw_only=True):
     )
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
-        """For each of the last local modules `{name: raw loss, scalar float32}`.
+        """Returns `{name: raw loss, scalar float32}` per module, for the last modules.
 
         One entry for methods that train the student from its end; for those with
-        `staged` one a module. Submodules are named `module1`, ... after the module
+        `staged` one per module. Submodules are named `module1`, ... after the module
         they belong to, or `head` for the last.
         """
         raise NotImplementedError
 
     def weigh(self, signals: method.Signals) -> tuple[Any, Any]:
-        """The weights of cross-entropy and of the losses in this step."""
+        """Returns the weights of cross-entropy and of the losses in this step."""
         return self.ce_weight, self.weight * ramp(signals.epoch, self.warmup_epochs)
 
     @nn.compact
     def __call__(
         self, signals: method.Signals, *, train: bool
     ) -> tuple[method.ModuleLoss, ...]:
-        """One `ModuleLoss`, or one a module; the last has `head_ce`, too."""
+        """Returns one `ModuleLoss`, or one per module; the last has `head_ce`, too."""
         own = [dict(terms) for terms in self.losses(signals, train=train)]
         hard, weight = self.weigh(signals)
         weights = [dict.fromkeys(terms, weight) for terms in own]
@@ -84,7 +84,7 @@ class LogitTerm(Term, kw_only=True):
     standardise: bool = fields.field(False, "z-scores of the logits")
 
     def logits(self, signals: method.Signals) -> tuple[jax.Array, jax.Array]:
-        """The student's and the teacher's, (B, classes) each."""
+        """Returns the student's and the teacher's logits, (B, classes) each."""
         student, teacher = signals.student.logits, signals.teacher.logits
         if self.standardise:
             return kd.standardised(student), kd.standardised(teacher)
@@ -107,11 +107,11 @@ class Sum(method.Method):
     def __call__(
         self, signals: method.Signals, *, train: bool
     ) -> tuple[method.ModuleLoss, ...]:
-        """As many as the longest of the parts has, aligned at the last module."""
-        cached_outputs = [part(signals, train=train) for part in self.parts]
-        count = max(map(len, cached_outputs))
+        """Returns the losses of all parts, aligned at the last module."""
+        of_parts = [part(signals, train=train) for part in self.parts]
+        count = max(map(len, of_parts))
         merged = [method.ModuleLoss({}, {}, {}) for _ in range(count)]
-        for losses in cached_outputs:
+        for losses in of_parts:
             first = count - len(losses)
             for k, loss in enumerate(losses, first):
                 merged[k] = _merged(merged[k], loss)
@@ -129,7 +129,7 @@ class Sum(method.Method):
 
 
 def _merged(first: method.ModuleLoss, second: method.ModuleLoss) -> method.ModuleLoss:
-    """Both; what the first has is kept."""
+    """Merges two losses; a term of both is the first one's."""
     return method.ModuleLoss(
         terms=second.terms | first.terms,
         weights={**second.weights, **first.weights},
