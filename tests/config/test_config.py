@@ -453,3 +453,8 @@ def test_flat_and_changed():
     assert (c.data.pad, c.seed) == (4, 0)
     rebuilt = config_lib.changed(c, fields)
     assert config_lib.to_dict(rebuilt) == config_lib.to_dict(c)
+
+
+def test_no_two_blocks_have_one_name():
+    names = [block.name for block in blocks.every()]
+    assert len(names) == len(set(names)) and not set(names) & set(blocks.options())
