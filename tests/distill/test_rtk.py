@@ -73,7 +73,7 @@ def by_batch(variables, student, teacher):
 
 
 @functools.cache
-def cached_outputs(scope="sample"):
+def answers(scope="sample"):
     """{selection: (attention, distances)} of `pair()`."""
     if scope == "batch":
         return jax.device_get(by_batch(weights(*pair()), *pair()))
@@ -97,7 +97,7 @@ top_mask = jax.jit(rtk.top_mask, static_argnums=1)
 @pytest.mark.parametrize("scope", ["sample", "batch"])
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_12_rows_sum_to_one_over_teacher_taps(selection, scope):
-    attention, distances = cached_outputs(scope)[selection]
+    attention, distances = answers(scope)[selection]
     keys = 3 if selection == "pooled" else 4
     assert attention.shape == distances.shape == (5, 3, keys)
     np.testing.assert_allclose(attention.sum(-1), 1, rtol=1e-5)
@@ -140,7 +140,7 @@ def test_14_filters_without_effect_equal_none_and_one_tap_gets_all():
     student, teacher = pair()
     filtered = jax.jit(functools.partial(attend, selection="topr", top_r=4))
     found = filtered(weights(student, teacher), student, teacher)
-    for ours, wanted in zip(found, cached_outputs()["none"], strict=True):
+    for ours, wanted in zip(found, answers()["none"], strict=True):
         np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -207,7 +207,7 @@ def test_16_without_filter_it_is_afd_with_swapped_roles():
         )
         return jax.nn.softmax(logits), attention_lib.distances(second, first, "sum")
 
-    ours, summed = cached_outputs()["none"]  # student = first
+    ours, summed = answers()["none"]  # student = first
     theirs, distances = roles_of_afd(inner, first, second)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
     afd = np.swapaxes(distances, 1, 2)
@@ -245,7 +245,7 @@ def test_18_a_larger_copy_of_a_tap_costs_the_same_summed_and_a_quarter_in_the_me
 
 def test_20_one_compilation_and_no_gather_by_data():
     student, teacher = pair()
-    cached_outputs()
+    answers()
     other = tuple(t[::-1] * 2 for t in student), tuple(t + 1 for t in teacher)
     every(weights(student, teacher), *other)
     # Counted by hand: JAX drops old programs where a process has made very many.

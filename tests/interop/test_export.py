@@ -156,10 +156,10 @@ def test_stablehlo_in_a_process_with_jax_alone(finished, tmp_path, dtype, size):
     )
     assert done.returncode == 0, done.stderr
     assert all(f"'{platform}'" in done.stdout for platform in ("cpu", "cuda", "tpu"))
-    cached_outputs = np.load(files[2])
+    answers = np.load(files[2])
     close = 1e-5 if dtype == "float32" else 0.05
     for count in (1, 5):
-        answer = cached_outputs[str(count)]
+        answer = answers[str(count)]
         assert answer.dtype == np.float32 and answer.shape == (count, 3)
         expected = logits(count, dtype, size)
         np.testing.assert_allclose(answer, expected, rtol=close, atol=close)
