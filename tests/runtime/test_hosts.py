@@ -63,3 +63,16 @@ def test_the_mesh_has_them_in_that_order(monkeypatch):
     assert len(devices) == 8
     monkeypatch.setattr(jax, "devices", lambda: devices[5:] + devices[:5][::-1])
     assert list(mesh_lib.data_mesh().devices) == devices
+
+
+def test_a_lost_process_is_an_error_of_its_own(monkeypatch):
+    """Promise 29: it names the remedy; with one process, errors stay what they are."""
+    lost = jax.errors.JaxRuntimeError("Gloo: connection closed by peer")
+    with pytest.raises(jax.errors.JaxRuntimeError), hosts.together():
+        raise lost
+    monkeypatch.setattr(hosts, "count", lambda: 2)
+    words = "another process was lost(.|\n)*same commands"
+    with pytest.raises(errors.HostsError, match=words), hosts.together():
+        raise lost
+    with pytest.raises(ValueError, match="^other$"), hosts.together():
+        raise ValueError("other")
