@@ -1,1 +1,1 @@
-"""What a command does: from a config to the files of a run."""
+"""Executes commands: from a config to the files of a run."""

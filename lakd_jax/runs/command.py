@@ -1,4 +1,4 @@
-"""The training command: `run(config, workdir)` does all that it asks for."""
+"""Implements the training command: `run(config, workdir)`, and its dry run."""
 
 import contextlib
 import functools
@@ -28,34 +28,35 @@ def run(
     guard: interrupt.Guard | None = None,
     notify: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Trains the teacher if need be, the baselines, the student; draws and tells.
+    """Trains all networks of a config, plots the results and prints the table.
 
-    Called again on the same directory it goes on where it was stopped, and tells
-    the result again if it had finished. With `config.seeds` each seed has a directory
-    in `directory`, like a run of its own, and the table tells means; seeds may be
-    added later.
+    These are the teacher, unless it is already trained, the baselines, and the
+    student. A second call with the same directory resumes a stopped run, and reports
+    the result again if the run had finished. With `config.seeds` each seed has its
+    own run directory in `directory`, and the table shows means; seeds may be added
+    later.
 
     Args:
-      config: from a file in `configs/`, not yet resolved.
+      config: as a file in `configs/` returns it, not yet resolved.
       directory: of the run; baselines are kept in subdirectories.
-      guard: signals to stop at; None installs one for the time of the call.
-      notify: receives every line meant for the person watching.
+      guard: handles the signals that stop a run; None installs one for this call.
+      notify: receives every line of console output.
 
     Returns:
-      What `result.json` in the directory holds; with `config.seeds`, `{"seeds":
-      [one each]}`.
+      The content of `result.json` in the directory; with `config.seeds`,
+      `{"seeds": [one result per seed]}`.
 
     Raises:
-      errors.LakdError: see `lakd_jax.errors` for the kinds.
+      errors.LakdError: one of its subclasses, see `lakd_jax.errors`.
     """
     config, notify = _begin(config, directory), hosts.notifier(notify)
     directory = paths.local(directory, "--workdir")
     with contextlib.ExitStack() as stack:
         guard = guard or stack.enter_context(hosts.guard())
         stack.enter_context(_claimed(directory, config))
-        wanted = seeds.of_config(config, directory)
-        for one in wanted if config.seeds else ():
-            stack.enter_context(single.prepare(one.directory, one.config))
+        runs = seeds.of_config(config, directory)
+        for seed_run in runs if config.seeds else ():
+            stack.enter_context(single.prepare(seed_run.directory, seed_run.config))
         environment = single.environment(config, guard, notify)
         notify(_describe_data(environment))
         methods = [*config.baselines, config.method]
@@ -66,86 +67,86 @@ def run(
         results = {}
         for method in config.baselines:
             notify(_title(config, method))
-            results[method] = _baselines(wanted, method, environment, teacher)
+            results[method] = _train_baseline(runs, method, environment, teacher)
         notify(_title(config, config.method))
-        results[config.method] = seeds.train(wanted, environment, teacher)
-        for one in wanted:
-            _draw(one, environment, teacher)
+        results[config.method] = seeds.train(runs, environment, teacher)
+        for seed_run in runs:
+            _draw(seed_run, environment, teacher)
         text = _table(config, results, teacher)
         hosts.first(lambda: (directory / workdir.TABLE).write_text(text + "\n"))
-        notify(f"\n{text}\n\n{_where(wanted, directory)}")
+        notify(f"\n{text}\n\n{_describe_files(runs, directory)}")
     last = results[config.method]
     return {"seeds": last} if config.seeds else last[0]
 
 
 def _draw(
-    one: seeds.SeedRun, environment: single.Environment, teacher: single.Teacher | None
+    run: seeds.SeedRun, environment: single.Environment, teacher: single.Teacher | None
 ) -> None:
-    folders = {distill.title(m): one.directory / m for m in one.config.baselines}
-    folders[distill.title(one.config.method)] = one.directory
+    folders = {distill.title(m): run.directory / m for m in run.config.baselines}
+    folders[distill.title(run.config.method)] = run.directory
     draw = functools.partial(
-        pictures.draw, one.config, one.directory, environment, teacher
+        pictures.draw, run.config, run.directory, environment, teacher
     )
     hosts.first(lambda: draw(folders))
 
 
-def _where(wanted: Sequence[seeds.SeedRun], directory: Path) -> str:
-    if len(wanted) == 1:
-        directory = wanted[0].directory
+def _describe_files(runs: Sequence[seeds.SeedRun], directory: Path) -> str:
+    if len(runs) == 1:
+        directory = runs[0].directory
         return f"Pictures, metrics and the student are in {directory}"
-    names = ", ".join(one.directory.name for one in wanted)
+    names = ", ".join(run.directory.name for run in runs)
     return f"Pictures, metrics and students are in {names} of {directory}"
 
 
 def _begin(
     config: config_lib.ConfigDict, directory: str | Path = ""
 ) -> config_lib.ConfigDict:
-    """The config, resolved: it can be run here, and all processes have the same."""
+    """Checks the config here and across processes; returns it resolved."""
     hosts.require_connected()
     check.require(config, jax.device_count(), directory)
     backend.prepare(config.compile_cache)
     code = workdir.code()
-    own = {**code["versions"], "commit of the code": code["commit"]}
-    hosts.agree({**config_lib.flat(config), **own})
+    versions = {**code["versions"], "commit of the code": code["commit"]}
+    hosts.agree({**config_lib.flat(config), **versions})
     return config_lib.resolve(config)
 
 
 @contextlib.contextmanager
 def _claimed(directory: Path, config: config_lib.ConfigDict) -> Iterator[None]:
-    """The run's directory, free for another config if it fails before training.
+    """Locks the run's directory; releases it if the run fails before training.
 
-    A path that was mistyped may then be corrected and the command given again.
+    The user can then correct the config, e.g. a mistyped path, and start again.
     """
     with single.prepare(directory, config, may_change=("seeds",)):
         try:
             yield
         except BaseException:
-            begun = (workdir.CHECKPOINTS, workdir.RESULT, workdir.STAGE1)
+            traces = (workdir.CHECKPOINTS, workdir.RESULT, workdir.STAGE1)
             folders = [directory, *directory.glob("seed*")]
-            left = any((f / name).exists() for f in folders for name in begun)
-            if hosts.is_first() and not left:
+            started = any((f / name).exists() for f in folders for name in traces)
+            if hosts.is_first() and not started:
                 for folder in folders:
                     for name in (workdir.CONFIG, workdir.TEACHER):
                         (folder / name).unlink(missing_ok=True)
             raise
 
 
-def _baselines(
-    wanted: Sequence[seeds.SeedRun],
+def _train_baseline(
+    runs: Sequence[seeds.SeedRun],
     method: str,
     environment: single.Environment,
     teacher: single.Teacher | None,
 ) -> list[dict[str, Any]]:
-    """Of all seeds, each in METHOD of the seed's directory."""
+    """Trains all seeds of a baseline, in folder METHOD of each seed's directory."""
     change = {"method": method, "baselines": ()}
-    own = [
-        seeds.SeedRun(config_lib.changed(w.config, change), w.directory / method)
-        for w in wanted
+    baselines = [
+        seeds.SeedRun(config_lib.changed(run.config, change), run.directory / method)
+        for run in runs
     ]
     with contextlib.ExitStack() as stack:
-        for one in own:
-            stack.enter_context(single.prepare(one.directory, one.config))
-        return seeds.train(own, environment, teacher)
+        for baseline in baselines:
+            stack.enter_context(single.prepare(baseline.directory, baseline.config))
+        return seeds.train(baselines, environment, teacher)
 
 
 def _title(config: config_lib.ConfigDict, method: str) -> str:
@@ -159,10 +160,10 @@ def dry_run(
     guard: interrupt.Guard,
     notify: Callable[[str], None] = print,
 ) -> None:
-    """Builds everything, runs one step and one evaluation batch, tells the costs.
+    """Builds everything, runs one step and one evaluation batch, reports the costs.
 
-    Nothing is written to a run's directory. A teacher that would be trained first
-    stands in with random weights.
+    Nothing is written to a run's directory. A teacher that would be trained first is
+    replaced by one with random weights.
     """
     config, notify = _begin(config), hosts.notifier(notify)
     config = seeds.of_config(config, Path())[0].config
@@ -175,8 +176,8 @@ def dry_run(
         )
     with tempfile.TemporaryDirectory() as scratch:
         first = phase.first(config)
-        own = single.parts(first, Path(scratch), environment, teacher, dry=True)
-        notify(dry_run_lib.one_step(config, environment, own, teacher))
+        job = single.training_job(first, Path(scratch), environment, teacher, dry=True)
+        notify(dry_run_lib.one_step(config, environment, job, teacher))
 
 
 def _describe_data(environment: single.Environment) -> str:
@@ -194,7 +195,11 @@ def _table(
     results: dict[str, list[dict[str, Any]]],
     teacher: single.Teacher | None,
 ) -> str:
-    lines = [rows.row(r, _title(config, m)) for m, own in results.items() for r in own]
+    lines = [
+        rows.row(result, _title(config, method))
+        for method, of_seeds in results.items()
+        for result in of_seeds
+    ]
     if teacher:
         lines.insert(0, rows.teacher_row(config, teacher))
     return table.render_seeds(lines) if config.seeds else table.render(lines)

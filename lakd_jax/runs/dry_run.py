@@ -1,4 +1,4 @@
-"""What a run will cost, told from its compiled step before it starts."""
+"""Estimates FLOPs and memory of a run from its compiled step."""
 
 from typing import Any
 
@@ -14,17 +14,17 @@ from lakd_jax.training import state as state_lib
 def one_step(
     config: config_lib.ConfigDict,
     environment: single.Environment,
-    own: single.TrainingJob,
+    job: single.TrainingJob,
     teacher: single.Teacher | None,
 ) -> str:
-    """Runs a step and an evaluation batch; their costs as a block of text."""
-    job = single.job(own, environment)
-    state, metrics, costs = job.one_step()
+    """Runs a step and an evaluation batch; returns a text block of their costs."""
+    fit = single.fit(job, environment)
+    state, metrics, costs = fit.one_step()
     size = config.eval_batch_size
-    some = feeds.first(environment.test, size)
-    evaluator = single.evaluator(config, own.student, setup.pixels(config), environment)
-    score = evaluator(state.variables("student"), some)
-    plan = job.plan
+    batch = feeds.first(environment.test, size)
+    evaluator = single.evaluator(config, job.student, setup.pixels(config), environment)
+    score = evaluator(state.variables("student"), batch)
+    plan = fit.plan
     lines = {
         "student": _network(config.student.name, state.params["student"]),
         "method": f"{config.method}, {_count(state.params['method'])} parameters",
@@ -50,8 +50,8 @@ def _count(params: Any) -> str:
 
 
 def _compiled(costs: engine.Costs) -> str:
-    held = costs.arguments + costs.temporary
+    memory = costs.arguments + costs.temporary
     return (
-        f"{costs.flops / 1e9:.2f} GFLOP; {held / 2**20:.0f} MiB on each device, "
+        f"{costs.flops / 1e9:.2f} GFLOP; {memory / 2**20:.0f} MiB on each device, "
         f"{costs.temporary / 2**20:.0f} of them temporary"
     )

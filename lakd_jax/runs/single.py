@@ -1,4 +1,4 @@
-"""A run from its config: data, teacher, training, and what is left on disk."""
+"""Trains one phase of a run from its config and writes the files of the run."""
 
 import dataclasses
 import functools
@@ -33,11 +33,11 @@ STEPS_PER_DISPATCH = 50  # on accelerators, where a dispatch costs what a step d
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """What all runs of one command share: the data and the devices.
+    """The data and devices that all runs of one command share.
 
     Attributes:
-      train, minival, test: the splits of `dataset` on the devices of `mesh`, or what
-        brings them there batch by batch.
+      train, minival, test: the splits of `dataset` on the devices of `mesh`, or
+        streams that load them batch by batch.
     """
 
     dataset: data.Dataset | batches.Dataset
@@ -51,19 +51,19 @@ class Environment:
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A frozen network that has proved its worth on the test split."""
+    """A frozen teacher, already evaluated on the test split."""
 
     network: weights.Loaded  # variables replicated over the devices
     pixels: spec_lib.Pixels
     score: evaluate.Score
-    parameters: int  # before its batch norms were folded
-    digest: str = ""  # of its variables, before that, too
+    parameters: int  # counted before its batch norms were folded
+    digest: str = ""  # of its variables before folding
 
 
 def environment(
     config: config_lib.ConfigDict, guard: interrupt.Guard, notify: Notify
 ) -> Environment:
-    """Loads the data that `config` names."""
+    """Loads the data that `config` names and places it on the devices."""
     d = config.data
     common = {"minival": d.minival, "data_dir": d.data_dir}
     load = functools.partial(
@@ -74,7 +74,7 @@ def environment(
         load = functools.partial(
             batches.load, d.source, views, workers=d.workers, **common
         )
-    # A download may take long, and two of them into one folder would clash.
+    # A download may take long, and two processes must not write one folder at once.
     with guard.released():
         dataset = hosts.in_turn(load)
     hosts.agree({f"images of data.source {d.source}": dataset.fingerprint()})
@@ -92,7 +92,7 @@ def on_mesh(
     guard: interrupt.Guard,
     notify: Notify,
 ) -> Environment:
-    """The bench of these devices."""
+    """Returns the environment of `dataset` on the devices of `mesh`."""
 
     def placed(split: data.Split | batches.Streamed) -> feeds.Data:
         if isinstance(split, batches.Streamed):
@@ -106,11 +106,11 @@ def on_mesh(
 
 @dataclasses.dataclass(frozen=True)
 class TrainingJob:
-    """A training, ready but for what executes its steps.
+    """Everything a training needs except the engine that executes its steps.
 
     Attributes:
-      source: of the teacher's outputs.
-      data: the training split with the keys of the run's seed.
+      source: where steps get the teacher's outputs from.
+      data: the training split with the random keys of the run's seed.
     """
 
     phase: phase_lib.Phase
@@ -122,14 +122,14 @@ class TrainingJob:
 
     @property
     def config(self) -> config_lib.ConfigDict:
-        """Of the phase."""
+        """Returns the config of the phase."""
         return self.phase.config
 
 
 def prepare(
     directory: Path, config: config_lib.ConfigDict, **options: Any
 ) -> workdir.Workdir:
-    """Claims the directory of a run of `config`; see `workdir.prepare`."""
+    """Locks the directory of a run of `config`; see `workdir.prepare`."""
     return workdir.prepare(directory, config_lib.to_dict(config), **options)
 
 
@@ -139,64 +139,66 @@ def train_one(
     environment: Environment,
     teacher: Teacher | None,
 ) -> dict[str, Any]:
-    """Trains a phase's student in `directory`, or goes on, or returns its result.
+    """Trains a phase's student in `directory`, or resumes; returns its result.
 
-    `directory` has been prepared for this config (`prepare`). Leaves
-    `metrics.jsonl`, `checkpoints/`, `student.safetensors` (the plain student, as of
-    the last epoch, or what the phase keeps) and `result.json` there.
+    A finished run is not trained again: its stored result is returned.
+
+    `directory` must have been prepared for this config (`prepare`). The run writes
+    `metrics.jsonl`, `checkpoints/`, `student.safetensors` (the plain student of the
+    last epoch, or of the epoch that the phase keeps) and `result.json` there.
     """
     done = directory / workdir.RESULT
     if hosts.first(done.exists):
         return hosts.first(lambda: workdir.read_json(done))
-    own = parts(phase, directory, environment, teacher)
-    trained = job(own, environment).run()
-    return conclude(own, environment, teacher, trained)
+    job = training_job(phase, directory, environment, teacher)
+    trained = fit(job, environment).run()
+    return conclude(job, environment, teacher, trained)
 
 
 def conclude(
-    own: TrainingJob,
+    job: TrainingJob,
     environment: Environment,
     teacher: Teacher | None,
     trained: record_lib.Trained,
 ) -> dict[str, Any]:
-    """Tests a trained student and writes it and its result: the end of a run."""
-    directory = own.record.directory
-    student, trained = _deployed(own.student, trained)
-    result = _result(own, environment, teacher, student, trained)
+    """Tests the trained student, writes its weights and result; returns the result."""
+    directory = job.record.directory
+    student, trained = _deployed(job.student, trained)
+    result = _result(job, environment, teacher, student, trained)
     kept = trained.last
-    result |= own.phase.facts
-    if own.phase.keeps_best:
-        result["kept_step"] = own.record.plan.total_steps
+    result |= job.phase.facts
+    if job.phase.keeps_best:
+        result["kept_step"] = job.record.plan.total_steps
         if trained.best is not None:
             kept, result["kept_step"] = trained.best, result["best_step"]
-    pixels = setup.pixels(own.config)
+    pixels = setup.pixels(job.config)
     height, width, _ = environment.dataset.train.shape
-    seen = dataclasses.replace(
+    network = dataclasses.replace(
         student,
         mean=pixels.mean,
         std=pixels.std,
         size=pixels.size or (height if height == width else 0),
     )
 
-    def leave() -> dict[str, Any]:
-        weights.save(directory / workdir.STUDENT, kept, seen, result)
+    def write() -> dict[str, Any]:
+        weights.save(directory / workdir.STUDENT, kept, network, result)
         workdir.write_json(directory / workdir.RESULT, result)
         return result
 
-    return hosts.first(leave)
+    return hosts.first(write)
 
 
 def _deployed(
     student: weights.Loaded, trained: record_lib.Trained
 ) -> tuple[weights.Loaded, record_lib.Trained]:
-    """Both as `gates.deployed` has them: what is tested is what is given out."""
+    """Returns both as `vam.deployed` does: the tested network is the exported one."""
     model, last = vam.deployed(student.model, trained.last)
     best = trained.best and vam.deployed(student.model, trained.best)[1]
     student = dataclasses.replace(student, model=model)
     return student, dataclasses.replace(trained, last=last, best=best)
 
 
-def parts(
+def training_job(
     phase: phase_lib.Phase,
     directory: Path,
     environment: Environment,
@@ -204,9 +206,9 @@ def parts(
     *,
     dry: bool = False,
 ) -> TrainingJob:
-    """Returns what a training in `directory` is made of.
+    """Returns everything a training in `directory` needs.
 
-    `dry` has zeros in place of stored outputs of the teacher (`teacher.views`).
+    With `dry`, zeros replace the stored outputs of the teacher (`teacher.views`).
     """
     config = phase.config
     if not distill.facts(config.method).needs_teacher:
@@ -228,11 +230,11 @@ def parts(
     )
     if found := spec_lib.unlike(spec, environment.dataset.train.shape[0]):
         environment.notify(f"features of two shapes: {', '.join(found)}")
-    scored = evaluator(
+    score = evaluator(
         config, student, setup.pixels(config), environment, spec.student_at
     )
     minival, seed = environment.minival, config.seed
-    own = feeds.of_run(
+    train_data = feeds.of_run(
         environment.train,
         seed,
         environment.mesh,
@@ -245,7 +247,7 @@ def parts(
         config,
         spec,
         teacher.network.variables if teacher else None,
-        own,
+        train_data,
         environment.dataset,
         guard=environment.guard,
         notify=environment.notify,
@@ -253,28 +255,28 @@ def parts(
     )
     return TrainingJob(
         phase,
-        record_lib.RunRecord(plan, directory, seed, first_state, minival, scored),
+        record_lib.RunRecord(plan, directory, seed, first_state, minival, score),
         spec,
         student,
         source,
-        own,
+        train_data,
     )
 
 
-def engine(own: TrainingJob, environment: Environment) -> engine_lib.Engine:
-    """What runs the steps of a single run."""
-    return setup.engine(own.config, own.spec, own.source, own.data, environment.guard)
+def engine(job: TrainingJob, environment: Environment) -> engine_lib.Engine:
+    """Returns the engine that executes the steps of a job."""
+    return setup.engine(job.config, job.spec, job.source, job.data, environment.guard)
 
 
-def job(own: TrainingJob, environment: Environment) -> loop.Fit:
-    """The training loop of a single run."""
-    return loop.Fit(own.record, engine(own, environment), environment.guard)
+def fit(job: TrainingJob, environment: Environment) -> loop.Fit:
+    """Returns the training loop of a job."""
+    return loop.Fit(job.record, engine(job, environment), environment.guard)
 
 
 def load_network(
     part: str, config: config_lib.ConfigDict, environment: Environment
 ) -> weights.Loaded:
-    """The student or the teacher (`part`) that the config describes."""
+    """Loads the network that the config describes; `part`: "student" or "teacher"."""
     block = config[part]
     loaded = weights.load(
         part,
@@ -297,7 +299,7 @@ def evaluator(
     environment: Environment,
     model_at: Callable[[Any], chain.Chain] | None = None,
 ) -> evaluate.Evaluator:
-    """Returns what counts right answers of a network; see `evaluate.Evaluator`."""
+    """Returns an evaluator of a network; see `evaluate.Evaluator`."""
     return evaluate.Evaluator(
         network.model,
         pixels,
@@ -309,9 +311,9 @@ def evaluator(
 
 
 def _check_last_batch(config: config_lib.ConfigDict, examples: int) -> None:
-    """Raises ConfigError where an epoch's short last batch is too short to normalise.
+    """Raises ConfigError if an epoch's short last batch is too small to normalise.
 
-    A whole batch is checked with the other fields, before there are any data.
+    Full batches are checked with the other fields, before any data is loaded.
     """
     least = distill.facts(config.method).least_batch
     left = examples % config.batch_size
@@ -330,9 +332,8 @@ def _plan(config: config_lib.ConfigDict, examples: int) -> record_lib.Plan:
     steps_per_epoch = order.steps_per_epoch(
         examples, config.batch_size, config.data.drop_last
     )
-    apart = config.local.engine != "fused" or config.data.streaming
-    one = backend.on_cpu() or apart
-    several = 1 if one else STEPS_PER_DISPATCH
+    stepwise = config.local.engine != "fused" or config.data.streaming
+    default = 1 if backend.on_cpu() or stepwise else STEPS_PER_DISPATCH
     return record_lib.Plan(
         batch_size=config.batch_size,
         drop_last=config.data.drop_last,
@@ -341,24 +342,24 @@ def _plan(config: config_lib.ConfigDict, examples: int) -> record_lib.Plan:
         log_every=config.log_every,
         eval_every=config.eval_every,
         save_every=config.checkpoint.every_steps or steps_per_epoch,
-        steps_per_dispatch=config.steps_per_dispatch or several,
+        steps_per_dispatch=config.steps_per_dispatch or default,
         keep=config.checkpoint.keep,
     )
 
 
 def _result(
-    own: TrainingJob,
+    job: TrainingJob,
     environment: Environment,
     teacher: Teacher | None,
     student: weights.Loaded,
     trained: record_lib.Trained,
 ) -> dict[str, Any]:
-    """What result.json holds; the test split is looked at here and only here."""
-    config, progress = own.config, trained.progress
+    """Returns the content of result.json; only this function uses the test split."""
+    config, progress = job.config, trained.progress
     score = evaluator(
-        config, student, setup.pixels(config), environment, own.spec.student_at
+        config, student, setup.pixels(config), environment, job.spec.student_at
     )
-    last = score(trained.last, environment.test, own.record.plan.total_steps - 1)
+    last = score(trained.last, environment.test, job.record.plan.total_steps - 1)
     best = None
     if trained.best:
         best = score(trained.best, environment.test, progress.best_step - 1)

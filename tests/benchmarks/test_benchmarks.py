@@ -21,9 +21,10 @@ from lakd_jax import config as config_lib
 from lakd_jax import errors
 from lakd_jax.config import check, command_line
 from lakd_jax.hme import network
-from lakd_jax.runs import phases, single
+from lakd_jax.runs import single
 from lakd_jax.runtime import interrupt
 from lakd_jax.runtime import mesh as mesh_lib
+from lakd_jax.training import phase
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -127,10 +128,11 @@ def test_untrained_gates_are_those_that_a_run_begins_with(tmp_path, monkeypatch)
     fields = {"method": "none", "epochs": 1, "student__name": "hme", "seed": 3}
     config = config_lib.resolve(tiny.config(tmp_path, **fields))
     environment = single.environment(config, interrupt.Guard(), lambda text: None)
-    own = phases.parts(config, tmp_path, environment, None)
-    began = network.gates(own.record.first_state().params["student"])
-    found = network.gates(gate_entropy.untrained(3, own.student.model))
-    other = network.gates(gate_entropy.untrained(4, own.student.model))
+    first = phase.first(config)
+    job = single.training_job(first, tmp_path, environment, None)
+    began = network.gates(job.record.first_state().params["student"])
+    found = network.gates(gate_entropy.untrained(3, job.student.model))
+    other = network.gates(gate_entropy.untrained(4, job.student.model))
     for mine, wanted, foreign in zip(found, began, other, strict=True):
         np.testing.assert_array_equal(mine, wanted)
         assert np.any(mine != foreign)

@@ -397,16 +397,16 @@ def test_methods_of_a_seed_see_the_same_images_in_the_same_order(tmp_path, monke
 
     def seen(method, seed):
         changes = {"method": method, "seed": seed}
-        own = single.parts(
+        job = single.training_job(
             phase.first(config_lib.changed(config, changes)),
             tmp_path,
             environment,
             teacher,
         )
-        steps = own.record.plan.total_steps
-        rows = [own.record.rows(step, steps).tolist() for step in range(steps)]
-        keys = [jax.random.key_data(k).tolist() for k in (own.data.key, own.data.noise)]
-        return rows, keys, (own.spec.pad, own.spec.flip)
+        steps = job.record.plan.total_steps
+        rows = [job.record.rows(step, steps).tolist() for step in range(steps)]
+        keys = [jax.random.key_data(k).tolist() for k in (job.data.key, job.data.noise)]
+        return rows, keys, (job.spec.pad, job.spec.flip)
 
     first = seen("none", 0)
     assert len(first[0]) == 6 and first[0][:3] != first[0][3:]

@@ -258,9 +258,11 @@ def loaded(path, part="teacher"):
 def last_variables(folder, config, result_of):
     """The student's variables in the last checkpoint of a run."""
     environment = single.environment(config, guard(), print)
-    own = single.parts(phase.first(config), folder / result_of, environment, None)
-    (trained,) = single.job(own, environment).run()
-    return own.student.model, trained.last
+    job = single.training_job(
+        phase.first(config), folder / result_of, environment, None
+    )
+    (trained,) = single.fit(job, environment).run()
+    return job.student.model, trained.last
 
 
 @LONG
