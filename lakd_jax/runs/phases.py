@@ -1,4 +1,4 @@
-"""A run of any student; a network with phases is trained twice, in one command."""
+"""Trains a run of any student; a network with phases is trained in two phases."""
 
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from lakd_jax.runtime import hosts
 from lakd_jax.store import workdir
 from lakd_jax.training import phase as phase_lib
 
-_FACTS = ("epochs", "test_last", "test_best_on_minival", "best_step", "kept_step")
-_FACTS += ("seconds", "step_seconds", "images_per_second")
+_RECORDED = ("epochs", "test_last", "test_best_on_minival", "best_step", "kept_step")
+_RECORDED += ("seconds", "step_seconds", "images_per_second")
 
 
 def train(
@@ -20,11 +20,12 @@ def train(
     environment: single.Environment,
     teacher: single.Teacher | None,
 ) -> dict[str, Any]:
-    """Trains as `single.train_one` does; a first phase before, in `directory`/stage1.
+    """Trains a student in all its phases; most have one, see `single.train_one`.
 
-    The second phase starts from what the first one kept: its best epoch on minival, or
-    its last one where there is no minival. `directory` then holds what any run's does,
-    and `result.json` has the first phase under "stage1".
+    The first of two phases runs in `directory`/stage1. The second starts from the
+    variables that the first kept: those of its best epoch on minival, or of its last
+    epoch without a minival. `directory` has the same files as any run's, and
+    `result.json` describes the first phase under "stage1".
     """
     done = directory / workdir.RESULT
     phase, module = phase_lib.first(config), phase_lib.module_of(config.student.name)
@@ -36,7 +37,9 @@ def train(
     with single.prepare(folder, config):
         result = single.train_one(phase, folder, environment, teacher)
     kept, _ = weights.student(folder / workdir.STUDENT, config.dtype)
-    environment.notify(f"stage 2 of 2, the tree of step {result['kept_step']} anew")
-    facts = {name: result[name] for name in _FACTS}
+    environment.notify(
+        f"stage 2 of 2, retraining the tree of step {result['kept_step']}"
+    )
+    facts = {name: result[name] for name in _RECORDED}
     phase = module.second(config, kept.variables, facts)
     return single.train_one(phase, directory, environment, teacher)

@@ -1,4 +1,4 @@
-"""The pictures at the end of a run: accuracy curves and attention maps."""
+"""Draws the pictures at the end of a run: accuracy curves and attention maps."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from lakd_jax.runs import single
 from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.training import setup
 
-SHOWN = 8  # test images in the attention picture
+SHOWN = 8  # the most test images in the attention picture
 
 
 def draw(
@@ -29,11 +29,12 @@ def draw(
 ) -> None:
     """Writes curves.png, and attention.png if there is a teacher to compare with.
 
-    For one process: it computes on a device of its own, see `hosts.first`.
+    One process alone calls this (see `hosts.first`), so it uses a single device.
 
     Args:
-      directory: of the run whose student is looked at, and of the pictures.
-      folders: directories of all runs of this command by title, for the curves.
+      directory: of the run whose student is drawn; the pictures are written there.
+      folders: from titles to the directories of all runs of this command, for the
+        curves.
     """
     records = {title: metrics.read(folder) for title, folder in folders.items()}
     pictures.curves(
@@ -44,7 +45,7 @@ def draw(
     if teacher:
         finished = config_lib.changed(config, {"student.init": str(directory)})
         student = single.load_network("student", finished, environment)
-        chosen = _one_a_class(environment.dataset.preview.test.labels)
+        chosen = _one_per_class(environment.dataset.preview.test.labels)
         attention(
             directory / "attention.png",
             config,
@@ -63,23 +64,23 @@ def attention(
     teacher: single.Teacher,
     chosen: np.ndarray,
 ) -> None:
-    """Draws where both networks look in some test images, module by module.
+    """Draws both networks' attention maps of some test images, module by module.
 
     Args:
       path: of the picture.
       config: of the student's run.
-      chosen: positions in the test split.
+      chosen: positions of the images in the test split.
     """
     test = dataset.test
     images = jax.numpy.asarray(test.images[chosen])
-    theirs = _forward(teacher.network, teacher.pixels(images))
-    ours = _forward(student, setup.pixels(config)(images))
+    of_teacher = _forward(teacher.network, teacher.pixels(images))
+    of_student = _forward(student, setup.pixels(config)(images))
     parts = partition(config, student.model, teacher.network.model)
     options = lakd.Options(
         **setup.method_options(config_lib.changed(config, {"method": "lakd"}))
     )
-    at_teacher = _joints(theirs, teacher.network.model, parts.teacher_joints)
-    at_student = _joints(ours, student.model, parts.student_joints)
+    at_teacher = _joints(of_teacher, teacher.network.model, parts.teacher_joints)
+    at_student = _joints(of_student, student.model, parts.student_joints)
     masks = [options.mask(z)[..., 0] for z in at_teacher]
     modules = [
         pictures.ModuleMaps(name, *map(np.asarray, columns))
@@ -92,18 +93,22 @@ def attention(
         )
     ]
     names = dataset.classes
-    said = [
-        [names[c] for c in labels]
-        for labels in (test.labels[chosen], _argmax(theirs), _argmax(ours))
+    labels = [
+        [names[c] for c in classes]
+        for classes in (test.labels[chosen], _argmax(of_teacher), _argmax(of_student))
     ]
-    captions = [pictures.Caption(*texts) for texts in zip(*said, strict=True)]
+    captions = [pictures.Caption(*texts) for texts in zip(*labels, strict=True)]
     pictures.attention(path, test.images[chosen], captions, modules)
 
 
 def partition(
     config: config_lib.ConfigDict, student: chain.Chain, teacher: chain.Chain
 ) -> cuts.Partition:
-    """The run's own modules; for other methods whole networks if stages differ."""
+    """Returns the modules to compare: the run's own if its method trains by modules.
+
+    Other methods get a single module, the whole network, where the two networks
+    differ in their number of stages.
+    """
     granularity, at = config.local.granularity, config.local.cuts
     count = config.local.modules
     stages_differ = len(student.stage_sizes) != len(teacher.stage_sizes)
@@ -112,8 +117,8 @@ def partition(
     return cuts.modules(student, teacher, granularity, at, count)
 
 
-def _one_a_class(labels: np.ndarray) -> np.ndarray:
-    """Positions of the first image of each of `SHOWN` classes spread over all."""
+def _one_per_class(labels: np.ndarray) -> np.ndarray:
+    """Returns positions of the first images of up to `SHOWN` evenly spread classes."""
     classes = np.unique(labels)
     places = np.linspace(0, len(classes) - 1, min(SHOWN, len(classes)))
     return np.array([np.flatnonzero(labels == classes[int(p)])[0] for p in places])
@@ -121,7 +126,7 @@ def _one_a_class(labels: np.ndarray) -> np.ndarray:
 
 def _forward(network: weights.Loaded, inputs: jax.Array) -> chain.Outputs:
     forward = jax.jit(lambda v, x: network.model.apply(v, x, train=False))
-    # One process alone cannot run a program over the devices of all.
+    # A single process cannot run a program on the devices of all processes.
     return forward(mesh_lib.on_one_device(network.variables), inputs)
 
 

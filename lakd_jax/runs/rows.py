@@ -1,4 +1,4 @@
-"""Runs as lines of the table at the end."""
+"""Makes the rows of the final table from the results of runs."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from lakd_jax.runs import single
 
 
 def row(result: dict[str, Any], name: str) -> table.Row:
-    """A finished run as a line of the final table."""
+    """Returns the row of a finished run."""
     best = result["test_best_on_minival"]
     return table.Row(
         name=name,
@@ -22,7 +22,7 @@ def row(result: dict[str, Any], name: str) -> table.Row:
 
 
 def teacher_row(config: config_lib.ConfigDict, teacher: single.Teacher) -> table.Row:
-    """The teacher as a line of the final table."""
+    """Returns the row of the teacher."""
     return table.Row(
         name=f"{config.teacher.name}, teacher",
         test_last=teacher.score.accuracy,

@@ -1,7 +1,7 @@
-"""Several seeds of one config, one after another.
+"""Trains several seeds of one config, one after another.
 
 Each seed's directory is that of an ordinary run: it can be resumed, exported,
-explained and taken as a teacher alone.
+explained and used as a teacher like one.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ from lakd_jax.runs import phases, single
 
 @dataclasses.dataclass(frozen=True)
 class SeedRun:
-    """The config of one seed alone, and its prepared directory."""
+    """The config of a single seed, and its prepared directory."""
 
     config: config_lib.ConfigDict
     directory: Path
 
 
 def of_config(config: config_lib.ConfigDict, directory: Path) -> list[SeedRun]:
-    """Returns a run per seed; without `config.seeds` the one in `directory` itself."""
+    """Returns one run per seed; without `config.seeds`, one in `directory` itself."""
     if not config.seeds:
         return [SeedRun(config, directory)]
     return [
@@ -39,7 +39,7 @@ def train(
     environment: single.Environment,
     teacher: single.Teacher | None,
 ) -> list[dict[str, Any]]:
-    """Returns the results of all seeds; finished ones are not trained again."""
+    """Trains the seeds that are not finished; returns the results of all."""
     results = []
     for run in runs:
         if len(runs) > 1:
