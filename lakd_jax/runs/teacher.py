@@ -1,4 +1,4 @@
-"""The teacher of a run: imported, kept or trained; folded; tested before step 1."""
+"""Makes the teacher of a run: loads or trains it, folds it, and tests it."""
 
 import dataclasses
 from pathlib import Path
@@ -23,17 +23,17 @@ from lakd_jax.training import state as state_lib
 def make(
     config: config_lib.ConfigDict, environment: single.Environment
 ) -> single.Teacher:
-    """The teacher: from `teacher.init`, the cache, or trained now; then tested.
+    """Loads the teacher from `teacher.init` or the cache, or trains it; then tests it.
 
     Raises:
       errors.TeacherError: it cannot be loaded, or its accuracy on the test split
         is below `teacher.floor` (0: twice chance).
-      errors.ConfigError: its outputs cannot be stored in `teacher.views_mib`.
+      errors.ConfigError: its stored outputs would exceed `teacher.views_mib`.
     """
     loaded = single.load_network("teacher", config, environment)
-    seen = _pixels(config, loaded)
+    pixels = _pixels(config, loaded)
     teacher_source.require_room(
-        config, loaded, seen, environment.dataset, environment.mesh
+        config, loaded, pixels, environment.dataset, environment.mesh
     )
     if not config.teacher.init:
         _train_teacher(config, environment)
@@ -54,27 +54,27 @@ def make(
 
 
 def require_same(directory: Path, teacher: single.Teacher) -> None:
-    """Notes whose weights a run begins with, and holds it to them when it goes on.
+    """Records the teacher's weights when a run starts; checks them when it resumes.
 
     Raises:
-      errors.TeacherError: they are others than at the start.
+      errors.TeacherError: the weights differ from those at the start.
     """
     now = {"weights": teacher.digest, "source": teacher.network.source}
-    note = directory / workdir.TEACHER
-    if not note.exists():
-        workdir.write_json(note, now)
+    file = directory / workdir.TEACHER
+    if not file.exists():
+        workdir.write_json(file, now)
         return
-    then = workdir.read_json(note)
+    then = workdir.read_json(file)
     if then["weights"] != now["weights"]:
         raise errors.TeacherError(
             f"teacher.init: {now['source']} has other weights ({now['weights']}) than "
-            f"{directory} was begun with ({then['weights']}, from {then['source']}).\n"
-            "Give the old ones back, or use another --workdir."
+            f"{directory} was started with ({then['weights']}, from {then['source']})."
+            "\nRestore the old ones, or use another --workdir."
         )
 
 
 def _pixels(config: config_lib.ConfigDict, loaded: weights.Loaded) -> spec_lib.Pixels:
-    """What the teacher sees of an image."""
+    """Returns the normalisation and size of the images that the teacher takes."""
     return spec_lib.Pixels(
         tuple(config.teacher.mean or loaded.mean or config.data.mean),
         tuple(config.teacher.std or loaded.std or config.data.std),
@@ -88,7 +88,7 @@ def _frozen(
     loaded: weights.Loaded,
     environment: single.Environment,
 ) -> tuple[weights.Loaded, int]:
-    """A teacher made ready for inference on all devices, and its parameter count."""
+    """Returns the teacher, folded and on all devices, and its parameter count."""
     model: Any = loaded.model
     variables: Any = loaded.variables
     parameters = state_lib.parameter_count(variables["params"])
@@ -102,7 +102,7 @@ def _frozen(
 def stand_in(
     config: config_lib.ConfigDict, environment: single.Environment
 ) -> single.Teacher | None:
-    """For a dry run: a teacher of random weights, if it would be trained first."""
+    """Returns a teacher with random weights for a dry run; None if one is available."""
     trained = _cached(config, environment) / workdir.RESULT
     if config.teacher.init or hosts.first(trained.exists):
         return None
@@ -121,9 +121,11 @@ def stand_in(
 
 
 def _cached(config: config_lib.ConfigDict, environment: single.Environment) -> Path:
-    """Where the teacher that this config would train on these images is kept."""
+    """Returns the folder of the teacher that this config trains on these images."""
     key = config_lib.digest(config_lib.teacher_config(config))
-    images = environment.dataset.fingerprint()[:6]  # a folder may have changed
+    images = environment.dataset.fingerprint()[
+        :6
+    ]  # the images of a folder may have changed
     cache = paths.local(config.teacher.cache, "teacher.cache")
     return cache / f"{config.teacher.name}-{key}-{images}"
 
@@ -131,13 +133,14 @@ def _cached(config: config_lib.ConfigDict, environment: single.Environment) -> P
 def _train_teacher(
     config: config_lib.ConfigDict, environment: single.Environment
 ) -> None:
-    """Trains the config's teacher into the cache, unless it is there."""
-    directory, own = _cached(config, environment), config_lib.teacher_config(config)
+    """Trains the config's teacher into the cache, unless it is already there."""
+    directory = _cached(config, environment)
+    teacher_config = config_lib.teacher_config(config)
     if hosts.first((directory / workdir.RESULT).exists):
         return
     environment.notify(f"{config.teacher.name}, the teacher, in {directory}")
-    with single.prepare(directory, own):
-        single.train_one(phase.Phase(own), directory, environment, None)
+    with single.prepare(directory, teacher_config):
+        single.train_one(phase.Phase(teacher_config), directory, environment, None)
 
 
 def _check_floor(
@@ -147,14 +150,14 @@ def _check_floor(
     pixels: spec_lib.Pixels,
     score: evaluate.Score,
 ) -> None:
-    # Of two classes, twice chance would be every image.
+    # With two classes, twice chance would be 100 %.
     floor = config.teacher.floor or min(2 / len(environment.dataset.classes), 0.75)
     if score.accuracy >= floor:
         return
     raise errors.TeacherError(
         f"teacher.init: {loaded.source} gets {score.right} of {score.examples} test "
         f"images right ({100 * score.accuracy:.2f} %), less than the "
-        f"{100 * floor:.2f} % asked for (teacher.floor, or twice chance).\n"
+        f"{100 * floor:.2f} % required (teacher.floor, or twice chance).\n"
         f"It was fed images with mean {_short(pixels.mean)} and deviation "
         f"{_short(pixels.std)}; if it was trained with others, set teacher.mean and "
         "teacher.std."

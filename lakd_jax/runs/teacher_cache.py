@@ -1,8 +1,9 @@
-"""The teacher's outputs on V augmented views of every training image, kept on disk.
+"""Stores the teacher's outputs on V augmented views of every training image.
 
-An augmented image follows from (seed, view, example), so a frozen teacher need be asked
-once. A folder holds one subfolder a view: a raw file for each array and, written last,
-a manifest with their checksums. Views that are missing or damaged are made anew.
+An augmented image is a function of (seed, view, example), so a frozen teacher need be
+run only once. A folder holds one subfolder per view: one raw file per array and,
+written last, a manifest with their checksums. Views that are missing or damaged are
+computed again.
 """
 
 import functools
@@ -30,17 +31,17 @@ from lakd_jax.training import teacher_outputs
 PyTree = Any
 Notify = Callable[[str], None]
 
-CHECKED = 512  # examples on which stored outputs are held against the teacher
-POINTS = 0.1  # of 100 by which the right answers among them may differ
-# Share of the largest value by which one may differ, by what is computed in: other
-# devices round otherwise.
+CHECKED = 512  # examples on which stored outputs are compared with the teacher's
+POINTS = 0.1  # percentage points by which the accuracies on them may differ
+# The largest difference allowed, relative to the largest value, by the dtype that the
+# teacher computes in: devices round differently.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 _MANIFEST = "manifest.json"
-_PATIENCE = 10.0  # seconds between two lines about progress
+_LOG_SECONDS = 10.0  # time between two lines about progress
 
 
 class OutputsComputer:
-    """Asks a teacher about any views of the training images, by one program."""
+    """Computes a teacher's outputs on any views of the training images."""
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class OutputsComputer:
         batch_size: int,
         guard: interrupt.Guard,
     ):
-        """`spec.views` is V; `guard` lets an interruption through."""
+        """`spec.views` is V; `guard` is checked for interruptions."""
         self.spec, self._guard = spec, guard
         self._arguments = variables, data
         self._batch_size = batch_size
@@ -58,35 +59,38 @@ class OutputsComputer:
 
     @property
     def examples(self) -> int:
-        """N, how many training images there are."""
+        """Returns N, the number of training images."""
         return self._arguments[1].images.shape[0]
 
     def shapes(self) -> teacher_outputs.TeacherOutputs:
-        """Shapes (V, N, ...) and types of all answers; nothing is computed."""
+        """Returns shapes (V, N, ...) and types of all outputs; computes nothing."""
         image = self._arguments[1].images.shape[1:]
         return shapes(self.spec, self._arguments[0], image, self.examples)
 
     def __call__(
         self, views: np.ndarray, rows: np.ndarray
     ) -> teacher_outputs.TeacherOutputs:
-        """The answers (n, ...), on the host, on views (n,) of the examples at `rows`.
+        """Computes the outputs (n, ...) on views (n,) of the examples at `rows` (n,).
 
-        `n` is at most `batch_size`. Raises interrupt.Interrupted.
+        `n` is at most `batch_size`. The outputs are on the host.
+
+        Raises:
+          interrupt.Interrupted: the guard received a signal.
         """
         count, missing = len(rows), (0, self._batch_size - len(rows))
-        asked = [np.pad(x.astype(np.int32), missing) for x in (views, rows)]
+        padded = [np.pad(x.astype(np.int32), missing) for x in (views, rows)]
         if self._program is None:
             function = functools.partial(teacher_outputs.compute_outputs, self.spec)
-            lowered = jax.jit(function).lower(*self._arguments, *asked)
+            lowered = jax.jit(function).lower(*self._arguments, *padded)
             options = backend.compiler_options()
             with self._guard.released():
                 self._program = lowered.compile(compiler_options=options)
-        cached_outputs = jax.device_get(self._program(*self._arguments, *asked))
+        outputs = jax.device_get(self._program(*self._arguments, *padded))
         self._guard.check()
-        return jax.tree.map(lambda x: x[:count], cached_outputs)
+        return jax.tree.map(lambda x: x[:count], outputs)
 
     def batches(self, total: int) -> list[np.ndarray]:
-        """The numbers below `total` in pieces that one call takes."""
+        """Splits the numbers below `total` into pieces of at most `batch_size`."""
         return np.split(
             np.arange(total), range(self._batch_size, total, self._batch_size)
         )
@@ -98,10 +102,10 @@ def shapes(
     image_shape: Sequence[int],
     examples: int,
 ) -> teacher_outputs.TeacherOutputs:
-    """Shapes (V, N, ...) and types of all answers; nothing is computed.
+    """Returns shapes (V, N, ...) and types of all outputs, without computing them.
 
     Args:
-      learner: its `views` is V.
+      spec: its `views` is V.
       variables: the teacher's, or their shapes.
       image_shape: (H, W, 3) of the training images.
       examples: N.
@@ -114,30 +118,30 @@ def shapes(
         return teacher_outputs.compute_outputs(spec, variables, data, zero, zero)
 
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
-    found = jax.eval_shape(one, variables, image)
+    single = jax.eval_shape(one, variables, image)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((spec.views, examples, *x.shape[1:]), x.dtype),
-        found,
+        single,
     )
 
 
-def require_room(wanted: teacher_outputs.TeacherOutputs, limit: int) -> None:
-    """Raises errors.ConfigError where `wanted` (of `shapes`) exceeds `limit` MiB."""
-    views, examples = wanted.logits.shape[:2]
-    parts = {
+def require_room(shapes: teacher_outputs.TeacherOutputs, limit: int) -> None:
+    """Raises errors.ConfigError if outputs of `shapes` would exceed `limit` MiB."""
+    views, examples = shapes.logits.shape[:2]
+    sizes = {
         name: math.prod(x.shape[2:]) * x.dtype.itemsize
-        for name, x in manifest.named_leaves(wanted).items()
+        for name, x in manifest.named_leaves(shapes).items()
     }
-    image = sum(parts.values())
+    image = sum(sizes.values())
     total = image * views * examples
     if total <= limit * 2**20:
         return
     fit = limit * 2**20 // (image * examples)
     lower = f"lower teacher.views to at most {fit}" if fit else "set teacher.views to 0"
-    listed = ", ".join(f"{name} {size:,}" for name, size in parts.items())
+    listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     raise errors.ConfigError(
         [
-            f"teacher.views is {views}: {image:,} bytes an image ({listed}) x "
+            f"teacher.views is {views}: {image:,} bytes per image ({listed}) x "
             f"{examples:,} images x {views} views = {total / 2**20:,.0f} MiB, more "
             f"than teacher.views_mib ({limit}): {lower}, or raise teacher.views_mib"
         ]
@@ -145,33 +149,33 @@ def require_room(wanted: teacher_outputs.TeacherOutputs, limit: int) -> None:
 
 
 def blank(
-    wanted: teacher_outputs.TeacherOutputs, mesh: jax.sharding.Mesh
+    shapes: teacher_outputs.TeacherOutputs, mesh: jax.sharding.Mesh
 ) -> teacher_outputs.TeacherOutputs:
-    """Zeros in place of answers, on every device: a dry run asks no teacher."""
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), wanted)
+    """Returns zeros of these shapes on every device, for a dry run."""
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     return _placed(zeros, mesh)
 
 
 def settings(
     spec: spec_lib.StepSpec,
     variables: PyTree,
-    wanted: teacher_outputs.TeacherOutputs,
+    shapes: teacher_outputs.TeacherOutputs,
     *,
     teacher: str,
     data: str,
     seed: int,
 ) -> dict[str, Any]:
-    """All that stored answers depend on, as values JSON can hold.
+    """Returns everything that stored outputs depend on, as JSON values.
 
     Args:
-      learner: that trains the student.
+      spec: of the student's training steps.
       variables: of the teacher, as it is run.
-      wanted: the shapes of the answers.
+      shapes: of the outputs, see `shapes`.
       teacher: name of the network.
       data: fingerprint of the data set.
       seed: of the augmentation.
     """
-    pixels, leaves = spec.teacher_pixels, manifest.named_leaves(wanted)
+    pixels, leaves = spec.teacher_pixels, manifest.named_leaves(shapes)
     return {
         "teacher": teacher,
         "weights": manifest.digest(variables),
@@ -185,7 +189,7 @@ def settings(
         "flip": spec.flip,
         "views": spec.views,
         "stored": {n: f"{x.dtype.name}{list(x.shape)}" for n, x in leaves.items()},
-        "joints": list(spec.partition.teacher_joints if wanted.joints else ()),
+        "joints": list(spec.partition.teacher_joints if shapes.joints else ()),
         "preact": spec.preact,
     }
 
@@ -197,22 +201,22 @@ def kept(
     labels: np.ndarray,
     notify: Notify,
 ) -> teacher_outputs.TeacherOutputs:
-    """The answers (V, N, ...) of all views, on every device of the learner.
+    """Returns the outputs (V, N, ...) of all views, on every device of the mesh.
 
-    Read from a folder in `cache`, made there where they are missing, and held against
-    the teacher.
+    Reads them from a folder in `cache`, computes those that are missing, and compares
+    some with the teacher's.
 
     Args:
-      cache: where teachers are kept.
-      asker: that asks the teacher.
-      key: see `settings`; the folder's name follows from it.
+      cache: where teachers are stored.
+      computer: computes the outputs of the teacher.
+      key: see `settings`; the folder's name is derived from it.
       labels: (N,) of the training images.
-      notify: receives lines for the person watching.
+      notify: receives lines of console output.
 
     Raises:
-      errors.TeacherError: what is stored is not what the teacher says.
-      errors.WorkdirError: the folder cannot be written, or another process makes it.
-      interrupt.Interrupted: a signal came; whole views are kept.
+      errors.TeacherError: cached teacher outputs do not match the teacher.
+      errors.WorkdirError: the folder cannot be written, or another process uses it.
+      interrupt.Interrupted: a signal arrived; finished views are kept.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     folder = cache / f"{key['teacher']}-views-{digest}"
@@ -221,12 +225,14 @@ def kept(
     )
     views = range(computer.spec.views)
     missing = [
-        v for v in views if not _read(_place(folder, v), cached_outputs, v, notify)
+        v
+        for v in views
+        if not _read(_view_folder(folder, v), cached_outputs, v, notify)
     ]
     if missing:
         notify(f"the teacher's outputs, {len(missing)} of {len(views)} views, {folder}")
         with workdir.prepare(folder, key):
-            _make(folder, computer, cached_outputs, missing, notify)
+            _compute(folder, computer, cached_outputs, missing, notify)
     _verify(folder, computer, cached_outputs, labels)
     return _placed(cached_outputs, computer.spec.mesh)
 
@@ -234,77 +240,79 @@ def kept(
 def _placed(
     cached_outputs: teacher_outputs.TeacherOutputs, mesh: jax.sharding.Mesh
 ) -> teacher_outputs.TeacherOutputs:
-    # Not `state.replicate`, whose copy is for what a step donates.
+    # Not `mesh.replicate`, which copies: a step does not donate these.
     return jax.device_put(cached_outputs, NamedSharding(mesh, PartitionSpec()))
 
 
-def _place(folder: Path, view: int) -> Path:
+def _view_folder(folder: Path, view: int) -> Path:
     return folder / f"view{view}"
 
 
-def _file(place: Path, name: str) -> Path:
-    return place / f"{name.replace('/', '-')}.bin"
+def _file(view_folder: Path, name: str) -> Path:
+    return view_folder / f"{name.replace('/', '-')}.bin"
 
 
 def _of_view(
     cached_outputs: teacher_outputs.TeacherOutputs, view: int
 ) -> dict[str, np.ndarray]:
-    """Its part of the arrays (V, N, ...), by name: views (N, ...) of the memory."""
+    """Returns the arrays (N, ...) of a view by name; they share memory."""
     return {name: x[view] for name, x in manifest.named_leaves(cached_outputs).items()}
 
 
 def _read(
-    place: Path,
+    view_folder: Path,
     cached_outputs: teacher_outputs.TeacherOutputs,
     view: int,
     notify: Notify,
 ) -> bool:
-    """Fills in a view from its subfolder; False if it is missing or damaged."""
-    if not (place / _MANIFEST).exists():
+    """Reads a view from its folder; returns False if it is missing or damaged."""
+    if not (view_folder / _MANIFEST).exists():
         return False
     try:
-        stored = workdir.read_json(place / _MANIFEST)
+        stored = workdir.read_json(view_folder / _MANIFEST)
         manifest.check_manifest(stored, view)
         parts = _of_view(cached_outputs, view)
         for name, part in parts.items():
-            raw = np.fromfile(_file(place, name), np.uint8)
+            raw = np.fromfile(_file(view_folder, name), np.uint8)
             part[...] = raw.view(part.dtype).reshape(part.shape)
         manifest.check_leaves(stored, parts)
     except (OSError, ValueError, manifest.DamagedError) as error:
-        notify(f"{place}: damaged ({error}); it is made anew")
+        notify(f"{view_folder}: damaged ({error}); computing it again")
         return False
     return True
 
 
-def _make(
+def _compute(
     folder: Path,
     computer: OutputsComputer,
     cached_outputs: teacher_outputs.TeacherOutputs,
     missing: Sequence[int],
     notify: Notify,
 ) -> None:
-    """Asks about the views `missing` and writes each when it is whole."""
+    """Computes the views `missing` and writes each when it is complete."""
     batches = computer.batches(computer.examples)
     total, done = len(missing) * computer.examples, 0
-    began = said = time.monotonic()
+    began = logged = time.monotonic()
     for view in missing:
         for rows in batches:
-            told = computer(np.full(len(rows), view), rows)
+            outputs = computer(np.full(len(rows), view), rows)
             for name, part in _of_view(cached_outputs, view).items():
-                part[rows] = manifest.named_leaves(told)[name]
+                part[rows] = manifest.named_leaves(outputs)[name]
             done, now = done + len(rows), time.monotonic()
-            if now - said > _PATIENCE and done < total:
-                said, left = now, (now - began) * (total - done) / done
-                share = f"{done:,} of {total:,} images asked about"
+            if now - logged > _LOG_SECONDS and done < total:
+                logged, left = now, (now - began) * (total - done) / done
+                share = f"{done:,} of {total:,} images done"
                 notify(f"{share}, {summary.duration(left)} to go")
-        _write(_place(folder, view), _of_view(cached_outputs, view), view)
+        _write(_view_folder(folder, view), _of_view(cached_outputs, view), view)
 
 
-def _write(place: Path, parts: dict[str, np.ndarray], view: int) -> None:
-    place.mkdir(exist_ok=True)
+def _write(view_folder: Path, parts: dict[str, np.ndarray], view: int) -> None:
+    view_folder.mkdir(exist_ok=True)
     for name, part in parts.items():
-        workdir.write_bytes(_file(place, name), part.reshape(-1).view(np.uint8).data)
-    workdir.write_json(place / _MANIFEST, manifest.describe(view, parts, {}))
+        workdir.write_bytes(
+            _file(view_folder, name), part.reshape(-1).view(np.uint8).data
+        )
+    workdir.write_json(view_folder / _MANIFEST, manifest.describe(view, parts, {}))
 
 
 def _verify(
@@ -313,45 +321,47 @@ def _verify(
     cached_outputs: teacher_outputs.TeacherOutputs,
     labels: np.ndarray,
 ) -> None:
-    """Raises errors.TeacherError unless the teacher says what is stored.
+    """Raises errors.TeacherError if cached outputs do not match the teacher.
 
-    It is asked about `CHECKED` examples, evenly spread over all views.
+    Compares `CHECKED` examples, evenly spread over all views.
     """
     total = computer.spec.views * computer.examples
     chosen = np.linspace(0, total - 1, min(CHECKED, total)).astype(np.int64)
     views, rows = np.divmod(chosen, computer.examples)
-    told = [computer(views[b], rows[b]) for b in computer.batches(len(chosen))]
-    live = jax.tree.map(lambda *parts: np.concatenate(parts), *told)
+    batches = [computer(views[b], rows[b]) for b in computer.batches(len(chosen))]
+    live = jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
     stored = jax.tree.map(lambda x: x[views, rows], cached_outputs)
-    share = TOLERANCE[computer.spec.teacher_pixels.dtype.name]
-    found = _differences(stored, live, share)
+    tolerance = TOLERANCE[computer.spec.teacher_pixels.dtype.name]
+    differences = _differences(stored, live, tolerance)
     right = [
         int(np.sum(np.argmax(x.logits, -1) == labels[rows])) for x in (stored, live)
     ]
     if 100 * abs(right[0] - right[1]) > POINTS * len(chosen):
-        found.append(f"{right[0]} right answers, not {right[1]}, of {len(chosen)}")
-    if found:
+        differences.append(
+            f"{right[0]} right answers, not {right[1]}, of {len(chosen)}"
+        )
+    if differences:
         raise errors.TeacherError(
-            f"{folder}: what is stored is not what the teacher says:\n"
-            + "\n".join(found)
-            + "\nDelete that folder; the next start makes it anew."
+            f"{folder}: cached teacher outputs do not match the teacher:\n"
+            + "\n".join(differences)
+            + "\nDelete that folder; the next run computes it again."
         )
 
 
 def _differences(
     stored: teacher_outputs.TeacherOutputs,
     live: teacher_outputs.TeacherOutputs,
-    share: float,
+    tolerance: float,
 ) -> list[str]:
-    """A line for each array that differs by more than this share of the largest."""
-    found = []
-    theirs = manifest.named_leaves(live)
-    for name, ours in manifest.named_leaves(stored).items():
-        a, b = (x.astype(np.float32) for x in (ours, theirs[name]))
+    """Returns a line per array that differs by more than `tolerance` x the largest."""
+    lines = []
+    of_teacher = manifest.named_leaves(live)
+    for name, array in manifest.named_leaves(stored).items():
+        a, b = (x.astype(np.float32) for x in (array, of_teacher[name]))
         largest, difference = np.max(np.abs(b)), np.max(np.abs(a - b))
-        if not difference <= share * largest:  # also where one is not a number
-            found.append(
-                f"{name} differs by {difference:.3g}, more than {share:g} of the "
+        if not difference <= tolerance * largest:  # so that NaN differs, too
+            lines.append(
+                f"{name} differs by {difference:.3g}, more than {tolerance:g} of the "
                 f"largest value ({largest:.3g})"
             )
-    return found
+    return lines

@@ -1,4 +1,4 @@
-"""What a config's `teacher.views` asks for: the source of a run's steps, its room."""
+"""Applies a config's `teacher.views`: chooses the source of teacher outputs."""
 
 import dataclasses
 from typing import Any
@@ -30,39 +30,39 @@ def source(
     notify: teacher_cache.Notify,
     dry: bool,
 ) -> teacher_outputs.Source:
-    """Where a run's steps have the teacher's outputs from: itself, or stored before.
+    """Returns the source of teacher outputs: the teacher itself, or stored outputs.
 
     Args:
       config: resolved.
-      learner: of the run.
+      spec: of the run's steps.
       variables: of the teacher as it is run, on all devices; None without one.
-      resident: the training images, with the keys of the run's seed.
-      dataset: they are its `train`.
-      guard: lets an interruption through.
-      notify: receives lines for the person watching.
-      dry: zeros stand in for stored outputs, and nothing is written.
+      device_data: the training images, with the random keys of the run's seed.
+      dataset: whose `train` these images are.
+      guard: is checked for interruptions.
+      notify: receives lines of console output.
+      dry: zeros replace stored outputs, and nothing is written.
 
     Raises:
-      errors.ConfigError: they would exceed `teacher.views_mib`.
+      errors.ConfigError: stored outputs would exceed `teacher.views_mib`.
       errors.LakdError: see `teacher_cache.kept`.
     """
     if not spec.views:
         return variables
-    # Streamed images are refused with `teacher.views`, see `rules_of_runs`.
+    # `rules_of_runs` refuses streamed images with `teacher.views`.
     assert isinstance(device_data, device.DeviceData)
     assert isinstance(dataset, data.Dataset)
     computer = teacher_cache.OutputsComputer(
         spec, variables, device_data, config.eval_batch_size, guard
     )
-    wanted = computer.shapes()
-    teacher_cache.require_room(wanted, config.teacher.views_mib)
+    shapes = computer.shapes()
+    teacher_cache.require_room(shapes, config.teacher.views_mib)
     if dry:
         notify("teacher.views: zeros stand in for the teacher's outputs")
-        return teacher_cache.blank(wanted, spec.mesh)
+        return teacher_cache.blank(shapes, spec.mesh)
     key = teacher_cache.settings(
         spec,
         variables,
-        wanted,
+        shapes,
         teacher=config.teacher.name,
         data=dataset.fingerprint(),
         seed=config.seed,
@@ -78,14 +78,14 @@ def require_room(
     dataset: data.Dataset | batches.Dataset,
     mesh: jax.sharding.Mesh,
 ) -> None:
-    """Raises errors.ConfigError where stored outputs would exceed their limit.
+    """Raises errors.ConfigError if stored outputs would exceed their limit.
 
-    Of all methods that will run. The teacher's weights are of no matter, so that this
-    is known before it is trained.
+    Checks all methods that will run. It does not need the teacher's weights, so the
+    check comes before the teacher is trained.
     """
     if not config.teacher.views:
         return
-    shapes = chain.variable_shapes(teacher.model)
+    variable_shapes = chain.variable_shapes(teacher.model)
     image_shape = dataset.train.shape
     for method in (config.method, *config.baselines):
         if not distill.facts(method).needs_teacher:
@@ -93,19 +93,21 @@ def require_room(
         spec, _ = setup.spec(
             config_lib.changed(config, {"method": method}),
             _any_student(config, len(dataset.classes)),
-            dataclasses.replace(teacher, variables=shapes),
+            dataclasses.replace(teacher, variables=variable_shapes),
             teacher_pixels=pixels,
             image_shape=image_shape,
             steps_per_epoch=1,
             examples=len(dataset.train),
             mesh=mesh,
         )
-        wanted = teacher_cache.shapes(spec, shapes, image_shape, len(dataset.train))
-        teacher_cache.require_room(wanted, config.teacher.views_mib)
+        shapes = teacher_cache.shapes(
+            spec, variable_shapes, image_shape, len(dataset.train)
+        )
+        teacher_cache.require_room(shapes, config.teacher.views_mib)
 
 
 def _any_student(config: config_lib.ConfigDict, classes: int) -> weights.Loaded:
-    """The config's student without its weights: where it can be cut is the same."""
+    """Returns the config's student without weights, which do not affect its cuts."""
     return weights.load(
         "student",
         config.student.name,

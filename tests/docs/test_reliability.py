@@ -148,7 +148,7 @@ def test_another_teacher_than_at_the_start_is_refused(tmp_path):
     with pytest.raises(errors.TeacherError) as caught:
         teacher_lib.require_same(tmp_path, teacher("b", "2"))
     assert "b has other weights (2) than" in str(caught.value)
-    assert "was begun with (1, from a)" in str(caught.value)
+    assert "was started with (1, from a)" in str(caught.value)
 
 
 # ------------------------------------------------------------------ faults, numbers

@@ -228,7 +228,7 @@ def cut_short(path):
 
 
 def no_better_than_chance(path):
-    words = ["teacher.init: ", "of 45 test images right", "the 66.67 % asked for"]
+    words = ["teacher.init: ", "of 45 test images right", "the 66.67 % required"]
     words += [str(path), "mean (0.4, 0.4, 0.4)", "deviation (0.3, 0.3, 0.3)"]
     return student_file(path), words
 

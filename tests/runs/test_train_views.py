@@ -1,4 +1,4 @@
-"""Stored outputs of a teacher: the same training, read back, damaged, too large."""
+"""Stored outputs of a teacher: same training, reading, damage, size limits."""
 
 import dataclasses
 import functools
@@ -51,7 +51,7 @@ def kept(made, cache, guard=None, notify=lambda text: None):
 
 @pytest.fixture(scope="module")
 def lakd(tmp_path_factory):
-    """(what `steps.make` gives for LAKD with views, a folder with its answers)."""
+    """(the result of `steps.small` for LAKD with views, a folder with its outputs)."""
     folder = tmp_path_factory.mktemp("views")
     made = steps.small(folder, 1, method="lakd", teacher__views=VIEWS)
     kept(made, folder / "cache")
@@ -60,7 +60,7 @@ def lakd(tmp_path_factory):
 
 @pytest.fixture
 def copy(lakd, tmp_path):
-    """(as above, a cache of its own, its one folder)."""
+    """(as above, a copy of the cache, the only folder in it)."""
     made, cache = lakd
     shutil.copytree(cache, tmp_path / "copy")
     (folder,) = (tmp_path / "copy").glob("resnet8-views-*")
@@ -71,14 +71,14 @@ def copy(lakd, tmp_path):
 
 
 def trained(program, made, source):
-    """State and metrics after three steps, the last of them in another epoch."""
+    """Returns state and metrics after three steps, the last in another epoch."""
     _, state, _, data = made
     state = dataclasses.replace(state, step=jnp.int32(18))
-    told = []
+    metrics_of_steps = []
     for row in steps.rows(3):
         state, metrics = program(state, source, data, row)
-        told.append(jax.device_get(metrics))
-    return jax.device_get(state), told
+        metrics_of_steps.append(jax.device_get(metrics))
+    return jax.device_get(state), metrics_of_steps
 
 
 @pytest.mark.parametrize(
@@ -97,11 +97,11 @@ def test_stored_outputs_train_as_the_teacher_does(devices, fields, tmp_path):
     made = steps.small(tmp_path, devices, teacher__views=VIEWS, **fields)
     cached_outputs = kept(made, tmp_path / "cache")
     program = jax.jit(functools.partial(step.train_step, made[0]))
-    ours, told = trained(program, made, cached_outputs)
+    ours, metrics = trained(program, made, cached_outputs)
     live, expected = trained(program, made, made[2])
-    # Each program rounds in its own way.
+    # The two programs round differently.
     tolerance = 2e-2 if "dtype" in fields else 1e-4
-    for mine, theirs in zip(told, expected, strict=True):
+    for mine, theirs in zip(metrics, expected, strict=True):
         assert mine.keys() == theirs.keys()
         for name, value in theirs.items():
             np.testing.assert_allclose(
@@ -113,12 +113,12 @@ def test_stored_outputs_train_as_the_teacher_does(devices, fields, tmp_path):
 
 
 def distance(one, other):
-    """The largest difference between two states' parameters."""
+    """Returns the largest difference between two states' parameters."""
     parts = jax.tree.map(lambda a, b: np.abs(a - b).max(), one.params, other.params)
     return max(jax.tree.leaves(parts))
 
 
-def test_views_come_again_and_are_those_of_the_first_epochs(lakd):
+def test_views_repeat_those_of_the_first_epochs(lakd):
     spec = lakd[0][0]
     free = dataclasses.replace(spec, views=0)
     at = [int(spec.view(jnp.int32(10 * epoch + 9))) for epoch in range(5)]
@@ -126,7 +126,7 @@ def test_views_come_again_and_are_those_of_the_first_epochs(lakd):
     assert [int(free.view(jnp.int32(10 * epoch))) for epoch in range(5)] == [*range(5)]
 
 
-def test_answers_are_what_the_teacher_says_of_that_view(lakd):
+def test_stored_outputs_are_those_of_the_teacher_on_that_view(lakd):
     (spec, _, variables, data), cache = lakd
     stored = kept(lakd[0], cache)
     assert stored.logits.shape == (VIEWS, 160, 3)
@@ -144,15 +144,15 @@ def test_answers_are_what_the_teacher_says_of_that_view(lakd):
 
 @LONG
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
-    """Promise 12: with stored answers of the teacher."""
-    own = {"method": "lakd", "teacher__views": VIEWS}
+    """Promise 12: with stored outputs of the teacher."""
+    fields = {"method": "lakd", "teacher__views": VIEWS}
     for lab in resume.lab_of(tmp_path):
-        lab.train(tmp_path / "whole", **own)
-        # Checks: 8 to look at the stored outputs, 4 steps, 2 of minival, then steps.
+        lab.train(tmp_path / "whole", **fields)
+        # Checks: 8 to compare the stored outputs, 4 steps, 2 of minival, then steps.
         with pytest.raises(interrupt.Interrupted):
-            lab.train(tmp_path / "parts", tiny.StopAfter(8 + 4 + 2 + 1), **own)
+            lab.train(tmp_path / "parts", tiny.StopAfter(8 + 4 + 2 + 1), **fields)
         assert resume.saved_steps(tmp_path / "parts") == [4, 6]
-        lab.train(tmp_path / "parts", **own)
+        lab.train(tmp_path / "parts", **fields)
     whole, parts = (resume.finished(tmp_path / name) for name in ("whole", "parts"))
     resume.assert_equal_runs(whole, parts)
 
@@ -163,10 +163,10 @@ def test_both_stages_of_an_experts_tree_share_what_is_stored(tmp_path):
     config = config_lib.resolve(tiny.small(tmp_path, **fields, teacher__views=1))
     with tiny.environment() as mesh:
         lines = []
-        own = single.environment(config, interrupt.Guard(), lines.append)
+        environment = single.environment(config, interrupt.Guard(), lines.append)
         with workdir.prepare(tmp_path / "run", config_lib.to_dict(config)):
             folder, teacher = tmp_path / "run", tiny.teacher(mesh)
-            result = phases.train(config, folder, own, teacher)
+            result = phases.train(config, folder, environment, teacher)
     assert result["test_last"]["examples"] == 45 and result["stage1"]["epochs"] == 1
     assert sum("the teacher's outputs, 1 of 1" in line for line in lines) == 1
 
@@ -177,7 +177,7 @@ def test_both_stages_of_an_experts_tree_share_what_is_stored(tmp_path):
 def test_the_second_start_reads(copy, monkeypatch):
     made, cache, folder = copy
     first = kept(made, cache)
-    monkeypatch.setattr(teacher_cache, "_make", None)
+    monkeypatch.setattr(teacher_cache, "_compute", None)
     again = kept(made, cache)
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert [p.name for p in cache.iterdir()] == [folder.name]
@@ -185,7 +185,7 @@ def test_the_second_start_reads(copy, monkeypatch):
 
 
 @pytest.mark.parametrize("fault", ["flipped", "short", "lost", "no_manifest"])
-def test_a_damaged_view_is_told_and_made_anew(fault, copy):
+def test_a_damaged_view_is_reported_and_computed_again(fault, copy):
     made, cache, folder = copy
     damaged, sound = folder / "view1" / "joints-2.bin", folder / "view0" / "logits.bin"
     before, untouched = damaged.read_bytes(), sound.stat().st_mtime_ns
@@ -199,42 +199,42 @@ def test_a_damaged_view_is_told_and_made_anew(fault, copy):
         (folder / "view1" / "manifest.json").unlink()
     lines = []
     kept(made, cache, notify=lines.append)
-    told = [line for line in lines if "it is made anew" in line]
-    assert len(told) == (fault != "no_manifest")
-    assert all(line.startswith(str(folder / "view1")) for line in told)
+    reports = [line for line in lines if "computing it again" in line]
+    assert len(reports) == (fault != "no_manifest")
+    assert all(line.startswith(str(folder / "view1")) for line in reports)
     assert damaged.read_bytes() == before
     assert sound.stat().st_mtime_ns == untouched
     assert any("1 of 2 views" in line for line in lines)
 
 
 def tamper(folder, name, change):
-    """Changes an array of view 1 and makes its checksums right."""
-    place = folder / "view1"
-    told = workdir.read_json(place / "manifest.json")
+    """Changes an array of view 1 and corrects its checksums."""
+    view_folder = folder / "view1"
+    stored = workdir.read_json(view_folder / "manifest.json")
     parts = {}
-    for leaf, entry in told["leaves"].items():
-        file = place / f"{leaf.replace('/', '-')}.bin"
+    for leaf, entry in stored["leaves"].items():
+        file = view_folder / f"{leaf.replace('/', '-')}.bin"
         values = np.fromfile(file, np.dtype(entry["dtype"])).reshape(entry["shape"])
         parts[leaf] = change(values) if leaf == name else values
         file.write_bytes(parts[leaf].tobytes())
-    workdir.write_json(place / "manifest.json", manifest.describe(1, parts, {}))
+    workdir.write_json(view_folder / "manifest.json", manifest.describe(1, parts, {}))
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "says"),
+    ("name", "change", "message"),
     [
         ("joints/1", lambda x: x * np.float32(1.01), "joints/1 differs by"),
         ("logits", lambda x: -x, "logits differs by .*\n.* right answers, not"),
         ("joints/0", lambda x: x * np.float32("nan"), "joints/0 differs by nan"),
     ],
 )
-def test_what_the_teacher_does_not_say_is_refused(name, change, says, copy):
-    """Promise 19: stored answers are held against it on 512 images."""
+def test_what_the_teacher_does_not_say_is_refused(name, change, message, copy):
+    """Promise 19: stored outputs are compared with the teacher's on 512 images."""
     made, cache, folder = copy
     tamper(folder, name, lambda x: x)
     kept(made, cache)
     tamper(folder, name, change)
-    with pytest.raises(errors.TeacherError, match=says) as caught:
+    with pytest.raises(errors.TeacherError, match=message) as caught:
         kept(made, cache)
     assert str(caught.value).startswith(f"{folder}: ")
     assert "Delete that folder" in str(caught.value)
@@ -243,7 +243,7 @@ def test_what_the_teacher_does_not_say_is_refused(name, change, says, copy):
 def test_a_stop_keeps_whole_views(lakd, tmp_path):
     made, cache = lakd[0], tmp_path / "cache"
     with pytest.raises(interrupt.Interrupted):
-        kept(made, cache, guard=tiny.StopAfter(5 + 3))  # 5 batches a view
+        kept(made, cache, guard=tiny.StopAfter(5 + 3))  # 5 batches per view
     (folder,) = cache.iterdir()
     assert {p.name for p in folder.glob("view*")} == {"view0"}
     lines = []
@@ -280,20 +280,20 @@ def test_what_outputs_depend_on_is_in_the_key(lakd):
 # ----------------------------------------------------------------- what is refused
 
 
-def test_too_little_room_is_told_with_the_sum():
-    def shape(*own):
-        return jax.ShapeDtypeStruct((30, 50_000, *own), jnp.float32)
+def test_too_little_room_is_reported_with_the_total():
+    def shape(*dims):
+        return jax.ShapeDtypeStruct((30, 50_000, *dims), jnp.float32)
 
-    wanted = teacher_outputs.TeacherOutputs(shape(10), (shape(8, 8, 4),))
-    teacher_cache.require_room(wanted, 1_526)  # 1 MiB is 2**20
+    shapes = teacher_outputs.TeacherOutputs(shape(10), (shape(8, 8, 4),))
+    teacher_cache.require_room(shapes, 1_526)  # 1 MiB is 2**20
     with pytest.raises(errors.ConfigError) as caught:
-        teacher_cache.require_room(wanted, 1_000)
+        teacher_cache.require_room(shapes, 1_000)
     (line,) = caught.value.problems
-    assert "1,064 bytes an image (logits 40, joints/0 1,024)" in line
+    assert "1,064 bytes per image (logits 40, joints/0 1,024)" in line
     assert "x 50,000 images x 30 views = 1,522 MiB" in line
     assert "teacher.views_mib (1000): lower teacher.views to at most 19, or" in line
     with pytest.raises(errors.ConfigError, match="set teacher.views to 0, or raise"):
-        teacher_cache.require_room(wanted, 50)
+        teacher_cache.require_room(shapes, 50)
 
 
 def test_too_little_room_is_known_before_the_teacher_is_trained(tmp_path):
@@ -301,30 +301,32 @@ def test_too_little_room_is_known_before_the_teacher_is_trained(tmp_path):
     config = config_lib.resolve(tiny.config(tmp_path, **fields))
     config.teacher.views_mib = 1
     with tiny.environment(train=160):
-        own = resume.make_environment(config, interrupt.Guard())
+        environment = resume.make_environment(config, interrupt.Guard())
         with pytest.raises(errors.ConfigError, match=r"160 images x 4 views = 4 MiB"):
-            teacher_lib.make(config, own)
+            teacher_lib.make(config, environment)
     assert not (tmp_path / "teachers").exists()
 
 
 def test_the_room_of_an_experts_tree_is_known(tmp_path, monkeypatch):
     fields = {"method": "kd", "student__name": "hme", "teacher__views": 4}
     config = config_lib.resolve(tiny.small(tmp_path, **fields))
-    asked = []
+    requested = []
     monkeypatch.setattr(
-        teacher_cache, "require_room", lambda wanted, _: asked.append(wanted)
+        teacher_cache, "require_room", lambda shapes, _: requested.append(shapes)
     )
     with tiny.environment():
-        own = resume.make_environment(config, interrupt.Guard())
-        teacher = single.load_network("teacher", config, own)
+        environment = resume.make_environment(config, interrupt.Guard())
+        teacher = single.load_network("teacher", config, environment)
         pixels = setup.pixels(config)
-        teacher_source.require_room(config, teacher, pixels, own.dataset, own.mesh)
-    (wanted,) = asked
-    assert wanted.logits.shape == (4, 64, 3) and wanted.joints == ()
+        teacher_source.require_room(
+            config, teacher, pixels, environment.dataset, environment.mesh
+        )
+    (shapes,) = requested
+    assert shapes.logits.shape == (4, 64, 3) and shapes.joints == ()
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "message"),
     [
         ({"epochs": 1}, "teacher.views is 2, more than epochs (1)"),
         ({"method": "afd"}, "method afd reads the teacher's taps"),
@@ -335,12 +337,12 @@ def test_the_room_of_an_experts_tree_is_known(tmp_path, monkeypatch):
         ({"local.engine": "pipeline"}, "use local.engine=fused"),
     ],
 )
-def test_what_cannot_be_stored_is_refused(fields, says):
+def test_what_cannot_be_stored_is_refused(fields, message):
     c = config_lib.changed(config_lib.default(), fields)
     assert check.problems(c, 1) == []
     c.teacher.views = VIEWS
     (line,) = check.problems(c, 1)
-    assert says in line and "teacher.views" in line
+    assert message in line and "teacher.views" in line
 
 
 def test_preact_is_not_what_modules_are_fed():
@@ -356,7 +358,7 @@ def test_preact_is_not_what_modules_are_fed():
 @pytest.mark.parametrize(
     "fields", [{"method": "afd"}, {"lakd__task": "teacher_suffix"}]
 )
-def test_a_method_that_reads_more_cannot_be_answered(fields, tmp_path):
+def test_a_method_that_reads_more_has_no_stored_outputs(fields, tmp_path):
     fields = {"teacher__views": 1} | fields
     spec, _, variables = steps.spec_of(tmp_path, 1, tiny.SMALL, **fields)
     with pytest.raises(ValueError, match="only logits, joints are stored"):
@@ -390,13 +392,13 @@ def test_too_little_room_on_the_command_line(main, tmp_path):
 
 
 def stored_once(tmp_path):
-    """The config of a command that asks for one view of two methods' outputs."""
+    """Returns the config of a command that stores one view for two methods."""
     fields = {"method": "lakd", "baselines": ("kd",), "teacher__views": 1}
     return tiny.small(tmp_path, epochs=1, compile_cache="", **fields)
 
 
 @LONG
-def test_two_runs_share_what_the_teacher_said(tmp_path):
+def test_two_runs_share_stored_outputs(tmp_path):
     config, quiet, results = stored_once(tmp_path), interrupt.Guard(), []
     for name, count in (("one", 2), ("two", 0)):  # of KD and LAKD
         lines = []
