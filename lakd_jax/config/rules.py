@@ -1,7 +1,7 @@
-"""What must hold between fields of several owners that are each fine alone.
+"""Checks relations between config fields that are each valid on their own.
 
-What must hold between the options of one method is declared with the method, see
-`lakd_jax.distill.base.rules`; `of_methods` applies it.
+These relate fields of several blocks. Rules between the options of a single method are
+declared by the method, see `lakd_jax.distill.base.rules`; `of_methods` applies them.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from lakd_jax.models import chain
 Config = config_lib.ConfigDict
 Relation = Callable[[Config, int], str]  # (config, devices) -> the fault, or ""
 
-# Every relation with the fields it reads, which must be in range.
+# Relations with the fields they read; a relation runs only if these are in range.
 TABLE: list[tuple[tuple[str, ...], Relation]] = []
 
 METHODS = ("method", "baselines")
@@ -33,9 +33,9 @@ _CUTS = (
 
 
 def reads(*fields: str, only_lakd: bool = False) -> Callable[[Relation], Relation]:
-    """Enters a relation in the table, with the fields it reads."""
+    """Registers a relation in `TABLE`, with the fields it reads."""
 
-    def enter(relation: Relation) -> Relation:
+    def register(relation: Relation) -> Relation:
         def if_lakd(c: Config, devices: int) -> str:
             return relation(c, devices) if "lakd" in named(c) else ""
 
@@ -45,32 +45,32 @@ def reads(*fields: str, only_lakd: bool = False) -> Callable[[Relation], Relatio
             TABLE.append((fields, relation))
         return relation
 
-    return enter
+    return register
 
 
 @reads("batch_size")
 def _batch(c: Config, devices: int) -> str:
-    return _shared("batch_size", c.batch_size, devices)
+    return _indivisible("batch_size", c.batch_size, devices)
 
 
 @reads("eval_batch_size")
 def _eval_batch(c: Config, devices: int) -> str:
-    return _shared("eval_batch_size", c.eval_batch_size, devices)
+    return _indivisible("eval_batch_size", c.eval_batch_size, devices)
 
 
 @reads("epochs", "optim.warmup_epochs")
 def _warmup(c: Config, _: int) -> str:
-    return _longer(c.optim.warmup_epochs, "epochs", c.epochs)
+    return _warmup_too_long(c.optim.warmup_epochs, "epochs", c.epochs)
 
 
 @reads(*METHODS, "teacher.init", "teacher.epochs", "optim.warmup_epochs")
 def _teacher_warmup(c: Config, _: int) -> str:
     if not c.teacher.epochs or c.teacher.init or not needs_teacher(c):
         return ""
-    return _longer(c.optim.warmup_epochs, "teacher.epochs", c.teacher.epochs)
+    return _warmup_too_long(c.optim.warmup_epochs, "teacher.epochs", c.teacher.epochs)
 
 
-@reads("kd.ce_weight", "kd.kd_weight")  # whatever runs: several methods read them
+@reads("kd.ce_weight", "kd.kd_weight")  # whichever method runs: several read them
 def _kd_weights(c: Config, _: int) -> str:
     if c.kd.ce_weight or c.kd.kd_weight:
         return ""
@@ -78,12 +78,12 @@ def _kd_weights(c: Config, _: int) -> str:
 
 
 @reads(*METHODS, "local.cut_scale")
-def _cut(c: Config, _: int) -> str:
+def _cut_scale(c: Config, _: int) -> str:
     if c.local.cut_scale in (-1, 1) or any(distill.facts(m).staged for m in methods(c)):
         return ""
     return (
         f"local.cut_scale is {c.local.cut_scale:g}, but method {c.method} has no loss "
-        "in the modules before the last: set it to -1, or add such a method, as in "
+        "in the modules before the last: set it to -1, or add a method that has, as in "
         "kd+at"
     )
 
@@ -117,7 +117,7 @@ def _smoothing(c: Config, _: int) -> str:
     if not c.label_smoothing or not others:
         return ""
     return (
-        f"label_smoothing is {c.label_smoothing:g}, but method {others[0]} takes hard "
+        f"label_smoothing is {c.label_smoothing:g}, but method {others[0]} needs hard "
         "labels: set it to 0, or method (and baselines) to none or kd"
     )
 
@@ -134,13 +134,13 @@ def _binary(c: Config, _: int) -> str:
     if c.student.name != "hme" or c.hme.loss != "binary":
         return ""
     if c.kd.standardise and "kd" in methods(c):
-        return "hme.loss=binary has no kd.standardise: set it to False"
+        return "hme.loss=binary does not support kd.standardise: set it to False"
     if c.hme.output != "nce":
-        return "hme.loss=binary needs heads of two units: set hme.output to nce"
+        return "hme.loss=binary needs heads with two units: set hme.output to nce"
     if others := [m for m in methods(c) if m not in ("none", "kd")]:
-        return f"hme.loss=binary is for methods none and kd, not {others[0]}"
+        return f"hme.loss=binary supports methods none and kd, not {others[0]}"
     if c.label_smoothing:
-        return "hme.loss=binary has no label_smoothing: set it to 0"
+        return "hme.loss=binary does not support label_smoothing: set it to 0"
     return ""
 
 
@@ -148,7 +148,7 @@ def _binary(c: Config, _: int) -> str:
 def _hme_init(c: Config, _: int) -> str:
     if c.student.name != "hme" or not c.student.init:
         return ""
-    return "student.init must be empty for student.name=hme: stage 1 starts from random"
+    return "student.init must be empty for student.name=hme: stage 1 starts randomly"
 
 
 @reads(*METHODS, "teacher.name", "teacher.init")
@@ -156,8 +156,8 @@ def _hme_teacher(c: Config, _: int) -> str:
     if c.teacher.name != "hme" or c.teacher.init or not needs_teacher(c):
         return ""
     return (
-        "teacher.name=hme needs teacher.init, a finished run: teachers that are "
-        "trained first have one stage only"
+        "teacher.name=hme needs teacher.init, a finished run: a teacher that this run "
+        "trains first can only have one stage"
     )
 
 
@@ -171,8 +171,8 @@ def _gates(c: Config, _: int) -> str:
     if not c.student.vam.enabled or models.family(c.student.name).GATED:
         return ""
     return (
-        f"student.vam.enabled is True, but {c.student.name} has no convolutions for "
-        "it: choose another student, or set it to False"
+        f"student.vam.enabled is True, but {c.student.name} has no convolutions to "
+        "gate: choose another student, or set it to False"
     )
 
 
@@ -197,12 +197,12 @@ def _shortcut(field: str, block: Config) -> str:
     if block.shortcut in offered:
         return ""
     return (
-        f"{field}.shortcut is {block.shortcut!r}, which {block.name} has not: only the "
-        "CIFAR ResNets of three stages have a choice"
+        f"{field}.shortcut is {block.shortcut!r}, which {block.name} does not offer: "
+        "only the CIFAR ResNets of three stages have a choice"
     )
 
 
-def _shared(field: str, size: int, devices: int) -> str:
+def _indivisible(field: str, size: int, devices: int) -> str:
     if size % devices == 0:
         return ""
     return (
@@ -211,7 +211,7 @@ def _shared(field: str, size: int, devices: int) -> str:
     )
 
 
-def _longer(warmup: float, field: str, epochs: int) -> str:
+def _warmup_too_long(warmup: float, field: str, epochs: int) -> str:
     if warmup <= epochs:
         return ""
     return f"optim.warmup_epochs is {warmup:g}, more than {field} ({epochs})"
@@ -223,21 +223,21 @@ def methods(c: Config) -> tuple[str, ...]:
 
 
 def named(c: Config) -> set[str]:
-    """Returns the methods that will run, alone or in a sum."""
+    """Returns the methods that will run; sums count as their parts."""
     return {part for name in methods(c) for part in distill.parts(name)}
 
 
 def needs_teacher(c: Config) -> bool:
-    """Returns whether any method that will run has a teacher."""
+    """Returns whether any method that will run needs a teacher."""
     return any(distill.facts(m).needs_teacher for m in methods(c))
 
 
 class _Unreadable(Exception):
-    """A rule of a method read a field that is out of range by itself."""
+    """Raised when a rule of a method reads a field that is itself out of range."""
 
 
 class _Run:
-    """A config as `distill.base.rules.Run`, for the rules of one method."""
+    """A config, presented to the rules of one method as `distill.base.rules.Run`."""
 
     def __init__(self, method: str, config: Config, faults: Set[str]):
         self.method = method
@@ -274,7 +274,7 @@ class _Run:
 
 
 class _Options:
-    """The options of a method as attributes, as the config has them."""
+    """The options of a method as attributes, with the config's values."""
 
     def __init__(self, run: _Run):
         self._run, self._sources = run, distill.option_sources(run.method)
@@ -284,11 +284,11 @@ class _Options:
 
 
 def of_methods(config: Config, faults: Mapping[str, str]) -> list[str]:
-    """Returns the faults that the rules of the methods that run find.
+    """Applies the rules of the methods that will run; returns the faults they find.
 
     Args:
       config: as given by the user.
-      faults: the fields that are out of range by themselves.
+      faults: the fields that are themselves out of range.
     """
     if not faults.keys().isdisjoint(METHODS):
         return []
@@ -303,7 +303,7 @@ def of_methods(config: Config, faults: Mapping[str, str]) -> list[str]:
 
 
 def _partition(c: Config) -> tuple[chain.Chain, chain.Chain, cuts.Partition]:
-    """Returns both networks and their cuts; ValueError if they cannot be cut."""
+    """Returns both networks and their cuts; raises ValueError if there are none."""
     student = models.create(c.student.name, num_classes=2)
     teacher = models.create(c.teacher.name, num_classes=2)
     local = c.local

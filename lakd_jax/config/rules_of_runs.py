@@ -1,7 +1,7 @@
-"""What must hold between fields about how a run is executed.
+"""Checks relations between config fields about how a run is executed.
 
-Engines, seeds, stored outputs of the teacher, processes. `TABLE` has all relations:
-these and those of `lakd_jax.config.rules`.
+They concern engines, seeds, streams, processes, optimisers and stored outputs of the
+teacher. `TABLE` has all relations: these and those of `lakd_jax.config.rules`.
 """
 
 from lakd_jax import distill, models
@@ -19,8 +19,8 @@ def _processes(c: rules.Config, _: int) -> str:
     if c.local.engine != "pipeline" or hosts.count() == 1:
         return ""
     return (
-        "local.engine=pipeline puts modules on the devices of one process, and there "
-        f"are {hosts.count()}; use fused or dispatch, or one process"
+        "local.engine=pipeline puts modules on the devices of one process, but there "
+        f"are {hosts.count()} processes; use fused or dispatch, or one process"
     )
 
 
@@ -29,7 +29,7 @@ def _engine_method(c: rules.Config, _: int) -> str:
     if c.local.engine == "fused" or distill.facts(c.method).local:
         return ""
     return (
-        f"local.engine={c.local.engine} runs the modules of a student that is cut; "
+        f"local.engine={c.local.engine} runs the modules of a student that is cut, but "
         f"method {c.method} has one loss for all of it: use local.engine=fused"
     )
 
@@ -44,7 +44,7 @@ def _engine_dispatch(c: rules.Config, _: int) -> str:
     )
 
 
-_NEEDED = ("lakd.att_global", "lakd.task", "lakd.head_loss", "lakd.preact")
+_LAKD_FIELDS = ("lakd.att_global", "lakd.task", "lakd.head_loss", "lakd.preact")
 
 
 @rules.reads(
@@ -53,7 +53,7 @@ _NEEDED = ("lakd.att_global", "lakd.task", "lakd.head_loss", "lakd.preact")
     "student.vam.enabled",
     "student.name",
     "teacher.name",
-    *_NEEDED,
+    *_LAKD_FIELDS,
     only_lakd=True,
 )
 def _engine_isolated(c: rules.Config, _: int) -> str:
@@ -61,19 +61,19 @@ def _engine_isolated(c: rules.Config, _: int) -> str:
         return ""
     entry = any(models.family(n.name).PREACTIVATION for n in (c.student, c.teacher))
     logits = lakd.needs_logits(c.lakd.task, c.lakd.head_loss)
-    needs = {
+    obstacles = {
         "local.cut_scale above 0": c.local.cut_scale > 0,
         "lakd.att_global": c.lakd.att_global,
         "student.vam.enabled": c.student.vam.enabled,
         f"lakd.task={c.lakd.task} with lakd.head_loss=ce+kd": logits,
         "lakd.preact in networks that normalise first": c.lakd.preact and entry,
     }
-    found = [name for name, holds in needs.items() if holds]
+    found = [name for name, holds in obstacles.items() if holds]
     if not found:
         return ""
     return (
-        f"local.engine={c.local.engine} runs modules apart, which {found[0]} does not "
-        "allow: use local.engine=fused"
+        f"local.engine={c.local.engine} runs modules separately, which {found[0]} does "
+        "not allow: use local.engine=fused"
     )
 
 
@@ -92,18 +92,19 @@ def _streaming(c: rules.Config, _: int) -> str:
     in_memory = d.source == "digits" or d.source.startswith("npz:")
     if in_memory or sources.is_added(d.source):
         return (
-            f"data.streaming is for image files; data.source={d.source} needs it False"
+            "data.streaming is for image files: set it to False for "
+            f"data.source={d.source}"
         )
     if not d.image_size:
-        return "data.streaming cuts images to one size: set data.image_size, e.g. 224"
+        return "data.streaming crops images to one size: set data.image_size, e.g. 224"
     if d.pad:
-        return f"data.streaming cuts images at random: set data.pad to 0, not {d.pad}"
+        return f"data.streaming crops images at random: set data.pad to 0, not {d.pad}"
     if d.max_bad:
         return "data.max_bad is for data in memory: set it to 0 with data.streaming"
     if d.test_resize < d.image_size:
         return (
             f"data.test_resize is {d.test_resize}, less than data.image_size "
-            f"({d.image_size}), which is cut out of it"
+            f"({d.image_size}), which is cropped from it"
         )
     return ""
 
@@ -142,14 +143,14 @@ def _dot(c: rules.Config, _: int) -> str:
         return ""
     cut = [m for m in rules.methods(c) if distill.facts(m).local]
     refused = {
-        "method none has no other losses than the labels'": c.method == "none",
-        "student.name=hme has optimisers of its own": c.student.name == "hme",
-        f"local.engine={c.local.engine} trains modules apart": c.local.engine
+        "method none has no loss but that of the labels": c.method == "none",
+        "student.name=hme has its own optimisers": c.student.name == "hme",
+        f"local.engine={c.local.engine} trains modules separately": c.local.engine
         != "fused",
-        f"method {''.join(cut[:1])} trains modules apart unless local.cut_scale is "
-        "above 0": cut and c.local.cut_scale <= 0,
-        "optim.nesterov has no place in it": c.optim.nesterov,
-        "optim.clip_norm has no place in it": c.optim.clip_norm > 0,
+        f"method {''.join(cut[:1])} trains modules separately unless local.cut_scale "
+        "is above 0": cut and c.local.cut_scale <= 0,
+        "it does not support optim.nesterov": c.optim.nesterov,
+        "it does not support optim.clip_norm": c.optim.clip_norm > 0,
     }
     found = [reason for reason, holds in refused.items() if holds]
     if not found:
@@ -159,8 +160,8 @@ def _dot(c: rules.Config, _: int) -> str:
 
 @rules.reads("seeds")
 def _seeds(c: rules.Config, _: int) -> str:
-    again = [seed for i, seed in enumerate(c.seeds) if seed in c.seeds[:i]]
-    return f"seeds has {again[0]} twice" if again else ""
+    repeated = [seed for i, seed in enumerate(c.seeds) if seed in c.seeds[:i]]
+    return f"seeds has {repeated[0]} twice" if repeated else ""
 
 
 @rules.reads(*rules.METHODS, "teacher.views", "epochs")
@@ -168,8 +169,8 @@ def _views_epochs(c: rules.Config, _: int) -> str:
     if not rules.needs_teacher(c) or c.teacher.views <= c.epochs:
         return ""
     return (
-        f"teacher.views is {c.teacher.views}, more than epochs ({c.epochs}): the rest "
-        "would never be seen"
+        f"teacher.views is {c.teacher.views}, more than epochs ({c.epochs}): the "
+        "remaining views would never be used"
     )
 
 
@@ -179,10 +180,11 @@ def _views_reads(c: rules.Config, _: int) -> str:
         return ""
     for name in rules.methods(c):
         reads = distill.facts(name).teacher_reads
-        if more := [part for part in reads if part not in method.STORABLE]:
+        if missing := [part for part in reads if part not in method.STORABLE]:
             return (
                 f"teacher.views stores {' and '.join(method.STORABLE)}, but method "
-                f"{name} reads the teacher's {', '.join(more)}: set teacher.views to 0"
+                f"{name} reads the teacher's {', '.join(missing)}: set teacher.views "
+                "to 0"
             )
     return ""
 
@@ -192,8 +194,8 @@ def _views_suffix(c: rules.Config, _: int) -> str:
     if not (c.teacher.views and lakd.needs_suffix(c.lakd.task, c.lakd.attention)):
         return ""
     return (
-        "lakd.task=teacher_suffix and lakd.attention=logits run the teacher on from "
-        "the student's features, which teacher.views cannot store: set it to 0"
+        "lakd.task=teacher_suffix and lakd.attention=logits run the teacher's layers "
+        "on the student's features, which teacher.views cannot store: set it to 0"
     )
 
 
@@ -202,7 +204,7 @@ def _views_processes(c: rules.Config, _: int) -> str:
     if not c.teacher.views or hosts.count() == 1:
         return ""
     return (
-        f"teacher.views is for one process, and there are {hosts.count()}: set it to 0"
+        f"teacher.views is for one process, but there are {hosts.count()}: set it to 0"
     )
 
 
@@ -211,7 +213,7 @@ def _views_engine(c: rules.Config, _: int) -> str:
     if not c.teacher.views or c.local.engine == "fused":
         return ""
     return (
-        f"local.engine={c.local.engine} runs the teacher beside the modules: set "
+        f"local.engine={c.local.engine} runs the teacher alongside the modules: set "
         "teacher.views to 0, or use local.engine=fused"
     )
 
@@ -221,6 +223,6 @@ def _views_preact(c: rules.Config, _: int) -> str:
     if not (c.teacher.views and c.lakd.preact and c.local.module_input == "teacher"):
         return ""
     return (
-        "teacher.views stores what is compared, and with lakd.preact this is not what "
-        "local.module_input=teacher feeds: set teacher.views to 0"
+        "teacher.views stores the features that are compared, and with lakd.preact "
+        "these are not what local.module_input=teacher feeds: set teacher.views to 0"
     )

@@ -1,10 +1,11 @@
-"""The two trainings of an HME: schedules, optimisers, and where each begins.
+"""Defines the two training stages of an HME: schedules, optimisers, initial variables.
 
-Source: the code released with KDExplainer (arXiv 2105.04181), exact for its 300 epochs;
-for other numbers of epochs the same shapes are stretched, which is ours.
+Source: the code released with KDExplainer (arXiv 2105.04181). The schedules reproduce
+it for its 300 epochs; for other numbers of epochs they are stretched, our own choice.
 
 Stage 1 learns weights and gates together, with soft gates that harden. Stage 2 fixes
-the tree and trains its weights anew; besides the gates, batch statistics remain.
+the tree and retrains its weights from scratch; it keeps the gates and the batch
+statistics of stage 1.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from lakd_jax.training import optim, phase
 
 PyTree = Any
 
-_STRETCH = 1.03093  # the line of stage 1 would reach 0 at this multiple of the epochs
+_STRETCH = 1.03093  # stage 1's linear decay reaches 0 at this multiple of the epochs
 _HALVINGS = 10  # of the learning rate in stage 2
 _GATE, _OTHER = "gate", "other"
 
@@ -37,7 +38,7 @@ class First(phase.Phase):
     keeps_best: ClassVar[bool] = True
 
     def learning_rate(self, steps_per_epoch: int) -> optax.Schedule:
-        """Of all parameters but the gates, at a step counted from 0."""
+        """Returns the schedule of all parameters but the gates; steps count from 0."""
         lr, epochs = self.config.hme.stage1_lr, self.config.epochs
 
         def rate(step: Any) -> jax.Array:
@@ -48,13 +49,13 @@ class First(phase.Phase):
     def optimizer(
         self, steps_per_epoch: int, labels: PyTree
     ) -> optax.GradientTransformation:
-        """Adam, with a rate of their own for the gates."""
+        """Returns Adam, with a separate learning rate for the gates."""
         o = self.config.optim
         rates = self.learning_rate(steps_per_epoch), self.gate_rate(steps_per_epoch)
         return optax.chain(_clipped(o, labels), adam(*rates, o.weight_decay, labels))
 
     def gate_rate(self, steps_per_epoch: int) -> optax.Schedule:
-        """Of the gates, at a step counted from 0."""
+        """Returns the schedule of the gates; steps count from 0."""
         lr, epochs = self.config.hme.gate_lr, self.config.epochs
 
         def rate(step: Any) -> jax.Array:
@@ -66,7 +67,7 @@ class First(phase.Phase):
     def student_at(
         self, student: chain.Chain, steps_per_epoch: int
     ) -> Callable[[Any], chain.Chain]:
-        """The gates' temperature is divided by the number of the epoch, from 1."""
+        """Returns the student by step; its gates have temperature / epoch (from 1)."""
 
         def softened(step: Any) -> chain.Chain:
             epoch = jnp.asarray(step // steps_per_epoch + 1, jnp.float32)
@@ -75,16 +76,16 @@ class First(phase.Phase):
         return softened
 
     def method(self) -> method_lib.Method | None:
-        """See `method`."""
+        """Returns the method on one task per class, see `method`."""
         return method(self.config)
 
 
 @dataclasses.dataclass(frozen=True)
 class Second(phase.Phase):
-    """Stage 2: the tree is fixed, its weights are trained anew.
+    """Stage 2: the tree is fixed and its weights are retrained from scratch.
 
     Attributes:
-      start: stage 1's variables.
+      start: the variables that stage 1 ends with.
     """
 
     start: PyTree = None
@@ -92,7 +93,7 @@ class Second(phase.Phase):
     purpose: ClassVar[int] = device.INITIALISE_AGAIN
 
     def learning_rate(self, steps_per_epoch: int) -> optax.Schedule:
-        """Of all parameters but the gates, at a step counted from 0."""
+        """Returns the schedule of all parameters but the gates; steps count from 0."""
         lr, epochs = self.config.hme.stage2_lr, self.config.epochs
 
         def rate(step: Any) -> jax.Array:
@@ -103,7 +104,7 @@ class Second(phase.Phase):
     def optimizer(
         self, steps_per_epoch: int, labels: PyTree
     ) -> optax.GradientTransformation:
-        """Momentum, and gates that stay as they are."""
+        """Returns SGD with momentum that leaves the gates unchanged."""
         o = self.config.optim
         momentum = optim.sgd(
             self.learning_rate(steps_per_epoch),
@@ -119,11 +120,11 @@ class Second(phase.Phase):
         )
 
     def first_variables(self, drawn: PyTree) -> PyTree:
-        """`drawn` with stage 1's gates and batch statistics."""
+        """Returns `drawn` with stage 1's gates and batch statistics."""
         return graft(drawn, self.start)
 
     def method(self) -> method_lib.Method | None:
-        """See `method`."""
+        """Returns the method on one task per class, see `method`."""
         return method(self.config)
 
 
@@ -140,12 +141,12 @@ def first(config: config_lib.ConfigDict) -> First:
 
 
 def second(config: config_lib.ConfigDict, start: PyTree, facts: Any) -> Second:
-    """Returns stage 2 of a run, from stage 1's variables and what is known of it."""
+    """Returns stage 2 of a run, from stage 1's variables and recorded results."""
     return Second(config, {"stage1": facts}, start)
 
 
 def network_options(config: config_lib.ConfigDict) -> dict[str, Any]:
-    """Returns what `models.create` takes beside what all networks have."""
+    """Returns the options of `models.create` that only an HME has."""
     h = config.hme
     output = "odds" if h.loss == "binary" else h.output
     return {"layout": h.layout, "base": h.base, "output": output}
@@ -163,10 +164,10 @@ def method(config: config_lib.ConfigDict) -> method_lib.Method | None:
 
 
 def warm_line(epoch: Any, epochs: int) -> jax.Array:
-    """Stage 1's factor on the learning rate in `epoch`, counted from 1.
+    """Returns stage 1's learning-rate factor in `epoch`, counted from 1.
 
-    A quarter, a half, two whole ones, then a line towards 0 that moves every other
-    epoch.
+    It is 0.25, 0.5, 1, 1 in the first four epochs, and then decays linearly towards 0,
+    changing every other epoch.
     """
     done = jnp.asarray(epoch) - 1
     even = done - done % 2
@@ -176,7 +177,7 @@ def warm_line(epoch: Any, epochs: int) -> jax.Array:
 
 
 def halving(epoch: Any, epochs: int) -> jax.Array:
-    """Stage 2's factor in `epoch`, counted from 1: halved at each tenth of them."""
+    """Returns stage 2's factor in `epoch`, from 1: halved at each tenth of `epochs`."""
     return 0.5 ** (_HALVINGS * jnp.asarray(epoch) // epochs)
 
 
@@ -186,9 +187,9 @@ def adam(
     weight_decay: float,
     params: PyTree,
 ) -> optax.GradientTransformation:
-    """Adam as PyTorch has it (decay enters the moments), in two groups.
+    """Returns PyTorch's Adam (weight decay enters the moments) with two rates.
 
-    Gates with a rate of 0 keep gathering moments.
+    While their rate is 0, the gates still accumulate moments.
     """
     rates: Any = {
         _GATE: optax.scale_by_learning_rate(gate_rate),
@@ -202,7 +203,7 @@ def adam(
 
 
 def groups(params: PyTree) -> PyTree:
-    """The name of every parameter's group: gates or others."""
+    """Returns the group of every parameter: gates or others."""
 
     def group(path: tuple[Any, ...], _: Any) -> str:
         keys = [str(key.key) for key in path]
@@ -212,9 +213,9 @@ def groups(params: PyTree) -> PyTree:
 
 
 def graft(drawn: PyTree, old: PyTree) -> PyTree:
-    """A student's drawn variables with the gates and batch statistics of `old`."""
-    ours = flax.traverse_util.flatten_dict(drawn["params"])
-    theirs = flax.traverse_util.flatten_dict(old["params"])
-    kept = {path: theirs[path] for path in ours if network.is_gate(path)}
-    params = flax.traverse_util.unflatten_dict(ours | kept)
+    """Returns the variables `drawn` with the gates and batch statistics of `old`."""
+    params = flax.traverse_util.flatten_dict(drawn["params"])
+    old_params = flax.traverse_util.flatten_dict(old["params"])
+    gates = {path: old_params[path] for path in params if network.is_gate(path)}
+    params = flax.traverse_util.unflatten_dict(params | gates)
     return {"params": params, "batch_stats": old["batch_stats"]}

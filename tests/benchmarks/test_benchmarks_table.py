@@ -24,6 +24,7 @@ from lakd_jax.runs import single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
 from lakd_jax.runtime import mesh as mesh_lib
+from lakd_jax.training import phase
 
 ROOT = pathlib.Path(__file__).parents[2]
 

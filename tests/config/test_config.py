@@ -195,7 +195,7 @@ def test_all_faults_at_once():
             "set steps_per_dispatch to 0",
         ),
         *(
-            ({"local__engine": "dispatch", **fields}, f"apart, which {named}")
+            ({"local__engine": "dispatch", **fields}, f"separately, which {named}")
             for fields, named in (
                 ({"local__cut_scale": 0.5}, "local.cut_scale above 0"),
                 ({"lakd__att_global": True}, "lakd.att_global"),
@@ -235,7 +235,7 @@ def test_all_faults_at_once():
                 "method": "none",
                 "student__shortcut": "identity",
             },
-            "student.shortcut is 'identity', which vgg8 has not",
+            "student.shortcut is 'identity', which vgg8 does not offer",
         ),
         (
             {"student__name": "vgg8"},

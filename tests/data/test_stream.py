@@ -389,7 +389,7 @@ def test_a_stall_is_told(photos, monkeypatch):
         ({"data__image_size": 0}, "set data.image_size"),
         ({"data__test_resize": 7}, "data.test_resize is 7, less than"),
         ({"data__max_bad": 1}, "data.max_bad is for data in memory"),
-        ({"data__source": "digits"}, "data.source=digits needs it False"),
+        ({"data__source": "digits"}, "set it to False for data.source=digits"),
         ({"data__crop_scale": (0.0, 1.0)}, "data.crop_scale must be"),
         ({"teacher__views": 2, "method": "kd"}, "teacher.views is for data in memory"),
     ],

@@ -27,8 +27,11 @@ def faults(tmp_path, **fields):
         ({"label_smoothing": 1.0}, "label_smoothing must be from 0 to below 1, is 1"),
         ({"hme__loss": "binary", "hme__output": "ce"}, "set hme.output to nce"),
         ({"hme__loss": "binary", "method": "lakd"}, "none and kd, not lakd"),
-        ({"hme__loss": "binary", "label_smoothing": 0.1}, "no label_smoothing"),
-        ({"label_smoothing": 0.1, "method": "lakd"}, "method lakd takes hard labels"),
+        (
+            {"hme__loss": "binary", "label_smoothing": 0.1},
+            "not support label_smoothing",
+        ),
+        ({"label_smoothing": 0.1, "method": "lakd"}, "method lakd needs hard labels"),
         ({"student__init": "runs/x"}, "student.init must be empty"),
         ({"teacher__name": "hme"}, "teacher.name=hme needs teacher.init"),
     ],

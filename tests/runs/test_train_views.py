@@ -147,14 +147,16 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
     """Promise 12: with stored outputs of the teacher."""
     fields = {"method": "lakd", "teacher__views": VIEWS}
     for lab in resume.lab_of(tmp_path):
-        lab.train(tmp_path / "whole", **fields)
+        lab.train(tmp_path / "unbroken", **fields)
         # Checks: 8 to compare the stored outputs, 4 steps, 2 of minival, then steps.
         with pytest.raises(interrupt.Interrupted):
             lab.train(tmp_path / "parts", tiny.StopAfter(8 + 4 + 2 + 1), **fields)
         assert resume.saved_steps(tmp_path / "parts") == [4, 6]
         lab.train(tmp_path / "parts", **fields)
-    whole, parts = (resume.finished(tmp_path / name) for name in ("whole", "parts"))
-    resume.assert_equal_runs(whole, parts)
+    unbroken, parts = (
+        resume.finished(tmp_path / name) for name in ("unbroken", "parts")
+    )
+    resume.assert_equal_runs(unbroken, parts)
 
 
 @LONG
@@ -331,8 +333,8 @@ def test_the_room_of_an_experts_tree_is_known(tmp_path, monkeypatch):
         ({"epochs": 1}, "teacher.views is 2, more than epochs (1)"),
         ({"method": "afd"}, "method afd reads the teacher's taps"),
         ({"baselines": ("rtk",)}, "method rtk reads the teacher's taps"),
-        ({"lakd.attention": "logits"}, "run the teacher on"),
-        ({"lakd.task": "teacher_suffix"}, "run the teacher on"),
+        ({"lakd.attention": "logits"}, "run the teacher's layers on"),
+        ({"lakd.task": "teacher_suffix"}, "run the teacher's layers on"),
         ({"local.engine": "dispatch"}, "use local.engine=fused"),
         ({"local.engine": "pipeline"}, "use local.engine=fused"),
     ],
@@ -352,7 +354,7 @@ def test_preact_is_not_what_modules_are_fed():
     assert check.problems(c, 1) == []
     c.teacher.views = 1
     (line,) = check.problems(c, 1)
-    assert line.startswith("teacher.views stores what is compared")
+    assert line.startswith("teacher.views stores the features")
 
 
 @pytest.mark.parametrize(
@@ -388,7 +390,7 @@ def test_too_little_room_on_the_command_line(main, tmp_path):
     assert commands.untouched(run) and not cache.exists()
 
 
-# -------------------------------------------------------------------- whole commands
+# -------------------------------------------------------------------- full commands
 
 
 def stored_once(tmp_path):
