@@ -31,7 +31,7 @@ def one_step(
         "devices": f"{environment.mesh.size} x {jax.devices()[0].device_kind}",
         "steps": f"{plan.total_steps:,} = {plan.epochs} epochs x "
         f"{plan.steps_per_epoch:,}, batch {plan.batch_size}",
-        "a step": _compiled(costs),
+        "per step": _compiled(costs),
         "first loss": f"{metrics['loss']:.4f}",
         "first batch": f"{score.right} of {score.examples} test images right",
     }

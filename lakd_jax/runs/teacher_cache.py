@@ -240,7 +240,7 @@ def kept(
 def _placed(
     cached_outputs: teacher_outputs.TeacherOutputs, mesh: jax.sharding.Mesh
 ) -> teacher_outputs.TeacherOutputs:
-    # Not `mesh.replicate`, which copies: a step does not donate these.
+    # Not `mesh.replicate`, which copies: no step donates these arrays.
     return jax.device_put(cached_outputs, NamedSharding(mesh, PartitionSpec()))
 
 
@@ -255,7 +255,7 @@ def _file(view_folder: Path, name: str) -> Path:
 def _of_view(
     cached_outputs: teacher_outputs.TeacherOutputs, view: int
 ) -> dict[str, np.ndarray]:
-    """Returns the arrays (N, ...) of a view by name; they share memory."""
+    """Returns the arrays (N, ...) of a view by name, without copying them."""
     return {name: x[view] for name, x in manifest.named_leaves(cached_outputs).items()}
 
 

@@ -41,7 +41,7 @@ def run(folder, config):
     return lakd_jax.train(config, folder / "run")
 
 
-def test_a_run_gives_its_record_and_a_student_that_scores_as_recorded(run):
+def test_a_run_returns_its_record_and_a_student_that_scores_as_recorded(run):
     test = tiny.split(45, 2)
     right = int(np.sum(run(test.images).argmax(-1) == test.labels))
     assert right == run.result["test_last"]["right"] and right / 45 == run.accuracy
@@ -53,7 +53,7 @@ def test_a_run_gives_its_record_and_a_student_that_scores_as_recorded(run):
     assert run.settings["method"] == "none" and run.classes == tiny.CLASSES
 
 
-def test_many_images_and_one_are_the_same_as_few(run):
+def test_results_do_not_depend_on_the_number_of_images(run):
     images = np.concatenate([tiny.split(300, 5).images] * 2)
     logits = run(images)
     assert logits.shape == (600, 3) and logits.dtype == np.float32
@@ -64,19 +64,19 @@ def test_many_images_and_one_are_the_same_as_few(run):
 @pytest.mark.parametrize(
     "images", [np.zeros((8, 8, 3), np.uint8), np.zeros((1, 8, 8, 3), np.float32)]
 )
-def test_what_are_no_images_is_refused(run, images):
+def test_arrays_that_are_not_images_are_refused(run, images):
     with pytest.raises(ValueError, match=r"images must be uint8 of shape \(N, H, W"):
         run(images)
 
 
 def test_a_run_can_be_loaded(run):
-    again = lakd_jax.load(str(run.directory))
-    assert again.history == run.history and again.result == run.result
-    equal = jax.tree.map(np.array_equal, again.variables, run.variables)
+    loaded = lakd_jax.load(str(run.directory))
+    assert loaded.history == run.history and loaded.result == run.result
+    equal = jax.tree.map(np.array_equal, loaded.variables, run.variables)
     assert all(jax.tree.leaves(equal))
 
 
-def test_a_finished_run_is_brought_back_also_by_a_config_file(run, folder, tmp_path):
+def test_training_a_finished_run_again_returns_its_result(run, folder, tmp_path):
     file = tmp_path / "tiny_config.py"
     file.write_text(
         "import pathlib, tiny\n\ndef get_config(arg):\n    return tiny.small("
@@ -88,16 +88,16 @@ def test_a_finished_run_is_brought_back_also_by_a_config_file(run, folder, tmp_p
     assert (run.directory / "metrics.jsonl").stat().st_mtime_ns == began
 
 
-def test_seeds_give_a_run_each(run, config, tmp_path, monkeypatch):
+def test_seeds_return_one_run_each(run, config, tmp_path, monkeypatch):
     for seed in (3, 7):
         shutil.copytree(run.directory, tmp_path / f"seed{seed}")
     monkeypatch.setattr(command_lib, "run", lambda config, directory: None)
     several = config_lib.changed(config, {"seeds": (3, 7)})
     found = lakd_jax.train(several, tmp_path)
-    assert [one.directory.name for one in found] == ["seed3", "seed7"]
+    assert [run.directory.name for run in found] == ["seed3", "seed7"]
 
 
-def test_what_is_no_run_or_no_config_is_said(tmp_path):
+def test_missing_runs_and_configs_are_reported(tmp_path):
     with pytest.raises(errors.ExportError, match="is not a run"):
         lakd_jax.load(tmp_path)
     with pytest.raises(errors.ConfigError, match="missing.py"):

@@ -38,7 +38,7 @@ def get_config(directory):
 
 @pytest.fixture
 def tiny_main(main, tmp_path):
-    """The same on the tiny data set and one device; needs no --config."""
+    """`main` on the tiny data set and one device, with --config set."""
     file = tmp_path / "tiny_config.py"
     file.write_text(CONFIG)
     with tiny.environment():
@@ -49,7 +49,7 @@ def tiny_main(main, tmp_path):
 
 
 def process(*args, options=(), **environment):
-    """(exit code, stdout, stderr) of `python OPTIONS main.py ARGS`."""
+    """Returns (exit code, stdout, stderr) of `python OPTIONS main.py ARGS`."""
     done = subprocess.run(
         [sys.executable, *options, commands.ROOT / "main.py", *args],
         capture_output=True,
@@ -69,7 +69,7 @@ def test_help_does_not_import_jax():
 
 
 def test_configuration_faults_are_all_reported_at_once():
-    """Promise 20: all in one process, without a traceback or a compilation."""
+    """Promise 20: all at once, without a traceback or a compilation."""
     result = process(
         DIGITS,
         "--config.optim.lrr=0.1",
@@ -161,7 +161,7 @@ def test_fault_in_the_config_file(main, text, words, tmp_path):
 
 
 def test_long_errors_are_cut_to_ten_lines(main, tmp_path):
-    """Promise 20: the last line says how many more there are."""
+    """Promise 20: the last line has the number of lines left out."""
     wrong = [f"--config.kd.field{i}=1" for i in range(20)]
     err = refused(main(DIGITS, *wrong))
     assert err.splitlines()[-1] == "... and 11 more"
@@ -172,7 +172,7 @@ def test_long_errors_are_cut_to_ten_lines(main, tmp_path):
 
 
 def student_file(directory, name="resnet8", classes=3, **card):
-    """Random weights as a finished run leaves them."""
+    """Writes random weights as a finished run does; returns the directory."""
     directory.mkdir()
     model = models.create(name, num_classes=classes)
     network = weights_lib.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
@@ -248,7 +248,7 @@ def no_better_than_chance(path):
     ],
 )
 def test_fault_in_the_teacher(tiny_main, fault, tmp_path):
-    """Promises 15, 17, 21: missing, torn, of other keys or classes, or useless."""
+    """Promises 15, 17, 21: missing, truncated, incompatible, or too inaccurate."""
     init, words = fault(tmp_path / "other")
     run = tmp_path / "run"
     args = (f"--config.teacher.init={init}", "--config.teacher.floor=0")
@@ -285,7 +285,7 @@ def test_disk_that_fills_up_later(tiny_main, tmp_path, monkeypatch):
     refused(result, "No space left on device", str(tmp_path))
 
 
-# ------------------------------------------------- what a run may end with
+# -------------------------------------------------------------- exit codes
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_exit_code_of_an_error(main, monkeypatch, error, code):
 
 
 def test_signals_while_the_data_is_loaded(main, monkeypatch, tmp_path):
-    """Promises 9, 11: they end the process at once, and nothing is left."""
+    """Promises 9, 11: they end the process at once and leave no files."""
     found = []
 
     def load(*args, **options):
@@ -351,7 +351,7 @@ FILES = [
 def test_whole_run(main, tiny_main, tmp_path, monkeypatch):
     """Promise 8: the same command again resumes; another config is refused."""
     run, args = tmp_path / "run", (f"--workdir={tmp_path / 'run'}",)
-    # A path mistyped at first does not spoil the directory.
+    # A failed start with a mistyped path leaves the directory usable.
     refused(tiny_main(*args, "--config.teacher.init=mistyped"), "does not exist")
     code, out, err = tiny_main(*args)
     assert code == 0, err
@@ -368,7 +368,7 @@ def test_whole_run(main, tiny_main, tmp_path, monkeypatch):
         assert Image.open(run / name).size[0] > 100
     assert json.loads((run / "config.json").read_text())["epochs"] == 2
 
-    # The same command again tells the same and trains nothing.
+    # Repeating the command prints the same and trains nothing.
     with monkeypatch.context() as m:
         m.setattr(loop.Fit, "run", None)
         code, again, _ = tiny_main(*args)
@@ -380,18 +380,18 @@ def test_whole_run(main, tiny_main, tmp_path, monkeypatch):
     assert "optim.lr: 0.05 -> 0.07" in err
     assert "kd.temperature: 4.0 -> 2.0" in err
 
-    # Its student can be given out, with what the run knows of the images.
+    # Its student can be exported, with what the run recorded about the images.
     code, out, err = main("--mode=export", f"--workdir={run}", "--to=safetensors")
     assert code == 0, err
-    given = interop.load_torch_file(run / "export" / "small.safetensors")
+    exported = interop.load_torch_file(run / "export" / "small.safetensors")
     kept, _ = interop.load_variables(run / workdir.STUDENT)
     jax.tree.map(
-        np.testing.assert_array_equal, interop.from_torch(tiny.NETWORK, given), kept
+        np.testing.assert_array_equal, interop.from_torch(tiny.NETWORK, exported), kept
     )
     card = (run / "export" / "small.md").read_text()
     assert '["dark", "left", "right"]' in card and "8 pixels high and 8 wide" in card
 
-    # A finished run serves as a teacher and as a start for another.
+    # A finished run serves as a teacher and as initial weights of another.
     more = (
         "--config.baselines=()",
         "--config.epochs=1",

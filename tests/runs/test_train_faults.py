@@ -1,4 +1,4 @@
-"""What goes wrong in a run, and what must not change in one."""
+"""Faults during a run, and things that training must not change."""
 
 import errno
 import json
@@ -27,7 +27,7 @@ from lakd_jax.training import spec as spec_lib
 
 @pytest.fixture(scope="module")
 def mesh():
-    """One device, for all that trains here on the tiny data."""
+    """One device and the tiny data, for all runs of this file."""
     with tiny.environment() as one:
         yield one
 
@@ -42,9 +42,9 @@ def train(directory, *, guard=None, teacher=None, method="none", **fields):
 
 
 @pytest.fixture(scope="module")
-def whole(mesh, tmp_path_factory):
-    """What an unbroken run of `train` leaves: 12 steps, saved every 4."""
-    directory = tmp_path_factory.mktemp("whole")
+def unbroken(mesh, tmp_path_factory):
+    """The files of an uninterrupted run of `train`: 12 steps, saved every 4."""
+    directory = tmp_path_factory.mktemp("unbroken")
     train(directory)
     return finished(directory)
 
@@ -56,7 +56,7 @@ def run(mesh, tmp_path):
 
 
 def finished(directory):
-    """All that a run leaves, its speed apart."""
+    """Returns everything a run leaves except its timings."""
     variables, _ = interop.load_variables(directory / workdir.STUDENT)
     result = json.loads((directory / workdir.RESULT).read_text())
     for timing in ("seconds", "step_seconds", "images_per_second"):
@@ -68,7 +68,7 @@ def finished(directory):
 
 
 def student_of_nan(directory):
-    """A finished run's directory; its student's second stage holds NaN."""
+    """Returns a finished run's directory; its student's second stage is NaN."""
     directory.mkdir()
     model = tiny.SMALL(num_classes=3)
     variables = tiny.variables(model)
@@ -82,11 +82,11 @@ def student_of_nan(directory):
 
 def test_learning_rate_too_high_stops_the_run(run):
     """Promise 25: exit code 4, the step, the term, the last good checkpoint."""
-    # Absurd from step 8 on: the parameters overflow in step 9, whose losses are
-    # still good. It is due to be saved and must not be.
+    # The rate explodes from step 8 on: the parameters overflow in step 9, whose losses
+    # are still finite. That step is due to be saved and must not be.
     fields = {"optim__schedule": "step", "optim__milestones": (2.0,)}
     messages = []
-    for _ in range(2):  # started again, it fails in the same way
+    for _ in range(2):  # a second start fails in the same way
         with pytest.raises(errors.NonFiniteError) as caught:
             train(run, optim__decay=1e30, checkpoint__every_steps=3, **fields)
         messages.append(str(caught.value))
@@ -104,7 +104,7 @@ def test_learning_rate_too_high_stops_the_run(run):
 
 
 def test_term_that_is_not_finite_is_named(run, tmp_path, mesh):
-    """Promise 25: before the totals that it makes infinite."""
+    """Promise 25: the term is named, not the totals that it makes infinite."""
     init = student_of_nan(tmp_path / "init")
     teacher = tiny.teacher(mesh)
     with pytest.raises(errors.NonFiniteError) as caught:
@@ -118,8 +118,8 @@ def test_term_that_is_not_finite_is_named(run, tmp_path, mesh):
 # ---------------------------------------------------------------- checkpoints
 
 
-def test_save_that_fails_ends_the_run_and_the_next_goes_on(run, whole, monkeypatch):
-    """Promise 34: exit code 5, and older checkpoints stay."""
+def test_save_that_fails_ends_the_run_and_the_next_goes_on(run, unbroken, monkeypatch):
+    """Promise 34: exit code 5, and older checkpoints are kept."""
     manager = orbax.checkpoint.CheckpointManager
     save = manager.save
 
@@ -136,7 +136,7 @@ def test_save_that_fails_ends_the_run_and_the_next_goes_on(run, whole, monkeypat
     assert str(caught.value).count("\n") < 10
     assert checkpoint.list_steps(run / "checkpoints") == [4]
     train(run)
-    assert finished(run) == whole
+    assert finished(run) == unbroken
 
 
 def damage(checkpoint_folder):
@@ -148,8 +148,8 @@ def damage(checkpoint_folder):
     file.write_bytes(content)
 
 
-def test_broken_newest_checkpoint_is_set_aside(run, whole):
-    """Promise 3: the run goes on from the older one to the same end."""
+def test_broken_newest_checkpoint_is_set_aside(run, unbroken):
+    """Promise 3: the run resumes from the older one and ends the same."""
     with pytest.raises(interrupt.Interrupted):
         train(run, guard=tiny.StopAfter(4 + 2 + 4 + 2 + 1))
     folder = run / "checkpoints"
@@ -158,7 +158,7 @@ def test_broken_newest_checkpoint_is_set_aside(run, whole):
     damage(folder / str(newest))
     train(run)
     assert (folder / f"{newest}.broken").is_dir()
-    assert finished(run) == whole
+    assert finished(run) == unbroken
 
 
 def test_no_usable_checkpoint_is_an_error(run):
@@ -181,7 +181,7 @@ def test_teacher_is_the_same_before_and_after(run, mesh):
     """Promise 16: its variables are the same bytes after training."""
     teacher = tiny.teacher(mesh)
     before = jax.tree.map(lambda x: np.array(x).tobytes(), teacher.network.variables)
-    # A reading in which gradients run through the teacher's layers.
+    # With this attention loss gradients flow through the teacher's layers.
     train(run, teacher=teacher, method="lakd", epochs=1, lakd__attention="logits")
     after = jax.tree.map(lambda x: np.array(x).tobytes(), teacher.network.variables)
     assert before == after
@@ -189,12 +189,12 @@ def test_teacher_is_the_same_before_and_after(run, mesh):
 
 @pytest.mark.parametrize("batch_size", [16, 48])
 def test_every_example_is_counted_once(batch_size):
-    """Promise 27: also where the batch does not divide the split."""
+    """Promise 27: also if the batch size does not divide the split."""
     model = tiny.SMALL(num_classes=3)
     variables = tiny.variables(model)
     test = tiny.split(45, 2)
     pixels = spec_lib.Pixels((0.4,) * 3, (0.3,) * 3, jnp.float32)
-    mesh = Mesh(np.array(jax.devices()), ("data",))  # all eight of them
+    mesh = Mesh(np.array(jax.devices()), ("data",))  # all eight devices
     evaluator = evaluate.Evaluator(
         model,
         pixels,
@@ -204,7 +204,7 @@ def test_every_example_is_counted_once(batch_size):
     )
     logits = model.apply(variables, pixels(jnp.asarray(test.images)), train=False)
     logits = np.asarray(logits.logits, np.float64)
-    test.labels[0] = logits[0].argmax()  # the one that fills up the last batch
+    test.labels[0] = logits[0].argmax()  # the example that pads the last batch
     score = evaluator(
         mesh_lib.replicate(variables, mesh), device.device_data(test, 0, mesh)
     )
@@ -229,7 +229,7 @@ def test_every_example_is_counted_once(batch_size):
     ],
 )
 def test_floor_of_the_teacher(tmp_path, mesh, classes, floor, right, good):
-    """Promise 15: the least number of right answers is accepted, one less not."""
+    """Promise 15: accuracy at the floor is accepted, one answer less is not."""
     config = tiny.config(tmp_path, teacher__floor=floor)
     teacher = tiny.teacher(mesh)
     dataset = tiny.dataset()
@@ -251,21 +251,21 @@ def made_teacher(directory, **fields):
 
 
 def test_teacher_is_folded_and_fed_at_the_size_it_was_trained_at(run):
-    """With the same count of right answers, and told with all its parameters."""
+    """Folding keeps the right answers, and the parameters reported."""
     plain = made_teacher(run, teacher__image_size=12, teacher__fold=False)
     assert not plain.network.model.folded
     folded = made_teacher(run, teacher__init=plain.network.source)
     assert folded.network.model.folded
     assert folded.score.right == plain.score.right
     assert folded.parameters == plain.parameters
-    # Its run recorded 12; the data has 8x8.
+    # Its run recorded 12; the images are 8x8.
     assert folded.pixels.size == plain.pixels.size == 12
 
 
 def test_teacher_of_other_images_is_not_taken_from_the_cache(run, monkeypatch):
     trained = []
 
-    def leave(phase, directory, environment, teacher):
+    def write_run(phase, directory, environment, teacher):
         model = tiny.SMALL(num_classes=3)
         network = weights.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
         result = {"student": phase.config.student.name}
@@ -274,7 +274,7 @@ def test_teacher_of_other_images_is_not_taken_from_the_cache(run, monkeypatch):
         workdir.write_json(directory / workdir.RESULT, result)
         trained.append(directory)
 
-    monkeypatch.setattr(single, "train_one", leave)
+    monkeypatch.setattr(single, "train_one", write_run)
     first = made_teacher(run).network.source
     assert made_teacher(run).network.source == first and len(trained) == 1
     other = tiny.dataset(train=48)

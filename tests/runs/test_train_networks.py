@@ -1,4 +1,4 @@
-"""A network with its weights, from wherever the user keeps them."""
+"""Loading a network with its weights from the user's files."""
 
 import types
 
@@ -19,33 +19,33 @@ OPTIONS = {"shortcut": "projection", "dtype": "float32", "num_classes": 7}
 
 
 def torch_file(folder, dtype):
-    """PyTorch weights of resnet8 of seven classes as safetensors."""
+    """Writes PyTorch weights of resnet8 with seven classes as safetensors."""
     path = folder / "teacher.safetensors"
     weights = resnet_weights.torch_weights()
-    half = {key: value.astype(dtype) for key, value in weights.items()}
-    safetensors.numpy.save_file(half, path, metadata={"format": "pt"})
+    cast = {key: value.astype(dtype) for key, value in weights.items()}
+    safetensors.numpy.save_file(cast, path, metadata={"format": "pt"})
     return path
 
 
-def own_file(folder, dtype):
-    """The same kind of network as `networks.save` writes it."""
+def student_file(folder, dtype):
+    """Writes the weights of the same network as a run does."""
     path = folder / workdir.STUDENT
     model = models.create("resnet8", num_classes=7)
-    half = jax.tree.map(lambda x: x.astype(dtype), tiny.variables(model))
+    cast = jax.tree.map(lambda x: x.astype(dtype), tiny.variables(model))
     network = weights_lib.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
-    weights_lib.save(path, half, network, {"student": "resnet8"})
+    weights_lib.save(path, cast, network, {"student": "resnet8"})
     return path
 
 
-@pytest.mark.parametrize("write", [torch_file, own_file])
+@pytest.mark.parametrize("write", [torch_file, student_file])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16, np.float64])
-def test_weights_become_float32_and_that_is_said(tmp_path, write, dtype):
+def test_weights_are_cast_to_float32_with_a_remark(tmp_path, write, dtype):
     path = write(tmp_path, dtype)
     loaded = weights_lib.load("teacher", "resnet8", str(path), **OPTIONS)
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(loaded.variables))
     name = jnp.dtype(dtype).name
-    said = "" if dtype == np.float32 else f"{name} weights cast to float32"
-    assert loaded.remark == said
+    remark = "" if dtype == np.float32 else f"{name} weights cast to float32"
+    assert loaded.remark == remark
 
 
 @pytest.mark.parametrize("part", ["student", "teacher"])
@@ -60,8 +60,8 @@ def test_the_remark_is_on_the_console(tmp_path, part):
     assert lines == [f"{part}.init: {path}: float16 weights cast to float32"]
 
 
-def test_an_own_file_of_other_variables(tmp_path):
-    path = own_file(tmp_path, np.float32)
+def test_a_student_file_with_other_variables_is_refused(tmp_path):
+    path = student_file(tmp_path, np.float32)
     variables, card = interop.load_variables(path)
     del variables["params"]["stage2"]["block1"]["conv1"]
     interop.save_variables(path, variables, card)
@@ -73,6 +73,6 @@ def test_an_own_file_of_other_variables(tmp_path):
 
 
 @pytest.mark.parametrize("name", models.names())
-def test_every_network_can_be_asked_for(name):
+def test_every_network_can_be_created_by_name(name):
     loaded = weights_lib.load("student", name, "", **OPTIONS)
     assert loaded.model.num_classes == 7 and loaded.variables is None

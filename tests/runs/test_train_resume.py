@@ -1,4 +1,4 @@
-"""A stopped run ends as one that was not stopped, to the last bit."""
+"""A stopped and resumed run ends exactly like an uninterrupted one."""
 
 import dataclasses
 import functools
@@ -41,19 +41,19 @@ def make_environment(config, guard):
 
 
 def train(config, directory, environment, guard, teacher):
-    """`teacher`: one, or the folder of one that the first to ask for it trains."""
+    """Trains; `teacher` is a teacher, or a cache that the first caller trains it in."""
     config = config_lib.resolve(config)
-    own = environment(config, interrupt.Guard())
+    shared = environment(config, interrupt.Guard())
     if config.method == "none":
         teacher = None
     elif not isinstance(teacher, single.Teacher):
-        kept = config_lib.changed(config, {"teacher.cache": str(teacher)})
-        teacher = teacher_lib.make(kept, own)
+        cached = config_lib.changed(config, {"teacher.cache": str(teacher)})
+        teacher = teacher_lib.make(cached, shared)
     with workdir.prepare(directory, config_lib.to_dict(config)):
         return single.train_one(
             phase.first(config),
             directory,
-            dataclasses.replace(own, guard=guard),
+            dataclasses.replace(shared, guard=guard),
             teacher,
         )
 
@@ -92,8 +92,8 @@ class Lab:
         return train(self.config(**fields), folder, *arguments)
 
     def stop(self, folder, start, step, evaluated=True, **fields):
-        """Goes on from step `start`, which may still be evaluated, up to `step`."""
-        # One check a step and one an evaluation batch: 2 at each epoch's end.
+        """Resumes at step `start`, whose evaluation may be due; stops at `step`."""
+        # One check per step and per evaluation batch: 2 batches at each epoch's end.
         first = start + 1 if evaluated else start
         ends = [e for e in range(first, step) if e % 4 == 0]
         guard = tiny.StopAfter(step - start - 1 + 2 * len(ends))
@@ -113,8 +113,8 @@ def lab(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(lab):
-    """The folder of an unbroken run of a method, made by the first to ask for it."""
+def unbroken(lab):
+    """Returns the folder of an uninterrupted run of a method, trained once."""
 
     @functools.cache
     def run(method):
@@ -124,48 +124,50 @@ def whole(lab):
     return run
 
 
-def test_a_run_stopped_again_and_again_ends_as_the_unbroken_one(lab, whole, tmp_path):
-    """Promises 9, 12: in an evaluation, within an epoch, and at its edge."""
-    own, parts = {"method": "none"}, tmp_path / "parts"
+def test_a_run_stopped_again_and_again_ends_as_the_unbroken_one(
+    lab, unbroken, tmp_path
+):
+    """Promises 9, 12: in an evaluation, within an epoch, and at its end."""
+    fields, parts = {"method": "none"}, tmp_path / "parts"
     with pytest.raises(interrupt.Interrupted):
-        lab.train(parts, tiny.StopAfter(5), **own)
+        lab.train(parts, tiny.StopAfter(5), **fields)
     assert saved_steps(parts) == [4]
     kinds = [r["kind"] for r in metrics.read(parts)]
     assert kinds == ["train", "train"]  # it was stopped in the middle of an evaluation
-    lab.stop(parts, 4, 7, evaluated=False, **own)
-    lab.stop(parts, 7, 8, **own)
-    lab.train(parts, **own)
-    assert_equal_runs(finished(whole("none")), finished(parts))
+    lab.stop(parts, 4, 7, evaluated=False, **fields)
+    lab.stop(parts, 7, 8, **fields)
+    lab.train(parts, **fields)
+    assert_equal_runs(finished(unbroken("none")), finished(parts))
 
 
-# Methods with parameters of their own, with running statistics, with a memory.
+# Methods with their own parameters, with running statistics, with a memory.
 @pytest.mark.parametrize(
     "method",
     ["lakd", *(pytest.param(m, marks=LONG) for m in ("dkd+at", "afd", "rtk", "crd"))],
 )
-def test_stopped_run_ends_as_the_unbroken_one(method, lab, whole, tmp_path):
+def test_stopped_run_ends_as_the_unbroken_one(method, lab, unbroken, tmp_path):
     """Promise 12: whatever a method keeps from step to step."""
     lab.stop(tmp_path / "parts", 0, 7, method=method)
     lab.train(tmp_path / "parts", method=method)
-    assert_equal_runs(finished(whole(method)), finished(tmp_path / "parts"))
+    assert_equal_runs(finished(unbroken(method)), finished(tmp_path / "parts"))
 
 
 @pytest.mark.parametrize(("engine", "devices"), [("dispatch", 1), ("pipeline", 2)])
 @LONG
 def test_other_engines_resume_alike(engine, devices, tmp_path):
-    """Promise 12: a program a module, and modules on devices."""
-    own = {"method": "lakd", "local__engine": engine}
+    """Promise 12: one program per module, and modules on several devices."""
+    fields = {"method": "lakd", "local__engine": engine}
     for lab in lab_of(tmp_path, devices):
-        lab.train(tmp_path / "whole", **own)
-        lab.stop(tmp_path / "parts", 0, 7, **own)
-        lab.train(tmp_path / "parts", **own)
-    assert_equal_runs(finished(tmp_path / "whole"), finished(tmp_path / "parts"))
+        lab.train(tmp_path / "unbroken", **fields)
+        lab.stop(tmp_path / "parts", 0, 7, **fields)
+        lab.train(tmp_path / "parts", **fields)
+    assert_equal_runs(finished(tmp_path / "unbroken"), finished(tmp_path / "parts"))
 
 
 @LONG
 def test_every_reading_with_state_resumes(tmp_path):
     """Promise 12: heads, starts of modules, gates, a clipped gradient."""
-    own = {
+    fields = {
         "lakd__task": "aux_heads",
         "lakd__att_global": True,
         "local__module_start_epochs": (0.0, 1.0, 2.0),
@@ -176,15 +178,15 @@ def test_every_reading_with_state_resumes(tmp_path):
         "student__vam__enabled": True,
         "student__vam__init_std": 0.1,
     }
-    for lab in lab_of(tmp_path, train=70):  # five steps an epoch, of 6 images the last
-        lab.train(tmp_path / "whole", **own)
+    for lab in lab_of(tmp_path, train=70):  # five steps per epoch, the last of 6 images
+        lab.train(tmp_path / "unbroken", **fields)
         with pytest.raises(interrupt.Interrupted):
-            lab.train(tmp_path / "parts", tiny.StopAfter(9), **own)
+            lab.train(tmp_path / "parts", tiny.StopAfter(9), **fields)
         assert saved_steps(tmp_path / "parts")[-1] == 8
-        lab.train(tmp_path / "parts", **own)
-    assert_equal_runs(finished(tmp_path / "whole"), finished(tmp_path / "parts"))
+        lab.train(tmp_path / "parts", **fields)
+    assert_equal_runs(finished(tmp_path / "unbroken"), finished(tmp_path / "parts"))
 
 
-def test_finished_run_is_not_trained_again(lab, whole):
-    first = json.loads((whole("none") / workdir.RESULT).read_text())
-    assert lab.train(whole("none"), tiny.StopAfter(0), method="none") == first
+def test_finished_run_is_not_trained_again(lab, unbroken):
+    first = json.loads((unbroken("none") / workdir.RESULT).read_text())
+    assert lab.train(unbroken("none"), tiny.StopAfter(0), method="none") == first

@@ -1,4 +1,4 @@
-"""Several seeds of one command; each can go on alone."""
+"""Several seeds of one command; each can be resumed alone."""
 
 import json
 
@@ -28,19 +28,18 @@ def cache(tmp_path_factory):
 
 
 def config(cache, **fields):
-    """Eight steps at a rate that lets rounding stay small."""
-    own = {"epochs": 2, "optim__lr": 0.01, "compile_cache": "", "seeds": (3, 1)}
-    return tiny.small(cache, **({"method": "none"} | own | fields))
+    """Returns a config of eight steps, at a rate that keeps rounding errors small."""
+    fixed = {"epochs": 2, "optim__lr": 0.01, "compile_cache": "", "seeds": (3, 1)}
+    return tiny.small(cache, **({"method": "none"} | fixed | fields))
 
 
 def run(config, directory, guard=None):
-    told = []
     guard = guard or interrupt.Guard()
-    return command.run(config, directory, guard=guard, notify=told.append), told
+    return command.run(config, directory, guard=guard, notify=lambda line: None)
 
 
 def stopped(config, directory, checks):
-    """Stops at that check; the teacher is there before, so it has none but its test."""
+    """Stops at that check; trains the teacher first, so that only its test counts."""
     resolved = config_lib.resolve(config)
     teacher.make(resolved, single_lib.environment(resolved, interrupt.Guard(), str))
     with pytest.raises(interrupt.Interrupted):
@@ -49,17 +48,17 @@ def stopped(config, directory, checks):
 
 @LONG
 def test_a_seed_goes_on_alone_and_more_are_added(tmp_path, cache):
-    """Promise 8: seeds may be added; each is a run of its own."""
+    """Promise 8: seeds may be added; each is a separate run."""
     fields = {"method": "kd", "baselines": ("none",)}
     both = config(cache, **fields)
-    stopped(both, tmp_path / "w", 3 + 12 + 2)  # in the baselines or soon behind
+    stopped(both, tmp_path / "w", 3 + 12 + 2)  # in the baselines or soon after
     single = config(cache, seeds=(), seed=1, method="kd", baselines=("none",))
-    result, _ = run(single, tmp_path / "w" / "seed1")
+    result = run(single, tmp_path / "w" / "seed1")
     assert result["seed"] == 1
     more = config_lib.changed(both, {"seeds": (3, 1, 4)})
-    whole, _ = run(more, tmp_path / "w")
-    assert whole["seeds"][1] == result  # it was not trained again
-    assert [r["seed"] for r in whole["seeds"]] == [3, 1, 4]
+    all_seeds = run(more, tmp_path / "w")
+    assert all_seeds["seeds"][1] == result  # it was not trained again
+    assert [r["seed"] for r in all_seeds["seeds"]] == [3, 1, 4]
     table = (tmp_path / "w" / "table.md").read_text()
     assert table.count("(3)") >= 4 and "+-" in table
     for seed in (1, 3, 4):
@@ -83,6 +82,6 @@ def test_a_seed_that_diverges_is_named(tmp_path, cache):
         ({"seeds": (1, 0.5)}, "seeds must be whole numbers, is 0.5"),
     ],
 )
-def test_faults_of_seeds_are_told(fields, words, tmp_path):
+def test_faults_of_seeds_are_reported(fields, words, tmp_path):
     found = check_lib.problems(tiny.config(tmp_path, **fields), 1)
     assert any(words in line for line in found), found
