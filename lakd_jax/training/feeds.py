@@ -1,8 +1,8 @@
-"""Where a step's images come from: a split on the devices, or batches read ahead.
+"""Supplies each step's images: from a split on the devices, or from prefetched batches.
 
-A split on the devices is gathered from by the compiled step. A streamed one is given
-to it batch by batch, each already cut (`DeviceData.whole`), and the next one is read
-and sent while a step runs.
+The compiled step gathers its examples from a split that is resident on the devices. A
+streamed split is passed to it one batch at a time, already gathered
+(`DeviceData.whole`), and the next batch is read and transferred while a step runs.
 """
 
 import concurrent.futures
@@ -19,13 +19,13 @@ from lakd_jax.data import device
 from lakd_jax.data.streaming import batches as batches_lib
 from lakd_jax.runtime import mesh as mesh_lib
 
-WATCHED = 100  # steps over which waiting is measured
-PATIENCE = 0.2  # share of the time that may be spent waiting
+MEASURED_STEPS = 100  # steps over which the waiting time is measured
+MAX_WAITING = 0.2  # share of waiting time above which a warning is issued
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """A streamed split on the devices of `mesh`; stands where `DeviceData` does."""
+    """A streamed split for the devices of `mesh`, used in place of `DeviceData`."""
 
     split: batches_lib.Streamed
     mesh: Mesh
@@ -33,24 +33,25 @@ class Stream:
     def put(
         self, part: batches_lib.Part, keys: dict[str, jax.Array]
     ) -> device.DeviceData:
-        """The batch that this process has a part of, spread over all devices.
+        """Puts this process's part of a batch on the devices, and returns the batch.
 
-        One that they cannot share equally is whole in each part, and on each device.
+        A batch that does not divide equally among the devices is replicated: every
+        process then holds all of it, and so does every device.
         """
-        spread = part.total % self.mesh.size == 0
-        spec = PartitionSpec("data") if spread else PartitionSpec()
+        divisible = part.total % self.mesh.size == 0
+        spec = PartitionSpec("data") if divisible else PartitionSpec()
         sharding = NamedSharding(self.mesh, spec)
 
-        def array(x: np.ndarray) -> jax.Array:
+        def global_array(x: np.ndarray) -> jax.Array:
             shape = (part.total, *x.shape[1:])
             return jax.make_array_from_process_local_data(sharding, x, shape)
 
-        own = part.split
-        fields = (array(x) for x in (own.images, own.labels, own.ids))
+        local = part.split
+        fields = (global_array(x) for x in (local.images, local.labels, local.ids))
         return device.DeviceData(*fields, **keys, whole=True)
 
     def share(self) -> batches_lib.Share:
-        """The part of a batch that this process decodes."""
+        """Returns which part of a batch this process decodes."""
         devices = self.mesh.size
         count = devices // max(len(self.mesh.local_devices), 1)
         index = jax.process_index() if count > 1 else 0
@@ -59,7 +60,7 @@ class Stream:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The batches of a run on a streamed split, with the keys of its seed."""
+    """The batches of a run on a streamed split, and the random keys of its seed."""
 
     source: Stream
     batches: batches_lib.Training
@@ -80,7 +81,7 @@ def of_run(
     drop_last: bool,
     steps: int,
 ) -> device.DeviceData | Run:
-    """The training split as the run of a seed, with so many steps, reads it."""
+    """Returns the training split as a run with this seed and `steps` reads it."""
     if isinstance(data, device.DeviceData):
         return device.rekeyed(data, seed, mesh)
     sizes = (batch_size, drop_last, steps)
@@ -90,28 +91,28 @@ def of_run(
 
 
 class Feed(Protocol):
-    """What engines ask for a step's data."""
+    """Supplies engines with the data of each step."""
 
     def begin(self, step: int) -> None:
-        """The next step is the one with this number."""
+        """Sets the number of the step whose data `next` returns first."""
         ...
 
     def next(self, rows: np.ndarray) -> device.DeviceData:
-        """What holds the examples at `rows` (n, B) of the step that is next."""
+        """Returns data that holds the examples at `rows` (n, B) of the next step."""
         ...
 
     def close(self) -> None:
-        """Lets go of what reads ahead."""
+        """Stops prefetching and releases its workers."""
         ...
 
 
 def feed(data: device.DeviceData | Run) -> Feed:
-    """Of the data of a run."""
-    return Ahead(data) if isinstance(data, Run) else Held(data)
+    """Returns the feed for the data of a run."""
+    return Prefetched(data) if isinstance(data, Run) else Resident(data)
 
 
-class Held:
-    """A split that is on the devices already."""
+class Resident:
+    """Feeds steps from a split that is already on the devices."""
 
     def __init__(self, data: device.DeviceData):
         self._data = data
@@ -127,35 +128,35 @@ class Held:
         """See `Feed`."""
 
 
-class Ahead:
-    """Streamed batches, one of which is always on its way to the devices."""
+class Prefetched:
+    """Feeds streamed batches, and always prefetches the next one to the devices."""
 
     def __init__(self, run: Run):
         self._run = run
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "lakd-feed")
         self._batches: Generator[Any, None, None] | None = None
-        self._waited, self._since, self._seen, self._told = 0.0, 0.0, 0, False
+        self._waited, self._since, self._steps, self._warned = 0.0, 0.0, 0, False
 
     def begin(self, step: int) -> None:
         """See `Feed`."""
         run = self._run
         workers = run.source.split.workers
         self._batches = batches_lib.read(run.batches, step, workers)
-        self._coming = self._pool.submit(self._fetch)
-        self._since, self._seen, self._waited = time.perf_counter(), 0, 0.0
+        self._pending = self._pool.submit(self._fetch)
+        self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
     def next(self, rows: np.ndarray) -> device.DeviceData:
-        """See `Feed`; one row.
+        """See `Feed`; `rows` has one row.
 
         Raises:
           DataError: an image cannot be read.
         """
         began = time.perf_counter()
-        batch = self._coming.result()
-        self._coming = self._pool.submit(self._fetch)
-        if self._seen:  # the first one starts the workers
+        batch = self._pending.result()
+        self._pending = self._pool.submit(self._fetch)
+        if self._steps:  # the first batch also waits for the workers to start
             self._waited += time.perf_counter() - began
-        self._watch(rows.size)
+        self._measure_waiting(rows.size)
         assert batch is not None  # there are as many batches as steps
         return batch
 
@@ -172,56 +173,58 @@ class Ahead:
             return None
         return self._run.source.put(batch, self._run.keys)
 
-    def _watch(self, images: int) -> None:
-        """Says once if the devices wait for images."""
-        self._seen += 1
-        if self._seen == 1:
+    def _measure_waiting(self, images: int) -> None:
+        """Warns, at most once, if the devices spend too long waiting for images."""
+        self._steps += 1
+        if self._steps == 1:
             self._since = time.perf_counter()
-        if self._seen <= WATCHED:
+        if self._steps <= MEASURED_STEPS:
             return
         spent, waited = time.perf_counter() - self._since, self._waited
-        if waited > PATIENCE * spent and not self._told:
-            self._told = True
+        if waited > MAX_WAITING * spent and not self._warned:
+            self._warned = True
+            images_read = images * MEASURED_STEPS
             self._run.notify(
                 f"waiting for images {100 * waited / spent:.0f} % of the time: "
-                f"{images * WATCHED / (spent - waited):,.0f} images/s are needed, "
-                f"{images * WATCHED / spent:,.0f} delivered; raise data.workers "
+                f"{images_read / (spent - waited):,.0f} images/s are needed, "
+                f"{images_read / spent:,.0f} delivered; raise data.workers "
                 f"({self._run.source.split.workers} now), or use more cores"
             )
-        self._seen, self._waited = 0, 0.0
+        self._steps, self._waited = 0, 0.0
 
 
 def testing(
     data: Data, batch_size: int
 ) -> Iterator[tuple[device.DeviceData, np.ndarray, np.ndarray]]:
-    """All examples of a split, once each: (what holds them, rows, mask), (B,) both.
+    """Yields batches that cover a split exactly once, as (data, rows, mask).
 
-    The last batch is filled up with the first example, where the mask is False.
+    `rows` (B,) are positions in `data`. The last batch is padded with row 0,
+    where `mask` (B,) is False.
     """
     examples = count(data)
     starts = range(0, examples, batch_size)
     if isinstance(data, device.DeviceData):
-        held: Iterator[device.DeviceData] = (data for _ in starts)
+        batches: Iterator[device.DeviceData] = (data for _ in starts)
     else:
-        batches = batches_lib.Testing(data.split, batch_size, data.share())
+        plan = batches_lib.Testing(data.split, batch_size, data.share())
         keys = mesh_lib.replicate(device.keys(0), data.mesh)
-        read = batches_lib.read(batches, 0, data.split.workers)
-        held = (data.put(batch, keys) for batch in read)
-    for start, device_data in zip(starts, held, strict=True):
+        read = batches_lib.read(plan, 0, data.split.workers)
+        batches = (data.put(batch, keys) for batch in read)
+    for start, device_data in zip(starts, batches, strict=True):
         rows = np.arange(start, start + batch_size)
         mask = rows < examples
         yield device_data, np.where(mask, rows, 0), mask
 
 
 def count(data: Data) -> int:
-    """How many examples a split has."""
+    """Returns the number of examples in a split."""
     if isinstance(data, device.DeviceData):
         return data.labels.shape[0]
     return len(data.split)
 
 
 def first(data: Data, size: int) -> Data:
-    """The split with no more than its first `size` examples."""
+    """Returns the split cut to its first `size` examples."""
     if isinstance(data, device.DeviceData):
         images, labels = data.images[:size], data.labels[:size]
         return dataclasses.replace(data, images=images, labels=labels)

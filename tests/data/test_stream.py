@@ -363,7 +363,7 @@ class Slow(batches_lib.Training):
 
 def test_a_stall_is_told(photos, monkeypatch):
     """Promise 33: once, with the required and the delivered rate."""
-    monkeypatch.setattr(feeds, "WATCHED", 10)
+    monkeypatch.setattr(feeds, "MEASURED_STEPS", 10)
     split = loaded(photos).train
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     lines = []
