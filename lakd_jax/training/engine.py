@@ -1,12 +1,12 @@
-"""How the steps of a run are executed: in one program, or in one per module.
+"""Executes the steps of a run, in one compiled program or in one per module.
 
-All engines make the same steps. `Fused` is one program for the whole step and, on
-accelerators, for many steps. `Modules` is one program per module: what is in memory at
-once is then one module's part, and modules that are alike share a program, as their
-variables are handed over by position. With
-`devices` it is a pipeline: module k of student and teacher stay on a device, only the
-boundary between modules travels, and as nothing flows back, module k works on a batch
-while module k - 1 has begun the next.
+All engines make the same steps. `Fused` compiles one program for the whole step and, on
+accelerators, for many steps. `Modules` compiles one program per module, so that memory
+holds the activations of only one module at a time. Identical modules share a program,
+since their variables are passed by position. With `devices` it is a pipeline: module k
+of student and teacher stays on one device, and only the boundary between modules is
+transferred. Because nothing flows back, module k works on a batch while module k - 1
+works on the next.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ Metrics = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Of one step, as the compiler counts them: operations and bytes a device."""
+    """The compiler's cost estimate for one step: FLOPs, and bytes per device."""
 
     flops: float
     arguments: int
@@ -39,43 +39,43 @@ class Costs:
 
 
 class Engine(Protocol):
-    """What the training loop asks of an engine."""
+    """Runs training steps on behalf of the training loop."""
 
     def load(self, state: state_lib.TrainState) -> None:
         """Starts from `state`, which must not be used afterwards."""
         ...
 
     def run(self, rows: np.ndarray) -> Any:
-        """Makes a step for each row of `rows` (n, B), positions in the training split.
+        """Starts one step per row of `rows` (n, B), positions in the training split.
 
-        Returns at once what `read` takes.
+        Returns without waiting; pass the result to `read`.
         """
         ...
 
     def read(self, pending: Any) -> Metrics:
-        """Waits for the metrics, (n,) each, of what `run` started."""
+        """Waits for the steps that `run` started, and returns their metrics (n,)."""
         ...
 
     def state(self) -> state_lib.TrainState:
-        """The whole state after all steps so far; valid until the next `run`."""
+        """Returns the state after all steps so far; valid until the next `run`."""
         ...
 
     def costs(self) -> Costs:
-        """Of the last step that ran."""
+        """Returns the costs of the last step."""
         ...
 
     def close(self) -> None:
-        """Lets go of what reads data ahead."""
+        """Stops prefetching and releases its workers."""
         ...
 
 
 def first_step(state: state_lib.TrainState) -> int:
-    """Returns the number of the step that comes next."""
+    """Returns the number of the next step."""
     return int(jax.device_get(mesh_lib.on_one_device(state.step)))
 
 
 class Fused:
-    """One program for the whole step."""
+    """Runs each step as one compiled program."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class Fused:
             program = jax.jit(
                 functools.partial(step.run_steps, self._spec),
                 donate_argnums=0,
-                out_shardings=_whole(self._spec.mesh),
+                out_shardings=_replicated(self._spec.mesh),
             )
             self._programs[rows.shape] = _compiled(program, arguments, self._guard)
         self._last = self._programs[rows.shape]
@@ -126,7 +126,7 @@ class Fused:
 
 
 class Modules:
-    """One program per module; see the top of this file."""
+    """Runs each step as one compiled program per module; see the module docstring."""
 
     def __init__(
         self,
@@ -136,14 +136,17 @@ class Modules:
         guard: interrupt.Guard,
         devices: Sequence[Any] = (),
     ):
-        """Raises ValueError where modules need more than the boundary below.
+        """Creates the engine.
 
         Args:
-          devices: among which the modules are shared out in order, for a pipeline; ()
-            runs each on all devices of the learner.
+          devices: the devices of a pipeline, among which the modules are distributed in
+            order; () runs each module on all devices of the mesh.
+
+        Raises:
+          ValueError: a module needs more of the others than the boundary below it.
         """
         if not spec.isolated:
-            raise ValueError("modules that need each other need local.engine=fused")
+            raise ValueError("interdependent modules need local.engine=fused")
         self._spec, self._guard = spec, guard
         self._segments = segments.of_student(spec)
         count = len(self._segments)
@@ -152,7 +155,7 @@ class Modules:
             places = [devices[k * len(devices) // count] for k in range(count)]
             self._meshes = [Mesh(np.array([d]), ("data",)) for d in places]
         if isinstance(data, device.DeviceData):
-            data = jax.device_put(data, _whole(self._meshes[0]))
+            data = jax.device_put(data, _replicated(self._meshes[0]))
         self._feed = feeds.feed(data)
         self._teacher = teacher_variables
         self._programs: dict[Any, tuple[Any, list[Any]]] = {}
@@ -165,16 +168,16 @@ class Modules:
         self._states, self._teachers = [], []
         for segment, mesh in zip(self._segments, self._meshes, strict=True):
             names = segments.student_names(spec, segment)
-            own = segments.state_of(spec, state, segment)
-            own = segments.renamed_state(names.remove, own)
-            self._states.append(mesh_lib.replicate(own, mesh))
+            part = segments.state_of(spec, state, segment)
+            part = segments.renamed_state(names.remove, part)
+            self._states.append(mesh_lib.replicate(part, mesh))
             names = segments.teacher_names(spec, segment)
             part = segments.teacher_of(spec, self._teacher, segment)
             part = segments.renamed_teacher(names.remove, part)
             self._teachers.append(mesh_lib.replicate(part, mesh))
-        alike = [self._signature(k) for k in range(len(self._segments))]
-        # Of modules that differ only by their names the first one's program serves all.
-        self._as = [alike.index(signature) for signature in alike]
+        signatures = [self._signature(k) for k in range(len(self._segments))]
+        # Modules that differ only in their names run the program of the first of them.
+        self._representative = [signatures.index(s) for s in signatures]
 
     def close(self) -> None:
         """See `Engine`."""
@@ -187,60 +190,64 @@ class Modules:
             names = segments.student_names(self._spec, segment)
             parts.append(segments.renamed_state(names.restore, state))
         joined = segments.joined(self._like, *parts)
-        return jax.device_put(joined, _whole(self._spec.mesh))
+        return jax.device_put(joined, _replicated(self._spec.mesh))
 
     def run(self, rows: np.ndarray) -> Any:
-        """See `Engine`; one row at a time."""
+        """See `Engine`; takes one row at a time."""
         (row,) = rows
         data = self._feed.next(rows)
-        if self._meshes[0] != self._spec.mesh:  # a no-op for what is there already
-            data = jax.device_put(data, _whole(self._meshes[0]))
+        if self._meshes[0] != self._spec.mesh:  # a no-op for arrays already there
+            data = jax.device_put(data, _replicated(self._meshes[0]))
         if row.shape not in self._programs:
-            # All before the first one runs: a stop while compiling finds whole steps.
+            # All are compiled before the first one runs, so that an interrupt during
+            # compilation finds only completed steps.
             self._programs[row.shape] = self._compile(row, data)
         begin, programs = self._programs[row.shape]
-        self._ran = [begin, *programs]
+        self._last = [begin, *programs]
         below, batch = begin(self._states[0].step, data, row)
         metrics = []
         for k, program in enumerate(programs):
             below, batch = jax.device_put((below, batch), self._shardings(k, len(row)))
-            own = (self._states[k], self._teachers[k])
-            self._states[k], below, found = program(*own, below, batch)
-            metrics.append(found)
+            variables = (self._states[k], self._teachers[k])
+            self._states[k], below, values = program(*variables, below, batch)
+            metrics.append(values)
         return metrics
 
     def read(self, pending: Any) -> Metrics:
         """See `Engine`."""
-        found: Any = segments.flat_metrics(self._segments, jax.device_get(pending))
-        return found
+        metrics: Any = segments.flat_metrics(self._segments, jax.device_get(pending))
+        return metrics
 
     def costs(self) -> Costs:
         """See `Engine`."""
-        return _costs(self._ran)
+        return _costs(self._last)
 
     def _signature(self, k: int) -> Any:
-        """Returns what is equal for modules that one program can run."""
+        """Returns a value that is equal for modules that can share a program."""
         ends = (k == 0, k + 1 == len(self._segments))
         if self._spec.starts or any(ends):
-            return k  # it has a schedule of its own, the stem or the head
+            return k  # it alone has this start epoch, the stem or the head
         trees = (self._states[k], self._teachers[k])
         return jax.tree.structure(trees), _shapes(trees)
 
     def _compile(
         self, row: np.ndarray, data: device.DeviceData
     ) -> tuple[Any, list[Any]]:
-        """The programs for a batch of this size: what feeds the modules, and theirs."""
-        first_learner = dataclasses.replace(self._spec, mesh=self._meshes[0])
-        begin = functools.partial(segments.start, first_learner)
+        """Compiles the program that makes the batch, and those of all modules."""
+        first_spec = dataclasses.replace(self._spec, mesh=self._meshes[0])
+        begin = functools.partial(segments.start, first_spec)
         arguments = (self._states[0].step, data, row)
         below, batch = jax.eval_shape(begin, *arguments)
-        places = self._shardings(0, len(row))
-        start = _compiled(jax.jit(begin, out_shardings=places), arguments, self._guard)
+        shardings = self._shardings(0, len(row))
+        program = jax.jit(begin, out_shardings=shardings)
+        start = _compiled(program, arguments, self._guard)
         compiled: dict[Any, Any] = {}
         programs = []
-        for k, (mesh, first) in enumerate(zip(self._meshes, self._as, strict=True)):
-            places = self._shardings(k, len(row))
-            below, batch = _placed((below, batch), places)
+        for k, (mesh, first) in enumerate(
+            zip(self._meshes, self._representative, strict=True)
+        ):
+            shardings = self._shardings(k, len(row))
+            below, batch = _with_shardings((below, batch), shardings)
             arguments = (self._states[k], self._teachers[k], below, batch)
             program = self._module_program(first, mesh, len(row))
             _, above, _ = jax.eval_shape(program, *arguments)
@@ -254,14 +261,15 @@ class Modules:
     def _module_program(self, k: int, mesh: Mesh, examples: int) -> Any:
         spec, segment = self._spec, self._segments[k]
         names = segments.student_names(spec, segment)
-        theirs = segments.teacher_names(spec, segment)
+        teacher_names = segments.teacher_names(spec, segment)
 
         def update(
             state: state_lib.TrainState, teacher: PyTree, below: Any, batch: Any
         ) -> tuple[state_lib.TrainState, segments.Boundary, segments.Metrics]:
             state = segments.renamed_state(names.restore, state)
             teacher = {
-                kind: theirs.restore(tree)["student"] for kind, tree in teacher.items()
+                kind: teacher_names.restore(tree)["student"]
+                for kind, tree in teacher.items()
             }
             state, above, metrics = step.segment_step(
                 spec, segment, state, teacher, below, batch
@@ -269,20 +277,25 @@ class Modules:
             state = segments.renamed_state(names.remove, state)
             return state, above, jax.tree.map(lambda m: m[None], metrics)
 
-        shardings = (_whole(mesh), _split(mesh, examples), _whole(mesh))
+        shardings = (
+            _replicated(mesh),
+            _batch_sharding(mesh, examples),
+            _replicated(mesh),
+        )
         return jax.jit(update, donate_argnums=0, out_shardings=shardings)
 
     def _shardings(
         self, k: int, examples: int
     ) -> tuple[segments.Boundary, segments.Batch]:
-        """Where module `k` finds the boundary below it and the batch."""
-        split: Any = _split(self._meshes[k], examples)
-        whole: Any = _whole(self._meshes[k])
-        return segments.Boundary(split, split), segments.Batch(split, split, whole)
+        """Returns the shardings of module `k`'s inputs, boundary and batch."""
+        over_batch: Any = _batch_sharding(self._meshes[k], examples)
+        replicated: Any = _replicated(self._meshes[k])
+        boundary = segments.Boundary(over_batch, over_batch)
+        return boundary, segments.Batch(over_batch, over_batch, replicated)
 
 
-def _placed(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Returns the shapes in `tree` with the places that the arrays will have."""
+def _with_shardings(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Returns the shapes and dtypes of `tree` with the given shardings."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
@@ -299,7 +312,7 @@ def _compiled(function: Any, arguments: tuple, guard: interrupt.Guard) -> Any:
 
 
 def _costs(programs: Sequence[Any]) -> Costs:
-    """All operations; the memory of the largest program."""
+    """Sums the operations of all programs, and takes the memory of the largest."""
     memory = [program.memory_analysis() for program in programs]
     return Costs(
         flops=sum(p.cost_analysis().get("flops", float("nan")) for p in programs),
@@ -308,10 +321,10 @@ def _costs(programs: Sequence[Any]) -> Costs:
     )
 
 
-def _whole(mesh: Mesh) -> NamedSharding:
+def _replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def _split(mesh: Mesh, examples: int) -> NamedSharding:
-    """Of a batch: over the devices, if they can share it equally."""
-    return mesh_lib.over_batch(mesh) if examples % mesh.size == 0 else _whole(mesh)
+def _batch_sharding(mesh: Mesh, examples: int) -> NamedSharding:
+    """Returns a batch's sharding: over the devices if it divides equally."""
+    return mesh_lib.over_batch(mesh) if examples % mesh.size == 0 else _replicated(mesh)

@@ -1,4 +1,4 @@
-"""Exact counts over a whole split."""
+"""Evaluates a network on all examples of a split."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,7 +21,7 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Right answers of all examples, and the mean cross-entropy."""
+    """The number of correct predictions, and the mean cross-entropy."""
 
     right: int
     examples: int
@@ -29,15 +29,15 @@ class Score:
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers, in 0..1."""
+        """Returns the share of correct predictions, in 0..1."""
         return self.right / self.examples
 
 
 class Evaluator:
     """Scores a network on a split, each example exactly once.
 
-    The last batch is filled up with the first example and masked, so that one
-    compiled program serves all batches. A signal to `guard` stops it between batches.
+    The last batch is padded and masked, so that all batches run the same compiled
+    program. A signal to `guard` stops the evaluation between batches.
     """
 
     def __init__(
@@ -49,7 +49,11 @@ class Evaluator:
         guard: interrupt.Guard,
         model_at: Callable[[Any], chain.Chain] | None = None,
     ):
-        """`model_at` gives the network as it is in a step, where that changes it."""
+        """Creates the evaluator.
+
+        `model_at` returns the network in effect in a step, for networks that change
+        during training.
+        """
         self._model, self._pixels, self._mesh = model, pixels, mesh
         self._batch_size, self._guard, self._model_at = batch_size, guard, model_at
         self._programs: dict[tuple[int, ...], Any] = {}
@@ -60,12 +64,12 @@ class Evaluator:
         data: feeds.Data,
         step: int = 0,
     ) -> Score:
-        """Returns the score that `variables` have in this step on all of `data`."""
-        now = jnp.int32(step) if self._model_at else None
+        """Returns the score of `variables` on all of `data`, as of step `step`."""
+        step_number = jnp.int32(step) if self._model_at else None
         examples = feeds.count(data)
         totals = []
-        for held, rows, mask in feeds.testing(data, self._batch_size):
-            arguments = (variables, held, rows, mask, now)
+        for batch, rows, mask in feeds.testing(data, self._batch_size):
+            arguments = (variables, batch, rows, mask, step_number)
             totals.append(self._program(arguments)(*arguments))
             self._guard.check()
         right, loss = np.sum(jax.device_get(totals), axis=0)

@@ -1,7 +1,7 @@
 """The training loop: steps, metrics, evaluation, checkpoints.
 
-Everything about a step follows from (config, step), and what is carried between
-steps is in the checkpoint, so a run that was stopped ends as one that was not.
+A step is determined by (config, step) and by the state, all of which is in the
+checkpoint. A resumed run therefore ends exactly as an uninterrupted one.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from lakd_jax.training import state as state_lib
 
 @dataclasses.dataclass
 class Fit:
-    """One training run; `run` does all of it."""
+    """One training run, from restoring a checkpoint to the final state."""
 
     record: record_lib.RunRecord
     engine: engine_lib.Engine
@@ -26,16 +26,17 @@ class Fit:
 
     @property
     def plan(self) -> record_lib.Plan:
-        """How long the run is and how often it logs, evaluates and saves."""
+        """Returns the length of the run and its intervals."""
         return self.record.plan
 
     def run(self) -> record_lib.Trained:
-        """Trains from the newest checkpoint, or from the start, to the end.
+        """Trains to the end, starting from the newest checkpoint if there is one.
 
         Raises:
           interrupt.Interrupted: stopped by a signal; the last step is saved.
           errors.NonFiniteError: a loss or gradient is NaN or infinite.
-          errors.CheckpointWriteError, errors.NoCheckpointError: see there.
+          errors.CheckpointWriteError: a checkpoint cannot be written.
+          errors.NoCheckpointError: no checkpoint can be read.
         """
         plan = self.plan
         with contextlib.ExitStack() as stack:
@@ -57,7 +58,7 @@ class Fit:
     def one_step(
         self,
     ) -> tuple[state_lib.TrainState, dict[str, float], engine_lib.Costs]:
-        """Runs the first step alone and returns (state, its metrics, its costs)."""
+        """Runs only the first step and returns the state, its metrics and its costs."""
         with contextlib.closing(self.engine) as engine:
             engine.load(self.record.first_state())
             metrics = engine.read(engine.run(self.record.rows(0, 1)))
@@ -69,7 +70,7 @@ class Fit:
     def _loop(self, step: int) -> None:
         total = self.plan.total_steps
         if step:
-            self._at_boundary(step)  # what a stop may have left undone
+            self._at_boundary(step)  # what an interrupt may have left undone
         while step < total:
             step = self._advance(step, self._next_boundary(step))
             self._at_boundary(step)
@@ -83,12 +84,12 @@ class Fit:
                 began = time.perf_counter()
                 pending = self.engine.run(rows)
                 self._step = step + rows.shape[0]
-                # The device works on this dispatch while the last one is read.
+                # The device works on this dispatch while the previous one is read.
                 previous, unread = unread, (step, pending)
                 step = self._step
                 if previous:
                     self._read(*previous)
-                self._spent(time.perf_counter() - began, images=rows.size)
+                self._count_time(time.perf_counter() - began, images=rows.size)
                 self.guard.check()
         except interrupt.Interrupted:
             if unread:
@@ -97,11 +98,11 @@ class Fit:
         if unread:
             began = time.perf_counter()
             self._read(*unread)
-            self._spent(time.perf_counter() - began)
+            self._count_time(time.perf_counter() - began)
         return step
 
     def _at_boundary(self, step: int) -> None:
-        """Metrics, evaluation, checkpoint, in this order: a stop loses none."""
+        """Writes metrics, evaluates, then saves, so that an interrupt loses nothing."""
         plan = self.plan
         epoch_end = step % plan.steps_per_epoch == 0
         if self.record.progress.window and (epoch_end or step % plan.log_every == 0):
@@ -118,7 +119,7 @@ class Fit:
         every = (plan.log_every, plan.steps_per_epoch, plan.save_every)
         return min(plan.total_steps, *((step // n + 1) * n for n in every))
 
-    # ------------------------------------------------------------ its parts
+    # ------------------------------------------------------------ helpers
 
     def _restore(self, stack: contextlib.ExitStack) -> int:
         with self.guard.released():
@@ -130,21 +131,21 @@ class Fit:
     def _read(self, first: int, pending: Any) -> None:
         self.record.note(first, self.engine.read(pending))
 
-    def _spent(self, seconds: float, images: int = 0) -> None:
+    def _count_time(self, seconds: float, images: int = 0) -> None:
         self.record.progress.images += images
         self.record.progress.step_seconds += seconds
 
     def _flush(self, step: int) -> None:
-        """Writes a line of metrics, and shows it."""
+        """Writes a line of metrics and shows it on the screen."""
         means, speed = self.record.flush(step)
-        # All are in metrics.jsonl; the line has room for few, the head's first.
+        # The screen has room for a few terms, the head's first; metrics.jsonl has all.
         terms = [n for n in means if "/" in n and "norm" not in n]
         terms.sort(key=lambda name: "head" not in name)
         names = ("loss", "accuracy", *terms)
         self._screen.update(step, {name: means[name] for name in names}, speed)
 
     def _save(self, step: int) -> None:
-        # Waits for the disk: a kill must not cost more than one interval, and steps
-        # made while this is written would come on top of it.
+        # Blocks until it is written: a kill must lose at most one interval, and steps
+        # made during the write would be lost in addition.
         if self.record.saved < step:
             self.record.save(step, self.engine.state())
