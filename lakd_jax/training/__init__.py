@@ -1,1 +1,1 @@
-"""The mechanics of one training: state, step, loop, evaluation."""
+"""Mechanics of one training run: state, step, loop and evaluation."""

@@ -1,4 +1,4 @@
-"""Learning-rate schedules and stochastic gradient descent, as PyTorch has it."""
+"""Learning-rate schedules, and SGD with PyTorch's semantics."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,11 +22,11 @@ def schedule(
     decay: float,
     warmup_epochs: float,
 ) -> optax.Schedule:
-    """The learning rate at a step (counted from 0).
+    """Returns the learning rate as a function of the step, counted from 0.
 
-    `step` multiplies by `decay` once `milestones` epochs are complete, `cosine`
-    falls to 0 at the last step, `constant` stays. Before that, `warmup_epochs`
-    of linear growth from 0.
+    `step` multiplies it by `decay` after each of the `milestones` (in epochs), `cosine`
+    decreases it to 0 at the last step, and `constant` keeps it. It grows linearly from
+    0 during the first `warmup_epochs`.
     """
     warmup = round(warmup_epochs * steps_per_epoch)
     total = epochs * steps_per_epoch
@@ -52,17 +52,17 @@ def sgd(
     clip_norm: float,
     labels: PyTree,
 ) -> optax.GradientTransformation:
-    """Clip per module, add weight decay, momentum, then the learning rate.
+    """Returns SGD with gradient clipping per module, weight decay and momentum.
 
-    VAM's gates are not decayed: that would pull them to uniform attention, against
-    their entropy's term.
-
-    The order is PyTorch's SGD: the decay enters the momentum buffer. `labels`
-    (the module index of every parameter) says which gradients share a norm: a
-    norm over all modules would couple them across the cuts.
+    The order is that of PyTorch's SGD, where the decay enters the momentum buffer. VAM
+    gates are not decayed, since decay would pull them to uniform attention, against
+    their entropy term. Clipping takes one norm per module, as given by `labels` (the
+    module index of every parameter): a norm over all modules would couple them across
+    the cuts.
     """
     mask = _decay_mask(labels)
-    # Without a mask where nothing is left out, so that the state stays what it was.
+    # A mask changes the structure of the optimiser's state, so there is none if it
+    # would exclude nothing.
     mask = None if all(jax.tree.leaves(mask)) else mask
     return optax.chain(
         clip_by_module_norm(clip_norm, labels) if clip_norm else optax.identity(),
@@ -73,15 +73,15 @@ def sgd(
 
 
 def _decay_mask(tree: PyTree) -> PyTree:
-    """Whether weight decay applies to each leaf of a tree of parameters or labels."""
+    """Returns, for each leaf of parameters or labels, whether weight decay applies."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not vam.is_gate([key.key for key in path]), tree
     )
 
 
 def decayed(params: PyTree) -> PyTree:
-    """`params` with zeros where weight decay does not apply."""
-    # A product, so that NaN and infinity are still seen by those who look for them.
+    """Returns `params` with zeros where weight decay does not apply."""
+    # A product keeps NaN and infinity visible to the checks for non-finite values.
     return jax.tree.map(
         lambda p, kept: p if kept else 0.0 * p, params, _decay_mask(params)
     )
@@ -100,7 +100,7 @@ def clip_by_module_norm(limit: float, labels: PyTree) -> optax.GradientTransform
 
 
 def module_norms(tree: PyTree, labels: PyTree) -> dict[int, jax.Array]:
-    """L2 norm over each module's leaves, keyed by module index."""
+    """Returns the L2 norm over each module's leaves, keyed by module index."""
     leaves, indices = jax.tree.leaves(tree), jax.tree.leaves(labels)
     squares: dict[int, jax.Array] = {}
     for leaf, k in zip(leaves, indices, strict=True):

@@ -1,4 +1,4 @@
-"""How a training differs from a plain one: networks may be trained in phases."""
+"""Phases of training: networks trained in several phases override the default one."""
 
 import dataclasses
 import importlib
@@ -21,13 +21,13 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A plain training; a network's own phases override what differs.
+    """The default training phase; networks override what differs in theirs.
 
     Attributes:
-      config: of the run, resolved, with the epochs of this phase.
-      facts: what the result also says.
-      purpose: what the initial weights are drawn for, see `state`.
-      keeps_best: whether what is kept is the best epoch on minival, not the last.
+      config: the resolved config of the run, with the epochs of this phase.
+      facts: additional entries of the run's result.
+      purpose: identifies the random key of the initial weights, see `key`.
+      keeps_best: whether the run keeps its best epoch on minival instead of the last.
     """
 
     config: config_lib.ConfigDict
@@ -53,7 +53,7 @@ class Phase:
     def optimizer(
         self, steps_per_epoch: int, labels: PyTree
     ) -> optax.GradientTransformation:
-        """Returns the optimiser of parameters with these labels, see `optim.sgd`."""
+        """Returns the optimiser for parameters with these labels, see `optim.sgd`."""
         o, rate = self.config.optim, self.learning_rate(steps_per_epoch)
         if o.dot_delta:
             return dot.sgd(
@@ -74,31 +74,31 @@ class Phase:
     def student_at(
         self, student: chain.Chain, steps_per_epoch: int
     ) -> Callable[[Any], chain.Chain] | None:
-        """Returns what gives the student as it is in a step; None: always the same."""
+        """Returns a function from step to student; None if the student is constant."""
         del student, steps_per_epoch
         return None
 
     def first_variables(self, drawn: PyTree) -> PyTree:
-        """Returns the student's variables at the start, given those that were drawn."""
+        """Returns the student's first variables, given randomly initialised ones."""
         return drawn
 
     def method(self) -> method_lib.Method | None:
-        """Returns the method where the network needs a form of its own."""
+        """Returns the method that the network requires; None uses the config's."""
         return None
 
 
 def module_of(network: str) -> ModuleType | None:
-    """Returns the module with the phases of a network; None where there are none."""
+    """Returns the module that defines a network's phases; None if there is none."""
     name = models.family(network).PHASES
     return importlib.import_module(name) if name else None
 
 
 def first(config: config_lib.ConfigDict) -> Phase:
-    """Returns the first phase of a run, or the only one."""
+    """Returns the first or only phase of a run."""
     module = module_of(config.student.name)
     return module.first(config) if module else Phase(config)
 
 
 def key(phase: Phase) -> jax.Array:
-    """Returns the key of the initial weights."""
+    """Returns the random key of the initial weights."""
     return jax.random.fold_in(jax.random.key(phase.config.seed), phase.purpose)

@@ -1,4 +1,4 @@
-"""One run as the loop sees it: its directory, its record, its best variables."""
+"""Keeps what a run saves: its progress, metrics, checkpoints and best variables."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How long a run is and how often it logs, evaluates and saves, in steps."""
+    """The length of a run, and how often it logs, evaluates and saves."""
 
     batch_size: int
     drop_last: bool
@@ -38,26 +38,27 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Updates in an epoch, the short last batch included if it is kept."""
+        """Returns the updates per epoch, including a short last batch if it is kept."""
         return order.steps_per_epoch(self.examples, self.batch_size, self.drop_last)
 
     @property
     def total_steps(self) -> int:
-        """Updates in the whole run."""
+        """Returns the number of updates in the run."""
         return self.epochs * self.steps_per_epoch
 
 
 @dataclasses.dataclass
 class Progress:
-    """What a checkpoint keeps beside the arrays; plain numbers, so it is JSON.
+    """The part of a checkpoint that is stored as JSON, next to the arrays.
 
     Attributes:
-      window: metrics of each step since the last line in metrics.jsonl.
+      window: the metrics of each step since the last line in metrics.jsonl.
       evaluated: the step of the last evaluation on minival.
-      best_step, best_right: the evaluation with most right answers; the first
-        of several equal ones.
-      seconds: wall time of the run; `step_seconds`: that of the steps alone.
-      images: how many were seen in `step_seconds`.
+      best_step, best_right: the step and the number of correct predictions of the best
+        evaluation, the first one in a tie.
+      seconds: the wall time of the run.
+      step_seconds: the wall time of its steps only.
+      images: the number of images processed in `step_seconds`.
     """
 
     window: list[dict[str, float]] = dataclasses.field(default_factory=list)
@@ -71,7 +72,7 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """The end of a run: the student's variables, last and best on minival."""
+    """The result of a run: the student's variables, last and best on minival."""
 
     last: PyTree
     best: PyTree | None
@@ -79,12 +80,12 @@ class Trained:
 
     @property
     def images_per_second(self) -> float:
-        """Over all steps, compilation, evaluation and saving left out."""
+        """Returns the mean speed, excluding compilation, evaluation and saving."""
         return self.progress.images / max(self.progress.step_seconds, 1e-9)
 
 
 class RunRecord:
-    """What a run keeps on disk and between steps, for the loop to call."""
+    """Keeps a run's progress between steps and on disk, for the training loop."""
 
     def __init__(
         self,
@@ -101,7 +102,7 @@ class RunRecord:
         self.saved = 0
         self._minival, self._evaluator = minival, evaluator
         self._best: PyTree = {}
-        self._shown = (0, 0.0)
+        self._flushed = (0, 0.0)
         self._began = time.perf_counter()
 
     def restore(
@@ -109,11 +110,11 @@ class RunRecord:
         stack: contextlib.ExitStack,
         state: state_lib.TrainState,
     ) -> tuple[int, state_lib.TrainState]:
-        """The newest checkpoint, or (0, `state`) if there is none.
+        """Returns the step and state of the newest checkpoint.
 
         Args:
-          stack: closes the checkpoints' writer.
-          state: the first one.
+          stack: closes the checkpoint writer.
+          state: the first state, returned with step 0 if there is no checkpoint.
         """
         folder = self.directory / workdir.CHECKPOINTS
         saver = checkpoint.Checkpointer(folder, keep=self.plan.keep)
@@ -121,41 +122,41 @@ class RunRecord:
         if self._minival:
             self._best = jax.device_get(state.variables("student"))
         template = {"train": state.to_tree(), "best": self._best}
-        found = self._saver.restore(template)
-        if found is None:
+        restored = self._saver.restore(template)
+        if restored is None:
             return 0, state
-        step, arrays, extra = found
+        step, arrays, extra = restored
         self._best = arrays["best"]
         self.progress = Progress(**extra)
         self._began -= self.progress.seconds
         self.saved = step
-        self._shown = self.progress.images, self.progress.step_seconds
+        self._flushed = self.progress.images, self.progress.step_seconds
         return step, state_lib.TrainState.from_tree(arrays["train"])
 
     def begin(self, stack: contextlib.ExitStack, step: int) -> None:
-        """Opens metrics.jsonl, without what was written after `step`."""
+        """Opens metrics.jsonl, dropping lines written after `step`."""
         self._writer = stack.enter_context(
             metrics_lib.MetricWriter(self.directory, resume_step=step or None)
         )
 
     def rows(self, step: int, stop: int) -> np.ndarray:
-        """Positions (n, B) in the training split for the next dispatch."""
+        """Returns the positions (n, B) in the training split for the next dispatch."""
         plan = self.plan
-        several = plan.steps_per_dispatch
+        count = plan.steps_per_dispatch
 
         def positions(at: int) -> np.ndarray:
             return order.batch_indices(
                 self.seed, at, plan.examples, plan.batch_size, plan.drop_last
             )
 
-        if several > 1 and step + several <= stop:
-            rows = [positions(step + i) for i in range(several)]
+        if count > 1 and step + count <= stop:
+            rows = [positions(step + i) for i in range(count)]
             if len(rows[-1]) == plan.batch_size:
                 return np.stack(rows)
         return positions(step)[None]
 
     def note(self, first: int, metrics: Mapping[str, Any]) -> None:
-        """Moves a dispatch's metrics (n,) to the window.
+        """Adds the metrics (n,) of a dispatch to the window.
 
         Raises:
           errors.NonFiniteError: a loss or gradient is NaN or infinite.
@@ -172,8 +173,8 @@ class RunRecord:
     def _not_finite(
         self, first: int, step: int, bad: list[str]
     ) -> errors.NonFiniteError:
-        """`first`: where the window of metrics began that `step` belongs to."""
-        # A term says more than the total it makes non-finite.
+        """Returns the error for `step`, whose window of metrics began at `first`."""
+        # A term is more informative than the total that it makes non-finite.
         bad.sort(key=lambda name: ("norm" in name, "/" not in name))
         good = f"step {self.saved}" if self.saved else "none yet"
         return errors.NonFiniteError(
@@ -185,18 +186,18 @@ class RunRecord:
         )
 
     def flush(self, step: int) -> tuple[dict[str, float], float]:
-        """Writes means over the window: (them, images a second since the last)."""
+        """Writes the means over the window, and returns (means, images per second)."""
         window, progress = self.progress.window, self.progress
         means = {n: sum(row[n] for row in window) / len(window) for n in window[0]}
         self._writer.write(step, "train", means)
-        images, seconds = self._shown  # the speed of late, not of the whole run
+        images, seconds = self._flushed  # the speed since the last flush
         speed = (progress.images - images) / max(progress.step_seconds - seconds, 1e-9)
-        self._shown = progress.images, progress.step_seconds
+        self._flushed = progress.images, progress.step_seconds
         window.clear()
         return means, speed
 
     def evaluation_due(self, step: int) -> bool:
-        """Whether minival is to be looked at now and has not been."""
+        """Returns whether an evaluation on minival is due and not yet done."""
         plan = self.plan
         if not self._minival or self.progress.evaluated >= step:
             return False
@@ -204,8 +205,8 @@ class RunRecord:
         return due or step == plan.total_steps
 
     def evaluate(self, step: int, state: state_lib.TrainState) -> evaluate_lib.Score:
-        """Scores the student on minival and keeps it if it is the best so far."""
-        assert self._minival  # see `evaluation_due`
+        """Scores the student on minival and keeps its variables if they are best."""
+        assert self._minival  # otherwise none is due, see `evaluation_due`
         variables = state.variables("student")
         score = self._evaluator(variables, self._minival, step - 1)
         epoch = step / self.plan.steps_per_epoch
@@ -227,5 +228,5 @@ class RunRecord:
         self.saved = step
 
     def trained(self, state: state_lib.TrainState) -> Trained:
-        """The end of the run."""
+        """Returns the result of the run."""
         return Trained(state.variables("student"), self._best or None, self.progress)

@@ -1,4 +1,4 @@
-"""The part of virtual attention (`models.vam`) that training has to know of."""
+"""Training support for virtual attention (`models.vam`)."""
 
 import collections
 import dataclasses
@@ -25,19 +25,19 @@ def with_entropy(
     owner: Callable[[Sequence[str]], int],
     starts: Sequence[float],
 ) -> tuple[method_lib.ModuleLoss, ...]:
-    """Adds gamma H to a student's losses, H the mean over its gated convolutions.
+    """Adds gamma H to a student's losses, with H the mean over its gated convolutions.
 
-    Every module gets the part of its own layers: the mean entropy of those as the term
-    `vam_entropy`, weighted by gamma times their share of all layers. So the sum does
-    not depend on where the student is cut.
+    Each module gets the share of its layers: their mean entropy as the term
+    `vam_entropy`, weighted by gamma times their share of all layers. The sum therefore
+    does not depend on where the student is cut.
 
     Args:
-      losses: one a module.
-      sown: "intermediates" of the student's pass.
-      gamma: 0 or more.
-      owner: path in the training state's parameters -> index of the module.
-      epoch: scalar.
-      starts: the epoch before which a module's term has no weight; () for none.
+      losses: one per module.
+      sown: the "intermediates" of the student's pass.
+      gamma: weight of the entropy, 0 or more.
+      owner: maps a path in the training state's parameters to the index of its module.
+      epoch: the current epoch, a scalar.
+      starts: the epoch from which each module's term counts; () starts all at once.
     """
     entropies: dict[int, list[jax.Array]] = collections.defaultdict(list)
     leaves: dict[tuple[str, ...], Any] = flax.traverse_util.flatten_dict(dict(sown))
@@ -59,9 +59,9 @@ def with_entropy(
 
 
 def deployed(model: chain.Chain, variables: PyTree) -> tuple[chain.Chain, PyTree]:
-    """A trained student without what only training needs: static gates are folded.
+    """Folds the static gates of a trained student into its convolutions.
 
-    Dynamic ones belong to the network and stay.
+    Dynamic gates are part of the network and stay.
     """
     if model.vam is None or not model.vam.foldable:
         return model, variables
@@ -69,8 +69,8 @@ def deployed(model: chain.Chain, variables: PyTree) -> tuple[chain.Chain, PyTree
 
 
 def completed(given: PyTree, initial: PyTree) -> PyTree:
-    """`given` parameters, which may lack gates, with those of `initial` added."""
-    start: dict[tuple[str, ...], Any] = flax.traverse_util.flatten_dict(initial)
-    own: dict[tuple[str, ...], Any] = flax.traverse_util.flatten_dict(given)
-    fresh = {path: x for path, x in start.items() if vam.is_gate(path)}
-    return flax.traverse_util.unflatten_dict({**fresh, **own})
+    """Returns the `given` parameters, with missing gates taken from `initial`."""
+    drawn: dict[tuple[str, ...], Any] = flax.traverse_util.flatten_dict(initial)
+    existing: dict[tuple[str, ...], Any] = flax.traverse_util.flatten_dict(given)
+    gates = {path: x for path, x in drawn.items() if vam.is_gate(path)}
+    return flax.traverse_util.unflatten_dict({**gates, **existing})
