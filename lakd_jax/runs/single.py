@@ -228,7 +228,7 @@ def training_job(
         mesh=environment.mesh,
         phase=phase,
     )
-    if found := spec_lib.unlike(spec, environment.dataset.train.shape[0]):
+    if found := spec_lib.mismatched_joints(spec, environment.dataset.train.shape[0]):
         environment.notify(f"features of two shapes: {', '.join(found)}")
     score = evaluator(
         config, student, setup.pixels(config), environment, spec.student_at

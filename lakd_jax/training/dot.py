@@ -1,8 +1,8 @@
-"""The distillation-oriented trainer: momenta apart for labels and for the teacher.
+"""The distillation-oriented trainer: separate momenta for task and distillation losses.
 
-Source: Zhao et al., "DOT: A Distillation-Oriented Trainer" (arXiv 2307.08436); what
-becomes of weight decay, and of parameters that one of the two never reaches, is the
-public code's.
+Source: Zhao et al., "DOT: A Distillation-Oriented Trainer" (arXiv 2307.08436). The
+paper leaves open how to treat weight decay and parameters that only one of the losses
+reaches; both follow the public code.
 """
 
 import dataclasses
@@ -17,15 +17,17 @@ from lakd_jax.distill.base import method
 from lakd_jax.training import optim
 
 PyTree = Any
-TASK = ("head_ce", "task_ce")  # the terms that are of the labels
+TASK = ("head_ce", "task_ce")  # loss terms computed from the labels
 
 
-class Apart(NamedTuple):
-    """Gradients or momentum buffers, each a tree like the parameters'.
+class SplitGradients(NamedTuple):
+    """Gradients or momentum buffers, kept separately for two groups of losses.
+
+    Each field is a tree with the structure of the parameters.
 
     Attributes:
-      task: of the losses with the labels.
-      others: of all other losses.
+      task: for the losses computed from the labels.
+      others: for all other losses.
     """
 
     task: PyTree
@@ -33,36 +35,40 @@ class Apart(NamedTuple):
 
 
 def losses(module_losses: Sequence[method.ModuleLoss]) -> tuple[jax.Array, jax.Array]:
-    """The weighted sum of the labels' terms and that of all others, scalars float32."""
+    """Returns weighted sums, float32 scalars, of the task terms and of the others."""
 
-    def part(task: bool) -> jax.Array:
-        kept = [
+    def weighted_sum(task: bool) -> jax.Array:
+        selected = [
             {name: term for name, term in loss.terms.items() if (name in TASK) == task}
             for loss in module_losses
         ]
-        pairs = zip(module_losses, kept, strict=True)
-        return method.total([dataclasses.replace(x, terms=terms) for x, terms in pairs])
+        pairs = zip(module_losses, selected, strict=True)
+        return method.total(
+            [dataclasses.replace(loss, terms=terms) for loss, terms in pairs]
+        )
 
-    return part(True), part(False)
+    return weighted_sum(True), weighted_sum(False)
 
 
 def sgd(
     learning_rate: optax.Schedule, *, momentum: float, delta: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Gradient descent with the sum of two momentum buffers; it takes `Apart`.
+    """Returns SGD that steps along the sum of two momentum buffers.
 
-    The labels' buffer keeps momentum - delta, that of the others momentum + delta. A
-    parameter that only one of the two reaches, such as a connector's, has one buffer
-    that counts, and this keeps momentum. Weight decay enters the labels' buffer, or the
-    other where the labels do not reach (the public code leaves it out there in the
-    first step). "Not reached" is a gradient of nothing but zeros in this step: the
-    public code asks what the losses depend on, which differs where a weight is 0.
+    The transformation takes its gradients as `SplitGradients`. The task buffer uses
+    momentum - delta, the other one momentum + delta. For a parameter that only one
+    group of losses reaches, such as a connector's, only that group's buffer matters,
+    and it uses plain momentum. Weight decay is added to the task buffer, or to the
+    other one where the task losses do not reach the parameter (the public code omits
+    it there in the first step). A parameter counts as not reached if its gradient is
+    all zeros in this step. The public code instead looks at which losses depend on the
+    parameter, which differs where a loss weight is 0.
     """
 
-    def init(params: PyTree) -> Apart:
-        return Apart(*(jax.tree.map(jnp.zeros_like, params) for _ in range(2)))
+    def init(params: PyTree) -> SplitGradients:
+        return SplitGradients(*(jax.tree.map(jnp.zeros_like, params) for _ in range(2)))
 
-    # optax has one tree of updates in mind where here are two.
+    # optax annotates a single tree of updates; this transformation takes two.
     def update(updates: Any, state: Any, params: PyTree | None = None) -> tuple:
         def leaf(
             task: jax.Array,
@@ -70,21 +76,21 @@ def sgd(
             task_buffer: jax.Array,
             others_buffer: jax.Array,
             param: jax.Array,
-        ) -> Apart:
-            by_task, by_others = jnp.any(task != 0), jnp.any(others != 0)
-            shift = jnp.where(by_task & by_others, delta, 0.0)
+        ) -> SplitGradients:
+            from_task, from_others = jnp.any(task != 0), jnp.any(others != 0)
+            shift = jnp.where(from_task & from_others, delta, 0.0)
             decay = weight_decay * param
-            late = by_others & ~by_task
-            task += jnp.where(late, 0.0, decay)
-            others += jnp.where(late, decay, 0.0)
-            return Apart(
+            only_others = from_others & ~from_task
+            task += jnp.where(only_others, 0.0, decay)
+            others += jnp.where(only_others, decay, 0.0)
+            return SplitGradients(
                 (momentum - shift) * task_buffer + task,
                 (momentum + shift) * others_buffer + others,
             )
 
-        both = jax.tree.map(leaf, *updates, *state, optim.decayed(params))
-        moved = jax.tree.transpose(jax.tree.structure(params), None, both)
-        return jax.tree.map(jnp.add, *moved), moved
+        pairs = jax.tree.map(leaf, *updates, *state, optim.decayed(params))
+        buffers = jax.tree.transpose(jax.tree.structure(params), None, pairs)
+        return jax.tree.map(jnp.add, *buffers), buffers
 
-    apart = optax.GradientTransformation(init, update)
-    return optax.chain(apart, optax.scale_by_learning_rate(learning_rate))
+    two_momenta = optax.GradientTransformation(init, update)
+    return optax.chain(two_momenta, optax.scale_by_learning_rate(learning_rate))

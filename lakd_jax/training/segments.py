@@ -1,8 +1,8 @@
-"""Segments: consecutive modules that one gradient trains, and their part of the state.
+"""Segments: runs of modules trained by one gradient, and their part of the state.
 
-Where a gradient crosses cuts the whole student is one segment; where none does, every
-module is one, and its step needs nothing but its own variables, the activation at the
-cut below and the teacher's at the joint below.
+If gradients cross the cuts, the whole student is one segment. If none does, every
+module is a segment, and its step needs only its own variables, the student's activation
+at the cut below, and the teacher's activation at the joint below.
 """
 
 import dataclasses
@@ -20,26 +20,26 @@ from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
 
 PyTree = Any
-# A segment's own metrics, and those of its modules.
+# The metrics of the segment as a whole, and those of each of its modules.
 Metrics = tuple[spec_lib.Metrics, tuple[spec_lib.Metrics, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Modules `first` to `last`, both included, counted from 0."""
+    """The modules `first` to `last`, inclusive, counted from 0."""
 
     first: int
     last: int
 
     @property
     def modules(self) -> range:
-        """The indices of the modules."""
+        """Returns the indices of the modules."""
         return range(self.first, self.last + 1)
 
     def span(self, joints: tuple[str, ...]) -> tuple[str, str]:
-        """Returns (after, until), as `chain.Chain` takes them, of a network.
+        """Returns the segment as `(after, until)`, the arguments of `chain.Chain`.
 
-        `joints` are the ends of all modules; the last module runs the head as well.
+        `joints` are the ends of all modules; the last module also runs the head.
         """
         after = joints[self.first - 1] if self.first else ""
         return after, joints[self.last] if self.last + 1 < len(joints) else ""
@@ -47,9 +47,9 @@ class Segment:
 
 @flax.struct.dataclass
 class Boundary:
-    """What a segment hands to the next one: (B, H, W, C) each, and never a gradient.
+    """The activations (B, H, W, C) passed to the next segment, without gradients.
 
-    In front of the first segment both are images as each network takes them.
+    For the first segment both are the networks' input images.
     """
 
     student: jax.Array
@@ -58,12 +58,12 @@ class Boundary:
 
 @flax.struct.dataclass
 class Batch:
-    """What all segments see of a batch.
+    """The parts of a batch that every segment receives.
 
     Attributes:
       labels: (B,) int32.
       examples: (B,) int32, rows of the training split.
-      noise: the key of what is drawn in this step: dropout, and by the method.
+      noise: the random key of this step, for dropout and for the method.
     """
 
     labels: jax.Array
@@ -72,15 +72,15 @@ class Batch:
 
 
 def of_student(spec: spec_lib.StepSpec) -> tuple[Segment, ...]:
-    """Returns the segments of a student, from the image to the head."""
+    """Returns the student's segments, ordered from the input to the head."""
     count = len(spec.partition.names)
     if spec.isolated:
         return tuple(Segment(k, k) for k in range(count))
-    return (whole(spec),)
+    return (whole_student(spec),)
 
 
-def whole(spec: spec_lib.StepSpec) -> Segment:
-    """Returns the segment of all modules."""
+def whole_student(spec: spec_lib.StepSpec) -> Segment:
+    """Returns the segment that spans all modules."""
     return Segment(0, len(spec.partition.names) - 1)
 
 
@@ -90,22 +90,23 @@ def start(
     data: device.DeviceData,
     indices: jax.Array,
 ) -> tuple[Boundary, Batch]:
-    """Returns what the first segment is fed in the step with this number."""
+    """Returns the first segment's inputs in step number `step`, and the batch."""
     images, labels = spec_lib.batch(spec, step, data, indices)
     noise = jax.random.fold_in(data.noise, step)
     return of_images(spec, images), Batch(labels, indices, noise)
 
 
 def of_images(spec: spec_lib.StepSpec, images: jax.Array) -> Boundary:
-    """Returns images (B, H, W, 3) uint8 as each network takes them."""
-    ours = spec.student_pixels(images)
-    return Boundary(ours, spec.teacher_pixels(images) if spec.teacher else ours)
+    """Returns the input of each network for images (B, H, W, 3) uint8."""
+    student = spec.student_pixels(images)
+    teacher = spec.teacher_pixels(images) if spec.teacher else student
+    return Boundary(student, teacher)
 
 
 def flat_metrics(
     parts: Sequence[Segment], metrics: Sequence[Metrics]
 ) -> spec_lib.Metrics:
-    """Returns the metrics of a step from those of its segments; losses are summed."""
+    """Merges the metrics of all segments into those of a step, and sums the losses."""
     flat: spec_lib.Metrics = {}
     for segment, (shared, modules) in zip(parts, metrics, strict=True):
         flat |= shared
@@ -116,18 +117,18 @@ def flat_metrics(
     return flat
 
 
-def compared(
+def compared_features(
     spec: spec_lib.StepSpec,
     model: chain.Chain,
     outputs: chain.Outputs,
     joints: tuple[str, ...],
     segment: Segment,
 ) -> tuple[jax.Array, ...]:
-    """Returns what is compared at the end of each module, (B, H, W, C) each.
+    """Returns the features (B, H, W, C) that the method compares at each module's end.
 
     Args:
-      model: student or teacher.
-      outputs: of the pass over the segment.
+      model: the student or the teacher.
+      outputs: the outputs of `model` run over the segment.
       joints: the ends of all modules in `model`.
     """
     if len(segment.modules) == len(joints):
@@ -135,33 +136,33 @@ def compared(
             chain.feature_at(outputs, model, n, preact=spec.preact) for n in joints
         )
     joint = joints[segment.last]
-    return (outputs.preacts[-1] if spec.preact else passed(outputs, joint),)
+    return (outputs.preacts[-1] if spec.preact else end_activation(outputs, joint),)
 
 
-def passed(outputs: chain.Outputs, joint: str) -> jax.Array:
-    """Returns the activation (B, H, W, C) at `joint`, with which the pass ended."""
+def end_activation(outputs: chain.Outputs, joint: str) -> jax.Array:
+    """Returns the activation (B, H, W, C) at `joint`, where the pass ended."""
     if joint == "stem":
         assert outputs.stem is not None
         return outputs.stem
     return next(stage[-1] for stage in reversed(outputs.blocks) if stage)
 
 
-# ------------------------------------------------------------ a segment's part of it
+# ------------------------------------------------------------ a segment's variables
 
 
 def state_of(
     spec: spec_lib.StepSpec, state: state_lib.TrainState, segment: Segment
 ) -> state_lib.TrainState:
-    """Returns the part of a whole student's state that belongs to a segment."""
-    if segment == whole(spec):
+    """Returns the part of the student's state that belongs to a segment."""
+    if segment == whole_student(spec):
         return state
-    take = functools.partial(_owned, spec.partition, spec.student, segment)
-    params = take(state.params)
+    select = functools.partial(_select, spec.partition, spec.student, segment)
+    params = select(state.params)
     optimizer = spec.optimizer_of(labels_of(spec, params))
     like = state_lib.TrainState(
         step=state.step,
         params=params,
-        collections={name: take(tree) for name, tree in state.collections.items()},
+        collections={name: select(tree) for name, tree in state.collections.items()},
         opt_state=jax.eval_shape(optimizer.init, params),
     )
     return joined(like, state)
@@ -173,12 +174,13 @@ def labels_of(spec: spec_lib.StepSpec, params: PyTree) -> PyTree:
 
 
 def joined(like: PyTree, *sources: PyTree) -> PyTree:
-    """Returns the tree `like` with the leaves that `sources` have at the same paths.
+    """Returns a tree shaped as `like`, with the leaves of `sources` at the same paths.
 
-    So the states of all segments become the whole student's, and the other way round.
+    This merges the states of all segments into the student's, and extracts a segment's
+    state from the student's.
 
     Raises:
-      KeyError: no source has a path.
+      KeyError: a path of `like` is in no source.
     """
     leaves: dict[str, Any] = {}
     for source in sources:
@@ -194,23 +196,23 @@ def teacher_of(
 ) -> dict[str, PyTree]:
     """Returns the teacher's variables that a segment needs.
 
-    Those of its own units, and of all behind them where the method runs the teacher on
-    from a joint.
+    These are the variables of its units and, if the method resumes the teacher from a
+    joint, of all later units.
     """
     names = spec.partition.teacher_joints
     as_student = cuts.Partition(names, (), spec.partition.names)
     if spec.method.needs_suffix:
         segment = Segment(segment.first, len(names) - 1)
-    take = functools.partial(_owned, as_student, spec.teacher, segment)
+    select = functools.partial(_select, as_student, spec.teacher, segment)
     return {
-        kind: take({"student": tree})["student"] for kind, tree in variables.items()
+        kind: select({"student": tree})["student"] for kind, tree in variables.items()
     }
 
 
-def _owned(
+def _select(
     partition: cuts.Partition, model: Any, segment: Segment, tree: PyTree
 ) -> PyTree:
-    """Returns what of `{"student": ..., "method": ...}` belongs to a segment."""
+    """Filters `{"student": ..., "method": ...}` for the variables of a segment."""
     flat: dict[tuple[str, ...], Any] = flax.traverse_util.flatten_dict(tree)
     kept = {
         path: leaf
@@ -220,43 +222,44 @@ def _owned(
     return {part: {} for part in tree} | flax.traverse_util.unflatten_dict(kept)
 
 
-# ------------------------------------------------------- the same without any names
+# -------------------------------------------------------- variables by position
 
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """How a module's variables are called, so that they can be handed over by position.
+    """The names of a module's variables, removed to pass the variables by position.
 
-    Modules that are alike then have trees of one structure, and share a program. The
-    head is apart, since one module alone has it.
+    Without names, the trees of identical modules have the same structure, so that the
+    modules can share a compiled program. The head is a separate entry, since only one
+    module has it.
 
     Attributes:
-      units: of the network, in its order, as `chain.Chain.unit_names` has them.
-      method: the module's name in the method's variables; "" for a teacher's.
+      units: names of the units in network order, from `chain.Chain.unit_names`.
+      method: the module's name in the method's variables; "" for a teacher.
     """
 
     units: tuple[str, ...]
     method: str = ""
 
     def remove(self, tree: PyTree) -> PyTree:
-        """Returns `{"student": ..., "method": ...}` with units in a tuple.
+        """Returns `{"student": ..., "method": ...}` without names, units in a tuple.
 
         Raises:
-          KeyError: the tree has something that is of no unit and no method.
+          KeyError: a variable belongs neither to these units nor to the method.
         """
         student, method = dict(tree["student"]), dict(tree.get("method", {}))
         placed = {
             "head": student.pop("head", {}),
-            "units": tuple(_take(student, unit) for unit in self.units),
+            "units": tuple(_pop(student, unit) for unit in self.units),
             "losses": method.pop(self.method, {}),
             "last": method.pop("head", {}),
         }
-        if left := jax.tree_util.tree_leaves_with_path((student, method)):
-            raise KeyError(jax.tree_util.keystr(left[0][0]))
+        if unplaced := jax.tree_util.tree_leaves_with_path((student, method)):
+            raise KeyError(jax.tree_util.keystr(unplaced[0][0]))
         return placed
 
     def restore(self, placed: PyTree) -> PyTree:
-        """Returns what `remove` was given; what is empty is left out."""
+        """Inverts `remove`, dropping empty subtrees."""
         flat: dict[tuple[str, ...], Any] = {("student", "head"): placed["head"]}
         flat["method", self.method] = placed["losses"]
         flat["method", "head"] = placed["last"]
@@ -266,8 +269,8 @@ class Names:
         return {"student": {}, "method": {}} | named
 
 
-def _take(tree: dict[str, Any], unit: str) -> PyTree:
-    """Takes a unit's variables, {} for none, out of a network's."""
+def _pop(tree: dict[str, Any], unit: str) -> PyTree:
+    """Pops the variables of a unit from those of a network; {} if it has none."""
     first, *rest = unit.split(".")
     if not rest:
         return tree.pop(first, {})
@@ -278,22 +281,22 @@ def _take(tree: dict[str, Any], unit: str) -> PyTree:
 
 
 def student_names(spec: spec_lib.StepSpec, segment: Segment) -> Names:
-    """Returns the names in a segment of one module."""
+    """Returns the names of the variables in a segment of one module."""
     partition = spec.partition
-    units = _units(spec.student, partition.student_joints, segment)
+    units = _unit_names(spec.student, partition.student_joints, segment)
     return Names(units, partition.names[segment.first])
 
 
 def teacher_names(spec: spec_lib.StepSpec, segment: Segment) -> Names:
-    """Returns the names in what `teacher_of` gives for a segment of one module."""
+    """Returns the names in the result of `teacher_of` for a segment of one module."""
     joints = spec.partition.teacher_joints
-    assert spec.teacher is not None  # of isolated modules
+    assert spec.teacher is not None  # isolated modules always have one
     if spec.method.needs_suffix:
         segment = Segment(segment.first, len(joints) - 1)
-    return Names(_units(spec.teacher, joints, segment))
+    return Names(_unit_names(spec.teacher, joints, segment))
 
 
-def _units(
+def _unit_names(
     model: chain.Chain, joints: tuple[str, ...], segment: Segment
 ) -> tuple[str, ...]:
     order = model.unit_names
@@ -304,10 +307,10 @@ def _units(
 def renamed_state(
     change: Callable[[PyTree], PyTree], state: state_lib.TrainState
 ) -> state_lib.TrainState:
-    """Applies `Names.remove` or `Names.restore` to all that is like the parameters."""
+    """Applies `Names.remove` or `Names.restore` to all parameter-shaped trees."""
     structure = jax.tree.structure(state.params)
 
-    def alike(tree: PyTree) -> bool:
+    def is_like_params(tree: PyTree) -> bool:
         return jax.tree.structure(tree) == structure
 
     return state_lib.TrainState(
@@ -315,7 +318,9 @@ def renamed_state(
         params=change(state.params),
         collections={name: change(tree) for name, tree in state.collections.items()},
         opt_state=jax.tree.map(
-            lambda x: change(x) if alike(x) else x, state.opt_state, is_leaf=alike
+            lambda x: change(x) if is_like_params(x) else x,
+            state.opt_state,
+            is_leaf=is_like_params,
         ),
     )
 
@@ -323,5 +328,5 @@ def renamed_state(
 def renamed_teacher(
     change: Callable[[PyTree], PyTree], variables: Mapping[str, PyTree]
 ) -> dict[str, PyTree]:
-    """Applies `Names.remove` to a teacher's variables, of each kind."""
+    """Applies `Names.remove` to each collection of a teacher's variables."""
     return {kind: change({"student": tree}) for kind, tree in variables.items()}

@@ -1,4 +1,4 @@
-"""From a config to the pieces of a run: the one place where fields are read."""
+"""Builds the parts of a run from a config, the only place that reads its fields."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ PyTree = Any
 
 
 def pixels(config: config_lib.ConfigDict) -> spec_lib.Pixels:
-    """What the student sees of an image."""
+    """Returns the conversion of images to the student's input."""
     return spec_lib.Pixels(
         tuple(config.data.mean),
         tuple(config.data.std),
@@ -51,13 +51,13 @@ def spec(
     mesh: jax.sharding.Mesh,
     phase: phase_lib.Phase | None = None,
 ) -> tuple[spec_lib.StepSpec, Callable[[], state_lib.TrainState]]:
-    """The step's fixed parts, and a function that makes the first state.
+    """Returns the step's constants and a function that makes the first state.
 
     Args:
-      config: resolved.
-      image_shape: (H, W, 3) of the training images.
-      examples: how many those are.
-      phase: of a network that is trained in several; None: the first, or the only one.
+      config: the resolved config.
+      image_shape: the shape (H, W, 3) of the training images.
+      examples: the number of training images.
+      phase: the training phase; None for the first or only one.
     """
     phase = phase or phase_lib.first(config)
     facts, method = distill.facts(config.method), phase.method() or _method(config)
@@ -94,23 +94,23 @@ def spec(
         views=config.teacher.views if teacher else 0,
         steps_per_epoch=steps_per_epoch,
         examples=examples,
-        optimizer=optax.identity(),  # the real one needs the parameters' names
+        optimizer=optax.identity(),  # replaced below: the real one needs the parameters
         optimizer_of=functools.partial(phase.optimizer, steps_per_epoch),
         learning_rate=rate,
         weight_decay=config.optim.weight_decay,
         labels=None,
         mesh=mesh,
-        apart=config.optim.dot_delta > 0,
+        split_gradients=config.optim.dot_delta > 0,
         student_at=phase.student_at(student.model, steps_per_epoch),
         regularise=gates if student.model.vam else None,
     )
     init = _initialiser(draft, teacher, phase_lib.key(phase), image_shape)
     params, _ = jax.eval_shape(init)
     labels = cuts.label_tree(params, partition, student.model)
-    done = dataclasses.replace(
+    finished = dataclasses.replace(
         draft, optimizer=draft.optimizer_of(labels), labels=labels
     )
-    return done, lambda: _first_state(done, init, student.variables, phase)
+    return finished, lambda: _first_state(finished, init, student.variables, phase)
 
 
 def engine(
@@ -120,7 +120,10 @@ def engine(
     data: device.DeviceData | feeds.Run,
     guard: interrupt.Guard,
 ) -> engine_lib.Engine:
-    """What runs the steps: `local.engine` for methods that cut the student."""
+    """Returns the engine that runs the steps.
+
+    It is `local.engine` for methods that cut the student, and "fused" for all others.
+    """
     kind = config.local.engine if distill.facts(config.method).local else "fused"
     arguments = (spec, teacher_variables, data, guard)
     if kind == "fused":
@@ -130,32 +133,32 @@ def engine(
 
 
 def _method(config: config_lib.ConfigDict) -> method_lib.Method:
-    """Returns the method, or the sum of methods."""
+    """Returns the method that the config names, which may be a sum of methods."""
     names = distill.parts(config.method)
-    alone = {name: config_lib.changed(config, {"method": name}) for name in names}
-    options = {name: method_options(own) for name, own in alone.items()}
+    configs = {name: config_lib.changed(config, {"method": name}) for name in names}
+    options = {name: method_options(single) for name, single in configs.items()}
     if len(names) > 1:
         return distill.create_sum(options)
     return distill.create(config.method, options[config.method])
 
 
 def network_options(config: config_lib.ConfigDict) -> dict[str, Any]:
-    """Returns what `models.create` takes for the student beside what all have."""
+    """Returns the options of `models.create` that are specific to the student."""
     module = phase_lib.module_of(config.student.name)
     return module.network_options(config) if module else {}
 
 
 def vam_options(config: config_lib.ConfigDict) -> vam.Options | None:
-    """The student's virtual attention; None for none."""
+    """Returns the options of the student's virtual attention; None if disabled."""
     block = config.student.vam
     if not block.enabled:
         return None
-    own = (field.name for field in dataclasses.fields(vam.Options))
-    return vam.Options(**{name: block[name] for name in own})
+    names = (field.name for field in dataclasses.fields(vam.Options))
+    return vam.Options(**{name: block[name] for name in names})
 
 
 def method_options(config: config_lib.ConfigDict) -> dict[str, Any]:
-    """Returns the options that `distill.create` takes for this method, no sum."""
+    """Returns the options of `distill.create` for a single method."""
     values = config_lib.flat(config)
     sources = distill.option_sources(config.method)
     return {option: values[field] for option, field in sources.items()}
@@ -167,7 +170,10 @@ def _initialiser(
     key: jax.Array,
     image_shape: tuple[int, ...],
 ) -> Callable[[], tuple[PyTree, PyTree]]:
-    """A function that makes ({part: params}, {part: batch statistics})."""
+    """Returns a function that initialises parameters and other collections.
+
+    Both are in the form of `TrainState.params` and `TrainState.collections`.
+    """
     images = jnp.zeros((2, *image_shape), jnp.uint8)
     labels = jnp.zeros((2,), jnp.int32)
 
@@ -176,28 +182,28 @@ def _initialiser(
         student = spec.student.init(
             keys["student"], spec.student_pixels(images), train=False
         )
-        begun = _collected(jnp.int32(0), {"student": student, "method": {}})
+        student_state = _state_of(jnp.int32(0), {"student": student, "method": {}})
         signals = step_lib.first_signals(
-            spec, begun, _zeros(teacher), images, labels, key
+            spec, student_state, _zeros(teacher), images, labels, key
         )
         method = spec.method.init(keys["method"], signals, train=True)
-        state = _collected(begun.step, {"student": student, "method": method})
+        state = _state_of(student_state.step, {"student": student, "method": method})
         return state.params, state.collections
 
     return init
 
 
-def _collected(
+def _state_of(
     step: jax.Array, variables: Mapping[str, Mapping[str, PyTree]]
 ) -> state_lib.TrainState:
-    """Returns a state without an optimiser's, of {part: {collection: ...}}."""
+    """Returns a state without optimiser state from {part: {collection: ...}}."""
     names = dict.fromkeys(["params", *(n for v in variables.values() for n in v)])
     kinds = {n: {p: v.get(n, {}) for p, v in variables.items()} for n in names}
     return state_lib.TrainState(step, kinds.pop("params"), kinds, ())
 
 
 def _zeros(teacher: weights.Loaded | None) -> PyTree:
-    """Stand-in teacher weights: only their shapes matter to an initialisation."""
+    """Returns zeros as the teacher's weights: initialisation depends on shapes only."""
     if teacher is None:
         return None
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), teacher.variables)
@@ -209,8 +215,8 @@ def _first_state(
     student_variables: Mapping[str, PyTree] | None,
     phase: phase_lib.Phase,
 ) -> state_lib.TrainState:
-    # Runs once, and its random numbers take XLA's CPU compiler five times longer to
-    # optimise than to run as they are.
+    # It runs once, and on CPU XLA takes five times longer to optimise the random number
+    # generation than to run it unoptimised.
     options: Any = {"xla_backend_optimization_level": 0} if backend.on_cpu() else None
     params, collections = jax.jit(init).lower().compile(compiler_options=options)()
     state = state_lib.TrainState(jnp.int32(0), params, collections, ())

@@ -1,4 +1,4 @@
-"""What does not change while a student is trained, and what every step does alike."""
+"""The constants of a training step, and the operations common to all steps."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,12 +21,12 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """How uint8 images become a network's input.
+    """Converts uint8 images to the input of a network.
 
     Attributes:
-      mean, std: per channel, of pixels in 0..1.
+      mean, std: per channel, for pixels in 0..1.
       dtype: of the result.
-      size: side that the network expects; 0 for that of the images.
+      size: the image side that the network expects; 0 keeps the size of the images.
     """
 
     mean: tuple[float, ...]
@@ -35,37 +35,39 @@ class Pixels:
     size: int = 0
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """(B, H, W, 3) uint8 -> normalised (B, size, size, 3) of `dtype`."""
+        """Converts (B, H, W, 3) uint8 to normalised (B, size, size, 3) `dtype`."""
         images = augment.resize(images, self.size)
         return augment.normalise(images, self.mean, self.std, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-    """Everything about a step that does not change while training.
+    """Everything about a step that stays constant during training.
 
     Attributes:
       student, teacher: the networks; the teacher may be None.
-      method: Linen module that turns `Signals` into one loss a module.
-      facts: of the method.
+      method: the Linen module that turns `Signals` into one loss per module.
+      facts: the static properties of the method.
       partition: the student's modules and the teacher's matching joints.
-      cut_scale: gradient kept at each cut, 0 (isolated) to 1 (end to end).
-      module_input: "student", or "teacher": each module is fed the teacher's
-        activation at the joint below it.
-      uncut: also hand the method joints whose gradients cross the cuts.
-      starts: the epoch from which each module's losses count; () for all at once.
-      views: augmented views of an example that come again and again, one an epoch; 0:
-        every epoch has new ones.
-      preact: joints before the last ReLU.
-      examples: of the training split.
-      optimizer_of: makes the optimiser of any part of the parameters from the labels
-        of that part; `optimizer` is that of all of them.
-      apart: the optimiser takes the gradient of the labels' losses apart from that of
-        all others, see `dot`.
-      student_at: the student as it is in the step with a number, from 0; None where
-        it is always the same.
-      regularise: adds to the losses what the student's units sowed, given those
-        "intermediates" and the epoch; None where they sow nothing.
+      cut_scale: the share of the gradient kept at each cut, from 0 (isolated) to 1
+        (end to end).
+      module_input: "student" or "teacher", whose activation at the joint below each
+        module is its input.
+      uncut: whether the method also receives joints whose gradients cross the cuts.
+      starts: the epoch from which each module's losses count; () starts all at once.
+      views: the number of augmented views of each example, cycled through with one
+        view per epoch; 0 draws new ones in every epoch.
+      preact: whether joints are taken before the last ReLU.
+      examples: the size of the training split.
+      labels: the index of the module that owns each parameter.
+      optimizer_of: makes the optimiser for a part of the parameters, given the labels
+        of that part; `optimizer` is the one for all parameters.
+      split_gradients: whether the optimiser takes the gradient of the task losses and
+        that of all others separately, see `dot`.
+      student_at: returns the student in effect in a step, counted from 0; None if it
+        never changes.
+      regularise: adds the losses that the student's units sowed, given their
+        "intermediates" and the epoch; None if they sow none.
     """
 
     student: chain.Chain
@@ -88,20 +90,20 @@ class StepSpec:
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
     weight_decay: float
-    labels: PyTree  # module index of every parameter
+    labels: PyTree
     mesh: Mesh
     optimizer_of: Callable[[PyTree], optax.GradientTransformation]
-    apart: bool = False
+    split_gradients: bool = False
     student_at: Callable[[Any], chain.Chain] | None = None
     regularise: Callable[..., tuple[method_lib.ModuleLoss, ...]] | None = None
 
     @property
     def isolated(self) -> bool:
-        """Whether modules can be run one by one, as no gradient crosses a cut.
+        """Returns whether modules can be trained one by one: no gradient crosses a cut.
 
-        Neither may a module's loss need anything of a later one: what is sown may be
-        one mean over all modules, and norms at the entry of a unit make the
-        pre-activation below it.
+        A module's loss must not depend on later modules either. It does with sown
+        values, which may be averaged over all modules, and with pre-activations of
+        networks that compute them in the norm at the entry of the next unit.
         """
         if self.teacher is None or self.regularise or self.student_at:
             return False
@@ -111,7 +113,7 @@ class StepSpec:
         return self.cut_scale == 0 and not (self.preact and entry)
 
     def view(self, step: jax.Array) -> jax.Array:
-        """Which augmented view of the examples the step with this number sees."""
+        """Returns the index of the augmented view used in step number `step`."""
         epoch = step // self.steps_per_epoch
         return epoch % self.views if self.views else epoch
 
@@ -119,10 +121,10 @@ class StepSpec:
 def batch(
     spec: StepSpec, step: jax.Array, data: device.DeviceData, indices: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Augmented images (B,H,W,3) uint8 and labels (B,), split over devices.
+    """Returns augmented images (B,H,W,3) uint8 and labels (B,), split over devices.
 
-    An example's augmentation depends on (seed, view, example id) alone, not on
-    the batch it comes in.
+    An example's augmentation depends only on (seed, view, example id), not on the batch
+    that contains it.
     """
     images = augmented(spec, data, indices, spec.view(step))
     return shared(spec, (images, data.at(indices)[1]))
@@ -131,7 +133,7 @@ def batch(
 def augmented(
     spec: StepSpec, data: device.DeviceData, indices: jax.Array, view: jax.Array
 ) -> jax.Array:
-    """One augmented view of the examples at `indices` (B,), (B,H,W,3) uint8."""
+    """Returns one view (B,H,W,3) uint8 of the examples at `indices` (B,)."""
     images, _, ids = data.at(indices)
     return augment.augment(
         data.key,
@@ -144,35 +146,36 @@ def augmented(
 
 
 def shared(spec: StepSpec, batch: PyTree) -> PyTree:
-    """A batch (arrays of (B, ...)) split over the devices, if they can share it."""
+    """Splits a batch, arrays (B, ...), over the devices if it divides equally."""
     if jax.tree.leaves(batch)[0].shape[0] % spec.mesh.size:
-        return batch  # a short one, whole everywhere
+        return batch  # a short last batch stays replicated
     return jax.lax.with_sharding_constraint(batch, mesh_lib.over_batch(spec.mesh))
 
 
 def preacts(
     model: chain.Chain, outputs: chain.Outputs, names: tuple[str, ...]
 ) -> tuple[jax.Array, ...]:
-    """The joints `names` of a whole pass before the next ReLU, (B, H, W, C) each."""
+    """Returns the joints `names` (B, H, W, C) of a full pass, before the next ReLU."""
     return tuple(chain.feature_at(outputs, model, n, preact=True) for n in names)
 
 
-def unlike(spec: StepSpec, side: int) -> list[str]:
-    """The joints whose features differ in shape from the teacher's, one a line.
+def mismatched_joints(spec: StepSpec, side: int) -> list[str]:
+    """Describes each joint whose features differ in shape from the teacher's.
 
-    `side` is that of the data's images, which a network may be fed at another size.
+    `side` is the size of the data's images, which a network may receive resized.
     """
     if spec.teacher is None or "joints" not in spec.facts.teacher_reads:
         return []
     partition, lines = spec.partition, []
-    ours = chain.joint_shapes(
+    student_shapes = chain.joint_shapes(
         spec.student, partition.student_joints, spec.student_pixels.size or side
     )
-    theirs = chain.joint_shapes(
+    teacher_shapes = chain.joint_shapes(
         spec.teacher, partition.teacher_joints, spec.teacher_pixels.size or side
     )
-    for name, own, other in zip(partition.student_joints, ours, theirs, strict=True):
-        if own != other:
-            shapes = ("x".join(map(str, shape[1:])) for shape in (own, other))
+    pairs = zip(partition.student_joints, student_shapes, teacher_shapes, strict=True)
+    for name, *pair in pairs:
+        if pair[0] != pair[1]:
+            shapes = ("x".join(map(str, shape[1:])) for shape in pair)
             lines.append(f"{name} {' from '.join(shapes)}")
     return lines

@@ -1,4 +1,4 @@
-"""One training step as a pure function, segment by segment: forward, losses, update."""
+"""Computes a training step, segment by segment: forward pass, losses and update."""
 
 import dataclasses
 import functools
@@ -20,23 +20,23 @@ from lakd_jax.training import state as state_lib
 
 PyTree = Any
 Losses = tuple[method_lib.ModuleLoss, ...]
-_SOWN = "intermediates"  # what units leave for `Learner.regularise`
+_SOWN = "intermediates"  # the collection that `StepSpec.regularise` reads
 
 
 @dataclasses.dataclass(frozen=True)
-class Pass:
-    """What a forward pass of a segment leaves beside its losses.
+class ForwardResult:
+    """The results of a segment's forward pass other than its losses.
 
     Attributes:
       student: the student's outputs.
-      collections: its mutable collections and the method's, after the pass.
+      collections: the student's and the method's mutable collections after the pass.
     """
 
     student: chain.Outputs
     collections: PyTree
 
 
-jax.tree_util.register_dataclass(Pass)
+jax.tree_util.register_dataclass(ForwardResult)
 
 
 def run_steps(
@@ -46,11 +46,10 @@ def run_steps(
     data: device.DeviceData,
     indices: jax.Array,
 ) -> tuple[state_lib.TrainState, spec_lib.Metrics]:
-    """Runs as many steps as `indices` (n, B) has rows; metrics are (n,) each.
+    """Runs one step per row of `indices` (n, B), and returns metrics of shape (n,).
 
-    `source` is the teacher's variables, what is stored of its outputs, or None.
-    On CPU the loop is unrolled: XLA runs convolutions inside loops there more
-    than ten times slower.
+    `source` is the teacher's variables, its stored outputs, or None. On CPU the loop is
+    unrolled, since XLA runs convolutions inside loops more than ten times slower there.
     """
     if indices.shape[0] == 1:
         state, metrics = train_step(spec, state, source, data, indices[0])
@@ -72,25 +71,27 @@ def train_step(
 ) -> tuple[state_lib.TrainState, spec_lib.Metrics]:
     """Makes one update from the examples at `indices` (B,) of the training split.
 
-    A segment is updated as soon as its losses are known, and all that comes after waits
-    for that: its activations are then free before the next one makes its own.
+    Each segment is updated as soon as its losses are computed, and the next one waits
+    for the update. This frees the segment's activations before the next one allocates
+    its own.
 
-    Returns the new state and scalars: the loss, the batch's accuracy, every
-    loss term, and per module the norms of gradient and weight-decay term.
+    Returns:
+      The new state and scalar metrics: the loss, the batch's accuracy, every loss term,
+      and per module the norms of the gradient and of the weight-decay term.
     """
     source = teacher_outputs.of_batch(spec, source, state.step, indices)
     below, batch = segments.start(spec, state.step, data, indices)
-    found, states = [], []
+    metrics, states = [], []
     parts = segments.of_student(spec)
     for segment in parts:
-        own = segments.state_of(spec, state, segment)
-        own, below, metrics = segment_step(spec, segment, own, source, below, batch)
+        part = segments.state_of(spec, state, segment)
+        part, below, values = segment_step(spec, segment, part, source, below, batch)
         if len(parts) > 1:
-            own, below = _in_order(own, below)
-        states.append(own)
-        found.append(metrics)
-    done = segments.joined(state, *states) if len(parts) > 1 else states[0]
-    return done, segments.flat_metrics(parts, found)
+            part, below = _force_order(part, below)
+        states.append(part)
+        metrics.append(values)
+    new_state = segments.joined(state, *states) if len(parts) > 1 else states[0]
+    return new_state, segments.flat_metrics(parts, metrics)
 
 
 def segment_step(
@@ -104,70 +105,71 @@ def segment_step(
     """Makes one update of a segment.
 
     Args:
-      state: of the segment alone, see `segments.state_of`.
-      source: the teacher's variables, those that `segments.teacher_of` gives at least,
-        or what is stored of its outputs on the batch.
-      below: at the end of the segment before.
+      state: the state of this segment only, see `segments.state_of`.
+      source: the teacher's variables, at least those that `segments.teacher_of`
+        returns, or its stored outputs for the batch.
+      below: the boundary at the end of the previous segment.
 
     Returns:
-      The new state, the boundary above, and the metrics; the batch's accuracy and the
-      learning rate come with the last segment.
+      The new state, the boundary above, and the metrics. Those of the last segment
+      include the batch's accuracy and the learning rate.
     """
-    seen = None
+    teacher_pass = None
     if spec.teacher is not None:
         teacher = teacher_outputs.teacher(spec, source)
-        seen = teacher.segment(segment, below.teacher)
+        teacher_pass = teacher.segment(segment, below.teacher)
     forward = functools.partial(
-        _forward, spec, segment, state, source, seen, below, batch
+        _forward, spec, segment, state, source, teacher_pass, below, batch
     )
-    grads, losses, left = _gradient(spec, forward, state.params)
-    total = segment == segments.whole(spec)
-    labels = spec.labels if total else segments.labels_of(spec, state.params)
-    optimizer = spec.optimizer if total else spec.optimizer_of(labels)
+    grads, losses, result = _gradient(spec, forward, state.params)
+    is_whole = segment == segments.whole_student(spec)
+    labels = spec.labels if is_whole else segments.labels_of(spec, state.params)
+    optimizer = spec.optimizer if is_whole else spec.optimizer_of(labels)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    if spec.apart:
+    if spec.split_gradients:
         grads = jax.tree.map(jnp.add, *grads)
     metrics = _metrics(spec, segment, losses, grads, params, labels)
-    above = below  # which nothing reads behind the last segment
+    above = below  # not read after the last segment
     if segment.last + 1 == len(spec.partition.names):
-        correct = jnp.argmax(left.student.logits, -1) == batch.labels
+        correct = jnp.argmax(result.student.logits, -1) == batch.labels
         metrics[0]["accuracy"] = jnp.mean(correct, dtype=jnp.float32)
         rate = spec.learning_rate(state.step)
         metrics[0]["learning_rate"] = jnp.float32(rate)
-    elif seen is not None:
+    elif teacher_pass is not None:
         joint = spec.partition.student_joints[segment.last]
-        above = segments.Boundary(segments.passed(left.student, joint), seen.passed[-1])
-    new = state_lib.TrainState(state.step + 1, params, left.collections, opt_state)
-    return new, above, metrics
+        student = segments.end_activation(result.student, joint)
+        above = segments.Boundary(student, teacher_pass.activations[-1])
+    state = state_lib.TrainState(state.step + 1, params, result.collections, opt_state)
+    return state, above, metrics
 
 
 def _gradient(
     spec: spec_lib.StepSpec,
-    forward: Callable[[PyTree], tuple[Losses, Pass]],
+    forward: Callable[[PyTree], tuple[Losses, ForwardResult]],
     params: PyTree,
-) -> tuple[PyTree, Losses, Pass]:
-    """Returns the gradient of all losses; with `StepSpec.apart` two, see `dot`.
+) -> tuple[PyTree, Losses, ForwardResult]:
+    """Returns the gradient of the summed losses, or `dot.SplitGradients` if configured.
 
-    The gradient of their sum for a module's parameters is that of its own loss, since
-    the cuts let nothing (or `cut_scale` of it) through.
+    For a module's parameters, the gradient of the sum is the gradient of the module's
+    own loss, since the cuts block all other gradients (or scale them by `cut_scale`).
     """
 
-    def total(params: PyTree) -> tuple[jax.Array, tuple[Losses, Pass]]:
-        losses, left = forward(params)
-        return method_lib.total(losses), (losses, left)
+    def total(params: PyTree) -> tuple[jax.Array, tuple[Losses, ForwardResult]]:
+        losses, result = forward(params)
+        return method_lib.total(losses), (losses, result)
 
-    def both(params: PyTree) -> tuple[tuple[jax.Array, jax.Array], Any]:
-        losses, left = forward(params)
-        return dot.losses(losses), (losses, left)
+    def split_totals(params: PyTree) -> tuple[tuple[jax.Array, jax.Array], Any]:
+        losses, result = forward(params)
+        return dot.losses(losses), (losses, result)
 
-    if not spec.apart:
-        grads, (losses, left) = jax.grad(total, has_aux=True)(params)
-        return grads, losses, left
-    _, backward, (losses, left) = jax.vjp(both, params, has_aux=True)
+    if not spec.split_gradients:
+        grads, (losses, result) = jax.grad(total, has_aux=True)(params)
+        return grads, losses, result
+    _, backward, (losses, result) = jax.vjp(split_totals, params, has_aux=True)
     one, zero = jnp.float32(1), jnp.float32(0)
     (task,), (others,) = backward((one, zero)), backward((zero, one))
-    return dot.Apart(task, others), losses, left
+    return dot.SplitGradients(task, others), losses, result
 
 
 def _forward(
@@ -175,25 +177,25 @@ def _forward(
     segment: segments.Segment,
     state: state_lib.TrainState,
     source: teacher_outputs.Source,
-    seen: teacher_outputs.Seen | None,
+    teacher_pass: teacher_outputs.TeacherPass | None,
     below: segments.Boundary,
     batch: segments.Batch,
     params: PyTree,
-) -> tuple[Losses, Pass]:
-    """Runs a segment and the method on it: the losses of its modules."""
+) -> tuple[Losses, ForwardResult]:
+    """Runs a segment and the method on it, and returns the losses of its modules."""
     state = dataclasses.replace(state, params=params)
-    signals, left = observe(spec, segment, state, source, seen, below, batch)
+    signals, student = observe(spec, segment, state, source, teacher_pass, below, batch)
     names = list(state.collections)
-    losses, after = spec.method.apply(
+    losses, method = spec.method.apply(
         state.variables("method"), signals, train=True, mutable=names
     )
     if spec.regularise:
-        losses = spec.regularise(losses, left.get(_SOWN, {}), epoch=signals.epoch)
+        losses = spec.regularise(losses, student.get(_SOWN, {}), epoch=signals.epoch)
     collections = {
-        name: {"student": left.get(name, {}), "method": after.get(name, {})}
+        name: {"student": student.get(name, {}), "method": method.get(name, {})}
         for name in names
     }
-    return losses, Pass(signals.student, collections)
+    return losses, ForwardResult(signals.student, collections)
 
 
 def observe(
@@ -201,32 +203,36 @@ def observe(
     segment: segments.Segment,
     state: state_lib.TrainState,
     source: teacher_outputs.Source,
-    seen: teacher_outputs.Seen | None,
+    teacher_pass: teacher_outputs.TeacherPass | None,
     below: segments.Boundary,
     batch: segments.Batch,
 ) -> tuple[method_lib.Signals, PyTree]:
-    """Runs the student's part: what the method sees, and what the pass leaves.
+    """Runs the student's part of a segment on a batch.
 
-    `seen` is what the teacher's part gave.
+    Args:
+      teacher_pass: the teacher's results for the segment; None without a teacher.
+
+    Returns:
+      The method's inputs, and the student's mutable collections after the pass.
     """
     joints = spec.partition.student_joints
     after, until = segment.span(joints)
     inputs = below.student
     if segment.first:
-        fed = below.teacher if spec.module_input == "teacher" else inputs
-        inputs = jax.lax.stop_gradient(fed)
+        from_teacher = spec.module_input == "teacher"
+        inputs = jax.lax.stop_gradient(below.teacher if from_teacher else inputs)
     model = spec.student_at(state.step) if spec.student_at else spec.student
     variables = state.variables("student")
     replace = None
-    if spec.module_input == "teacher" and seen is not None:
+    if spec.module_input == "teacher" and teacher_pass is not None:
         ends = joints[segment.first : segment.last + 1]
-        replace = dict(zip(ends, seen.passed, strict=True))
+        replace = dict(zip(ends, teacher_pass.activations, strict=True))
 
     def run(scale: float) -> tuple[chain.Outputs, PyTree]:
         cut = None
         if segment.first != segment.last:
             cut = cuts.joint_function(spec.partition, scale, replace)
-        left: Any = model.apply(
+        outputs: Any = model.apply(
             variables,
             inputs,
             train=True,
@@ -236,39 +242,41 @@ def observe(
             mutable=[*state.collections, _SOWN],
             rngs={"dropout": batch.noise},
         )
-        return left
+        return outputs
 
-    student, left = run(spec.cut_scale)
-    compared = functools.partial(segments.compared, spec, spec.student)
+    student, collections = run(spec.cut_scale)
+    features = functools.partial(segments.compared_features, spec, spec.student)
     signals = method_lib.Signals(
         student=student,
-        teacher=seen and seen.outputs,
+        teacher=teacher_pass and teacher_pass.outputs,
         labels=batch.labels,
         epoch=state.step.astype(jnp.float32) / spec.steps_per_epoch,
-        student_joints=_among(joints, segment, compared(student, joints, segment)),
-        teacher_joints=_among(joints, segment, seen.compared) if seen else (),
+        student_joints=_pad(joints, segment, features(student, joints, segment)),
+        teacher_joints=_pad(joints, segment, teacher_pass.features)
+        if teacher_pass
+        else (),
         examples=batch.examples,
         count=spec.examples,
         key=batch.noise,
     )
-    more: dict[str, Any] = {}
+    optional: dict[str, Any] = {}
     if spec.uncut:
-        # The same values again; the compiler merges the two forward passes.
-        more["student_uncut"] = compared(run(1.0)[0], joints, segment)
+        # The values are identical; the compiler merges the two forward passes.
+        optional["student_uncut"] = features(run(1.0)[0], joints, segment)
     if spec.facts.needs_heads:
-        more["student_head"] = functools.partial(
+        optional["student_head"] = functools.partial(
             _head, spec, variables, [*state.collections, _SOWN]
         )
     if spec.facts.needs_preacts:
-        more["student_preacts"] = spec_lib.preacts(spec.student, student, joints)
-    if seen is not None:
+        optional["student_preacts"] = spec_lib.preacts(spec.student, student, joints)
+    if teacher_pass is not None:
         teacher = teacher_outputs.teacher(spec, source)
-        more["teacher_suffix"] = teacher.suffix
+        optional["teacher_suffix"] = teacher.suffix
         if spec.facts.needs_heads:
-            more["teacher_head"] = teacher.head
+            optional["teacher_head"] = teacher.head
         if spec.facts.needs_preacts:
-            more["teacher_preacts"] = teacher.preacts(seen.outputs)
-    return dataclasses.replace(signals, **more), left
+            optional["teacher_preacts"] = teacher.preacts(teacher_pass.outputs)
+    return dataclasses.replace(signals, **optional), collections
 
 
 def first_signals(
@@ -279,26 +287,26 @@ def first_signals(
     labels: jax.Array,
     noise: jax.Array,
 ) -> method_lib.Signals:
-    """Returns what the method sees of the whole student on images (B, H, W, 3) uint8.
+    """Returns the method's inputs for the whole student and images (B, H, W, 3) uint8.
 
-    `state` needs no variables of the method: what it sees decides their shapes.
+    `state` needs no variables of the method, whose shapes follow from these inputs.
     """
-    everything = segments.whole(spec)
+    everything = segments.whole_student(spec)
     below = segments.of_images(spec, images)
     batch = segments.Batch(labels, labels, noise)
-    seen = None
+    teacher_pass = None
     if spec.teacher is not None:
         teacher = teacher_outputs.teacher(spec, source)
-        seen = teacher.segment(everything, below.teacher)
-    return observe(spec, everything, state, source, seen, below, batch)[0]
+        teacher_pass = teacher.segment(everything, below.teacher)
+    return observe(spec, everything, state, source, teacher_pass, below, batch)[0]
 
 
-def _among(
+def _pad(
     joints: tuple[str, ...], segment: segments.Segment, values: tuple[jax.Array, ...]
 ) -> tuple[jax.Array | None, ...]:
-    """Returns the values of a segment's modules among None for all others."""
-    behind = len(joints) - 1 - segment.last
-    return (*[None] * segment.first, *values, *[None] * behind)
+    """Returns one entry per module: the segment's `values`, and None for the others."""
+    after = len(joints) - 1 - segment.last
+    return (*[None] * segment.first, *values, *[None] * after)
 
 
 def _head(
@@ -307,7 +315,7 @@ def _head(
     mutable: list[str],
     activation: jax.Array,
 ) -> jax.Array:
-    """Returns the student's logits (N, classes) from (N, H, W, C) of its end."""
+    """Returns the student's logits (N, classes) for a last activation (N, H, W, C)."""
     outputs, _ = spec.student.apply(
         variables,
         activation.astype(spec.student_pixels.dtype),
@@ -328,28 +336,29 @@ def _metrics(
 ) -> segments.Metrics:
     """Returns the loss, every term, and the norms of gradient and weight decay.
 
-    `params` are those after the update, so that numbers that overflowed are seen before
-    they are saved. A gradient far below the decay means that the module shrinks instead
-    of learning (a danger where its only loss is a mean over many features).
+    `params` are the updated parameters, so that an overflow is detected before it is
+    saved. A gradient much smaller than the decay means that the module shrinks instead
+    of learning (a risk where its only loss is a mean over many features).
     """
-    found = [loss.terms | loss.diagnostics for loss in losses]
+    metrics = [loss.terms | loss.diagnostics for loss in losses]
     for k, norm in optim.module_norms(grads, labels).items():
-        found[k - segment.first]["grad_norm"] = norm
+        metrics[k - segment.first]["grad_norm"] = norm
     for k, norm in optim.module_norms(optim.decayed(params), labels).items():
-        found[k - segment.first]["decay_norm"] = spec.weight_decay * norm
-    return {"loss": method_lib.total(losses)}, tuple(found)
+        metrics[k - segment.first]["decay_norm"] = spec.weight_decay * norm
+    return {"loss": method_lib.total(losses)}, tuple(metrics)
 
 
-def _in_order(
+def _force_order(
     state: state_lib.TrainState, above: segments.Boundary
 ) -> tuple[state_lib.TrainState, segments.Boundary]:
-    """Both unchanged, and nothing that uses `above` runs before `state` is made."""
+    """Returns both unchanged, but makes uses of `above` wait for `state`."""
     params, above = jax.lax.optimization_barrier((state.params, above))
     state = dataclasses.replace(state, params=params)
     if not backend.on_cpu():
         return state, above
-    # XLA drops barriers on CPU before it schedules, so there has to be a real
-    # dependence, on every weight: each that is left for later keeps activations alive.
-    # Weights are finite, or the run stops; activations may not be.
+    # On CPU, XLA drops barriers before scheduling, so the order needs a real data
+    # dependency on every weight: any weight whose update is delayed keeps activations
+    # alive. It goes through the weights since these are finite (otherwise the run
+    # stops), which activations need not be.
     weights = jnp.stack([leaf.ravel()[0] for leaf in jax.tree.leaves(params)]).sum()
     return state, jax.tree.map(lambda x: x + (0 * weights).astype(x.dtype), above)

@@ -1,7 +1,7 @@
-"""What a step learns of its teacher: asked at once, or answered and stored before.
+"""Provides the teacher's outputs to a step: computed on the batch, or cached earlier.
 
-A step's source is the variables of a frozen teacher, which is then run on the batch, or
-`TeacherOutputs`, what was stored of its outputs (`lakd_jax.runs.teacher_cache`).
+A step's source is either the variables of a frozen teacher, which then runs on the
+batch, or `TeacherOutputs` computed in advance (`lakd_jax.runs.teacher_cache`).
 """
 
 import dataclasses
@@ -23,67 +23,69 @@ Joints = tuple[jax.Array, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
-    """What a teacher gives beside a segment. Nothing of it has a gradient.
+class TeacherPass:
+    """The teacher's results for one segment of the student, without gradients.
 
     Attributes:
-      outputs: what has `logits`, those of the last segment only.
-      compared: what is compared at the end of each module, (B, H, W, C).
-      passed: the activations there.
+      outputs: an object with `logits`, which are valid for the last segment only.
+      features: the features (B, H, W, C) that the method compares at each module's end.
+      activations: the activations (B, H, W, C) at the same places.
     """
 
     outputs: Any
-    compared: Joints
-    passed: Joints
+    features: Joints
+    activations: Joints
 
 
 class Teacher(Protocol):
-    """What steps ask of a teacher. Nothing that it says has a gradient."""
+    """Computes or looks up what a step needs of a teacher, without gradients."""
 
-    def segment(self, segment: segments.Segment, below: jax.Array) -> "Seen":
-        """Returns what its part beside a segment of the student gives.
+    def segment(self, segment: segments.Segment, below: jax.Array) -> TeacherPass:
+        """Returns the results of the part that corresponds to a segment of the student.
 
-        `below` is its activation (B, H, W, C) at the end of the segment before, or
-        images as it takes them.
+        `below` is the teacher's activation (B, H, W, C) at the end of the previous
+        segment, or, for the first one, its input images.
         """
         ...
 
     def suffix(self, k: int, activation: jax.Array) -> jax.Array:
-        """Logits (B, classes) of the teacher run on from the end of its module `k`."""
+        """Returns logits (B, classes), resuming from an activation after module `k`."""
         ...
 
     def head(self, activation: jax.Array) -> jax.Array:
-        """Logits (N, classes) of the teacher run on from the end of its last stage."""
+        """Returns logits (N, classes), resuming from a last-stage activation."""
         ...
 
     def preacts(self, outputs: Any) -> Joints:
-        """The joints before the next ReLU, from the outputs of a whole pass."""
+        """Returns the joints before the next ReLU, from the outputs of a full pass."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Live:
-    """A teacher that is run."""
+    """Runs the teacher network on each batch."""
 
     spec: spec_lib.StepSpec
     variables: PyTree
 
-    def segment(self, segment: segments.Segment, below: jax.Array) -> "Seen":
+    def segment(self, segment: segments.Segment, below: jax.Array) -> TeacherPass:
         """See `Teacher`."""
         spec, model = self.spec, self.spec.teacher
         assert model is not None
         names = spec.partition.teacher_joints
         after, until = segment.span(names)
         outputs = self._run(below, after=after, until=until)
-        compared = segments.compared(spec, model, outputs, names, segment)
+        features = segments.compared_features(spec, model, outputs, names, segment)
         if len(segment.modules) == len(names):
-            passed = tuple(chain.feature_at(outputs, model, name) for name in names)
+            activations = tuple(
+                chain.feature_at(outputs, model, name) for name in names
+            )
         else:
-            passed = (segments.passed(outputs, names[segment.last]),)
-        return Seen(outputs, compared, passed)
+            activations = (segments.end_activation(outputs, names[segment.last]),)
+        return TeacherPass(outputs, features, activations)
 
     def suffix(self, k: int, activation: jax.Array) -> jax.Array:
-        """See `Teacher`; the activation's gradient goes through."""
+        """See `Teacher`; gradients flow through to the activation."""
         model: Any = self.spec.teacher
         outputs = model.apply(
             self.variables,
@@ -111,28 +113,29 @@ class Live:
 
 @flax.struct.dataclass
 class TeacherOutputs:
-    """What a method reads of a teacher's outputs; of a batch it is a `Teacher`.
+    """Stored teacher outputs; those of a single batch implement `Teacher`.
 
     Attributes:
-      logits: (V, N, classes) float32 of V views of N examples; (B, classes) of a batch.
+      logits: (V, N, classes) float32 for V views of N examples, or (B, classes) for a
+        batch.
       joints: (V, N, H, W, C) or (B, H, W, C) at each of the teacher's joints, in the
-        type the teacher gives; () for methods that do not read them.
+        teacher's output dtype; () for methods that do not read them.
     """
 
     logits: jax.Array
     joints: Joints
 
-    def segment(self, segment: segments.Segment, below: jax.Array) -> "Seen":
-        """See `Teacher`; with `lakd.preact` the activations are what is compared."""
+    def segment(self, segment: segments.Segment, below: jax.Array) -> TeacherPass:
+        """See `Teacher`; the stored joints serve as features and as activations."""
         joints = self.joints[segment.first : segment.last + 1]
-        return Seen(self, joints, joints)
+        return TeacherPass(self, joints, joints)
 
     def suffix(self, k: int, activation: jax.Array) -> jax.Array:
-        """Raises ValueError: outputs cannot be run on."""
-        raise ValueError("a method that runs the teacher on needs teacher.views=0")
+        """Raises ValueError: there is no network to resume."""
+        raise ValueError("resuming the teacher from a joint needs teacher.views=0")
 
     def head(self, activation: jax.Array) -> jax.Array:
-        """Raises ValueError: outputs cannot be run on."""
+        """Raises ValueError: there is no network to resume."""
         return self.suffix(-1, activation)
 
     def preacts(self, outputs: Any) -> Joints:
@@ -144,14 +147,14 @@ Source = PyTree | TeacherOutputs | None
 
 
 def teacher(spec: spec_lib.StepSpec, source: Source) -> Teacher:
-    """What answers for a batch; `source` is variables or the answers on that batch."""
+    """Returns the teacher for a batch, from variables or from stored outputs."""
     return source if isinstance(source, TeacherOutputs) else Live(spec, source)
 
 
 def of_batch(
     spec: spec_lib.StepSpec, source: Source, step: jax.Array, indices: jax.Array
 ) -> Source:
-    """The source for the batch at `indices` (B,) in the step with this number."""
+    """Returns the source for the batch at `indices` (B,) in step number `step`."""
     if not isinstance(source, TeacherOutputs):
         return source
     view = spec.view(step)
@@ -166,20 +169,21 @@ def compute_outputs(
     views: jax.Array,
     rows: jax.Array,
 ) -> TeacherOutputs:
-    """The answers (B, ...) on views (B,) of the examples at `rows` (B,).
+    """Computes the outputs (B, ...) on `views` (B,) of the examples at `rows` (B,).
 
     Raises:
-      ValueError: the method reads more of the teacher than is stored.
+      ValueError: the method reads teacher outputs that cannot be stored.
     """
     reads = spec.facts.teacher_reads
     stored = method_lib.STORABLE
     if spec.method.needs_suffix or not set(reads) <= set(stored):
-        raise ValueError(f"of {', '.join(reads)} only {', '.join(stored)} are stored")
-    # One by one, as each may be of another view; the values are those of a batch.
-    one = functools.partial(spec_lib.augmented, spec, data)
-    images = jax.vmap(lambda view, row: one(row[None], view)[0])(views, rows)
+        raise ValueError(f"of {', '.join(reads)}, only {', '.join(stored)} are stored")
+    # Augments one example at a time because each may have a different view; the values
+    # equal those of a batch.
+    augment_one = functools.partial(spec_lib.augmented, spec, data)
+    images = jax.vmap(lambda view, row: augment_one(row[None], view)[0])(views, rows)
     images = spec_lib.shared(spec, images)
     below = spec.teacher_pixels(images)
-    seen = Live(spec, variables).segment(segments.whole(spec), below)
-    logits = seen.outputs.logits.astype(jnp.float32)
-    return TeacherOutputs(logits, seen.compared if "joints" in reads else ())
+    teacher_pass = Live(spec, variables).segment(segments.whole_student(spec), below)
+    logits = teacher_pass.outputs.logits.astype(jnp.float32)
+    return TeacherOutputs(logits, teacher_pass.features if "joints" in reads else ())

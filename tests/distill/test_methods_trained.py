@@ -110,11 +110,11 @@ def test_a_stop_loses_nothing_of_its_state(name, tmp_path, environment, teacher_
 
 def test_features_of_two_shapes_are_told(tmp_path):
     made, *_ = spec(tmp_path, models.create("resnet8", num_classes=3), method="at")
-    assert spec_lib.unlike(made, 8) == []
+    assert spec_lib.mismatched_joints(made, 8) == []
     wide = dataclasses.replace(made, teacher=models.create("resnet8x4", num_classes=3))
-    assert spec_lib.unlike(wide, 8)[0] == "stage1.block1 8x8x16 from 8x8x64"
+    assert spec_lib.mismatched_joints(wide, 8)[0] == "stage1.block1 8x8x16 from 8x8x64"
     larger = dataclasses.replace(made.teacher_pixels, size=16)
     large = dataclasses.replace(made, teacher_pixels=larger)
-    assert spec_lib.unlike(large, 8)[2] == "stage3.block1 2x2x64 from 4x4x64"
+    assert spec_lib.mismatched_joints(large, 8)[2] == "stage3.block1 2x2x64 from 4x4x64"
     blind = dataclasses.replace(wide, facts=distill.facts("kd"))
-    assert spec_lib.unlike(blind, 8) == []
+    assert spec_lib.mismatched_joints(blind, 8) == []

@@ -134,9 +134,9 @@ def test_stored_outputs_are_those_of_the_teacher_on_that_view(lakd):
     rows = np.array([3, 150, 7, 7])
     for step_number in (0, 12):  # of epochs 0 and 1
         images, _ = spec_lib.batch(spec, jnp.int32(step_number), data, rows)
-        below, whole = spec.teacher_pixels(images), segments.whole(spec)
+        below, whole = spec.teacher_pixels(images), segments.whole_student(spec)
         seen = teacher_outputs.Live(spec, variables).segment(whole, below)
-        outputs, joints = seen.outputs, seen.compared
+        outputs, joints = seen.outputs, seen.features
         view = step_number // 10
         np.testing.assert_allclose(stored.logits[view, rows], outputs.logits, atol=1e-4)
         np.testing.assert_allclose(stored.joints[1][view, rows], joints[1], atol=1e-4)

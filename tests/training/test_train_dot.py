@@ -1,4 +1,4 @@
-"""The distillation-oriented trainer against loops by hand, and what it refuses."""
+"""Tests the distillation-oriented trainer by hand, and the configs it rejects."""
 
 import functools
 
@@ -15,23 +15,26 @@ from lakd_jax.distill.base import method
 from lakd_jax.training import dot, optim, step
 
 RNG = np.random.default_rng(0)
-# Of three steps: what both losses reach, the labels alone, the others alone.
+# Whether (task losses, other losses) reach each parameter.
 REACHED = {"both": (True, True), "head": (True, False), "connector": (False, True)}
 
 
-def drawn(reached):
+def random_gradients(reached):
     return [RNG.standard_normal(3) * r for r in reached]
 
 
-STEPS = [{name: drawn(reached) for name, reached in REACHED.items()} for _ in range(3)]
+STEPS = [
+    {name: random_gradients(reached) for name, reached in REACHED.items()}
+    for _ in range(3)
+]
 START = {name: RNG.standard_normal(3) for name in REACHED}
 
 
-def apart(grads):
-    sides = [
+def split(grads):
+    parts = [
         {n: jnp.asarray(g[i], jnp.float32) for n, g in grads.items()} for i in (0, 1)
     ]
-    return dot.Apart(*sides)
+    return dot.SplitGradients(*parts)
 
 
 def trained(delta, steps=STEPS):
@@ -41,15 +44,15 @@ def trained(delta, steps=STEPS):
     params = {name: jnp.asarray(x, jnp.float32) for name, x in START.items()}
     state = optimizer.init(params)
     for grads in steps:
-        updates, state = optimizer.update(apart(grads), state, params)
+        updates, state = optimizer.update(split(grads), state, params)
         params = optax.apply_updates(params, updates)
     return params
 
 
 def test_two_momenta_by_hand():
-    """Momenta 0.3 and 0.7 where both losses reach, 0.5 elsewhere; decay once."""
+    """Momenta are 0.3 and 0.7 if both losses reach, else 0.5; decay is added once."""
     momenta = {"both": (0.3, 0.7), "head": (0.5, 0.0), "connector": (0.0, 0.5)}
-    got = trained(0.2)
+    result = trained(0.2)
     for name, (task_momentum, others_momentum) in momenta.items():
         p, task, others = START[name].copy(), 0.0, 0.0
         for grads in STEPS:
@@ -62,10 +65,10 @@ def test_two_momenta_by_hand():
             task = task_momentum * task + g_task
             others = others_momentum * others + g_others
             p = p - 0.1 * (task + others)
-        np.testing.assert_allclose(got[name], p, rtol=1e-5)
+        np.testing.assert_allclose(result[name], p, rtol=1e-5)
 
 
-def test_without_a_difference_it_is_gradient_descent_with_momentum():
+def test_with_delta_zero_it_is_sgd_with_momentum():
     optimizer = optim.sgd(
         optax.constant_schedule(0.1),
         momentum=0.5,
@@ -77,15 +80,15 @@ def test_without_a_difference_it_is_gradient_descent_with_momentum():
     params = {name: jnp.asarray(x, jnp.float32) for name, x in START.items()}
     state = optimizer.init(params)
     for grads in STEPS:
-        summed = jax.tree.map(jnp.add, *apart(grads))
+        summed = jax.tree.map(jnp.add, *split(grads))
         updates, state = optimizer.update(summed, state, params)
         params = optax.apply_updates(params, updates)
-    got = trained(0.0)
-    for name, wanted in params.items():
-        np.testing.assert_allclose(got[name], wanted, rtol=1e-5)
+    result = trained(0.0)
+    for name, expected in params.items():
+        np.testing.assert_allclose(result[name], expected, rtol=1e-5)
 
 
-def test_labels_terms_are_told_from_others():
+def test_losses_separates_task_terms_from_others():
     first = method.ModuleLoss(
         {"task_ce": jnp.float32(1), "feature": jnp.float32(2)},
         {"task_ce": 3.0, "feature": 5.0},
@@ -100,31 +103,35 @@ def test_labels_terms_are_told_from_others():
 
 
 def two_steps(spec, state, teacher, data):
-    """The state and the metrics after each of them."""
+    """Returns the state and the metrics after each of two steps."""
     rows = np.arange(32, dtype=np.int32).reshape(2, 16)
     program = jax.jit(functools.partial(step.train_step, spec))
-    found = []
+    results = []
     for row in rows:
         state, metrics = program(state, teacher, data, row)
-        found.append((state, metrics))
-    return found
+        results.append((state, metrics))
+    return results
 
 
-def test_steps_take_the_two_gradients(tmp_path):
-    """The first is as without, since there are no momenta yet, and the second not."""
-    (plain, told), (later, _) = two_steps(*steps.small(tmp_path, 1, method="kd"))
+def test_steps_use_split_gradients(tmp_path):
+    """The first step equals plain SGD, with momenta still zero; the second differs."""
+    (plain, metrics), (plain_later, _) = two_steps(
+        *steps.small(tmp_path, 1, method="kd")
+    )
     fields = {"method": "kd", "optim__dot_delta": 0.09}
-    (ours, same), (moved, _) = two_steps(*steps.small(tmp_path, 1, **fields))
-    assert told.keys() == same.keys()
-    for name, value in told.items():
-        np.testing.assert_allclose(same[name], value, rtol=1e-4, err_msg=name)
+    (ours, our_metrics), (ours_later, _) = two_steps(
+        *steps.small(tmp_path, 1, **fields)
+    )
+    assert metrics.keys() == our_metrics.keys()
+    for name, value in metrics.items():
+        np.testing.assert_allclose(our_metrics[name], value, rtol=1e-4, err_msg=name)
 
     def distance(x, y):
         return float(optax.tree.norm(optax.tree.sub(x, y)))
 
-    step_length = distance(later.params, plain.params)
+    step_length = distance(plain_later.params, plain.params)
     assert distance(ours.params, plain.params) < 1e-4 * step_length
-    assert distance(moved.params, later.params) > 1e-2 * step_length
+    assert distance(ours_later.params, plain_later.params) > 1e-2 * step_length
     buffers = ours.opt_state[0]
     for tree in buffers:
         assert np.any(tree["student"]["head"]["dense"]["bias"])
@@ -134,7 +141,7 @@ def test_steps_take_the_two_gradients(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "message"),
     [
         ({"method": "kd", "optim.momentum": 0.95}, "momenta 0.85 and 1.05"),
         ({"method": "kd", "optim.momentum": 0.05}, "momenta -0.05 and 0.15"),
@@ -145,15 +152,15 @@ def test_steps_take_the_two_gradients(tmp_path):
         ({"method": "kd", "optim.clip_norm": 1.0}, "does not support optim.clip_norm"),
     ],
 )
-def test_what_does_not_go_with_it_is_refused(fields, says):
+def test_incompatible_fields_are_rejected(fields, message):
     c = config_lib.changed(
         config_lib.default(), {"optim.momentum": 0.8, "optim.dot_delta": 0.1, **fields}
     )
     (line,) = check.problems(c, 1)
-    assert line.startswith("optim.dot_delta is 0.1") and says in line
+    assert line.startswith("optim.dot_delta is 0.1") and message in line
 
 
-def test_modules_run_apart_are_refused():
+def test_separately_run_modules_are_rejected():
     fields = {"local.engine": "dispatch", "optim.dot_delta": 0.05}
     found = check.problems(config_lib.changed(config_lib.default(), fields), 1)
     assert any(
@@ -161,7 +168,7 @@ def test_modules_run_apart_are_refused():
     )
 
 
-def test_methods_with_a_teacher_and_cuts_that_let_through_are_allowed():
+def test_methods_with_a_teacher_and_soft_cuts_are_allowed():
     for fields in ({"method": "dkd+at"}, {"method": "lakd", "local.cut_scale": 0.5}):
         c = config_lib.changed(
             config_lib.default(), {"optim.dot_delta": 0.05, **fields}
@@ -169,7 +176,7 @@ def test_methods_with_a_teacher_and_cuts_that_let_through_are_allowed():
         assert check.problems(c, 1) == []
 
 
-def test_a_teacher_is_trained_without_it():
+def test_teachers_are_trained_without_it():
     c = config_lib.changed(config_lib.default(), {"optim.dot_delta": 0.05})
     without = config_lib.teacher_config(config_lib.default())
     assert config_lib.digest(config_lib.teacher_config(c)) == (
