@@ -1,4 +1,4 @@
-"""Networks without batch norms train, resume, fold and export like those with them."""
+"""Networks without batch norm train, resume, fold and export like all others."""
 
 import functools
 
@@ -21,7 +21,7 @@ from lakd_jax.training import segments, setup
 
 
 class Unit(nn.Module):
-    """3x3 convolution, a norm over channels or groups of them, ReLU."""
+    """A 3x3 convolution, LayerNorm or GroupNorm, and ReLU."""
 
     features: int
     stride: int
@@ -31,8 +31,8 @@ class Unit(nn.Module):
     def __call__(self, x, *, train):
         strides = (self.stride, self.stride)
         x = nn.Conv(self.features, (3, 3), strides, use_bias=False, name="conv")(x)
-        layers = {0: nn.LayerNorm}
-        make = layers.get(self.groups, functools.partial(nn.GroupNorm, self.groups))
+        group_norm = functools.partial(nn.GroupNorm, self.groups)
+        make = group_norm if self.groups else nn.LayerNorm
         x = make(name="norm")(x)
         return nn.relu(x), x
 
@@ -47,7 +47,7 @@ class Head(nn.Module):
 
 
 class Plain(chain.Chain, kw_only=True):
-    """Three stages of one unit; `groups` of the norm, 0 for LayerNorm."""
+    """Three stages of one unit, with GroupNorm of `groups`, or LayerNorm if 0."""
 
     groups: int = 0
     stage_sizes: tuple[int, ...] = (1, 1, 1)
@@ -71,15 +71,12 @@ GROUP = functools.partial(Plain, groups=2)
 
 @pytest.mark.parametrize("network", [LAYER, GROUP], ids=["layer", "group"])
 @pytest.mark.parametrize("kind", ["fused", "dispatch", "pipeline"])
-def test_each_engine_trains_it(network, kind, tmp_path):
-    """LAKD, cut: every engine makes the fused step, and all weights move."""
+def test_every_engine_trains_it(network, kind, tmp_path):
+    """With LAKD, losses are finite and all weights of the student move."""
     devices = 3 if kind == "pipeline" else 1
-    made = steps.make(tmp_path, devices, network, method="lakd")
-    spec, state, teacher, data = made
-    assert (
-        "batch_stats" not in state.variables("student")
-        or not (state.variables("student")["batch_stats"])
-    )
+    setting = steps.make(tmp_path, devices, network, method="lakd")
+    spec, state, teacher, data = setting
+    assert not state.variables("student").get("batch_stats")
     config = tiny.config(tmp_path, method="lakd", local__engine=kind)
     engine = setup.engine(config, spec, teacher, data, interrupt.Guard())
     engine.load(mesh_lib.replicate(state, spec.mesh))
@@ -96,19 +93,19 @@ def test_each_engine_trains_it(network, kind, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["none", "kd", "at"])
-def test_methods_take_their_step(method, tmp_path):
+def test_methods_make_a_step(method, tmp_path):
     spec, state, teacher, data = steps.make(tmp_path, 1, GROUP, method=method)
-    after, found = steps.one_step((spec, state, teacher, data), steps.rows(1)[0])
-    assert np.isfinite(found["loss"]) and int(after.step) == 1
+    after, metrics = steps.one_step((spec, state, teacher, data), steps.rows(1)[0])
+    assert np.isfinite(metrics["loss"]) and int(after.step) == 1
 
 
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
     monkeypatch.setitem(models._NETWORKS, "grouped", GROUP)
-    for found in resume.lab_of(tmp_path):
+    for lab in resume.lab_of(tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(models._NETWORKS, "grouped", GROUP)
-            yield found
+            yield lab
 
 
 @pytest.mark.long
@@ -123,20 +120,18 @@ def test_a_run_resumes_and_is_exported(lab, tmp_path):
     assert metrics.read(tmp_path / "whole")
     file = export.run(tmp_path / "whole", "safetensors")
     state = interop.load_torch_file(file)
-    again = interop.from_torch("grouped", state)
+    restored = interop.from_torch("grouped", state)
     variables, _ = interop.load_variables(tmp_path / "whole" / workdir.STUDENT)
     assert variables.keys() == {"params"}
-    jax.tree.map(np.testing.assert_array_equal, again["params"], variables["params"])
+    jax.tree.map(np.testing.assert_array_equal, restored["params"], variables["params"])
 
 
-def test_there_is_nothing_to_fold():
+def test_folding_changes_nothing():
     model = GROUP(num_classes=3)
     variables = tiny.variables(model)
     assert variables.keys() == {"params"}
-    folded, plain = folding.fold(model, variables)
+    folded_model, folded_variables = folding.fold(model, variables)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 3)), jnp.float32)
-    ours, theirs = (
-        m.apply(v, x, train=False).logits
-        for m, v in ((folded, plain), (model, variables))
-    )
-    np.testing.assert_array_equal(ours, theirs)
+    folded = folded_model.apply(folded_variables, x, train=False).logits
+    plain = model.apply(variables, x, train=False).logits
+    np.testing.assert_array_equal(folded, plain)

@@ -1,4 +1,4 @@
-"""Modules one by one: the same training as one gradient of the summed loss."""
+"""Training modules one by one equals training with one gradient of the summed loss."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ import tiny
 
 from lakd_jax.training import segments, step
 
-READINGS = {
+VARIANTS = {
     "default": {},
     "map": {"lakd.attention": "map"},
     "logits": {"lakd.attention": "logits"},
@@ -34,33 +34,33 @@ READINGS = {
 QUICK = ("default", "several")
 
 
-def both_ways(made, row):
-    """(state, metrics) of two steps, module by module and by one gradient."""
-    spec, state, teacher, data = made
-    one = dataclasses.replace(spec, regularise=lambda losses, sown, epoch: losses)
-    assert [len(segments.of_student(x)) for x in (spec, one)] == [3, 1]
+def both_ways(setting, row):
+    """Returns (state, metrics) of two steps, per module and by a single gradient."""
+    spec, state, teacher, data = setting
+    joint = dataclasses.replace(spec, regularise=lambda losses, sown, epoch: losses)
+    assert [len(segments.of_student(x)) for x in (spec, joint)] == [3, 1]
     results = []
-    for each in (spec, one):
-        program, now = jax.jit(functools.partial(step.train_step, each)), state
+    for each in (spec, joint):
+        program, after = jax.jit(functools.partial(step.train_step, each)), state
         for _ in range(2):
-            now, metrics = program(now, teacher, data, row)
-        results.append((now, metrics))
+            after, metrics = program(after, teacher, data, row)
+        results.append((after, metrics))
     return results
 
 
 @pytest.mark.parametrize(
-    "reading",
-    [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in READINGS],
+    "variant",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in VARIANTS],
 )
-def test_isolated_step_is_the_step_of_the_sum(reading, lakd, tmp_path):
-    made = lakd
-    if fields := READINGS[reading]:
-        made = steps.small(tmp_path, 1, method="lakd", **fields)
-    (ours, metrics), (whole, expected) = both_ways(made, steps.rows(1)[0])
+def test_isolated_step_equals_the_step_of_the_summed_loss(variant, lakd, tmp_path):
+    setting = lakd
+    if fields := VARIANTS[variant]:
+        setting = steps.small(tmp_path, 1, method="lakd", **fields)
+    (isolated, metrics), (joint, expected) = both_ways(setting, steps.rows(1)[0])
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6),
-        ours,
-        whole,
+        isolated,
+        joint,
     )
     assert metrics.keys() == expected.keys()
     for name, value in metrics.items():
@@ -78,26 +78,25 @@ def test_a_module_follows_its_own_loss(lakd):
     segment = segments.Segment(0, 0)
 
     def first_module(spec):
-        own = segments.state_of(spec, state, segment)
-        part = segments.teacher_of(spec, teacher, segment)
+        student_part = segments.state_of(spec, state, segment)
+        teacher_part = segments.teacher_of(spec, teacher, segment)
         program = jax.jit(functools.partial(step.segment_step, spec, segment))
-        new, *_ = program(own, part, below, batch)
+        new, *_ = program(student_part, teacher_part, below, batch)
         return new.params
 
-    heavier = spec.method.options
-    heavier = dataclasses.replace(heavier, feature_weight=7.0)
-    other = dataclasses.replace(spec, method=type(spec.method)(heavier))
-    same, changed = first_module(spec), first_module(other)
+    options = dataclasses.replace(spec.method.options, feature_weight=7.0)
+    reweighted = dataclasses.replace(spec, method=type(spec.method)(options))
+    plain, changed = first_module(spec), first_module(reweighted)
     kernel = "student", "stem", "conv1", "kernel"
-    same, changed = (functools.reduce(dict.get, kernel, p) for p in (same, changed))
-    assert np.abs(same - changed).max() > 0
+    plain, changed = (functools.reduce(dict.get, kernel, p) for p in (plain, changed))
+    assert np.abs(plain - changed).max() > 0
 
 
 def parts_of(spec, state):
     return [segments.state_of(spec, state, s) for s in segments.of_student(spec)]
 
 
-def test_states_of_modules_are_the_whole_and_share_nothing(lakd):
+def test_module_states_partition_the_students_state(lakd):
     spec, state, _, _ = lakd
     parts = parts_of(spec, state)
     counts = [len(jax.tree.leaves(p.params)) for p in parts]
@@ -109,7 +108,7 @@ def test_states_of_modules_are_the_whole_and_share_nothing(lakd):
 
 
 def test_names_can_be_removed_and_restored(lakd):
-    """Of parameters, momentum and statistics alike."""
+    """Holds for parameters, momentum and statistics."""
     spec, state, _, _ = lakd
     for segment, part in zip(
         segments.of_student(spec), parts_of(spec, state), strict=True
@@ -117,15 +116,15 @@ def test_names_can_be_removed_and_restored(lakd):
         names = segments.student_names(spec, segment)
         placed = segments.renamed_state(names.remove, part)
         assert "block1" not in str(jax.tree.structure(placed))
-        again = segments.renamed_state(names.restore, placed)
-        jax.tree.map(np.testing.assert_array_equal, again, part)
-        assert jax.tree.structure(again.params) == jax.tree.structure(part.params)
+        restored = segments.renamed_state(names.restore, placed)
+        jax.tree.map(np.testing.assert_array_equal, restored, part)
+        assert jax.tree.structure(restored.params) == jax.tree.structure(part.params)
         leaves = [jax.tree.leaves(x.opt_state) for x in (placed, part)]
         assert len(leaves[0]) == len(leaves[1]) > 0
 
 
-def test_units_are_handed_over_in_the_order_of_the_network():
-    """block10 comes before block2 in the alphabet."""
+def test_units_are_in_network_order():
+    """The order is not alphabetical, where block10 precedes block2."""
     units = tuple(f"stage1.block{k}" for k in range(1, 12))
     tree = {"stage1": {f"block{k}": {"w": np.float32(k)} for k in range(1, 12)}}
     placed = segments.Names(units).remove({"student": tree})
@@ -135,7 +134,7 @@ def test_units_are_handed_over_in_the_order_of_the_network():
         segments.Names(units[:-1]).remove({"student": tree})
 
 
-def test_a_module_needs_only_its_own_part_of_the_teacher(lakd, tmp_path):
+def test_a_module_needs_only_its_part_of_the_teacher(lakd, tmp_path):
     spec, _, teacher, _ = lakd
     parts = [segments.teacher_of(spec, teacher, s) for s in segments.of_student(spec)]
     assert [set(p["params"]) for p in parts] == [
@@ -160,6 +159,6 @@ def test_a_module_needs_only_its_own_part_of_the_teacher(lakd, tmp_path):
         ({"method": "none"}, 1),
     ],
 )
-def test_what_crosses_a_cut_is_in_one_segment(fields, count, tmp_path):
+def test_the_student_is_one_segment_if_gradients_cross_cuts(fields, count, tmp_path):
     spec, *_ = steps.spec_of(tmp_path, 1, tiny.SMALL, **fields)
     assert len(segments.of_student(spec)) == count

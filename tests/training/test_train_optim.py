@@ -1,4 +1,4 @@
-"""Schedules and SGD against numbers worked out beside them."""
+"""Tests schedules and SGD against values computed by hand."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,14 +18,14 @@ def rate(kind, **fields):
     return optim.schedule(kind, 0.5, **(settings | fields))
 
 
-def test_step_schedule_falls_when_the_milestone_is_complete():
+def test_step_schedule_decays_after_each_milestone():
     schedule = rate("step")
     steps = [0, 19, 20, 29, 30, 39]
     expected = [0.5, 0.5, 0.05, 0.05, 0.005, 0.005]
     np.testing.assert_allclose([schedule(s) for s in steps], expected, rtol=1e-6)
 
 
-def test_cosine_ends_at_zero_and_warm_up_grows_linearly():
+def test_cosine_ends_at_zero_after_a_linear_warmup():
     schedule = rate("cosine", warmup_epochs=1.0)
     np.testing.assert_allclose(schedule(0), 0.05, rtol=1e-6)
     np.testing.assert_allclose(schedule(9), 0.5, rtol=1e-6)
@@ -33,12 +33,12 @@ def test_cosine_ends_at_zero_and_warm_up_grows_linearly():
     np.testing.assert_allclose(schedule(40), 0.0, atol=1e-7)
 
 
-def test_constant_schedule_stays():
+def test_constant_schedule_is_constant():
     assert rate("constant")(39) == 0.5
 
 
-def test_sgd_is_pytorchs():
-    """v = m v + (g + wd p); p -= lr v, three steps by hand."""
+def test_sgd_matches_pytorch():
+    """Checks three steps of v = m v + (g + wd p); p -= lr v."""
     optimizer = optim.sgd(
         optax.constant_schedule(0.1),
         momentum=0.9,
@@ -65,4 +65,4 @@ def test_clipping_is_per_module():
     clipped, _ = clip.update(grads, clip.init(grads))
     np.testing.assert_allclose(clipped["a"], [0.6], rtol=1e-6)
     np.testing.assert_allclose(clipped["b"], [0.8], rtol=1e-6)
-    np.testing.assert_allclose(clipped["c"], [0.5])  # below the limit: untouched
+    np.testing.assert_allclose(clipped["c"], [0.5])  # below the limit: unchanged

@@ -1,4 +1,4 @@
-"""Training, saving and giving out students with virtual attention."""
+"""Tests training, saving and exporting students with virtual attention."""
 
 import dataclasses
 import functools
@@ -28,15 +28,15 @@ from lakd_jax.training import vam as vam_lib
 
 LONG = pytest.mark.long
 
-# Its first stage has two gates, the others have one.
+# The first stage has two gates, the others have one.
 NETWORK = functools.partial(tiny.SMALL, stage_sizes=(2, 1, 1))
 MESH = Mesh(np.array(jax.devices()[:1]), ("data",))
 VAM = {"student__vam__enabled": True}
 ROWS = np.random.default_rng(3).integers(0, 160, (5, 16)).astype(np.int32)
 
 
-def made(tmp_path, **fields):
-    """(learner, first state, teacher variables, data) with the student of a config."""
+def make(tmp_path, **fields):
+    """Returns (spec, first state, teacher variables, data) for a config."""
     config = config_lib.resolve(tiny.config(tmp_path, **fields))
     plain = weights.Loaded(NETWORK(num_classes=3), None, "random weights")
     teacher = dataclasses.replace(plain, variables=tiny.variables(plain.model))
@@ -54,14 +54,14 @@ def made(tmp_path, **fields):
     return spec, first(), teacher.variables, data
 
 
-def run_steps(made, indices=ROWS):
-    """The state after these steps, and each step's metrics."""
-    spec, state, teacher, data = made
+def run_steps(setting, indices=ROWS):
+    """Returns the state after these steps, and the metrics of each."""
+    spec, state, teacher, data = setting
     teacher = teacher if spec.teacher else None
-    one = jax.jit(functools.partial(step.train_step, spec))
+    program = jax.jit(functools.partial(step.train_step, spec))
     metrics = []
     for row in indices:
-        state, values = one(state, teacher, data, row)
+        state, values = program(state, teacher, data, row)
         metrics.append(jax.device_get(values))
     return state, metrics
 
@@ -75,12 +75,12 @@ def gates_of(params):
 
 
 def only_gates(tree):
-    """The same tree with zeros elsewhere."""
+    """Returns `tree` with zeros in place of all leaves that are not gates."""
     return jax.tree.map(jnp.subtract, tree, optim.decayed(tree))
 
 
 def freeze(optimizer):
-    """The same, but gates get updates of zero."""
+    """Returns `optimizer` with zero updates for gates."""
 
     def update(updates, state, params=None):
         del params
@@ -92,7 +92,7 @@ def freeze(optimizer):
 
 
 def entropy_of(layers):
-    """The mean H of some layers' static gates at temperature 1."""
+    """Returns the mean entropy of static gates at temperature 1."""
     values = [vam.entropy(vam.log_attention(gate, 1.0)) for gate in layers]
     return np.mean(values)
 
@@ -103,22 +103,22 @@ def entropy_of(layers):
 @LONG
 @pytest.mark.parametrize("method", ["kd", "none", "lakd"])
 def test_20_frozen_gates_without_entropy_train_as_the_plain_network(method, tmp_path):
-    plain = made(tmp_path, method=method)
-    spec, _, teacher, data = made(
+    plain = make(tmp_path, method=method)
+    spec, _, teacher, data = make(
         tmp_path, method=method, student__vam__gamma=0.0, **VAM
     )
     spec = dataclasses.replace(spec, optimizer=freeze(spec.optimizer))
-    first = made(tmp_path, method=method, **VAM)[1]
+    first = make(tmp_path, method=method, **VAM)[1]
     first = first.replace(opt_state=spec.optimizer.init(first.params))
     state, metrics = run_steps((spec, first, teacher, data))
-    wanted, plain_metrics = run_steps(plain)
+    expected, plain_metrics = run_steps(plain)
     for ours, theirs in zip(metrics, plain_metrics, strict=True):
         np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
-    own = folding.without_gates(state.params["student"])
+    ungated = folding.without_gates(state.params["student"])
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
-        own,
-        wanted.params["student"],
+        ungated,
+        expected.params["student"],
     )
     assert not any(np.any(g) for g in gates_of(state.params).values())
 
@@ -134,11 +134,14 @@ def test_20_frozen_gates_without_entropy_train_as_the_plain_network(method, tmp_
     ],
 )
 def test_gates_learn_and_the_entropy_is_part_of_the_loss(method, gate, tmp_path):
-    """At V = 0 attention is uniform: H is 1 and its gradient 0."""
+    """At V = 0 attention is uniform, so that H is 1 and its gradient 0."""
     fields = {"student__vam__gate": gate, "student__vam__gamma": 0.5, **VAM}
-    fields |= {"optim__lr": 1.0, "optim__warmup_epochs": 0.0}  # five steps must do
-    _, without = run_steps(made(tmp_path, method=method), ROWS[:1])
-    state, metrics = run_steps(made(tmp_path, method=method, **fields))
+    fields |= {
+        "optim__lr": 1.0,
+        "optim__warmup_epochs": 0.0,
+    }  # to see an effect in five steps
+    _, without = run_steps(make(tmp_path, method=method), ROWS[:1])
+    state, metrics = run_steps(make(tmp_path, method=method, **fields))
     first = metrics[0]
     np.testing.assert_allclose(first["loss"], without[0]["loss"] + 0.5, rtol=1e-5)
     assert all(np.any(g) for g in gates_of(state.params).values())
@@ -148,14 +151,14 @@ def test_gates_learn_and_the_entropy_is_part_of_the_loss(method, gate, tmp_path)
 
 def test_each_module_has_the_entropy_of_its_own_layers(tmp_path):
     fields = {"student__vam__gamma": 0.3, "student__vam__init_std": 1.0, **VAM}
-    spec, state, *rest = made(tmp_path, method="lakd", **fields)
+    spec, state, *rest = make(tmp_path, method="lakd", **fields)
     (values,) = run_steps((spec, state, *rest), ROWS[:1])[1]
     student = gates_of(state.params["student"])
     for k, count in ((1, 2), (2, 1), (3, 1)):
-        own = [gate for path, gate in student.items() if path[0] == f"stage{k}"]
-        assert len(own) == count
-        wanted = entropy_of(own)
-        np.testing.assert_allclose(values[f"module{k}/vam_entropy"], wanted, rtol=1e-5)
+        gates = [gate for path, gate in student.items() if path[0] == f"stage{k}"]
+        assert len(gates) == count
+        entropy = values[f"module{k}/vam_entropy"]
+        np.testing.assert_allclose(entropy, entropy_of(gates), rtol=1e-5)
     head = 0.1 * values["module3/head_ce"] + 0.9 * values["module3/head_kd"]
     maps = [values[f"module{k}/{t}"] for k in (1, 2, 3) for t in LAKD_TERMS]
     total = head + sum(maps) + 0.3 * entropy_of(list(student.values()))
@@ -165,8 +168,8 @@ def test_each_module_has_the_entropy_of_its_own_layers(tmp_path):
 LAKD_TERMS = ("feature", "attention")
 
 
-def test_shares_and_starts_of_the_entropy_by_hand():
-    """Module 2 has two of three layers: weights are gamma / 3 and 2 gamma / 3."""
+def test_entropy_weights_and_start_epochs_by_hand():
+    """With one and two of three layers, weights are gamma / 3 and 2 gamma / 3."""
     loss = method_lib.ModuleLoss({"head_ce": jnp.float32(2)}, {"head_ce": 1.0}, {})
     values = {"a": 0.2, "b": 0.4, "c": 0.8}
     sown = {name: {vam.ENTROPY: jnp.float32(v)} for name, v in values.items()}
@@ -215,7 +218,7 @@ def test_gates_are_not_decayed():
 
 
 def test_gates_belong_to_the_modules_of_their_convolutions(tmp_path):
-    spec, state, *_ = made(tmp_path, method="lakd", **VAM)
+    spec, state, *_ = make(tmp_path, method="lakd", **VAM)
     labels = cuts.label_tree(state.params, spec.partition, spec.student)
     owners = {path[1]: k for path, k in flat(labels).items() if vam.is_gate(path)}
     assert owners == {"stage1": 0, "stage2": 1, "stage3": 2}
@@ -226,13 +229,13 @@ def test_gates_belong_to_the_modules_of_their_convolutions(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Where runs on the tiny data go, on one device."""
+    """Yields a folder for runs on the tiny data, on one device."""
     with tiny.environment():
         yield tmp_path
 
 
 def train_in(folder, name, **fields):
-    """(config, result, lines) of a run of one epoch with `fields`."""
+    """Trains for one epoch with `fields`, and returns (config, result, log lines)."""
     lines = []
     fields = {"method": "none", "epochs": 1, "optim__warmup_epochs": 0.0} | fields
     config = tiny.small(folder, **fields)
@@ -255,12 +258,10 @@ def loaded(path, part="teacher"):
     )
 
 
-def last_variables(folder, config, result_of):
-    """The student's variables in the last checkpoint of a run."""
+def last_variables(folder, config, run_name):
+    """Returns the student and its variables in the last checkpoint of a run."""
     environment = single.environment(config, guard(), print)
-    job = single.training_job(
-        phase.first(config), folder / result_of, environment, None
-    )
+    job = single.training_job(phase.first(config), folder / run_name, environment, None)
     trained = single.fit(job, environment).run()
     return job.student.model, trained.last
 
@@ -277,25 +278,25 @@ def test_a_finished_run_leaves_the_plain_network(folder):
         network.variables["params"]
     )
     assert any("small with VAM, alone" in line for line in lines)
-    # The same logits as the network that was trained, to 1e-5.
+    # Its logits equal those of the trained network to 1e-5.
     model, variables = last_variables(folder, config_lib.resolve(config), "run")
     assert gates_of(variables["params"])
     x = setup.pixels(config)(jnp.asarray(tiny.split(45, 2).images))
-    ours, theirs = (
+    exported, trained = (
         jax.jit(functools.partial(m.apply, train=False))(v, x).logits
         for m, v in ((network.model, network.variables), (model, variables))
     )
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    np.testing.assert_allclose(exported, trained, atol=1e-5)
     for to in export.ENDINGS:
         export.run(folder / "run", to, notify=print)
-    # The report looks at checkpoints as at the plain network, too.
+    # The report also reads checkpoints as the plain network.
     past = list(subject.past(subject.load(folder / "run", guard(), print)))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
         past[-1][1],
         network.variables,
     )
-    # It may be trained on, with fresh gates or without.
+    # It can be trained further, with new gates or without.
     for name, more in (("on", VAM), ("off", {})):
         train_in(folder, name, student__init=str(folder / "run"), **more)
 
@@ -324,12 +325,12 @@ def test_dynamic_gates_stay_in_the_student(folder):
     for name, other in {"off": {}, "static": VAM}.items():
         with pytest.raises(errors.TeacherError, match="gate=dynamic, blocks=4, temp"):
             train_in(folder, name, student__init=str(folder / "run"), **other)
-    # As a frozen teacher it is what it was, its batch norms folded.
+    # As a frozen teacher it keeps its gates, with batch norms folded.
     teacher = {"teacher__init": str(folder / "run"), "method": "kd"}
     train_in(folder, "taught", **teacher)
 
 
-def test_only_gated_families_take_it(tmp_path):
+def test_families_without_gates_reject_vam(tmp_path):
     config = tiny.config(tmp_path, student__name="hme", method="none", **VAM)
     faults = check.problems(config, 1)
     assert any("hme has no convolutions to gate" in fault for fault in faults)
@@ -338,7 +339,7 @@ def test_only_gated_families_take_it(tmp_path):
         models.create("hme", num_classes=3, vam=options)
 
 
-def test_the_student_alone_has_the_block():
+def test_only_the_student_has_the_vam_block():
     config = config_lib.default()
     assert "vam" in config.student and "vam" not in config.teacher
     fields = {f.name for f in dataclasses.fields(vam.Options)}
@@ -346,7 +347,7 @@ def test_the_student_alone_has_the_block():
     assert setup.vam_options(config) is None
 
 
-def test_variables_in_evaluation_hold_no_intermediates(tmp_path):
-    state, _ = run_steps(made(tmp_path, method="none", **VAM), ROWS[:1])
+def test_evaluation_variables_have_no_intermediates(tmp_path):
+    state, _ = run_steps(make(tmp_path, method="none", **VAM), ROWS[:1])
     assert set(state.variables("student")) == {"params", "batch_stats"}
     assert set(state.collections["batch_stats"]) == {"student", "method"}
