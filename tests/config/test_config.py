@@ -9,7 +9,7 @@ import pytest
 
 from lakd_jax import config as config_lib
 from lakd_jax import errors, models
-from lakd_jax.config import blocks, check, command_line
+from lakd_jax.config import blocks, check
 from lakd_jax.distill import lakd
 
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
@@ -409,40 +409,6 @@ def test_argument_of_config_files():
         assert (c.method, c.baselines) == (method or "lakd", baselines)
 
 
-def test_update_from_the_command_line():
-    path = CONFIGS / "digits_lakd.py"
-    c, directory, dry_run = command_line.parse(
-        [
-            f"--config={path}:kd",
-            "--config.optim.milestones=(1.5, 2)",
-            "--config.local.module_start_epochs=(0,1,2)",
-            "--config.local.cuts=('stage1', 'stage2')",
-            "--config.baselines=none",
-            "--config.optim.lr",
-            "0.25",
-            "--noconfig.data.flip",
-            "--config.data.drop_last",
-            "--dry_run",
-        ]
-    )
-    assert (directory, dry_run) == ("runs/digits_lakd", True)
-    assert c.optim.milestones == (1.5, 2)
-    assert c.local.module_start_epochs == (0, 1, 2)
-    assert c.local.cuts == ("stage1", "stage2")
-    assert c.baselines == ("none",)
-    assert (c.method, c.optim.lr, c.data.flip, c.data.drop_last) == (
-        "kd",
-        0.25,
-        False,
-        True,
-    )
-    assert (
-        command_line.parse([f"--config={path}", "--config.baselines=()"])[0].baselines
-        == ()
-    )
-    assert command_line.parse([f"--config={path}", "--workdir=a/b"])[1] == "a/b"
-
-
 def test_flat_and_changed():
     c = config_lib.default()
     fields = config_lib.flat(c)
@@ -453,8 +419,3 @@ def test_flat_and_changed():
     assert (c.data.pad, c.seed) == (4, 0)
     rebuilt = config_lib.changed(c, fields)
     assert config_lib.to_dict(rebuilt) == config_lib.to_dict(c)
-
-
-def test_no_two_blocks_have_one_name():
-    names = [block.name for block in blocks.every()]
-    assert len(names) == len(set(names)) and not set(names) & set(blocks.options())

@@ -7,6 +7,7 @@ import pytest
 from flax import linen as nn
 
 from lakd_jax import fields
+from lakd_jax.config import blocks
 
 
 class Base(nn.Module, kw_only=True):
@@ -81,3 +82,8 @@ def test_require_names_the_option():
 def test_ranges(check, fine, wrong, fault):
     assert check(fine) == ""
     assert check(wrong).startswith(fault)
+
+
+def test_no_two_blocks_have_one_name():
+    names = [block.name for block in blocks.every()]
+    assert len(names) == len(set(names)) and not set(names) & set(blocks.options())

@@ -107,10 +107,13 @@ cli.end_with(work)
 def test_signal_during_a_compilation_ends_the_process_at_once(number):
     """Promise 9: without waiting for the compiler, also for Ctrl-C."""
     process = _start(_COMPILE)
-    assert process.stdout.readline() == "compiling\n"
-    time.sleep(0.2)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    try:
+        assert process.stdout.readline() == "compiling\n"
+        time.sleep(0.2)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()  # or a failed test leaves a compiler that takes all memory
     assert (process.returncode, out, err) == (-number, "", "")  # never "compiled"
 
 

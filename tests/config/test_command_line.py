@@ -1,0 +1,41 @@
+"""Overrides of fields on the command line."""
+
+import pathlib
+
+from lakd_jax.config import command_line
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+
+
+def test_update_from_the_command_line():
+    path = CONFIGS / "digits_lakd.py"
+    c, directory, dry_run = command_line.parse(
+        [
+            f"--config={path}:kd",
+            "--config.optim.milestones=(1.5, 2)",
+            "--config.local.module_start_epochs=(0,1,2)",
+            "--config.local.cuts=('stage1', 'stage2')",
+            "--config.baselines=none",
+            "--config.optim.lr",
+            "0.25",
+            "--noconfig.data.flip",
+            "--config.data.drop_last",
+            "--dry_run",
+        ]
+    )
+    assert (directory, dry_run) == ("runs/digits_lakd", True)
+    assert c.optim.milestones == (1.5, 2)
+    assert c.local.module_start_epochs == (0, 1, 2)
+    assert c.local.cuts == ("stage1", "stage2")
+    assert c.baselines == ("none",)
+    assert (c.method, c.optim.lr, c.data.flip, c.data.drop_last) == (
+        "kd",
+        0.25,
+        False,
+        True,
+    )
+    assert (
+        command_line.parse([f"--config={path}", "--config.baselines=()"])[0].baselines
+        == ()
+    )
+    assert command_line.parse([f"--config={path}", "--workdir=a/b"])[1] == "a/b"
