@@ -2,7 +2,12 @@
 
 import pathlib
 
+import pytest
+
 from lakd_jax.config import command_line
+
+# How ml_collections loads a config file is deprecated from Python 3.12 on.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 

@@ -10,6 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 import test_data_tfds as cifar
 import test_stream
+import tiny
 from jax.sharding import Mesh
 from PIL import Image
 
@@ -128,8 +129,9 @@ def test_it_is_trained_on_with_every_engine(
         "teacher__floor": 0.0,
         "optim__lr": 0.001,
     }
-    settings = test_stream.config("", tmp_path, **fields)
-    monkeypatch.setattr(command.teachers, "_check_floor", lambda *_: None)
+    streaming = test_stream.streaming("") | {"data__drop_last": False}
+    settings = tiny.config(tmp_path, **(streaming | fields))
+    monkeypatch.setattr(command.teacher_lib, "_check_floor", lambda *_: None)
     lines = []
     result = command.run(settings, tmp_path / "run", notify=lines.append)
     assert result["test_last"]["examples"] == 5 and result["classes"] == 1000
