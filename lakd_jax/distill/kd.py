@@ -72,10 +72,7 @@ def kd_loss(
     both = numerics.frozen(student_logits, teacher_logits)
     log_s, log_t = (jax.nn.log_softmax(logits / temperature) for logits in both)
     divergence = numerics.divergence(log_t, log_s)
-    # Near-equal logits can round to about -1e-8. The value is lifted to 0 and the
-    # gradient, which is accurate there, is kept.
-    lift = jax.lax.stop_gradient(jnp.maximum(-divergence, 0.0))
-    return temperature**2 * jnp.mean(divergence + lift)
+    return temperature**2 * jnp.mean(numerics.not_negative(divergence))
 
 
 def standardised(logits: jax.Array) -> jax.Array:

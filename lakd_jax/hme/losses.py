@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lakd_jax.distill.base import method
+from lakd_jax.distill.base import method, numerics
 
 
 def binary_cross_entropy(
@@ -65,9 +65,7 @@ def binary_kd(
     xlogx = jax.scipy.special.xlogy
     cross = q * nn.log_sigmoid(odds) + (1 - q) * nn.log_sigmoid(-odds)
     divergence = xlogx(q, q) + xlogx(1 - q, 1 - q) - cross
-    # As in `kd.kd_loss`: rounding can make equal distributions slightly negative.
-    lift = jax.lax.stop_gradient(jnp.maximum(-divergence, 0.0))
-    return temperature**2 * jnp.mean(divergence + lift)
+    return temperature**2 * jnp.mean(numerics.not_negative(divergence))
 
 
 class BinaryPlain(method.Method):

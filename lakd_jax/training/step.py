@@ -114,12 +114,9 @@ def segment_step(
       The new state, the boundary above, and the metrics. Those of the last segment
       include the batch's accuracy and the learning rate.
     """
-    teacher_pass = None
-    if spec.teacher is not None:
-        teacher = teacher_outputs.teacher(spec, source)
-        teacher_pass = teacher.segment(segment, below.teacher)
+    teacher_pass = teacher_outputs.run(spec, segment, source, below)
     forward = functools.partial(
-        _forward, spec, segment, state, source, teacher_pass, below, batch
+        _forward, spec, segment, state, teacher_pass, below, batch
     )
     grads, losses, result = _gradient(spec, forward, state.params)
     is_whole = segment == segments.whole_student(spec)
@@ -176,7 +173,6 @@ def _forward(
     spec: spec_lib.StepSpec,
     segment: segments.Segment,
     state: state_lib.TrainState,
-    source: teacher_outputs.Source,
     teacher_pass: teacher_outputs.TeacherPass | None,
     below: segments.Boundary,
     batch: segments.Batch,
@@ -184,7 +180,7 @@ def _forward(
 ) -> tuple[Losses, ForwardResult]:
     """Runs a segment and the method on it, and returns the losses of its modules."""
     state = dataclasses.replace(state, params=params)
-    signals, student = observe(spec, segment, state, source, teacher_pass, below, batch)
+    signals, student = observe(spec, segment, state, teacher_pass, below, batch)
     names = list(state.collections)
     losses, method = spec.method.apply(
         state.variables("method"), signals, train=True, mutable=names
@@ -202,7 +198,6 @@ def observe(
     spec: spec_lib.StepSpec,
     segment: segments.Segment,
     state: state_lib.TrainState,
-    source: teacher_outputs.Source,
     teacher_pass: teacher_outputs.TeacherPass | None,
     below: segments.Boundary,
     batch: segments.Batch,
@@ -270,7 +265,7 @@ def observe(
     if spec.facts.needs_preacts:
         optional["student_preacts"] = spec_lib.preacts(spec.student, student, joints)
     if teacher_pass is not None:
-        teacher = teacher_outputs.teacher(spec, source)
+        teacher = teacher_pass.teacher
         optional["teacher_suffix"] = teacher.suffix
         if spec.facts.needs_heads:
             optional["teacher_head"] = teacher.head
@@ -294,11 +289,8 @@ def first_signals(
     everything = segments.whole_student(spec)
     below = segments.of_images(spec, images)
     batch = segments.Batch(labels, labels, noise)
-    teacher_pass = None
-    if spec.teacher is not None:
-        teacher = teacher_outputs.teacher(spec, source)
-        teacher_pass = teacher.segment(everything, below.teacher)
-    return observe(spec, everything, state, source, teacher_pass, below, batch)[0]
+    teacher_pass = teacher_outputs.run(spec, everything, source, below)
+    return observe(spec, everything, state, teacher_pass, below, batch)[0]
 
 
 def _pad(

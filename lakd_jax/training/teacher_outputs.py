@@ -27,11 +27,13 @@ class TeacherPass:
     """The teacher's results for one segment of the student, without gradients.
 
     Attributes:
+      teacher: what the results come from.
       outputs: an object with `logits`, which are valid for the last segment only.
       features: the features (B, H, W, C) that the method compares at each module's end.
       activations: the activations (B, H, W, C) at the same places.
     """
 
+    teacher: "Teacher"
     outputs: Any
     features: Joints
     activations: Joints
@@ -82,7 +84,7 @@ class Live:
             )
         else:
             activations = (segments.end_activation(outputs, names[segment.last]),)
-        return TeacherPass(outputs, features, activations)
+        return TeacherPass(self, outputs, features, activations)
 
     def suffix(self, k: int, activation: jax.Array) -> jax.Array:
         """See `Teacher`; gradients flow through to the activation."""
@@ -128,7 +130,7 @@ class TeacherOutputs:
     def segment(self, segment: segments.Segment, below: jax.Array) -> TeacherPass:
         """See `Teacher`; the stored joints serve as features and as activations."""
         joints = self.joints[segment.first : segment.last + 1]
-        return TeacherPass(self, joints, joints)
+        return TeacherPass(self, self, joints, joints)
 
     def suffix(self, k: int, activation: jax.Array) -> jax.Array:
         """Raises ValueError: there is no network to resume."""
@@ -146,9 +148,18 @@ class TeacherOutputs:
 Source = PyTree | TeacherOutputs | None
 
 
-def teacher(spec: spec_lib.StepSpec, source: Source) -> Teacher:
-    """Returns the teacher for a batch, from variables or from stored outputs."""
-    return source if isinstance(source, TeacherOutputs) else Live(spec, source)
+def run(
+    spec: spec_lib.StepSpec,
+    segment: segments.Segment,
+    source: Source,
+    below: segments.Boundary,
+) -> TeacherPass | None:
+    """Returns the teacher's results for a segment; None without a teacher."""
+    if spec.teacher is None:
+        return None
+    stored = isinstance(source, TeacherOutputs)
+    teacher: Teacher = source if stored else Live(spec, source)
+    return teacher.segment(segment, below.teacher)
 
 
 def of_batch(

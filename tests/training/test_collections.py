@@ -9,6 +9,7 @@ import pytest
 import test_train_resume as resume
 import test_train_step as steps
 import tiny
+import toys
 from flax import linen as nn
 
 from lakd_jax import export, interop, models
@@ -37,15 +38,6 @@ class Unit(nn.Module):
         return nn.relu(x), x
 
 
-class Head(nn.Module):
-    classes: int
-
-    @nn.compact
-    def __call__(self, x, *, train):
-        pooled = jnp.mean(x, axis=(1, 2))
-        return nn.Dense(self.classes, name="dense")(pooled), pooled
-
-
 class Plain(chain.Chain, kw_only=True):
     """Three stages of one unit, with GroupNorm of `groups`, or LayerNorm if 0."""
 
@@ -62,7 +54,7 @@ class Plain(chain.Chain, kw_only=True):
 
     @nn.nowrap
     def make_head(self, name):
-        return Head(self.num_classes, name=name)
+        return toys.Head(self.num_classes, name=name)
 
 
 LAYER = Plain

@@ -55,3 +55,11 @@ def logit_map(head: Callable[[jax.Array], jax.Array], features: jax.Array) -> ja
 def flat(x: jax.Array) -> jax.Array:
     """(B, ...) as (B, N)."""
     return x.reshape(len(x), -1)
+
+
+def not_negative(divergence: jax.Array) -> jax.Array:
+    """Lifts what rounding made negative (about -1e-8, of near-equal logits) to 0.
+
+    The gradient, which is accurate there, is kept.
+    """
+    return divergence + jax.lax.stop_gradient(jnp.maximum(-divergence, 0.0))
