@@ -102,7 +102,7 @@ def test_value_out_of_range_is_one_line_naming_the_field():
         ("optim.milestones", ("a",), "optim.milestones must hold numbers, is ('a',)"),
         ("local.cuts", (1,), "local.cuts must hold names, is (1,)"),
         ("baselines", (1,), "baselines must hold names, is (1,)"),
-        ("data.mean", (0.5,), "data.mean must have 3 entries, one a channel, has 1"),
+        ("data.mean", (0.5,), "data.mean must have 3 entries, one per channel, has 1"),
         ("seed", 2**32, "seed must be from 0 to 4294967295, is 4294967296"),
         ("method", "lakt", "did you mean 'lakd'?"),
         ("student.name", "resnet8x", "did you mean 'resnet8x4'?"),

@@ -88,7 +88,9 @@ def test_tfrecords_of_it_are_read_alike(found, data_dir, tmp_path):
     arguments = {"minival": 0, "data_dir": str(tmp_path), "workers": 0}
     again = batches.load("imagenet2012", VIEWS, **arguments)
     assert again.train.source.locations.shape == (62, 3)
-    test_stream.alike(again.train.take(np.arange(62)), found.train.take(np.arange(62)))
+    test_stream.assert_alike(
+        again.train.take(np.arange(62)), found.train.take(np.arange(62))
+    )
 
 
 def test_missing_archives_are_named(tmp_path):

@@ -68,7 +68,7 @@ def training(split, share=ALONE, steps=30):
     return batches_lib.Training(split, 3, 16, False, steps, share)
 
 
-def alike(one, other):
+def assert_alike(one, other):
     for field in ("images", "labels", "ids"):
         np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
 
@@ -136,7 +136,7 @@ def test_a_batch_is_the_same_wherever_reading_starts(photos):
     some = [
         part.split for part in itertools.islice(batches_lib.read(batches, 0, 0), 12)
     ]
-    alike(next(batches_lib.read(batches, 11, 0)).split, some[11])
+    assert_alike(next(batches_lib.read(batches, 11, 0)).split, some[11])
     assert len({b.images.tobytes() for b in some}) == len(some)
     seen = np.sort(np.concatenate([b.ids for b in some[:6]]))  # 81 images, 6 batches
     np.testing.assert_array_equal(seen, loaded(photos).train.chosen)
@@ -147,7 +147,7 @@ def test_processes_decode_what_threads_decode(photos):
     batches = training(loaded(photos).train)
     one, two = (batches_lib.read(batches, 4, workers) for workers in (0, 2))
     for _ in range(5):
-        alike(next(one).split, next(two).split)
+        assert_alike(next(one).split, next(two).split)
 
 
 @LONG
@@ -177,7 +177,7 @@ def test_processes_share_a_batch_and_lose_nothing(photos):
         found = [share.split for share in shares]
         joined = found if full[step].total % 4 else [_joined(found)]
         for one in joined:
-            alike(one, full[step].split)
+            assert_alike(one, full[step].split)
 
 
 def test_a_batch_that_devices_cannot_share_is_whole_everywhere(photos):
@@ -349,7 +349,7 @@ def test_eight_devices_are_fed_like_one(photos):
         feed.begin(4)
         for step in (4, 5):  # step 5 has one image, which no devices can share
             rows = np.zeros((1, 16 if step == 4 else 1), np.int32)
-            alike(feed.next(rows), training(split)[step].split)
+            assert_alike(feed.next(rows), training(split)[step].split)
         feed.close()
 
 

@@ -1,4 +1,4 @@
-"""RTK (our reading): the properties of the project's notes (12-21), the settings."""
+"""RTK (our interpretation): properties 12 to 21 of the notes, and its settings."""
 
 import functools
 

@@ -24,7 +24,7 @@ from lakd_jax.training import spec as spec_lib
 # ml_collections loads config files in a way deprecated since Python 3.12.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
-refused = commands.refused
+assert_refused = commands.assert_refused
 MEAN, STD = (0.4, 0.5, 0.6), (0.3, 0.2, 0.25)
 RESULT = {
     "method": "kd",
@@ -283,7 +283,7 @@ def file_in_the_way(run):
 )
 def test_what_cannot_be_exported(main, finished, fault):
     directory, to, words = fault(finished)
-    refused(main("--mode=export", f"--workdir={directory}", f"--to={to}"), words)
+    assert_refused(main("--mode=export", f"--workdir={directory}", f"--to={to}"), words)
     assert not (finished / "export").is_dir()
 
 
@@ -293,14 +293,16 @@ def test_full_disk(main, finished, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fail)
     result = main("--mode=export", f"--workdir={finished}", "--to=safetensors")
-    refused(result, f"{finished}/export: cannot be written: No space left on device")
+    assert_refused(
+        result, f"{finished}/export: cannot be written: No space left on device"
+    )
     assert not (finished / "export" / "resnet8.safetensors").exists()
 
 
 def test_torch_missing(main, finished, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     result = main("--mode=export", f"--workdir={finished}", "--to=torch")
-    refused(result, "needs torch", "pip install torch", "safetensors")
+    assert_refused(result, "needs torch", "pip install torch", "safetensors")
 
 
 # ------------------------------------------------------------------- the flags
@@ -324,7 +326,7 @@ def test_torch_missing(main, finished, monkeypatch):
     ],
 )
 def test_flags_and_modes(main, args, words):
-    refused(main(*args), *words)
+    assert_refused(main(*args), *words)
 
 
 def test_export_from_the_command_line(main, finished):

@@ -44,10 +44,10 @@ def test_bfloat16_safetensors_need_no_torch(tmp_path, monkeypatch):
         path = tmp_path / "teacher.safetensors"
         half = {key: value.astype(dtype) for key, value in torch_weights().items()}
         safetensors.numpy.save_file(half, path, metadata={"format": "pt"})
-        loaded_as(dtype, path)
+        assert_loaded_as(dtype, path)
 
 
-def loaded_as(dtype, path):
+def assert_loaded_as(dtype, path):
     """Checks that the file holds `torch_weights()` in `dtype` and loads as float32."""
     loaded = interop.load_torch_file(path)
     assert interop.other_types(loaded) == [jnp.dtype(dtype).name]
@@ -94,7 +94,7 @@ def test_torch_file(torch, tmp_path, zipped, ending):
 def test_half_precision_torch_file(torch, tmp_path, name):
     path = tmp_path / "teacher.pth"
     torch.save(tensors(torch, getattr(torch, name)), path)
-    loaded_as(jnp.dtype(name), path)
+    assert_loaded_as(jnp.dtype(name), path)
 
 
 class Harmful:
@@ -107,7 +107,7 @@ class Harmful:
         return os.mkdir, (str(self.path),)
 
 
-def torch_refuses(path, *words):
+def assert_torch_refuses(path, *words):
     with pytest.raises(errors.TeacherError) as caught:
         interop.load_torch_file(path)
     message = str(caught.value)
@@ -126,7 +126,7 @@ def test_harmful_file_does_not_run(torch, tmp_path, how):
         path.write_bytes(pickle.dumps(Harmful(made), protocol=int(how[-1])))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
-    torch_refuses(path, "refused because reading it would run code")
+    assert_torch_refuses(path, "refused because reading it would run code")
     assert not made.exists()
     with open(path, "rb") as file:  # plain pickle does run it
         if how.startswith("protocol"):
@@ -142,7 +142,7 @@ def test_pickled_module_is_refused(torch, tmp_path, zipped):
     module = torch.nn.Linear(64, 7)
     torch.save(module, path, _use_new_zipfile_serialization=zipped)
     words = ("would run code", "torch.nn.modules.linear.Linear", "torch.save(model.")
-    torch_refuses(path, *words)
+    assert_torch_refuses(path, *words)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -151,7 +151,7 @@ def test_torch_file_cut_short(torch, tmp_path, zipped, share):
     path = tmp_path / "teacher.pth"
     torch.save(tensors(torch), path, _use_new_zipfile_serialization=zipped)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    message = torch_refuses(path, "not a readable PyTorch file", "copy it again")
+    message = assert_torch_refuses(path, "not a readable PyTorch file", "copy it again")
     assert "would run" not in message
 
 
@@ -159,11 +159,11 @@ def test_other_files_with_a_torch_ending(torch, tmp_path):
     path = tmp_path / "teacher.pth"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "no weights here")
-    torch_refuses(path, "not a readable PyTorch file")
+    assert_torch_refuses(path, "not a readable PyTorch file")
     path.write_text("<html>404 not found</html>")
-    torch_refuses(path, "not a readable PyTorch file")
+    assert_torch_refuses(path, "not a readable PyTorch file")
     torch.save([torch.ones(3)], path)
-    torch_refuses(path, "holds a list")
+    assert_torch_refuses(path, "holds a list")
 
 
 def test_torch_file_of_quantised_weights(torch, tmp_path):

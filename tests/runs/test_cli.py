@@ -25,7 +25,7 @@ from lakd_jax.training import loop
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 DIGITS = commands.DIGITS
-refused, untouched = commands.refused, commands.untouched
+assert_refused, untouched = commands.assert_refused, commands.untouched
 CONFIG = """
 import pathlib
 import tiny
@@ -78,7 +78,9 @@ def test_configuration_faults_are_all_reported_at_once():
         "--config.batch_size=0",
         JAX_LOG_COMPILES="1",
     )
-    err = refused(result, "did you mean optim.lr?", "epochs must be int, is 'ten'")
+    err = assert_refused(
+        result, "did you mean optim.lr?", "epochs must be int, is 'ten'"
+    )
     assert "student.name is 'resnet21'" in err and "batch_size must be" in err
     assert err.count("\n") == 4
 
@@ -132,7 +134,7 @@ def test_without_arguments_the_usage_is_shown(main):
     ],
 )
 def test_fault_in_the_flags(main, args, words, tmp_path):
-    refused(main(f"--workdir={tmp_path / 'run'}", *args), *words)
+    assert_refused(main(f"--workdir={tmp_path / 'run'}", *args), *words)
     assert untouched(tmp_path / "run")
 
 
@@ -157,13 +159,13 @@ def test_fault_in_the_flags(main, args, words, tmp_path):
 def test_fault_in_the_config_file(main, text, words, tmp_path):
     file = tmp_path / "broken.py"
     file.write_text(text)
-    refused(main(f"--config={file}", f"--workdir={tmp_path / 'run'}"), *words)
+    assert_refused(main(f"--config={file}", f"--workdir={tmp_path / 'run'}"), *words)
 
 
 def test_long_errors_are_cut_to_ten_lines(main, tmp_path):
     """Promise 20: the last line has the number of lines left out."""
     wrong = [f"--config.kd.field{i}=1" for i in range(20)]
-    err = refused(main(DIGITS, *wrong))
+    err = assert_refused(main(DIGITS, *wrong))
     assert err.splitlines()[-1] == "... and 11 more"
     assert cli.ten_lines("a\n" * 10) == "a\n" * 10
 
@@ -253,7 +255,7 @@ def test_fault_in_the_teacher(tiny_main, fault, tmp_path):
     run = tmp_path / "run"
     args = (f"--config.teacher.init={init}", "--config.teacher.floor=0")
     args += ("--config.teacher.name=resnet8",)
-    refused(tiny_main(*args, f"--workdir={run}"), *words)
+    assert_refused(tiny_main(*args, f"--workdir={run}"), *words)
     assert untouched(run)
 
 
@@ -262,7 +264,9 @@ def test_fault_in_the_teacher(tiny_main, fault, tmp_path):
 
 def test_workdir_that_is_a_file(main, tmp_path):
     (tmp_path / "run").write_text("mine")
-    refused(main(DIGITS, f"--workdir={tmp_path / 'run'}"), "run: cannot be written")
+    assert_refused(
+        main(DIGITS, f"--workdir={tmp_path / 'run'}"), "run: cannot be written"
+    )
     assert (tmp_path / "run").read_text() == "mine"
 
 
@@ -272,7 +276,7 @@ def test_workdir_on_a_full_disk(main, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fail)
     result = main(DIGITS, f"--workdir={tmp_path / 'run'}")
-    refused(result, f"{tmp_path / 'run'}: cannot be written: No space left")
+    assert_refused(result, f"{tmp_path / 'run'}: cannot be written: No space left")
 
 
 def test_disk_that_fills_up_later(tiny_main, tmp_path, monkeypatch):
@@ -282,7 +286,7 @@ def test_disk_that_fills_up_later(tiny_main, tmp_path, monkeypatch):
     monkeypatch.setattr(loop.Fit, "run", fail)
     args = ("--config.method=none", "--config.baselines=()")
     result = tiny_main(*args, f"--workdir={tmp_path / 'run'}")
-    refused(result, "No space left on device", str(tmp_path))
+    assert_refused(result, "No space left on device", str(tmp_path))
 
 
 # -------------------------------------------------------------- exit codes
@@ -302,7 +306,7 @@ def test_exit_code_of_an_error(main, monkeypatch, error, code):
         raise error("what is wrong\nand what to do")
 
     monkeypatch.setattr(command, "run", fail)
-    err = refused(main(DIGITS), code=code)
+    err = assert_refused(main(DIGITS), code=code)
     assert err == "what is wrong\nand what to do\n"
 
 
@@ -315,7 +319,7 @@ def test_signals_while_the_data_is_loaded(main, monkeypatch, tmp_path):
         raise errors.DataError("no data")
 
     monkeypatch.setattr(single.data, "load", load)
-    refused(
+    assert_refused(
         main(DIGITS, f"--workdir={tmp_path / 'run'}"), code=errors.DataError.exit_code
     )
     assert found == [signal.SIG_DFL, signal.SIG_DFL]
@@ -352,7 +356,7 @@ def test_whole_run(main, tiny_main, tmp_path, monkeypatch):
     """Promise 8: the same command again resumes; another config is refused."""
     run, args = tmp_path / "run", (f"--workdir={tmp_path / 'run'}",)
     # A failed start with a mistyped path leaves the directory usable.
-    refused(tiny_main(*args, "--config.teacher.init=mistyped"), "does not exist")
+    assert_refused(tiny_main(*args, "--config.teacher.init=mistyped"), "does not exist")
     code, out, err = tiny_main(*args)
     assert code == 0, err
     table = out[out.index("| network") : out.index("\n\nPictures")]
@@ -376,7 +380,9 @@ def test_whole_run(main, tiny_main, tmp_path, monkeypatch):
 
     # Another config is refused, with the fields that differ.
     other = ("--config.optim.lr=0.07", "--config.kd.temperature=2")
-    err = refused(tiny_main(*args, *other), f"{run}: has another config, 2 fields")
+    err = assert_refused(
+        tiny_main(*args, *other), f"{run}: has another config, 2 fields"
+    )
     assert "optim.lr: 0.05 -> 0.07" in err
     assert "kd.temperature: 4.0 -> 2.0" in err
 
@@ -408,5 +414,7 @@ def test_whole_run(main, tiny_main, tmp_path, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), first, last)
     wrong = f"--config.student.init={tmp_path / 'none'}"
     more = (*more[:2], f"--workdir={tmp_path / 'c'}")
-    refused(tiny_main(*more, wrong, inits[1]), "student.init: ", "does not exist")
+    assert_refused(
+        tiny_main(*more, wrong, inits[1]), "student.init: ", "does not exist"
+    )
     assert untouched(tmp_path / "c")

@@ -63,5 +63,5 @@ def test_fault_in_the_images(main, fault, tmp_path):
     run = tmp_path / "run"
     args = (f"--config.data.source=folder:{folder}", "--config.data.image_size=0")
     args = (*args, "--config.data.minival=0", "--config.batch_size=16")
-    commands.refused(main(commands.DIGITS, *args, f"--workdir={run}"), *words)
+    commands.assert_refused(main(commands.DIGITS, *args, f"--workdir={run}"), *words)
     assert commands.untouched(run)

@@ -386,7 +386,7 @@ def test_too_little_room_on_the_command_line(main, tmp_path):
     run, cache = tmp_path / "run", tmp_path / "teachers"
     folders = f"--workdir={run}", f"--config.teacher.cache={cache}"
     refused = main(*SMALL, *folders, "--config.teacher.views_mib=1")
-    commands.refused(refused, "teacher.views is 1", "raise teacher.views_mib")
+    commands.assert_refused(refused, "teacher.views is 1", "raise teacher.views_mib")
     assert commands.untouched(run) and not cache.exists()
 
 

@@ -231,7 +231,9 @@ def test_flags_are_checked_before_anything_waits(flags, word, main, tmp_path):
     names = ("--coordinator", "--num_processes", "--process_id")
     if not flags[0].startswith("--"):
         flags = [f"{name}={value}" for name, value in zip(names, flags, strict=True)]
-    commands.refused(main(commands.DIGITS, f"--workdir={tmp_path}", *flags), word)
+    commands.assert_refused(
+        main(commands.DIGITS, f"--workdir={tmp_path}", *flags), word
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -244,7 +246,9 @@ def test_without_a_scheduler_auto_says_what_to_give(tmp_path):
         cwd=commands.ROOT,
     )
     result = (done.returncode, done.stdout, done.stderr)
-    commands.refused(result, "finds no Slurm, TPU pod", "Set --coordinator=HOST:PORT")
+    commands.assert_refused(
+        result, "finds no Slurm, TPU pod", "Set --coordinator=HOST:PORT"
+    )
 
 
 @LONG
@@ -278,4 +282,4 @@ def test_slurm_is_asked_who_is_who(tmp_path):
 
 def test_other_modes_take_no_processes(main, tmp_path):
     result = main("--mode=explain", f"--workdir={tmp_path}", "--num_processes=2")
-    commands.refused(result, "--num_processes has no effect with --mode=explain")
+    commands.assert_refused(result, "--num_processes has no effect with --mode=explain")

@@ -32,7 +32,7 @@ def pod(monkeypatch):
 def test_unconnected_processes_do_not_begin(pod, main, more, tmp_path):
     result = main(commands.DIGITS, f"--workdir={tmp_path / 'run'}", *more)
     words = ("4 processes here, but they are not connected", "--coordinator=auto")
-    commands.refused(result, *words)
+    commands.assert_refused(result, *words)
     assert not list(tmp_path.iterdir())
 
 
@@ -45,8 +45,10 @@ def test_unconnected_processes_do_not_begin_from_python(pod, tmp_path):
 
 
 def test_connected_processes_begin(pod, monkeypatch):
+    with pytest.raises(errors.HostsError):
+        hosts.require_connected()
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    hosts.require_connected()
+    assert hosts.require_connected() is None  # and raises nothing
 
 
 def test_devices_of_a_process_are_neighbours():

@@ -62,7 +62,7 @@ def home(tmp_path, monkeypatch, here):
 
 def assert_lines(result, *names):
     """Checks that the result is refused with one line starting with each name."""
-    lines = commands.refused(result).splitlines()
+    lines = commands.assert_refused(result).splitlines()
     assert len(lines) == len(names)
     for line, name in zip(sorted(lines), sorted(names), strict=True):
         assert line.startswith(f"{name} must be a local path, is '")
@@ -97,7 +97,7 @@ def test_urls_in_fields_are_told_with_all_other_faults(main, here):
     flags = [f"--config.{field}={url}" for field, url in FIELDS.items()]
     assert_lines(main(commands.DIGITS, *flags), *FIELDS)
     flags += ["--config.epochs=0", "--workdir=gs://bucket/run"]
-    err = commands.refused(main(commands.DIGITS, *flags))
+    err = commands.assert_refused(main(commands.DIGITS, *flags))
     assert err.count("must be a local path") == len(FIELDS) + 1
     assert "epochs must be at least 1" in err
 
@@ -126,17 +126,19 @@ def test_other_modes_in_a_bucket(main, here, mode):
 
 def test_export_to_a_bucket(main, here):
     args = ("--mode=export", "--to=gs://bucket/out")
-    (line,) = commands.refused(main(*args, "--workdir=run")).splitlines()
+    (line,) = commands.assert_refused(main(*args, "--workdir=run")).splitlines()
     assert line == (
         "--to is 'gs://bucket/out'; it must be one of safetensors, torch, stablehlo"
     )
-    lines = commands.refused(main(*args, "--workdir=gs://bucket/run")).splitlines()
+    lines = commands.assert_refused(
+        main(*args, "--workdir=gs://bucket/run")
+    ).splitlines()
     assert [text.split()[0] for text in lines] == ["--workdir", "--to"]
 
 
 def test_config_file_in_a_bucket(main, here):
     result = main("--config=gs://bucket/config.py", "--workdir=run")
-    (line,) = commands.refused(result).splitlines()
+    (line,) = commands.assert_refused(result).splitlines()
     assert line.startswith("gs://bucket/config.py: ")
 
 
@@ -190,7 +192,7 @@ def test_benchmarks_in_a_bucket(here, capsys):
 
 def test_home_in_workdir(main, home):
     result = main(commands.DIGITS, "--workdir=~/run")
-    commands.refused(result, "the run began")
+    commands.assert_refused(result, "the run began")
     names = {path.name for path in (home / "run").iterdir()}
     assert names == {"environment.json", ".lock"}  # free for another config
 
@@ -198,7 +200,7 @@ def test_home_in_workdir(main, home):
 @pytest.mark.parametrize("mode", [["export", "--to=torch"], ["explain"]])
 def test_home_in_other_modes(main, home, mode):
     result = main(f"--mode={mode[0]}", *mode[1:], "--workdir=~/run")
-    commands.refused(result, f"{home / 'run'}: is not a run")
+    commands.assert_refused(result, f"{home / 'run'}: is not a run")
 
 
 @pytest.mark.parametrize(
@@ -206,12 +208,12 @@ def test_home_in_other_modes(main, home, mode):
 )
 def test_home_in_config(main, home, flag):
     (home / "c.py").write_text("def get_config(): return 3")
-    commands.refused(main(*flag.split()), "--config: get_config() gave int")
+    commands.assert_refused(main(*flag.split()), "--config: get_config() gave int")
 
 
 def test_home_of_nobody(main, here):
     result = main(commands.DIGITS, "--workdir=~nobody-here/run")
-    (line,) = commands.refused(result).splitlines()
+    (line,) = commands.assert_refused(result).splitlines()
     assert "~nobody-here has no home folder here: write the full path" in line
 
 

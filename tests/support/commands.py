@@ -6,7 +6,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 DIGITS = f"--config={ROOT / 'configs' / 'digits_lakd.py'}"
 
 
-def refused(result, *words, code=2):
+def assert_refused(result, *words, code=2):
     """The command ended with `code` and at most ten lines, which hold `words`."""
     got, _, err = result
     lines = err.splitlines()
