@@ -209,7 +209,7 @@ def channels(check: Check, *, empty: bool) -> Check:
     def length(values: tuple) -> str:
         if len(values) == 3 or (empty and not values):
             return each(check)(values)
-        return f"must have 3 entries, one a channel, has {len(values)}"
+        return f"must have 3 entries, one per channel, has {len(values)}"
 
     return length
 

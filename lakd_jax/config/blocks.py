@@ -5,6 +5,7 @@ by the methods, in `lakd_jax.distill`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 from lakd_jax import distill, fields, models, paths
@@ -21,22 +22,21 @@ _AT_LEAST_0, _AT_LEAST_1 = fields.at_least(0), fields.at_least(1)
 _POSITIVE = fields.above(0)
 
 
-def network(name: str) -> str:
-    """A network that can be made."""
-    try:
-        models.family(name)
-    except ValueError as e:
-        return str(e).removeprefix("network ")
-    return ""
+def _known(kind: str, find: Callable[[str], object]) -> fields.Check:
+    """Names that `find` knows; it raises ValueError with "KIND ..." for others."""
+
+    def check(name: str) -> str:
+        try:
+            find(name)
+        except ValueError as e:
+            return str(e).removeprefix(f"{kind} ")
+        return ""
+
+    return check
 
 
-def method_name(name: str) -> str:
-    """A method, or a sum of several."""
-    try:
-        distill.parts(name)
-    except ValueError as e:
-        return str(e).removeprefix("method ")
-    return ""
+_NETWORK = _known("network", models.family)
+_METHOD = _known("method", distill.parts)
 
 
 def data_source(value: str) -> str:
@@ -68,7 +68,7 @@ class Run:
     method: str = field(
         "lakd",
         "none (plain training), a name of docs/methods.md, or a sum such as dkd+at",
-        method_name,
+        _METHOD,
     )
     seed: int = field(0, "initialisation, order and augmentation follow from it", _SEED)
     seeds: tuple[int, ...] = field(
@@ -90,7 +90,7 @@ class Run:
     baselines: tuple[str, ...] = field(
         (),
         "methods trained first, in WORKDIR/METHOD, for the table",
-        fields.each(method_name),
+        fields.each(_METHOD),
     )
     log_every: int = field(50, "steps between two lines of metrics", _AT_LEAST_1)
     eval_every: int = field(1, "epochs between two evaluations on minival", _AT_LEAST_1)
@@ -159,7 +159,7 @@ class Data:
 class Network:
     """What student and teacher have in common."""
 
-    name: str = field("resnet20", "see lakd_jax.models.names()", network)
+    name: str = field("resnet20", "see lakd_jax.models.names()", _NETWORK)
     init: str = field(
         "",
         "empty: random; a finished run, .safetensors or PyTorch file",
@@ -185,7 +185,7 @@ class Vam(vam.Options, _Switch):
     """Virtual attention in the student's convolutions."""
 
     about: ClassVar[str] = (
-        "attention over blocks of channels, our reading of KDExplainer's"
+        "attention over blocks of channels, our interpretation of KDExplainer's"
     )
 
     gamma: float = field(
@@ -250,7 +250,7 @@ class Optim:
         fields.below(1),
     )
     weight_decay: float = field(
-        5e-4, "on every parameter, as the field does", _AT_LEAST_0
+        5e-4, "on every parameter, as the literature does", _AT_LEAST_0
     )
     schedule: str = field(
         "step",
@@ -281,7 +281,7 @@ class Hme:
 
     layout: str = field(
         "ltb",
-        "ltb (as released) | split (of a wide ResNet; our reading)",
+        "ltb (as released) | split (of a wide ResNet; our interpretation)",
         _hme_option("layout"),
     )
     base: str = field(
@@ -296,7 +296,7 @@ class Hme:
     )
     loss: str = field(
         "kway",
-        "kway | binary (a yes-or-no task a class; our reading)",
+        "kway | binary (a yes-or-no task per class; our interpretation)",
         fields.one_of(("kway", "binary")),
     )
     positive_weight: float = field(
@@ -336,7 +336,7 @@ class Local:
     )
     engine: str = field(
         "fused",
-        "fused | dispatch (a program a module) | pipeline (on devices)",
+        "fused | dispatch (a program per module) | pipeline (on devices)",
         fields.one_of(cuts_lib.ENGINES),
     )
     cut_scale: float = field(

@@ -251,10 +251,12 @@ class _Run:
 
     @property
     def modules(self) -> tuple[str, ...]:
+        """Returns the names of the student's modules."""
         return self._partition[2].names
 
     @functools.cached_property
     def joints(self) -> tuple[rules_lib.Joint, ...]:
+        """Returns the joints at the ends of the modules, with both networks' shapes."""
         student, teacher, partition = self._partition
         shapes = (
             chain.joint_shapes(student, partition.student_joints),

@@ -219,8 +219,10 @@ class RTK(method.Method):
 
     options: Options
 
-    title: ClassVar[str] = "RTK (our reading)"
-    about: ClassVar[str] = "our reading, docs/rtk.md; the temperature is kd.temperature"
+    title: ClassVar[str] = "RTK (our interpretation)"
+    about: ClassVar[str] = (
+        "our interpretation, docs/rtk.md; the temperature is kd.temperature"
+    )
     options_class: ClassVar[Any] = Options
     rules: ClassVar[tuple[rules_lib.Rule, ...]] = (
         rules_lib.some_weight("ce_weight", "kd_weight", "beta"),

@@ -67,11 +67,13 @@ class _Side:
 
     @classmethod
     def of_student(cls, s: subject.Subject, variables: PyTree) -> "_Side":
+        """Measures the student with these variables."""
         joints = _partition(s).student_joints
         return cls._of(s, s.student.model, variables, s.pixels, joints)
 
     @classmethod
     def of_teacher(cls, s: subject.Subject) -> "_Side | None":
+        """Measures the teacher; None if the run has none."""
         if s.teacher is None:
             return None
         joints = _partition(s).teacher_joints

@@ -150,6 +150,7 @@ class _Page:
         self._figure.text(x / self._width, 1 - y / self._height, text, **style)
 
     def titles(self, modules: Sequence[ModuleMaps]) -> None:
+        """Writes the name of each module, and of each of its columns."""
         layout, column = self._layout, 1
         middle = layout.x(0) + layout.tile / 2
         self._text(middle, layout.top - 16, "image", ha="center", fontsize=self._small)
@@ -168,11 +169,13 @@ class _Page:
                 column += 1
 
     def tile(self, row: int, column: int, picture: np.ndarray) -> None:
+        """Draws a picture (H, W, 3) uint8, enlarged to the tile at this place."""
         layout = self._layout
         y, x, side = layout.y(row), layout.x(column), layout.tile
         self._pixels[y : y + side, x : x + side] = _nearest(picture, side, side)
 
     def caption(self, row: int, caption: Caption) -> None:
+        """Writes the true class and both networks' answers to the left of a row."""
         lines = [("true", caption.truth), ("teacher", caption.teacher)]
         lines.append(("student", caption.student))
         middle = self._layout.y(row) + self._layout.tile / 2
@@ -185,6 +188,7 @@ class _Page:
             self._text(98, y, mark + name, limit=self._layout.left - 110, **style)
 
     def colour_bar(self) -> None:
+        """Draws the scale of the maps below the tiles."""
         # Two tiles wide: every module has at least two columns.
         left, width = self._layout.x(1), 2 * self._layout.tile + self._layout.gap
         y = self._height - self._layout.bottom + 36
