@@ -111,7 +111,8 @@ class Fused:
                 donate_argnums=0,
                 out_shardings=_replicated(self._spec.mesh),
             )
-            self._programs[rows.shape] = _compiled(program, arguments, self._guard)
+            lowered = program.lower(*arguments)
+            self._programs[rows.shape] = _compiled(lowered, self._guard)
         self._last = self._programs[rows.shape]
         self._state, metrics = self._last(*arguments)
         return metrics
@@ -175,9 +176,6 @@ class Modules:
             part = segments.teacher_of(spec, self._teacher, segment)
             part = segments.renamed_teacher(names.remove, part)
             self._teachers.append(mesh_lib.replicate(part, mesh))
-        signatures = [self._signature(k) for k in range(len(self._segments))]
-        # Modules that differ only in their names run the program of the first of them.
-        self._representative = [signatures.index(s) for s in signatures]
 
     def close(self) -> None:
         """See `Engine`."""
@@ -222,14 +220,6 @@ class Modules:
         """See `Engine`."""
         return _costs(self._last)
 
-    def _signature(self, k: int) -> Any:
-        """Returns a value that is equal for modules that can share a program."""
-        ends = (k == 0, k + 1 == len(self._segments))
-        if self._spec.starts or any(ends):
-            return k  # it alone has this start epoch, the stem or the head
-        trees = (self._states[k], self._teachers[k])
-        return jax.tree.structure(trees), _shapes(trees)
-
     def _compile(
         self, row: np.ndarray, data: device.DeviceData
     ) -> tuple[Any, list[Any]]:
@@ -240,22 +230,21 @@ class Modules:
         below, batch = jax.eval_shape(begin, *arguments)
         shardings = self._shardings(0, len(row))
         program = jax.jit(begin, out_shardings=shardings)
-        start = _compiled(program, arguments, self._guard)
+        start = _compiled(program.lower(*arguments), self._guard)
+        # Modules whose programs are the same to the letter share one. Equal shapes of
+        # variables are not enough: one of them may pool its input, for example.
         compiled: dict[Any, Any] = {}
         programs = []
-        for k, (mesh, first) in enumerate(
-            zip(self._meshes, self._representative, strict=True)
-        ):
+        for k, mesh in enumerate(self._meshes):
             shardings = self._shardings(k, len(row))
             below, batch = _with_shardings((below, batch), shardings)
             arguments = (self._states[k], self._teachers[k], below, batch)
-            program = self._module_program(first, mesh, len(row))
-            _, above, _ = jax.eval_shape(program, *arguments)
-            key = (first, tuple(mesh.devices.flat), _shapes(below), _shapes(above))
+            lowered = self._module_program(k, mesh, len(row)).lower(*arguments)
+            key = (tuple(mesh.devices.flat), lowered.as_text())
             if key not in compiled:
-                compiled[key] = _compiled(program, arguments, self._guard)
+                compiled[key] = _compiled(lowered, self._guard)
             programs.append(compiled[key])
-            below = above
+            _, below, _ = lowered.out_info
         return start, programs
 
     def _module_program(self, k: int, mesh: Mesh, examples: int) -> Any:
@@ -301,12 +290,7 @@ def _with_shardings(tree: PyTree, shardings: PyTree) -> PyTree:
     )
 
 
-def _shapes(tree: PyTree) -> tuple:
-    return tuple(x.shape for x in jax.tree.leaves(tree))
-
-
-def _compiled(function: Any, arguments: tuple, guard: interrupt.Guard) -> Any:
-    lowered = function.lower(*arguments)
+def _compiled(lowered: Any, guard: interrupt.Guard) -> Any:
     with guard.released():
         return lowered.compile(compiler_options=backend.compiler_options())
 

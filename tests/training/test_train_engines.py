@@ -142,3 +142,17 @@ def test_costs_are_those_of_the_step(trained):
     assert dispatch.flops == pytest.approx(fused.flops, rel=0.2)
     assert 0 < dispatch.temporary < fused.temporary
     assert config_lib.default().local.engine == "fused"
+
+
+def test_modules_with_equal_variables_may_differ(tmp_path):
+    """The third module pools its input, which the second one does not."""
+    network = functools.partial(tiny.SMALL, stage_sizes=(2, 2, 1), widths=(4, 4, 4))
+    fields = {"method": "lakd", "local__granularity": "block"}
+    setting = steps.make(tmp_path, 1, network, **fields)
+    kinds = "dispatch", "fused"
+    dispatch, fused = (engine(kind, setting, tmp_path) for kind in kinds)
+    metrics, expected = (e.read(e.run(steps.rows(1))) for e in (dispatch, fused))
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=2e-4, err_msg=name)
+    ((_, programs),) = dispatch._programs.values()
+    assert len({id(program) for program in programs}) == 5
