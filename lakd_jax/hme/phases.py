@@ -31,20 +31,33 @@ _HALVINGS = 10  # of the learning rate in stage 2
 _GATE, _OTHER = "gate", "other"
 
 
+class _Stage(phase.Phase):
+    """What the stages share."""
+
+    def method(self) -> method_lib.Method | None:
+        """Returns the method on one task per class, see `method`."""
+        return method(self.config)
+
+    def _by_epoch(
+        self, steps_per_epoch: int, lr: float, factor: Callable[[Any, int], jax.Array]
+    ) -> optax.Schedule:
+        """Returns `lr` times a factor of (the epoch from 1, the number of epochs)."""
+
+        def rate(step: Any) -> jax.Array:
+            return lr * factor(step // steps_per_epoch + 1, self.config.epochs)
+
+        return rate
+
+
 @dataclasses.dataclass(frozen=True)
-class First(phase.Phase):
+class First(_Stage):
     """Stage 1: weights and gates, with soft gates that harden."""
 
     keeps_best: ClassVar[bool] = True
 
     def learning_rate(self, steps_per_epoch: int) -> optax.Schedule:
         """Returns the schedule of all parameters but the gates; steps count from 0."""
-        lr, epochs = self.config.hme.stage1_lr, self.config.epochs
-
-        def rate(step: Any) -> jax.Array:
-            return lr * warm_line(step // steps_per_epoch + 1, epochs)
-
-        return rate
+        return self._by_epoch(steps_per_epoch, self.config.hme.stage1_lr, warm_line)
 
     def optimizer(
         self, steps_per_epoch: int, labels: PyTree
@@ -56,13 +69,11 @@ class First(phase.Phase):
 
     def gate_rate(self, steps_per_epoch: int) -> optax.Schedule:
         """Returns the schedule of the gates; steps count from 0."""
-        lr, epochs = self.config.hme.gate_lr, self.config.epochs
 
-        def rate(step: Any) -> jax.Array:
-            epoch = step // steps_per_epoch + 1
-            return jnp.where(epoch < 3, 0.0, lr * warm_line(epoch, epochs))
+        def factor(epoch: Any, epochs: int) -> jax.Array:
+            return jnp.where(epoch < 3, 0.0, warm_line(epoch, epochs))
 
-        return rate
+        return self._by_epoch(steps_per_epoch, self.config.hme.gate_lr, factor)
 
     def student_at(
         self, student: chain.Chain, steps_per_epoch: int
@@ -75,13 +86,9 @@ class First(phase.Phase):
 
         return softened
 
-    def method(self) -> method_lib.Method | None:
-        """Returns the method on one task per class, see `method`."""
-        return method(self.config)
-
 
 @dataclasses.dataclass(frozen=True)
-class Second(phase.Phase):
+class Second(_Stage):
     """Stage 2: the tree is fixed and its weights are retrained from scratch.
 
     Attributes:
@@ -94,12 +101,7 @@ class Second(phase.Phase):
 
     def learning_rate(self, steps_per_epoch: int) -> optax.Schedule:
         """Returns the schedule of all parameters but the gates; steps count from 0."""
-        lr, epochs = self.config.hme.stage2_lr, self.config.epochs
-
-        def rate(step: Any) -> jax.Array:
-            return lr * halving(step // steps_per_epoch + 1, epochs)
-
-        return rate
+        return self._by_epoch(steps_per_epoch, self.config.hme.stage2_lr, halving)
 
     def optimizer(
         self, steps_per_epoch: int, labels: PyTree
@@ -122,10 +124,6 @@ class Second(phase.Phase):
     def first_variables(self, drawn: PyTree) -> PyTree:
         """Returns `drawn` with stage 1's gates and batch statistics."""
         return graft(drawn, self.start)
-
-    def method(self) -> method_lib.Method | None:
-        """Returns the method on one task per class, see `method`."""
-        return method(self.config)
 
 
 def _clipped(o: Any, labels: PyTree) -> optax.GradientTransformation:

@@ -74,29 +74,38 @@ def first_step(state: state_lib.TrainState) -> int:
     return int(jax.device_get(mesh_lib.on_one_device(state.step)))
 
 
-class Fused:
-    """Runs each step as one compiled program."""
+class _Compiled:
+    """What both engines are made of: a feed of data and programs by batch shape."""
 
     def __init__(
         self,
         spec: spec_lib.StepSpec,
-        teacher_variables: PyTree,
+        source: PyTree,
         data: device.DeviceData | feeds.Run,
         guard: interrupt.Guard,
     ):
-        self._spec, self._teacher = spec, teacher_variables
-        self._guard = guard
+        """`source` is the teacher's variables, or what else steps take for it."""
+        self._spec, self._teacher, self._guard = spec, source, guard
         self._feed = feeds.feed(data)
         self._programs: dict[tuple[int, ...], Any] = {}
+        self._last: list[Any] = []  # the programs of the last step
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self._feed.close()
+
+    def costs(self) -> Costs:
+        """See `Engine`."""
+        return _costs(self._last)
+
+
+class Fused(_Compiled):
+    """Runs each step as one compiled program."""
 
     def load(self, state: state_lib.TrainState) -> None:
         """See `Engine`."""
         self._feed.begin(first_step(state))
         self._state = state
-
-    def close(self) -> None:
-        """See `Engine`."""
-        self._feed.close()
 
     def state(self) -> state_lib.TrainState:
         """See `Engine`."""
@@ -113,26 +122,23 @@ class Fused:
             )
             lowered = program.lower(*arguments)
             self._programs[rows.shape] = _compiled(lowered, self._guard)
-        self._last = self._programs[rows.shape]
-        self._state, metrics = self._last(*arguments)
+        program = self._programs[rows.shape]
+        self._last = [program]
+        self._state, metrics = program(*arguments)
         return metrics
 
     def read(self, pending: Any) -> Metrics:
         """See `Engine`."""
         return jax.device_get(pending)
 
-    def costs(self) -> Costs:
-        """See `Engine`."""
-        return _costs([self._last])
 
-
-class Modules:
+class Modules(_Compiled):
     """Runs each step as one compiled program per module; see the module docstring."""
 
     def __init__(
         self,
         spec: spec_lib.StepSpec,
-        teacher_variables: PyTree,
+        source: PyTree,
         data: device.DeviceData | feeds.Run,
         guard: interrupt.Guard,
         devices: Sequence[Any] = (),
@@ -148,7 +154,6 @@ class Modules:
         """
         if not spec.isolated:
             raise ValueError("interdependent modules need local.engine=fused")
-        self._spec, self._guard = spec, guard
         self._segments = segments.of_student(spec)
         count = len(self._segments)
         self._meshes = [spec.mesh] * count
@@ -157,9 +162,7 @@ class Modules:
             self._meshes = [Mesh(np.array([d]), ("data",)) for d in places]
         if isinstance(data, device.DeviceData):
             data = jax.device_put(data, _replicated(self._meshes[0]))
-        self._feed = feeds.feed(data)
-        self._teacher = teacher_variables
-        self._programs: dict[Any, tuple[Any, list[Any]]] = {}
+        super().__init__(spec, source, data, guard)
 
     def load(self, state: state_lib.TrainState) -> None:
         """See `Engine`."""
@@ -176,10 +179,6 @@ class Modules:
             part = segments.teacher_of(spec, self._teacher, segment)
             part = segments.renamed_teacher(names.remove, part)
             self._teachers.append(mesh_lib.replicate(part, mesh))
-
-    def close(self) -> None:
-        """See `Engine`."""
-        self._feed.close()
 
     def state(self) -> state_lib.TrainState:
         """See `Engine`."""
@@ -215,10 +214,6 @@ class Modules:
         """See `Engine`."""
         metrics: Any = segments.flat_metrics(self._segments, jax.device_get(pending))
         return metrics
-
-    def costs(self) -> Costs:
-        """See `Engine`."""
-        return _costs(self._last)
 
     def _compile(
         self, row: np.ndarray, data: device.DeviceData
