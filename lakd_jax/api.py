@@ -118,6 +118,8 @@ def train(
       errors.LakdError: the errors the command line prints; see `lakd_jax.errors`.
       interrupt.Interrupted: Ctrl-C, or a notebook's stop button. The last step is
         saved; the same call resumes from there.
+      KeyboardInterrupt: the same while a program was compiled or data were loaded; the
+        same call resumes from the last checkpoint.
     """
     if isinstance(config, str | Path):
         config, _, _ = command_line.parse([f"--config={config}"])
