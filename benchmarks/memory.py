@@ -20,20 +20,21 @@ import jax
 import numpy as np
 
 from benchmarks import ours
-from lakd_jax import config as config_lib
+from lakd_jax.config import resolved
 from lakd_jax.runtime import backend, interrupt
 from lakd_jax.training import segments, setup, teacher_outputs
 from lakd_jax.training import step as step_lib
 
 
-def cut(chosen: argparse.Namespace, count: int, engine: str) -> config_lib.ConfigDict:
+def cut(chosen: argparse.Namespace, count: int, engine: str) -> resolved.Config:
     """Returns the configuration of LAKD with `count` modules."""
     teacher, student = chosen.pair.split(",")
-    config = ours.configure(teacher, student, "lakd", chosen.batch, chosen.dtype)
     where = {"local.granularity": "bytes", "local.modules": count}
     if count == 1:
         where = {"local.granularity": "none"}
-    return config_lib.changed(config, {**where, "local.engine": engine})
+    changes = {**where, "local.engine": engine}
+    pair = (teacher, student, "lakd")
+    return ours.configure(*pair, chosen.batch, chosen.dtype, changes)
 
 
 def of_engine(chosen: argparse.Namespace, count: int, engine: str) -> float:

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import itertools
 import time
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lakd_jax import config as config_lib
 from lakd_jax import data, distill, interop
+from lakd_jax.config import resolved
 from lakd_jax.data import device
 from lakd_jax.interop import weights
 from lakd_jax.models import folding
@@ -40,7 +43,7 @@ class Setup:
       teacher_torch: the teacher in PyTorch's names, not folded; None without.
     """
 
-    config: config_lib.ConfigDict
+    config: resolved.Config
     split: data.Split
     spec: spec_lib.StepSpec
     device_data: device.DeviceData
@@ -61,15 +64,20 @@ class Setup:
 
 
 def configure(
-    teacher: str, student: str, method: str, batch: int, dtype: str
-) -> config_lib.ConfigDict:
-    """Returns the default recipe for this pair; other fields are `config.default`."""
+    teacher: str,
+    student: str,
+    method: str,
+    batch: int,
+    dtype: str,
+    changes: Mapping[str, Any] = types.MappingProxyType({}),
+) -> resolved.Config:
+    """Returns the default recipe for this pair, with `changes` by field."""
     config = config_lib.with_pair(config_lib.default(), f"{teacher},{student},{method}")
-    changes = {"batch_size": batch, "dtype": dtype}
-    return config_lib.resolve(config_lib.changed(config, changes))
+    changes = {"batch_size": batch, "dtype": dtype, **changes}
+    return resolved.resolve(config_lib.changed(config, changes))
 
 
-def setup(config: config_lib.ConfigDict) -> Setup:
+def setup(config: resolved.Config) -> Setup:
     """Makes random images and weights on one device; folds the teacher if it is set."""
     mesh = Mesh(np.array(jax.local_devices()[:1]), ("data",))
     split = _images()
@@ -111,12 +119,13 @@ def _images() -> data.Split:
     )
 
 
-def _network(config: config_lib.ConfigDict, part: str) -> weights.Loaded:
+def _network(config: resolved.Config, part: str) -> weights.Loaded:
+    network = getattr(config, part)
     return weights.load(
         part,
-        config[part].name,
+        network.name,
         "",
-        shortcut=config[part].shortcut,
+        shortcut=network.shortcut,
         dtype=config.dtype,
         num_classes=CLASSES,
     )

@@ -129,7 +129,7 @@ class Torchdistill(Peer):
 
 def _criterion(made: ours.Setup) -> dict[str, Any]:
     """Returns a weighted sum of one term, in torchdistill's configuration."""
-    k, logits = made.config.kd, {"io": "output", "module_path": "."}
+    logits = {"io": "output", "module_path": "."}
     if made.teacher_torch is None:
         wrapper = {"input": {"is_from_teacher": False, **logits}}
         wrapper["target"] = {"uses_label": True}
@@ -138,8 +138,9 @@ def _criterion(made: ours.Setup) -> dict[str, Any]:
     else:
         paths = {f"{w}_module_path": "." for w in ("student", "teacher")}
         paths |= {f"{w}_module_io": "output" for w in ("student", "teacher")}
-        weights = {"alpha": k.ce_weight, "beta": k.kd_weight}
-        options = paths | weights | {"temperature": k.temperature}
+        kd = made.config.methods["kd"]
+        weights = {"alpha": kd["ce_weight"], "beta": kd["kd_weight"]}
+        options = paths | weights | {"temperature": kd["temperature"]}
         term = {"criterion": {"key": "KDLoss", "kwargs": options}}
     terms = {"term": term | {"weight": 1.0}}
     return {"key": "WeightedSumLoss", "kwargs": {"sub_terms": terms}}
@@ -175,9 +176,10 @@ class Mdistiller(Peer):
         o = c.optim
         settings.SOLVER.LR, settings.SOLVER.MOMENTUM = o.lr, o.momentum
         settings.SOLVER.WEIGHT_DECAY = o.weight_decay
-        settings.KD.TEMPERATURE = c.kd.temperature
-        settings.KD.LOSS.CE_WEIGHT = c.kd.ce_weight
-        settings.KD.LOSS.KD_WEIGHT = c.kd.kd_weight
+        kd = c.methods["kd"]
+        settings.KD.TEMPERATURE = kd["temperature"]
+        settings.KD.LOSS.CE_WEIGHT = kd["ce_weight"]
+        settings.KD.LOSS.KD_WEIGHT = kd["kd_weight"]
         self._logs = tempfile.TemporaryDirectory()  # gone with this object
         settings.LOG.WANDB, settings.LOG.PREFIX = False, self._logs.name
 

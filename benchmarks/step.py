@@ -19,7 +19,6 @@ from typing import Any
 import jax
 
 from benchmarks import ours
-from lakd_jax import config as config_lib
 from lakd_jax import distill
 from lakd_jax.data import device
 from lakd_jax.runs import teacher_cache
@@ -87,9 +86,13 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="JAX's own settings")
     chosen = parser.parse_args()
     config = ours.configure(
-        chosen.teacher, chosen.student, chosen.method, chosen.batch_size, "float32"
+        chosen.teacher,
+        chosen.student,
+        chosen.method,
+        chosen.batch_size,
+        "float32",
+        {"teacher.views": chosen.views},
     )
-    config = config_lib.changed(config, {"teacher.views": chosen.views})
     if not chosen.plain:
         backend.prepare(cache="")
     options = {} if chosen.plain else backend.compiler_options()

@@ -262,20 +262,21 @@ class Torch:
         with torch.no_grad():
             inputs = x.to(torch.bfloat16) if self._bfloat16 else x
             theirs, targets = self.teacher.joints(inputs, cut=False)
-        soft = kd_loss(logits, theirs, c.kd.temperature)
-        loss = c.kd.ce_weight * hard + c.kd.kd_weight * soft
+        kd = c.methods["kd"]
+        soft = kd_loss(logits, theirs, kd["temperature"])
+        loss = kd["ce_weight"] * hard + kd["kd_weight"] * soft
         for adapter, h, z in zip(self.adapters, ends, targets, strict=False):
             loss = loss + self._local(adapter(h.float()), z.float())
         return loss
 
     def _local(self, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Computes L_lf + L_att from (B, C, H, W): adapted map u, teacher's map v."""
-        k, errors = self._config.lakd, u - v
+        k, errors = self._config.methods["lakd"], u - v
         with torch.no_grad():
-            w = mask(v, k.a, k.b, k.window)
+            w = mask(v, k["a"], k["b"], k["window"])
         attention = (w * errors).square().mean()
-        return k.feature_weight * errors.square().mean() + (
-            k.attention_weight * attention
+        return k["feature_weight"] * errors.square().mean() + (
+            k["attention_weight"] * attention
         )
 
 

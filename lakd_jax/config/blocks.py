@@ -378,20 +378,27 @@ class Block(NamedTuple):
     method: bool = False
 
 
-_FIRST: dict[str, type] = {
+CLASSES: dict[str, type] = {
     "": Run,
     "data": Data,
     "student": Network,
     "student.vam": Vam,
     "teacher": Teacher,
     "optim": Optim,
+    "hme": Hme,
+    "local": Local,
+    "checkpoint": Checkpoint,
 }
-_LAST: dict[str, type] = {"hme": Hme, "local": Local, "checkpoint": Checkpoint}
 
 
 def every() -> list[Block]:
     """Returns all blocks, in the order in which the config has them."""
-    return [*_of(_FIRST), *of_methods(), *_of(_LAST)]
+    found = [
+        Block(name, fields.options(cls), vars(cls).get("about", ""))
+        for name, cls in CLASSES.items()
+    ]
+    after = list(CLASSES).index("hme")
+    return [*found[:after], *of_methods(), *found[after:]]
 
 
 def of_methods() -> list[Block]:
@@ -400,13 +407,6 @@ def of_methods() -> list[Block]:
         Block(name, entry.block, entry.fact("about", ""), method=True)
         for name, entry in registry.TABLE.items()
         if entry.block
-    ]
-
-
-def _of(classes: dict[str, type]) -> list[Block]:
-    return [
-        Block(name, fields.options(cls), vars(cls).get("about", ""))
-        for name, cls in classes.items()
     ]
 
 

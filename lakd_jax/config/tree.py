@@ -1,14 +1,15 @@
 """The configuration as one tree of values, made from what `blocks` declares.
 
-Files in `configs/` start from `default()` and change what they need. Only the
-builders in `lakd_jax.runs` and `lakd_jax.training.setup` read a config; library
-functions take plain values. A tuple that is empty means "not given" where the
-field's meaning says so.
+Files in `configs/` start from `default()` and change what they need. A command
+checks the tree and then resolves it (`lakd_jax.config.resolved`): nothing below the
+commands sees a ConfigDict. A tuple that is empty means "not given" where the field's
+meaning says so.
 """
 
 import copy
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -45,34 +46,6 @@ def with_pair(config: ConfigDict, arg: str) -> ConfigDict:
     return changed(config, given)
 
 
-LITERAL = {"adapter": "shape", "normalise": "none", "head_loss": "ce"}
-
-
-def resolve(config: ConfigDict) -> ConfigDict:
-    """Returns a copy with presets and "same as" fields written out.
-
-    `lakd.preset="literal"` pins the fields in `LITERAL`; `teacher.epochs=0` and
-    `hme.stage1_epochs=0` become the student's epochs; `baselines` loses `method` and
-    repetitions. Of registered methods only the blocks of those that run are kept, so
-    that registering one changes no other run and no teacher's hash.
-    """
-    from lakd_jax.distill.base import registry
-
-    c = copy.deepcopy(config)
-    named = {part for m in (c.method, *c.baselines) for part in m.split("+")}
-    with c.unlocked():
-        for name in set(registry.added()) - named:
-            if name in c:  # there is none for a method without options
-                del c[name]
-        others = dict.fromkeys(m for m in c.baselines if m != c.method)
-        c.baselines = tuple(others)
-        if c.lakd.preset == "literal":
-            c.lakd.update(LITERAL)
-        c.teacher.epochs = c.teacher.epochs or c.epochs
-        c.hme.stage1_epochs = c.hme.stage1_epochs or c.epochs
-    return c
-
-
 def to_dict(config: ConfigDict) -> dict[str, Any]:
     """Returns plain nested dictionaries and lists, as they are written to JSON."""
     return json.loads(json.dumps(config.to_dict()))
@@ -100,17 +73,17 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
     )
 
 
-def digest(config: ConfigDict) -> str:
-    """Returns twelve hex digits that change with any field."""
-    text = json.dumps(to_dict(config), sort_keys=True)
+def digest(values: dict[str, Any]) -> str:
+    """Returns twelve hex digits that change with any of `values`, plain ones."""
+    text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+def flat(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns `{"data.pad": 4, ...}` with every field that is not a block."""
     out: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, ConfigDict):
+        if isinstance(value, ConfigDict | Mapping):
             out |= flat(value, f"{prefix}{key}.")
         else:
             out[prefix + key] = value
@@ -122,21 +95,3 @@ def changed(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
     c = copy.deepcopy(config)
     c.update_from_flattened_dict(fields)
     return c
-
-
-def teacher_config(config: ConfigDict) -> ConfigDict:
-    """Returns the config that trains the teacher: plain training of its network.
-
-    Only what matters to the teacher is kept; student and method fields are
-    reset, so that every student that needs this teacher finds the same one.
-    """
-    c, t = default(), config.teacher
-    c.update(method="none", seed=t.seed, epochs=t.epochs)
-    for name in ("batch_size", "eval_batch_size", "dtype", "log_every", "eval_every"):
-        c[name] = config[name]
-    c.data = copy.deepcopy(config.data)
-    c.optim = copy.deepcopy(config.optim)
-    c.optim.lr = t.lr or config.optim.lr
-    c.optim.dot_delta = 0.0  # there is one loss only
-    c.student.update(name=t.name, shortcut=t.shortcut, image_size=t.image_size)
-    return resolve(c)

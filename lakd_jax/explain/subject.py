@@ -11,6 +11,7 @@ import numpy as np
 
 from lakd_jax import config as config_lib
 from lakd_jax import distill, errors
+from lakd_jax.config import resolved
 from lakd_jax.data import order
 from lakd_jax.interop import weights
 from lakd_jax.models import chain
@@ -41,7 +42,7 @@ class Subject:
     """
 
     directory: Path
-    config: config_lib.ConfigDict
+    config: resolved.Config
     environment: single.Environment
     student: weights.Loaded
     pixels: spec_lib.Pixels
@@ -67,12 +68,11 @@ def load(
     """
     settings = workdir.settings(directory)
     try:
-        config = config_lib.from_dict(settings)
+        config = resolved.resolve(config_lib.from_dict(settings))
     except ValueError as error:
         raise errors.ExportError(f"{directory / workdir.CONFIG}: {error}") from error
     environment = single.environment(config, guard, notify)
-    finished = config_lib.changed(config, {"student.init": str(directory)})
-    student = single.load_network("student", finished, environment)
+    student = single.load_network("student", config, environment, str(directory))
     teacher = None
     if distill.facts(config.method).needs_teacher:
         teacher = teacher_lib.make(config, environment)

@@ -12,7 +12,6 @@ from lakd_jax.distill.base import method as method_lib
 from lakd_jax.explain import subject
 from lakd_jax.report import grids, page
 from lakd_jax.store import checkpoint, workdir
-from lakd_jax.training import setup
 
 METHODS = ("afd", "rtk")
 IMAGES = 256  # test images
@@ -73,7 +72,7 @@ def _entropy(s: subject.Subject, attention: np.ndarray) -> float:
 
 def over_training(s: subject.Subject) -> list[tuple[float, np.ndarray]]:
     """Returns (epoch, attention (n, student taps, teacher taps)) per checkpoint."""
-    method = distill.create(s.config.method, setup.method_options(s.config))
+    method = distill.create(s.config.method, s.config.method_options(s.config.method))
     test = s.environment.dataset.preview.test
     images, labels = (jnp.asarray(x[:IMAGES]) for x in (test.images, test.labels))
     assert s.teacher is not None

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lakd_jax import config as config_lib
+from lakd_jax.config import resolved
 from lakd_jax.data import device
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.hme import losses, network
@@ -132,32 +132,32 @@ def _clipped(o: Any, labels: PyTree) -> optax.GradientTransformation:
     return optim.clip_by_module_norm(o.clip_norm, labels)
 
 
-def first(config: config_lib.ConfigDict) -> First:
+def first(config: resolved.Config) -> First:
     """Returns stage 1 of a run."""
-    epochs = config.hme.stage1_epochs
-    return First(config_lib.changed(config, {"epochs": epochs}))
+    return First(dataclasses.replace(config, epochs=config.hme.stage1_epochs))
 
 
-def second(config: config_lib.ConfigDict, start: PyTree, facts: Any) -> Second:
+def second(config: resolved.Config, start: PyTree, facts: Any) -> Second:
     """Returns stage 2 of a run, from stage 1's variables and recorded results."""
     return Second(config, {"stage1": facts}, start)
 
 
-def network_options(config: config_lib.ConfigDict) -> dict[str, Any]:
+def network_options(config: resolved.Config) -> dict[str, Any]:
     """Returns the options of `models.create` that only an HME has."""
     h = config.hme
     output = "odds" if h.loss == "binary" else h.output
     return {"layout": h.layout, "base": h.base, "output": output}
 
 
-def method(config: config_lib.ConfigDict) -> method_lib.Method | None:
+def method(config: resolved.Config) -> method_lib.Method | None:
     """Returns the method on one task per class; None for `hme.loss=kway`."""
     if config.hme.loss != "binary":
         return None
     weight = config.hme.positive_weight
     if config.method == "none":
         return losses.BinaryPlain(weight)
-    options = {n: v for n, v in config.kd.items() if n != "standardise"}
+    kd = config.methods["kd"]
+    options = {n: v for n, v in kd.items() if n != "standardise"}
     return losses.BinaryKD(**options, positive_weight=weight)
 
 

@@ -159,7 +159,7 @@ def _numbers(values: Sequence[float]) -> str:
 def _changed(settings: Facts) -> dict[str, str]:
     """Returns the fields that differ from the defaults."""
     default = config_lib.to_dict(config_lib.default())
-    flat = [config_lib.flat(config_lib.ConfigDict(x)) for x in (default, settings)]
+    flat = [config_lib.flat(values) for values in (default, settings)]
     before, now = ({k: json.dumps(v) for k, v in x.items()} for x in flat)
     return {k: f"`{v}`" for k, v in now.items() if before.get(k) != v}
 

@@ -1,6 +1,7 @@
 """Implements the training command: `run(config, workdir)`, and its dry run."""
 
 import contextlib
+import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ import jax
 
 from lakd_jax import config as config_lib
 from lakd_jax import distill, paths
-from lakd_jax.config import check
+from lakd_jax.config import check, resolved
 from lakd_jax.report import table
 from lakd_jax.runs import dry_run as dry_run_lib
 from lakd_jax.runs import pictures, rows, seeds, single
@@ -49,34 +50,34 @@ def run(
     Raises:
       errors.LakdError: one of its subclasses, see `lakd_jax.errors`.
     """
-    config, notify = _begin(config, directory), hosts.notifier(notify)
+    c, notify = _begin(config, directory), hosts.notifier(notify)
     directory = paths.local(directory, "--workdir")
     with contextlib.ExitStack() as stack:
         guard = guard or stack.enter_context(hosts.guard())
-        stack.enter_context(_claimed(directory, config))
-        runs = seeds.of_config(config, directory)
-        for seed_run in runs if config.seeds else ():
+        stack.enter_context(_claimed(directory, c))
+        runs = seeds.of_config(c, directory)
+        for seed_run in runs if c.seeds else ():
             stack.enter_context(single.prepare(seed_run.directory, seed_run.config))
-        environment = single.environment(config, guard, notify)
+        environment = single.environment(c, guard, notify)
         notify(_describe_data(environment))
-        methods = [*config.baselines, config.method]
+        methods = [*c.baselines, c.method]
         teacher = None
         if any(distill.facts(m).needs_teacher for m in methods):
-            teacher = teacher_lib.make(config, environment)
+            teacher = teacher_lib.make(c, environment)
             hosts.first(functools.partial(teacher_lib.require_same, directory, teacher))
         results = {}
-        for method in config.baselines:
-            notify(_title(config, method))
+        for method in c.baselines:
+            notify(_title(c, method))
             results[method] = _train_baseline(runs, method, environment, teacher)
-        notify(_title(config, config.method))
-        results[config.method] = seeds.train(runs, environment, teacher)
+        notify(_title(c, c.method))
+        results[c.method] = seeds.train(runs, environment, teacher)
         for seed_run in runs:
             _draw(seed_run, environment, teacher)
-        text = _table(config, results, teacher)
+        text = _table(c, results, teacher)
         hosts.first(lambda: (directory / workdir.TABLE).write_text(text + "\n"))
         notify(f"\n{text}\n\n{_describe_files(runs, directory)}")
-    last = results[config.method]
-    return {"seeds": last} if config.seeds else last[0]
+    last = results[c.method]
+    return {"seeds": last} if c.seeds else last[0]
 
 
 def _draw(
@@ -100,7 +101,7 @@ def _describe_files(runs: Sequence[seeds.SeedRun], directory: Path) -> str:
 
 def _begin(
     config: config_lib.ConfigDict, directory: str | Path = ""
-) -> config_lib.ConfigDict:
+) -> resolved.Config:
     """Checks the config here and across processes; returns it resolved."""
     hosts.require_connected()
     check.require(config, jax.device_count(), directory)
@@ -108,11 +109,11 @@ def _begin(
     code = workdir.code()
     versions = {**code["versions"], "commit of the code": code["commit"]}
     hosts.agree({**config_lib.flat(config), **versions})
-    return config_lib.resolve(config)
+    return resolved.resolve(config)
 
 
 @contextlib.contextmanager
-def _claimed(directory: Path, config: config_lib.ConfigDict) -> Iterator[None]:
+def _claimed(directory: Path, config: resolved.Config) -> Iterator[None]:
     """Locks the run's directory; releases it if the run fails before training.
 
     The user can then correct the config, e.g. a mistyped path, and start again.
@@ -138,9 +139,11 @@ def _train_baseline(
     teacher: single.Teacher | None,
 ) -> list[dict[str, Any]]:
     """Trains all seeds of a baseline, in folder METHOD of each seed's directory."""
-    change = {"method": method, "baselines": ()}
     baselines = [
-        seeds.SeedRun(config_lib.changed(run.config, change), run.directory / method)
+        seeds.SeedRun(
+            dataclasses.replace(run.config, method=method, baselines=()),
+            run.directory / method,
+        )
         for run in runs
     ]
     with contextlib.ExitStack() as stack:
@@ -149,7 +152,7 @@ def _train_baseline(
         return seeds.train(baselines, environment, teacher)
 
 
-def _title(config: config_lib.ConfigDict, method: str) -> str:
+def _title(config: resolved.Config, method: str) -> str:
     attention = " with VAM" if config.student.vam.enabled else ""
     return f"{config.student.name}{attention}, {distill.title(method)}"
 
@@ -165,19 +168,19 @@ def dry_run(
     Nothing is written to a run's directory. A teacher that would be trained first is
     replaced by one with random weights.
     """
-    config, notify = _begin(config), hosts.notifier(notify)
-    config = seeds.of_config(config, Path())[0].config
-    environment = single.environment(config, guard, notify)
+    notify = hosts.notifier(notify)
+    c = seeds.of_config(_begin(config), Path())[0].config
+    environment = single.environment(c, guard, notify)
     notify(_describe_data(environment))
     teacher = None
-    if distill.facts(config.method).needs_teacher:
-        teacher = teacher_lib.stand_in(config, environment) or teacher_lib.make(
-            config, environment
+    if distill.facts(c.method).needs_teacher:
+        teacher = teacher_lib.stand_in(c, environment) or teacher_lib.make(
+            c, environment
         )
     with tempfile.TemporaryDirectory() as scratch:
-        first = phase.first(config)
+        first = phase.first(c)
         job = single.training_job(first, Path(scratch), environment, teacher, dry=True)
-        notify(dry_run_lib.one_step(config, environment, job, teacher))
+        notify(dry_run_lib.one_step(c, environment, job, teacher))
 
 
 def _describe_data(environment: single.Environment) -> str:
@@ -191,7 +194,7 @@ def _describe_data(environment: single.Environment) -> str:
 
 
 def _table(
-    config: config_lib.ConfigDict,
+    config: resolved.Config,
     results: dict[str, list[dict[str, Any]]],
     teacher: single.Teacher | None,
 ) -> str:

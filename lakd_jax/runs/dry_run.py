@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from lakd_jax import config as config_lib
+from lakd_jax.config import resolved
 from lakd_jax.report import summary
 from lakd_jax.runs import single
 from lakd_jax.training import engine, feeds, setup
@@ -12,7 +12,7 @@ from lakd_jax.training import state as state_lib
 
 
 def one_step(
-    config: config_lib.ConfigDict,
+    config: resolved.Config,
     environment: single.Environment,
     job: single.TrainingJob,
     teacher: single.Teacher | None,

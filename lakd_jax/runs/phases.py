@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lakd_jax import config as config_lib
+from lakd_jax.config import resolved
 from lakd_jax.interop import weights
 from lakd_jax.runs import single
 from lakd_jax.runtime import hosts
@@ -15,7 +15,7 @@ _RECORDED += ("seconds", "step_seconds", "images_per_second")
 
 
 def train(
-    config: config_lib.ConfigDict,
+    config: resolved.Config,
     directory: Path,
     environment: single.Environment,
     teacher: single.Teacher | None,

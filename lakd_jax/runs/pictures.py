@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lakd_jax import config as config_lib
 from lakd_jax import data, distill
+from lakd_jax.config import resolved
 from lakd_jax.distill import lakd
 from lakd_jax.interop import weights
 from lakd_jax.local import cuts
@@ -21,7 +21,7 @@ SHOWN = 8  # the most test images in the attention picture
 
 
 def draw(
-    config: config_lib.ConfigDict,
+    config: resolved.Config,
     directory: Path,
     environment: single.Environment,
     teacher: single.Teacher | None,
@@ -43,8 +43,7 @@ def draw(
         teacher_accuracy=teacher.score.accuracy if teacher else None,
     )
     if teacher:
-        finished = config_lib.changed(config, {"student.init": str(directory)})
-        student = single.load_network("student", finished, environment)
+        student = single.load_network("student", config, environment, str(directory))
         chosen = _one_per_class(environment.dataset.preview.test.labels)
         attention(
             directory / "attention.png",
@@ -58,7 +57,7 @@ def draw(
 
 def attention(
     path: Path,
-    config: config_lib.ConfigDict,
+    config: resolved.Config,
     dataset: data.Dataset,
     student: weights.Loaded,
     teacher: single.Teacher,
@@ -76,9 +75,7 @@ def attention(
     of_teacher = _forward(teacher.network, teacher.pixels(images))
     of_student = _forward(student, setup.pixels(config)(images))
     parts = partition(config, student.model, teacher.network.model)
-    options = lakd.Options(
-        **setup.method_options(config_lib.changed(config, {"method": "lakd"}))
-    )
+    options = lakd.Options(**config.method_options("lakd"))
     at_teacher = _joints(of_teacher, teacher.network.model, parts.teacher_joints)
     at_student = _joints(of_student, student.model, parts.student_joints)
     masks = [options.mask(z)[..., 0] for z in at_teacher]
@@ -102,7 +99,7 @@ def attention(
 
 
 def partition(
-    config: config_lib.ConfigDict, student: chain.Chain, teacher: chain.Chain
+    config: resolved.Config, student: chain.Chain, teacher: chain.Chain
 ) -> cuts.Partition:
     """Returns the modules to compare: the run's own if its method trains by modules.
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lakd_jax import config as config_lib
+from lakd_jax.config import resolved
 from lakd_jax.report import table
 from lakd_jax.runs import single
 
@@ -21,7 +21,7 @@ def row(result: dict[str, Any], name: str) -> table.Row:
     )
 
 
-def teacher_row(config: config_lib.ConfigDict, teacher: single.Teacher) -> table.Row:
+def teacher_row(config: resolved.Config, teacher: single.Teacher) -> table.Row:
     """Returns the row of the teacher."""
     return table.Row(
         name=f"{config.teacher.name}, teacher",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lakd_jax import config as config_lib
+from lakd_jax.config import resolved
 from lakd_jax.runs import phases, single
 
 
@@ -17,17 +17,17 @@ from lakd_jax.runs import phases, single
 class SeedRun:
     """The config of a single seed, and its prepared directory."""
 
-    config: config_lib.ConfigDict
+    config: resolved.Config
     directory: Path
 
 
-def of_config(config: config_lib.ConfigDict, directory: Path) -> list[SeedRun]:
+def of_config(config: resolved.Config, directory: Path) -> list[SeedRun]:
     """Returns one run per seed; without `config.seeds`, one in `directory` itself."""
     if not config.seeds:
         return [SeedRun(config, directory)]
     return [
         SeedRun(
-            config_lib.changed(config, {"seeds": (), "seed": seed}),
+            dataclasses.replace(config, seeds=(), seed=seed),
             directory / f"seed{seed}",
         )
         for seed in config.seeds

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from lakd_jax import config as config_lib
 from lakd_jax import data, distill, errors
+from lakd_jax.config import resolved
 from lakd_jax.data import device, order
 from lakd_jax.data.streaming import batches
 from lakd_jax.interop import weights
@@ -61,7 +61,7 @@ class Teacher:
 
 
 def environment(
-    config: config_lib.ConfigDict, guard: interrupt.Guard, notify: Notify
+    config: resolved.Config, guard: interrupt.Guard, notify: Notify
 ) -> Environment:
     """Loads the data that `config` names and places it on the devices."""
     d = config.data
@@ -70,7 +70,7 @@ def environment(
         data.load, d.source, image_size=d.image_size, max_bad=d.max_bad, **common
     )
     if d.streaming:
-        views = batches.Views(d.image_size, tuple(d.crop_scale), d.test_resize)
+        views = batches.Views(d.image_size, d.crop_scale, d.test_resize)
         load = functools.partial(
             batches.load, d.source, views, workers=d.workers, **common
         )
@@ -121,16 +121,16 @@ class TrainingJob:
     data: device.DeviceData | feeds.Run
 
     @property
-    def config(self) -> config_lib.ConfigDict:
+    def config(self) -> resolved.Config:
         """Returns the config of the phase."""
         return self.phase.config
 
 
 def prepare(
-    directory: Path, config: config_lib.ConfigDict, **options: Any
+    directory: Path, config: resolved.Config, **options: Any
 ) -> workdir.Workdir:
     """Locks the directory of a run of `config`; see `workdir.prepare`."""
-    return workdir.prepare(directory, config_lib.to_dict(config), **options)
+    return workdir.prepare(directory, config.to_dict(), **options)
 
 
 def train_one(
@@ -274,14 +274,19 @@ def fit(job: TrainingJob, environment: Environment) -> loop.Fit:
 
 
 def load_network(
-    part: str, config: config_lib.ConfigDict, environment: Environment
+    part: str, config: resolved.Config, environment: Environment, init: str = ""
 ) -> weights.Loaded:
-    """Loads the network that the config describes; `part`: "student" or "teacher"."""
-    block = config[part]
+    """Loads the network that the config describes.
+
+    Args:
+      part: "student" or "teacher".
+      init: where its weights are; "" for where the config says.
+    """
+    block = getattr(config, part)
     loaded = weights.load(
         part,
         block.name,
-        block.init,
+        init or block.init,
         shortcut=block.shortcut,
         dtype=config.dtype,
         num_classes=len(environment.dataset.classes),
@@ -293,7 +298,7 @@ def load_network(
 
 
 def evaluator(
-    config: config_lib.ConfigDict,
+    config: resolved.Config,
     network: weights.Loaded,
     pixels: spec_lib.Pixels,
     environment: Environment,
@@ -310,7 +315,7 @@ def evaluator(
     )
 
 
-def _check_last_batch(config: config_lib.ConfigDict, examples: int) -> None:
+def _check_last_batch(config: resolved.Config, examples: int) -> None:
     """Raises ConfigError if an epoch's short last batch is too small to normalise.
 
     Full batches are checked with the other fields, before any data is loaded.
@@ -328,7 +333,7 @@ def _check_last_batch(config: config_lib.ConfigDict, examples: int) -> None:
     )
 
 
-def _plan(config: config_lib.ConfigDict, examples: int) -> record_lib.Plan:
+def _plan(config: resolved.Config, examples: int) -> record_lib.Plan:
     steps_per_epoch = order.steps_per_epoch(
         examples, config.batch_size, config.data.drop_last
     )

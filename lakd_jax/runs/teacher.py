@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lakd_jax import config as config_lib
 from lakd_jax import errors, paths
+from lakd_jax.config import resolved
 from lakd_jax.interop import weights
 from lakd_jax.models import folding
 from lakd_jax.runs import single, teacher_source
@@ -20,9 +20,7 @@ from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
 
 
-def make(
-    config: config_lib.ConfigDict, environment: single.Environment
-) -> single.Teacher:
+def make(config: resolved.Config, environment: single.Environment) -> single.Teacher:
     """Loads the teacher from `teacher.init` or the cache, or trains it; then tests it.
 
     Raises:
@@ -38,8 +36,7 @@ def make(
     if not config.teacher.init:
         _train_teacher(config, environment)
         cached = str(_cached(config, environment))
-        config = config_lib.changed(config, {"teacher.init": cached})
-        loaded = single.load_network("teacher", config, environment)
+        loaded = single.load_network("teacher", config, environment, cached)
     pixels, digest = _pixels(config, loaded), manifest.digest(loaded.variables)
     loaded, parameters = _frozen(config, loaded, environment)
     score = single.evaluator(config, loaded, pixels, environment)(
@@ -73,18 +70,18 @@ def require_same(directory: Path, teacher: single.Teacher) -> None:
         )
 
 
-def _pixels(config: config_lib.ConfigDict, loaded: weights.Loaded) -> spec_lib.Pixels:
+def _pixels(config: resolved.Config, loaded: weights.Loaded) -> spec_lib.Pixels:
     """Returns the normalisation and size of the images that the teacher takes."""
     return spec_lib.Pixels(
-        tuple(config.teacher.mean or loaded.mean or config.data.mean),
-        tuple(config.teacher.std or loaded.std or config.data.std),
+        config.teacher.mean or loaded.mean or config.data.mean,
+        config.teacher.std or loaded.std or config.data.std,
         setup.pixels(config).dtype,
         config.teacher.image_size or loaded.size,
     )
 
 
 def _frozen(
-    config: config_lib.ConfigDict,
+    config: resolved.Config,
     loaded: weights.Loaded,
     environment: single.Environment,
 ) -> tuple[weights.Loaded, int]:
@@ -100,7 +97,7 @@ def _frozen(
 
 
 def stand_in(
-    config: config_lib.ConfigDict, environment: single.Environment
+    config: resolved.Config, environment: single.Environment
 ) -> single.Teacher | None:
     """Returns a teacher with random weights for a dry run; None if one is available."""
     trained = _cached(config, environment) / workdir.RESULT
@@ -120,22 +117,19 @@ def stand_in(
     )
 
 
-def _cached(config: config_lib.ConfigDict, environment: single.Environment) -> Path:
+def _cached(config: resolved.Config, environment: single.Environment) -> Path:
     """Returns the folder of the teacher that this config trains on these images."""
-    key = config_lib.digest(config_lib.teacher_config(config))
-    images = environment.dataset.fingerprint()[
-        :6
-    ]  # the images of a folder may have changed
+    key = resolved.of_teacher(config).digest()
+    # The images of a folder may have changed.
+    images = environment.dataset.fingerprint()[:6]
     cache = paths.local(config.teacher.cache, "teacher.cache")
     return cache / f"{config.teacher.name}-{key}-{images}"
 
 
-def _train_teacher(
-    config: config_lib.ConfigDict, environment: single.Environment
-) -> None:
+def _train_teacher(config: resolved.Config, environment: single.Environment) -> None:
     """Trains the config's teacher into the cache, unless it is already there."""
     directory = _cached(config, environment)
-    teacher_config = config_lib.teacher_config(config)
+    teacher_config = resolved.of_teacher(config)
     if hosts.first((directory / workdir.RESULT).exists):
         return
     environment.notify(f"{config.teacher.name}, the teacher, in {directory}")
@@ -144,7 +138,7 @@ def _train_teacher(
 
 
 def _check_floor(
-    config: config_lib.ConfigDict,
+    config: resolved.Config,
     environment: single.Environment,
     loaded: weights.Loaded,
     pixels: spec_lib.Pixels,

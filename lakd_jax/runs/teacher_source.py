@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
-from lakd_jax import config as config_lib
 from lakd_jax import data, distill, paths
+from lakd_jax.config import resolved
 from lakd_jax.data import device
 from lakd_jax.data.streaming import batches
 from lakd_jax.interop import weights
@@ -20,7 +20,7 @@ PyTree = Any
 
 
 def source(
-    config: config_lib.ConfigDict,
+    config: resolved.Config,
     spec: spec_lib.StepSpec,
     variables: PyTree,
     device_data: device.DeviceData | feeds.Run,
@@ -72,7 +72,7 @@ def source(
 
 
 def require_room(
-    config: config_lib.ConfigDict,
+    config: resolved.Config,
     teacher: weights.Loaded,
     pixels: spec_lib.Pixels,
     dataset: data.Dataset | batches.Dataset,
@@ -91,7 +91,7 @@ def require_room(
         if not distill.facts(method).needs_teacher:
             continue
         spec, _ = setup.spec(
-            config_lib.changed(config, {"method": method}),
+            dataclasses.replace(config, method=method),
             _any_student(config, len(dataset.classes)),
             dataclasses.replace(teacher, variables=variable_shapes),
             teacher_pixels=pixels,
@@ -106,7 +106,7 @@ def require_room(
         teacher_cache.require_room(shapes, config.teacher.views_mib)
 
 
-def _any_student(config: config_lib.ConfigDict, classes: int) -> weights.Loaded:
+def _any_student(config: resolved.Config, classes: int) -> weights.Loaded:
     """Returns the config's student without weights, which do not affect its cuts."""
     return weights.load(
         "student",

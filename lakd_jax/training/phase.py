@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import jax
 import optax
 
-from lakd_jax import config as config_lib
 from lakd_jax import models
+from lakd_jax.config import resolved
 from lakd_jax.data import device
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.models import chain
@@ -30,7 +30,7 @@ class Phase:
       keeps_best: whether the run keeps its best epoch on minival instead of the last.
     """
 
-    config: config_lib.ConfigDict
+    config: resolved.Config
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     purpose: ClassVar[int] = device.INITIALISE
@@ -93,7 +93,7 @@ def module_of(network: str) -> ModuleType | None:
     return importlib.import_module(name) if name else None
 
 
-def first(config: config_lib.ConfigDict) -> Phase:
+def first(config: resolved.Config) -> Phase:
     """Returns the first or only phase of a run."""
     module = module_of(config.student.name)
     return module.first(config) if module else Phase(config)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lakd_jax import config as config_lib
 from lakd_jax import distill
+from lakd_jax.config import resolved
 from lakd_jax.data import device
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.interop import weights
@@ -29,18 +29,18 @@ from lakd_jax.training import vam as vam_lib
 PyTree = Any
 
 
-def pixels(config: config_lib.ConfigDict) -> spec_lib.Pixels:
+def pixels(config: resolved.Config) -> spec_lib.Pixels:
     """Returns the conversion of images to the student's input."""
     return spec_lib.Pixels(
-        tuple(config.data.mean),
-        tuple(config.data.std),
+        config.data.mean,
+        config.data.std,
         jnp.dtype(config.dtype),
         config.student.image_size,
     )
 
 
 def spec(
-    config: config_lib.ConfigDict,
+    config: resolved.Config,
     student: weights.Loaded,
     teacher: weights.Loaded | None,
     *,
@@ -74,7 +74,7 @@ def spec(
         vam_lib.with_entropy,
         gamma=config.student.vam.gamma,
         owner=lambda path: cuts.module_of(path, partition, student.model),
-        starts=tuple(local.module_start_epochs) if facts.local else (),
+        starts=local.module_start_epochs if facts.local else (),
     )
     draft = spec_lib.StepSpec(
         student=student.model,
@@ -85,8 +85,8 @@ def spec(
         cut_scale=facts.cut_scale if local.cut_scale < 0 else local.cut_scale,
         module_input=local.module_input if facts.local else "student",
         uncut=method.needs_uncut,
-        starts=tuple(local.module_start_epochs) if facts.local else (),
-        preact=facts.local and config.lakd.preact,
+        starts=local.module_start_epochs if facts.local else (),
+        preact=facts.local and config.methods["lakd"]["preact"],
         student_pixels=pixels(config),
         teacher_pixels=teacher_pixels,
         pad=config.data.pad,
@@ -114,7 +114,7 @@ def spec(
 
 
 def engine(
-    config: config_lib.ConfigDict,
+    config: resolved.Config,
     spec: spec_lib.StepSpec,
     teacher_variables: PyTree,
     data: device.DeviceData | feeds.Run,
@@ -132,36 +132,28 @@ def engine(
     return engine_lib.Modules(*arguments, devices)
 
 
-def _method(config: config_lib.ConfigDict) -> method_lib.Method:
+def _method(config: resolved.Config) -> method_lib.Method:
     """Returns the method that the config names, which may be a sum of methods."""
     names = distill.parts(config.method)
-    configs = {name: config_lib.changed(config, {"method": name}) for name in names}
-    options = {name: method_options(single) for name, single in configs.items()}
+    options = {name: config.method_options(name) for name in names}
     if len(names) > 1:
         return distill.create_sum(options)
     return distill.create(config.method, options[config.method])
 
 
-def network_options(config: config_lib.ConfigDict) -> dict[str, Any]:
+def network_options(config: resolved.Config) -> dict[str, Any]:
     """Returns the options of `models.create` that are specific to the student."""
     module = phase_lib.module_of(config.student.name)
     return module.network_options(config) if module else {}
 
 
-def vam_options(config: config_lib.ConfigDict) -> vam.Options | None:
+def vam_options(config: resolved.Config) -> vam.Options | None:
     """Returns the options of the student's virtual attention; None if disabled."""
     block = config.student.vam
     if not block.enabled:
         return None
     names = (field.name for field in dataclasses.fields(vam.Options))
-    return vam.Options(**{name: block[name] for name in names})
-
-
-def method_options(config: config_lib.ConfigDict) -> dict[str, Any]:
-    """Returns the options of `distill.create` for a single method."""
-    values = config_lib.flat(config)
-    sources = distill.option_sources(config.method)
-    return {option: values[field] for option, field in sources.items()}
+    return vam.Options(**{name: getattr(block, name) for name in names})
 
 
 def _initialiser(

@@ -17,9 +17,8 @@ import tiny
 from jax.sharding import Mesh
 
 from benchmarks import gate_entropy, named_plans, table
-from lakd_jax import config as config_lib
 from lakd_jax import errors
-from lakd_jax.config import check, command_line
+from lakd_jax.config import check, command_line, resolved
 from lakd_jax.hme import network
 from lakd_jax.runs import single
 from lakd_jax.runtime import interrupt
@@ -126,7 +125,7 @@ def test_untrained_gates_are_those_that_a_run_begins_with(tmp_path, monkeypatch)
     monkeypatch.setattr(single.data, "load", lambda *a, **k: tiny.dataset(train=80))
     monkeypatch.setattr(mesh_lib, "data_mesh", lambda: one)
     fields = {"method": "none", "epochs": 1, "student__name": "hme", "seed": 3}
-    config = config_lib.resolve(tiny.config(tmp_path, **fields))
+    config = resolved.resolve(tiny.config(tmp_path, **fields))
     environment = single.environment(config, interrupt.Guard(), lambda text: None)
     first = phase.first(config)
     job = single.training_job(first, tmp_path, environment, None)

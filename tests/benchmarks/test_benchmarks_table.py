@@ -1,5 +1,6 @@
 """benchmarks.table: the runs, what is made again, the statistics and the text."""
 
+import dataclasses
 import json
 import math
 import os
@@ -17,9 +18,8 @@ import tiny
 from jax.sharding import Mesh
 
 from benchmarks import intervals, plan, published, records, table, table_text
-from lakd_jax import config as config_lib
 from lakd_jax import errors
-from lakd_jax.config import check, command_line
+from lakd_jax.config import check, command_line, resolved
 from lakd_jax.runs import single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
@@ -392,14 +392,13 @@ def test_methods_of_a_seed_see_the_same_images_in_the_same_order(tmp_path, monke
     monkeypatch.setattr(mesh_lib, "data_mesh", lambda: one)
 
     fields = {"method": "kd", "epochs": 2}
-    config = config_lib.resolve(tiny.config(tmp_path, **fields))
+    config = resolved.resolve(tiny.config(tmp_path, **fields))
     environment = single.environment(config, interrupt.Guard(), lambda text: None)
     teacher = teacher_lib.stand_in(config, environment)
 
     def seen(method, seed):
-        changes = {"method": method, "seed": seed}
         job = single.training_job(
-            phase.first(config_lib.changed(config, changes)),
+            phase.first(dataclasses.replace(config, method=method, seed=seed)),
             tmp_path,
             environment,
             teacher,

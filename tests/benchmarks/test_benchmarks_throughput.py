@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from benchmarks import ours, throughput, timing
-from lakd_jax import config as config_lib
 from lakd_jax import interop
 from lakd_jax.training import step
 
@@ -24,9 +23,9 @@ TINY += ["--matmul_side=64", "--copy_mib=1"]
 
 def setup(method, **changes):
     """resnet8 from resnet8 at batch 4, without random crops."""
-    config = ours.configure("resnet8", "resnet8", method, 4, "float32")
     fixed = {"data.pad": 0, "data.flip": False} | changes
-    return ours.setup(config_lib.changed(config, fixed))
+    pair = ("resnet8", "resnet8", method)
+    return ours.setup(ours.configure(*pair, 4, "float32", fixed))
 
 
 def two_steps_of_ours(made, rows):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lakd_jax import config as config_lib
-from lakd_jax.config import check, recipes
+from lakd_jax.config import check, recipes, resolved
 from lakd_jax.data import order
 from lakd_jax.training import phase
 
@@ -96,17 +96,17 @@ def test_weight_of_review_is_the_pairs():
 
 def test_teacher_of_a_mobile_student_is_that_of_any_other():
     slow, fast = (
-        config_lib.teacher_config(
-            config_lib.resolve(config("cifar100", f"resnet32x4,{student},kd"))
+        resolved.of_teacher(
+            resolved.resolve(config("cifar100", f"resnet32x4,{student},kd"))
         )
         for student in ("shuffle_v2", "resnet8x4")
     )
     assert slow.optim.lr == fast.optim.lr == 0.05
-    assert config_lib.digest(slow) == config_lib.digest(fast)
+    assert slow.digest() == fast.digest()
     mobile = config("cifar100", "mobilenet_v2,resnet20,kd")
-    assert config_lib.teacher_config(config_lib.resolve(mobile)).optim.lr == 0.01
+    assert resolved.of_teacher(resolved.resolve(mobile)).optim.lr == 0.01
     plain = config_lib.changed(config_lib.default(), {"optim.lr": 0.3})
-    assert config_lib.teacher_config(config_lib.resolve(plain)).optim.lr == 0.3
+    assert resolved.of_teacher(resolved.resolve(plain)).optim.lr == 0.3
 
 
 def test_shorter_training_keeps_its_proportions():

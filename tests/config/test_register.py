@@ -15,11 +15,10 @@ import tiny
 
 from lakd_jax import config as config_lib
 from lakd_jax import data, distill, errors, interop, models, register
-from lakd_jax.config import blocks, check, recipes
+from lakd_jax.config import blocks, check, recipes, resolved
 from lakd_jax.data import sources
 from lakd_jax.distill.base import registry, term
 from lakd_jax.models import vgg
-from lakd_jax.training import setup
 
 Narrow = functools.partial(vgg.VGG, stem_widths=(4,), stage_sizes=(1, 1), widths=(6, 8))
 
@@ -78,14 +77,14 @@ def test_a_config_from_before_is_told_to_be_made_anew(tmp_path):
 
 
 def test_a_registered_method_changes_no_other_run(tmp_path):
-    before = config_lib.resolve(tiny.config(tmp_path, method="kd"))
-    teacher = config_lib.digest(config_lib.teacher_config(before))
+    before = resolved.resolve(tiny.config(tmp_path, method="kd"))
+    teacher = resolved.of_teacher(before).digest()
     register.method("mine", Mine)
-    other = config_lib.resolve(tiny.config(tmp_path, method="kd"))
-    own = config_lib.resolve(tiny.config(tmp_path, method="kd+mine"))
-    assert config_lib.digest(other) == config_lib.digest(before)
-    assert config_lib.digest(config_lib.teacher_config(own)) == teacher
-    recorded = config_lib.to_dict(own)
+    other = resolved.resolve(tiny.config(tmp_path, method="kd"))
+    own = resolved.resolve(tiny.config(tmp_path, method="kd+mine"))
+    assert other.digest() == before.digest()
+    assert resolved.of_teacher(own).digest() == teacher
+    recorded = own.to_dict()
     assert recorded["mine"]["margin"] == -0.5
     assert config_lib.from_dict(recorded).mine.margin == -0.5
     del registry.TABLE["mine"]
@@ -217,7 +216,7 @@ def test_a_users_method_has_all_that_a_built_in_one_has(twin, monkeypatch, tmp_p
         text = [wrong, make_configuration.section("###", found[name])]
         pairs = recipes.of_pair("resnet32x4", "resnet8x4")
         own = {f: v for f, v in pairs.items() if f.partition(".")[0] == name}
-        options = setup.method_options(config)
+        options = resolved.resolve(config).method_options(name)
         made = [config[name].to_dict(), options, distill.title(f"{name}+dkd")]
         # Names are the only difference, also in capital letters, as in titles.
         text = repr([text, own, facts, title, made])

@@ -14,10 +14,9 @@ import toys
 
 from lakd_jax import config as config_lib
 from lakd_jax import distill
-from lakd_jax.config import check
+from lakd_jax.config import check, resolved
 from lakd_jax.distill.base import registry
 from lakd_jax.distill.base import term as term_lib
-from lakd_jax.training import setup
 
 METHODS = sorted(
     name
@@ -181,11 +180,8 @@ def test_bfloat16_networks_give_finite_float32_terms(name):
 
 @pytest.mark.parametrize("name", SUMS)
 def test_a_sum_has_all_terms_once(name, tmp_path):
-    config = tiny.config(tmp_path, method=name)
-    made = {
-        n: setup.method_options(config_lib.changed(config, {"method": n}))
-        for n in distill.parts(name)
-    }
+    config = resolved.resolve(tiny.config(tmp_path, method=name))
+    made = {n: config.method_options(n) for n in distill.parts(name)}
     passes = networks(name)
     alone = [distill.create(n, own) for n, own in made.items()]
     *singles, sums = (

@@ -12,6 +12,7 @@ import toys
 
 from lakd_jax import config as config_lib
 from lakd_jax import distill, models
+from lakd_jax.config import resolved
 from lakd_jax.data import device
 from lakd_jax.distill.base import registry
 from lakd_jax.distill.base import term as term_lib
@@ -47,7 +48,7 @@ def fields(name):
 
 def spec(tmp_path, model, **fields):
     """(learner, function of its first state, the teacher's variables) on one device."""
-    config = config_lib.resolve(tiny.config(tmp_path, **fields))
+    config = resolved.resolve(tiny.config(tmp_path, **fields))
     mesh = mesh_lib.data_mesh()
     variables = mesh_lib.replicate(toys.network(model, 7), mesh)
     made, first = setup.spec(

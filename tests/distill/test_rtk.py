@@ -10,11 +10,10 @@ import tap_toys
 
 from lakd_jax import config as config_lib
 from lakd_jax import distill
-from lakd_jax.config import check
+from lakd_jax.config import check, resolved
 from lakd_jax.distill import rtk
 from lakd_jax.distill import tap_attention as attention_lib
 from lakd_jax.distill.base import method, numerics
-from lakd_jax.training import setup
 
 KEY = jax.random.key(0)
 SELECTIONS = rtk.CHOICES["selection"]
@@ -22,9 +21,8 @@ GROUPS = attention_lib.by_size([np.zeros((1, s, s, 1)) for s, _ in tap_toys.TEAC
 
 
 def options(**fields):
-    config = config_lib.default()
-    config.method = "rtk"
-    made = setup.method_options(config) | {"qk_dim": 8} | fields
+    config = resolved.resolve(config_lib.default())
+    made = config.method_options("rtk") | {"qk_dim": 8} | fields
     return rtk.Options(**made)
 
 
@@ -408,12 +406,9 @@ def test_relations_between_fields(name):
 
 
 def test_options_come_from_the_fields():
-    c = config_lib.changed(
-        config_lib.default(),
-        {"method": "rtk", "rtk.beta": 200.0, "kd.temperature": 2.0, "rtk.top_r": 5},
-    )
-    made = setup.method_options(c)
+    changes = {"rtk.beta": 200.0, "kd.temperature": 2.0, "rtk.top_r": 5}
+    c = resolved.resolve(config_lib.changed(config_lib.default(), changes))
+    made = c.method_options("rtk")
     assert (made["beta"], made["temperature"], made["top_r"]) == (200, 2, 5)
     assert set(made) == set(distill.option_names("rtk"))
-    c.method = "afd"
-    assert set(setup.method_options(c)) == set(distill.option_names("afd"))
+    assert set(c.method_options("afd")) == set(distill.option_names("afd"))

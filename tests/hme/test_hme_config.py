@@ -6,8 +6,7 @@ import pathlib
 import pytest
 import tiny
 
-from lakd_jax import config as config_lib
-from lakd_jax.config import check
+from lakd_jax.config import check, resolved
 from lakd_jax.training import setup
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "cifar10_hme.py"
@@ -61,7 +60,7 @@ def test_the_released_recipe():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert check.problems(module.get_config(), 1) == []
-    config = config_lib.resolve(module.get_config("resnet56,,none"))
+    config = resolved.resolve(module.get_config("resnet56,,none"))
     assert (config.teacher.name, config.method) == ("resnet56", "none")
     assert (config.epochs, config.hme.stage1_epochs, config.batch_size) == (
         300,
@@ -71,14 +70,16 @@ def test_the_released_recipe():
 
 
 def test_options_of_networks_and_methods(tmp_path):
-    plain = tiny.config(tmp_path, **HME, hme__output="ce", hme__layout="split")
+    plain = resolved.resolve(
+        tiny.config(tmp_path, **HME, hme__output="ce", hme__layout="split")
+    )
     assert setup.network_options(plain) == {
         "layout": "split",
         "base": "wrn_40_1",
         "output": "ce",
     }
-    binary = tiny.config(tmp_path, **HME, hme__loss="binary")
+    binary = resolved.resolve(tiny.config(tmp_path, **HME, hme__loss="binary"))
     assert setup.network_options(binary)["output"] == "odds"
-    assert setup.network_options(tiny.config(tmp_path)) == {}
-    smooth = tiny.config(tmp_path, method="kd", label_smoothing=0.1)
-    assert setup.method_options(smooth)["label_smoothing"] == 0.1
+    assert setup.network_options(resolved.resolve(tiny.config(tmp_path))) == {}
+    smooth = resolved.resolve(tiny.config(tmp_path, label_smoothing=0.1))
+    assert smooth.method_options("kd")["label_smoothing"] == 0.1

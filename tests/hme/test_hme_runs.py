@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from lakd_jax import config as config_lib
 from lakd_jax import interop
+from lakd_jax.config import resolved
 from lakd_jax.hme import network
 from lakd_jax.interop import weights
 from lakd_jax.report import metrics
@@ -31,12 +31,12 @@ def mesh():
 
 def config(tmp_path, **fields):
     fields = {"method": "none", "epochs": EPOCHS, "student__name": "hme"} | fields
-    return config_lib.resolve(tiny.small(tmp_path, **fields))
+    return resolved.resolve(tiny.small(tmp_path, **fields))
 
 
 def train(settings, directory, guard, teacher=None):
     environment = single.environment(settings, guard, lambda text: None)
-    with workdir.prepare(directory, config_lib.to_dict(settings)):
+    with workdir.prepare(directory, settings.to_dict()):
         return phases.train(settings, directory, environment, teacher)
 
 

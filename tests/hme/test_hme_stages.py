@@ -9,14 +9,14 @@ import optax
 import pytest
 import tiny
 
-from lakd_jax import config as config_lib
+from lakd_jax.config import resolved
 from lakd_jax.data import device
 from lakd_jax.hme import network, phases
 
 
 def stage(number, tmp_path, epochs=300, **fields):
     config = tiny.config(tmp_path, student__name="hme", epochs=epochs, **fields)
-    config = config_lib.resolve(config)
+    config = resolved.resolve(config)
     if number == 1:
         return phases.first(config)
     variables = hme_weights.drawn(hme_weights.small("nce"))

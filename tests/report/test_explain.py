@@ -304,7 +304,6 @@ def test_config_comes_back_from_its_json(tmp_path):
     config = tiny.config(tmp_path, lakd__power="1", local__cuts=("stage1",))
     back = config_lib.from_dict(config_lib.to_dict(config))
     assert back == config
-    assert config_lib.digest(back) == config_lib.digest(config)
     older = config_lib.to_dict(config)
     del older["teacher"]["fold"]
     assert config_lib.from_dict(older).teacher.fold is True

@@ -11,8 +11,8 @@ import pytest
 import tiny
 from jax.sharding import Mesh
 
-from lakd_jax import config as config_lib
 from lakd_jax import errors, interop
+from lakd_jax.config import resolved
 from lakd_jax.data import device
 from lakd_jax.interop import weights
 from lakd_jax.report import metrics
@@ -33,11 +33,11 @@ def mesh():
 
 
 def train(directory, *, guard=None, teacher=None, method="none", **fields):
-    config = config_lib.resolve(tiny.small(directory, method=method, **fields))
+    config = resolved.resolve(tiny.small(directory, method=method, **fields))
     environment = single.environment(
         config, guard or interrupt.Guard(), lambda text: None
     )
-    with workdir.prepare(directory, config_lib.to_dict(config)):
+    with workdir.prepare(directory, config.to_dict()):
         return single.train_one(phase.first(config), directory, environment, teacher)
 
 
@@ -245,7 +245,7 @@ def test_floor_of_the_teacher(tmp_path, mesh, classes, floor, right, good):
 
 
 def made_teacher(directory, **fields):
-    config = config_lib.resolve(tiny.small(directory, method="kd", **fields))
+    config = resolved.resolve(tiny.small(directory, method="kd", **fields))
     environment = single.environment(config, interrupt.Guard(), lambda text: None)
     return teacher_lib.make(config, environment)
 

@@ -11,6 +11,7 @@ import safetensors.numpy
 import tiny
 
 from lakd_jax import errors, interop, models
+from lakd_jax.config import resolved
 from lakd_jax.interop import weights as weights_lib
 from lakd_jax.runs import single
 from lakd_jax.store import workdir
@@ -51,7 +52,7 @@ def test_weights_are_cast_to_float32_with_a_remark(tmp_path, write, dtype):
 @pytest.mark.parametrize("part", ["student", "teacher"])
 def test_the_remark_is_on_the_console(tmp_path, part):
     path = torch_file(tmp_path, np.float16)
-    config = tiny.config(tmp_path, **{f"{part}__init": str(path)})
+    config = resolved.resolve(tiny.config(tmp_path, **{f"{part}__init": str(path)}))
     lines = []
     dataset = types.SimpleNamespace(classes=tuple("abcdefg"))
     environment = types.SimpleNamespace(dataset=dataset, notify=lines.append)

@@ -10,8 +10,8 @@ import pytest
 import tiny
 from jax.sharding import Mesh
 
-from lakd_jax import config as config_lib
 from lakd_jax import interop
+from lakd_jax.config import resolved
 from lakd_jax.report import metrics
 from lakd_jax.runs import single
 from lakd_jax.runs import teacher as teacher_lib
@@ -42,14 +42,14 @@ def make_environment(config, guard):
 
 def train(config, directory, environment, guard, teacher):
     """Trains; `teacher` is a teacher, or a cache that the first caller trains it in."""
-    config = config_lib.resolve(config)
+    config = resolved.resolve(config)
     shared = environment(config, interrupt.Guard())
     if config.method == "none":
         teacher = None
     elif not isinstance(teacher, single.Teacher):
-        cached = config_lib.changed(config, {"teacher.cache": str(teacher)})
-        teacher = teacher_lib.make(cached, shared)
-    with workdir.prepare(directory, config_lib.to_dict(config)):
+        changed = dataclasses.replace(config.teacher, cache=str(teacher))
+        teacher = teacher_lib.make(dataclasses.replace(config, teacher=changed), shared)
+    with workdir.prepare(directory, config.to_dict()):
         return single.train_one(
             phase.first(config),
             directory,

@@ -8,6 +8,7 @@ import tiny
 from lakd_jax import config as config_lib
 from lakd_jax import errors, export
 from lakd_jax.config import check as check_lib
+from lakd_jax.config import resolved
 from lakd_jax.runs import command, teacher
 from lakd_jax.runs import single as single_lib
 from lakd_jax.runtime import interrupt
@@ -40,8 +41,8 @@ def run(config, directory, guard=None):
 
 def stopped(config, directory, checks):
     """Stops at that check; trains the teacher first, so that only its test counts."""
-    resolved = config_lib.resolve(config)
-    teacher.make(resolved, single_lib.environment(resolved, interrupt.Guard(), str))
+    c = resolved.resolve(config)
+    teacher.make(c, single_lib.environment(c, interrupt.Guard(), str))
     with pytest.raises(interrupt.Interrupted):
         run(config, directory, tiny.StopAfter(checks))
 

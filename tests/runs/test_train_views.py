@@ -15,7 +15,7 @@ import tiny
 
 from lakd_jax import config as config_lib
 from lakd_jax import errors
-from lakd_jax.config import check
+from lakd_jax.config import check, resolved
 from lakd_jax.runs import command, phases, single, teacher_cache, teacher_source
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
@@ -162,11 +162,11 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
 @LONG
 def test_both_stages_of_an_experts_tree_share_what_is_stored(tmp_path):
     fields = {"method": "kd", "student__name": "hme", "epochs": 1}
-    config = config_lib.resolve(tiny.small(tmp_path, **fields, teacher__views=1))
+    config = resolved.resolve(tiny.small(tmp_path, **fields, teacher__views=1))
     with tiny.environment() as mesh:
         lines = []
         environment = single.environment(config, interrupt.Guard(), lines.append)
-        with workdir.prepare(tmp_path / "run", config_lib.to_dict(config)):
+        with workdir.prepare(tmp_path / "run", config.to_dict()):
             folder, teacher = tmp_path / "run", tiny.teacher(mesh)
             result = phases.train(config, folder, environment, teacher)
     assert result["test_last"]["examples"] == 45 and result["stage1"]["epochs"] == 1
@@ -300,8 +300,7 @@ def test_too_little_room_is_reported_with_the_total():
 
 def test_too_little_room_is_known_before_the_teacher_is_trained(tmp_path):
     fields = {"method": "kd", "baselines": ("lakd",), "teacher__views": 4}
-    config = config_lib.resolve(tiny.config(tmp_path, **fields))
-    config.teacher.views_mib = 1
+    config = resolved.resolve(tiny.config(tmp_path, **fields, teacher__views_mib=1))
     with tiny.environment(train=160):
         environment = resume.make_environment(config, interrupt.Guard())
         with pytest.raises(errors.ConfigError, match=r"160 images x 4 views = 4 MiB"):
@@ -311,7 +310,7 @@ def test_too_little_room_is_known_before_the_teacher_is_trained(tmp_path):
 
 def test_the_room_of_an_experts_tree_is_known(tmp_path, monkeypatch):
     fields = {"method": "kd", "student__name": "hme", "teacher__views": 4}
-    config = config_lib.resolve(tiny.small(tmp_path, **fields))
+    config = resolved.resolve(tiny.small(tmp_path, **fields))
     requested = []
     monkeypatch.setattr(
         teacher_cache, "require_room", lambda shapes, _: requested.append(shapes)

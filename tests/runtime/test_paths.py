@@ -14,7 +14,7 @@ import lakd_jax
 from benchmarks import flag_types, table, throughput
 from benchmarks import input as input_benchmark
 from lakd_jax import api, data, errors, explain, export, interop, paths
-from lakd_jax.config import check
+from lakd_jax.config import check, resolved
 from lakd_jax.data import device
 from lakd_jax.data.streaming import batches
 from lakd_jax.data.tfds import source as source_lib
@@ -272,10 +272,11 @@ def test_home_in_init(home, field):
 
 def test_home_in_teacher_cache(home, monkeypatch):
     """The config, and with it the name of the teacher's folder, do not change."""
-    config = tiny.config(home)
+    config = resolved.resolve(tiny.config(home))
     environment = types.SimpleNamespace(dataset=tiny.dataset())
     name = teacher._cached(config, environment).name
-    config.teacher.cache = "~/teachers"
+    given = tiny.config(home, teacher__cache="~/teachers")
+    config = resolved.resolve(given)
     assert teacher._cached(config, environment) == home / "teachers" / name
     assert config.teacher.cache == "~/teachers"
 
@@ -287,8 +288,8 @@ def test_home_in_teacher_cache_of_views(home, monkeypatch):
     monkeypatch.setattr(cache, "require_room", lambda *_: None)
     monkeypatch.setattr(cache, "settings", lambda *_, **__: "key")
     monkeypatch.setattr(cache, "kept", lambda folder, *_: folder)
-    config, dataset = tiny.config(home), tiny.dataset()
-    config.teacher.cache = "~/teachers"
+    given = tiny.config(home, teacher__cache="~/teachers")
+    config, dataset = resolved.resolve(given), tiny.dataset()
     found = teacher_source.source(
         config,
         types.SimpleNamespace(views=2, mesh=None),

@@ -10,8 +10,8 @@ import pytest
 import tiny
 from jax.sharding import Mesh
 
-from lakd_jax import config as config_lib
 from lakd_jax import errors, models
+from lakd_jax.config import resolved
 from lakd_jax.data import device
 from lakd_jax.interop import weights
 from lakd_jax.runs import single
@@ -26,7 +26,7 @@ def resnet8(**options):
 
 def spec_of(tmp_path, devices=8, network=resnet8, **fields):
     """Returns (spec, a function for its first state, the teacher's variables)."""
-    config = config_lib.resolve(tiny.config(tmp_path, **fields))
+    config = resolved.resolve(tiny.config(tmp_path, **fields))
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
     model = network(num_classes=3, dtype=jnp.dtype(config.dtype))
     student = weights.Loaded(model, None, "random weights")

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from lakd_jax import config as config_lib
 from lakd_jax import errors, export, models
-from lakd_jax.config import check
+from lakd_jax.config import check, resolved
 from lakd_jax.data import device
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.explain import subject
@@ -37,7 +37,7 @@ ROWS = np.random.default_rng(3).integers(0, 160, (5, 16)).astype(np.int32)
 
 def make(tmp_path, **fields):
     """Returns (spec, first state, teacher variables, data) for a config."""
-    config = config_lib.resolve(tiny.config(tmp_path, **fields))
+    config = resolved.resolve(tiny.config(tmp_path, **fields))
     plain = weights.Loaded(NETWORK(num_classes=3), None, "random weights")
     teacher = dataclasses.replace(plain, variables=tiny.variables(plain.model))
     spec, first = setup.spec(
@@ -279,7 +279,7 @@ def test_a_finished_run_leaves_the_plain_network(folder):
     )
     assert any("small with VAM, alone" in line for line in lines)
     # Its logits equal those of the trained network to 1e-5.
-    model, variables = last_variables(folder, config_lib.resolve(config), "run")
+    model, variables = last_variables(folder, resolved.resolve(config), "run")
     assert gates_of(variables["params"])
     x = setup.pixels(config)(jnp.asarray(tiny.split(45, 2).images))
     exported, trained = (

@@ -32,7 +32,7 @@ class Views:
     """
 
     size: int
-    scale: tuple[float, float]
+    scale: tuple[float, ...]
     shorter: int
 
 

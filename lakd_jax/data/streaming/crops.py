@@ -23,7 +23,7 @@ def generator(seed: int, epoch: int, example: int) -> np.random.Generator:
 
 
 def random_box(
-    rng: np.random.Generator, width: int, height: int, scale: tuple[float, float]
+    rng: np.random.Generator, width: int, height: int, scale: tuple[float, ...]
 ) -> tuple[int, int, int, int]:
     """Draws a box with an area in `scale` and an aspect ratio of 3/4 to 4/3.
 
@@ -40,7 +40,7 @@ def random_box(
     area = width * height
     low, high = (math.log(ratio) for ratio in _RATIOS)
     for _ in range(_TRIES):
-        crop_area = area * rng.uniform(*scale)
+        crop_area = area * rng.uniform(scale[0], scale[1])
         ratio = math.exp(rng.uniform(low, high))
         w, h = round(math.sqrt(crop_area * ratio)), round(math.sqrt(crop_area / ratio))
         if 0 < w <= width and 0 < h <= height:
@@ -57,7 +57,7 @@ def train_view(
     name: str,
     rng: np.random.Generator,
     size: int,
-    scale: tuple[float, float],
+    scale: tuple[float, ...],
 ) -> np.ndarray:
     """Decodes a random crop of an image to (size, size, 3) uint8; bilinear.
 
