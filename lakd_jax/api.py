@@ -1,25 +1,25 @@
 """The Python interface: trains like the command line, and loads finished runs."""
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
+from PIL import Image
 
 from lakd_jax import config as config_lib
-from lakd_jax import explain, export, paths
+from lakd_jax import evaluation, explain, export, paths
 from lakd_jax.config import command_line
+from lakd_jax.data import preparation
 from lakd_jax.models import chain
 from lakd_jax.report import metrics
 from lakd_jax.runs import command
 from lakd_jax.runtime import hosts
 from lakd_jax.store import workdir
+from lakd_jax.training import predict
 from lakd_jax.training import spec as spec_lib
-
-_BATCH = 256  # images per call, so that memory does not grow with their number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,18 +34,30 @@ class Run:
         accuracy of the last epoch on the test split, in [0, 1].
       history: the metrics, oldest first: dictionaries with `step` and `kind`, "train"
         or "eval".
-      model: the student.
-      variables: the student's variables after the last epoch.
-      pixels: converts uint8 images (N, H, W, 3) of any size to the student's input.
+      predictor: the student with its variables after the last epoch, and how images
+        come to it: `model`, `variables`, `preparation`, `pixels`.
     """
 
     directory: Path
     settings: dict[str, Any]
     result: dict[str, Any]
     history: list[dict[str, Any]]
-    model: chain.Chain
-    variables: Any
-    pixels: spec_lib.Pixels
+    predictor: predict.Predictor
+
+    @property
+    def model(self) -> chain.Chain:
+        """Returns the student."""
+        return self.predictor.model
+
+    @property
+    def variables(self) -> Any:
+        """Returns the student's variables after the last epoch."""
+        return self.predictor.variables
+
+    @property
+    def pixels(self) -> spec_lib.Pixels:
+        """Returns the conversion of prepared uint8 images to the student's input."""
+        return self.predictor.pixels
 
     @property
     def accuracy(self) -> float:
@@ -57,25 +69,49 @@ class Run:
         """Returns the class names, in logit order."""
         return tuple(self.result["class_names"])
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Computes float32 logits (N, classes) of uint8 RGB images (N, H, W, 3).
+    def __call__(
+        self, images: np.ndarray | Iterable[preparation.Picture]
+    ) -> np.ndarray:
+        """Computes float32 logits (N, classes), prepared as the run's test images were.
+
+        Args:
+          images: uint8 RGB arrays (N, H, W, 3) of any size, or paths, PIL images and
+            arrays (H, W, 3), which may differ in size.
 
         Raises:
-          ValueError: the images have another type or shape.
+          errors.DataError: a file cannot be decoded.
+          TypeError, ValueError: one of them is no image.
         """
-        images = np.asarray(images)
-        if images.dtype != np.uint8 or images.shape[3:] != (3,):
-            raise ValueError(
-                "images must be uint8 of shape (N, H, W, 3), are "
-                f"{images.dtype} of {images.shape}; pass a single one as images[None]"
-            )
-        starts = range(0, max(len(images), 1), _BATCH)
-        parts = [self._logits(self.variables, images[s : s + _BATCH]) for s in starts]
-        return np.concatenate([np.asarray(part) for part in parts])
+        return self.predictor(images)
 
-    def predict(self, images: np.ndarray) -> list[str]:
-        """Returns the predicted class names of uint8 RGB images (N, H, W, 3)."""
+    def predict(
+        self, images: np.ndarray | preparation.Picture | Iterable[preparation.Picture]
+    ) -> list[str]:
+        """Returns the predicted class names of images.
+
+        Args:
+          images: as for calling the run, or a single path or PIL image.
+        """
+        if isinstance(images, str | os.PathLike | Image.Image):
+            images = [images]
         return [self.classes[index] for index in self(images).argmax(-1)]
+
+    def evaluate(self, data: str = "", images: str | Path = "") -> dict[str, Any]:
+        """Evaluates the student; writes `evaluation/` in the run's directory.
+
+        Args:
+          data: a data source in place of the run's own, such as "folder:PATH", whose
+            test split is taken.
+          images: a folder of images instead: of class folders, or without labels.
+
+        Returns:
+          The content of evaluation.json; see `lakd_jax.evaluation.run`.
+        """
+        changes = {"data.source": data} if data else {}
+        with hosts.guard() as guard:
+            return evaluation.run(
+                self.directory, changes=changes, images=images, guard=guard
+            )
 
     def report(self) -> Path:
         """Writes `report.html`, one page about what was learnt, and returns its path.
@@ -91,14 +127,6 @@ class Run:
     def export(self, to: str) -> Path:
         """Exports the student; see `lakd_jax.export.run`."""
         return export.run(self.directory, to)
-
-    @functools.cached_property
-    def _logits(self) -> Any:
-        def logits(variables: Any, images: jax.Array) -> jax.Array:
-            outputs: Any = self.model.apply(variables, self.pixels(images), train=False)
-            return outputs.logits
-
-        return jax.jit(logits)
 
 
 def train(
@@ -146,7 +174,5 @@ def load(directory: str | Path) -> Run:
         settings=settings,
         result=workdir.read_json(directory / workdir.RESULT),
         history=metrics.read(directory),
-        model=student.model,
-        variables=jax.device_put(student.variables),
-        pixels=export.pixels(student),
+        predictor=export.predictor(student),
     )

@@ -17,6 +17,8 @@ python main.py --config=configs/digits_lakd.py [--workdir=DIR] [--dry_run]
                --num_processes=N --process_id=I]
 python main.py --mode=export --workdir=DIR --to=safetensors|torch|stablehlo
 python main.py --mode=explain --workdir=DIR
+python main.py --mode=evaluate --workdir=DIR [--images=DIR]
+               [--config.data.source=SOURCE]
 python main.py --mode=networks
 
   --config      a Python file with get_config(arg); FILE.py:ARG passes ARG to it
@@ -29,11 +31,14 @@ python main.py --mode=networks
                 --coordinator=auto alone: detected from Slurm, a TPU pod or MPI
   --mode        train (default); export: write the student of the finished run in
                 --workdir to DIR/export, with a model card; explain: write
-                DIR/report.html about it; networks: list the networks
+                DIR/report.html about it; evaluate: write DIR/evaluation, what the
+                student answers on its test split, or on other images; networks:
+                list the networks
+  --images      a folder of images to evaluate on, in class folders or without labels
   --to          safetensors, torch: weights with PyTorch's names and layout;
                 stablehlo: the entire computation, for JAX only"""
 
-MODES = ("train", "export", "explain", "networks")
+MODES = ("train", "export", "explain", "evaluate", "networks")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -91,6 +96,13 @@ def _run(argv: list[str], guard: interrupt.Guard) -> None:
         from lakd_jax import explain
 
         explain.run(values.workdir, guard=guard)
+    elif values.mode == "evaluate":
+        from lakd_jax import evaluation
+
+        changes = command_line.changes(overrides, evaluation.FIELDS)
+        evaluation.run(
+            values.workdir, changes=changes, images=values.images, guard=guard
+        )
     else:
         _train(argv, values, guard)
 
@@ -104,13 +116,15 @@ def _misplaced(values: Any, overrides: list[list[str]]) -> list[str]:
         "--dry_run": values.dry_run,
         "--workdir": bool(values.workdir),
         "--to": bool(values.to),
+        "--images": bool(values.images),
         "--coordinator": bool(values.coordinator),
         "--num_processes": values.num_processes is not None,
         "--process_id": values.process_id is not None,
         **{override[0].partition("=")[0]: True for override in overrides},
     }
     accepted = {
-        "train": given.keys() - {"--to"},
+        "train": given.keys() - {"--to", "--images"},
+        "evaluate": {"--workdir", "--images", *(f for f in given if "config." in f)},
         "export": {"--workdir", "--to"},
         "explain": {"--workdir"},
         "networks": set(),
@@ -120,10 +134,11 @@ def _misplaced(values: Any, overrides: list[list[str]]) -> list[str]:
         for flag, is_given in given.items()
         if is_given and flag not in accepted
     ]
-    if values.mode in ("export", "explain"):
+    needed = {"export": ("--workdir", "--to")}.get(values.mode, ("--workdir",))
+    if values.mode in ("export", "explain", "evaluate"):
         problems += [
             f"{flag} is missing, which --mode={values.mode} needs"
-            for flag in sorted(accepted, reverse=True)
+            for flag in needed
             if not given[flag]
         ]
     return problems

@@ -13,6 +13,7 @@ from lakd_jax import errors, fields, interop, paths
 from lakd_jax.interop import weights as weights_lib
 from lakd_jax.report import model_card
 from lakd_jax.store import workdir
+from lakd_jax.training import predict
 from lakd_jax.training import spec as spec_lib
 
 FOLDER = "export"  # in the run's directory
@@ -106,6 +107,23 @@ def pixels(network: weights_lib.Loaded) -> spec_lib.Pixels:
         raise ValueError(f"{network.source}: mean and std of its images are unknown")
     dtype = network.model.dtype
     return spec_lib.Pixels(network.mean, network.std, dtype, network.size)
+
+
+def predictor(network: weights_lib.Loaded) -> predict.Predictor:
+    """Returns the network with all that images pass before it.
+
+    Raises:
+      errors.ExportError: its file does not say how images are prepared.
+    """
+    if network.preparation is None:
+        raise errors.ExportError(
+            f"{network.source}: does not say how its images are prepared; only a "
+            "student of a run does."
+        )
+    variables = jax.device_put(network.variables)
+    return predict.Predictor(
+        network.model, variables, pixels(network), network.preparation
+    )
 
 
 def student(

@@ -81,6 +81,31 @@ def split(argv: list[str]) -> tuple[list[list[str]], list[str]]:
     return overrides, base
 
 
+def changes(overrides: list[list[str]], allowed: Collection[str]) -> dict[str, Any]:
+    """Returns the values of overrides, by field, for use without a config file.
+
+    Raises:
+      errors.ConfigError: a field is not in `allowed`, or a value has another type.
+    """
+    found, problems = {}, []
+    known = config_lib.flat(config_lib.default())
+    for override in overrides:
+        field, value = _field(override), " ".join(override).partition("=")[2]
+        if field not in allowed:
+            problems.append(
+                f"{field} cannot be changed here, only {', '.join(allowed)}"
+            )
+        else:
+            kind = type(known[field])
+            try:
+                found[field] = kind(value)
+            except ValueError:
+                problems.append(f"{field} must be {kind.__name__}, is {value!r}")
+    if problems:
+        raise errors.ConfigError(problems)
+    return found
+
+
 def _expanded(arg: str) -> str:
     """Expands the `~` of --config, since ml_collections opens the file itself."""
     flag, equals, value = arg.partition("=")
@@ -101,6 +126,7 @@ def attempt(
     flags.DEFINE_boolean("dry_run", False, "one step, then stop", values)
     flags.DEFINE_string("mode", "train", "what to do", values)
     flags.DEFINE_string("to", "", "what to export to", values)
+    flags.DEFINE_string("images", "", "a folder of images", values)
     flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, or auto", values)
     flags.DEFINE_integer("num_processes", None, "how many", flag_values=values)
     flags.DEFINE_integer("process_id", None, "which of them", flag_values=values)

@@ -31,6 +31,10 @@ class Split:
         """The shape (H, W, 3) of an image."""
         return self.images.shape[1:]
 
+    def name(self, index: int) -> str:
+        """Returns the name of an example in messages and tables."""
+        return f"example {self.ids[index]}"
+
     def take(self, chosen: np.ndarray) -> "Split":
         """Returns the examples that `chosen`, a mask or indices, selects."""
         return Split(self.images[chosen], self.labels[chosen], self.ids[chosen])

@@ -85,6 +85,17 @@ def _require_folder(path: pathlib.Path, meaning: str) -> None:
         raise errors.DataError(f"{path} {state}: {meaning}.")
 
 
+def image_files(root: pathlib.Path) -> list[pathlib.Path]:
+    """Returns all images below a folder, sorted; hidden files and folders are not."""
+    _require_folder(root, "a folder of images is needed")
+    return sorted(
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    )
+
+
 def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
     files = (
         p

@@ -21,8 +21,10 @@ MAX_PIXELS = 2**26
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, orient: bool = True) -> Image.Image:
     """Returns the image as 8-bit RGB; transparency is dropped."""
+    if orient:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's conversion clips
         grey = np.asarray(image).astype(np.int64) >> 8
         image = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lakd_jax import paths
-from lakd_jax.explain import measure, subject, taps
+from lakd_jax.explain import errors_made, measure, subject, taps
 from lakd_jax.hme import network, report
 from lakd_jax.report import page, pictures
 from lakd_jax.runs import pictures as pictures_lib
@@ -42,6 +42,7 @@ def run(
     with tempfile.TemporaryDirectory() as scratch:
         sections = [("The run", _summary(s))]
         for heading, make in (
+            ("Where it errs", _errors_made),
             ("Where the networks look", _attention),
             ("What each module has learnt", _modules),
             ("Feature error in training", _feature_errors),
@@ -78,6 +79,13 @@ def _summary(s: subject.Subject) -> list[str]:
     if curves.exists():
         parts.append(page.picture(curves, "Accuracy and loss over epochs."))
     return parts
+
+
+def _errors_made(
+    s: subject.Subject, scratch: Path, notify: Callable[[str], None]
+) -> list[str]:
+    notify("errors on the test split")
+    return errors_made.section(s, scratch)
 
 
 def _attention(

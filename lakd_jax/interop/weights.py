@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lakd_jax import errors, interop, models, paths
+from lakd_jax.data import preparation as preparation_lib
 from lakd_jax.models import chain, folding, vam
 from lakd_jax.store import workdir
 
@@ -18,7 +19,7 @@ PyTree = Any
 
 # Required entries of the card of a student's file.
 _CARD = frozenset({"network", "num_classes", "options", "vam"})
-_CARD |= {"mean", "std", "image_size"}
+_CARD |= {"mean", "std", "image_size", "preparation"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +27,9 @@ class Loaded:
     """A network, its variables (None: not initialised yet), and their source.
 
     `mean`, `std` and `size` (height and width of its images, 0 for any) are those it
-    was trained with, if the source has them; `remark` describes a change made to the
-    weights when they were read, "" for none.
+    was trained with, and `preparation` is that of its test images, if the source has
+    them; `remark` describes a change made to the weights when they were read, "" for
+    none.
     """
 
     model: chain.Chain
@@ -36,6 +38,7 @@ class Loaded:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     size: int = 0
+    preparation: preparation_lib.Preparation | None = None
     remark: str = ""
 
 
@@ -110,6 +113,9 @@ def save(path: Path, variables: PyTree, network: Loaded, result: dict) -> None:
         "mean": network.mean,
         "std": network.std,
         "image_size": network.size,
+        "preparation": dataclasses.asdict(network.preparation)
+        if network.preparation
+        else None,
         "result": result,
     }
     interop.save_variables(path, variables, card)
@@ -157,12 +163,22 @@ def student(path: Path, dtype: str) -> tuple[Loaded, dict[str, Any]]:
         if card["vam"]:  # dynamic gates, which are not folded
             model = model.clone(vam=vam.Options(**card["vam"]))
         mean, std = (_channels(card[name]) for name in ("mean", "std"))
+        steps = card["preparation"]
+        preparation = preparation_lib.Preparation(**steps) if steps else None
     except (ValueError, TypeError, AttributeError) as error:  # an invalid card
         raise errors.TeacherError(f"is not a student of a run: {error}") from error
     remark = _remark(flax.traverse_util.flatten_dict(variables, sep="/"))
     variables = jax.tree.map(lambda x: x.astype(np.float32), variables)
-    size = card["image_size"]
-    return Loaded(model, variables, str(path), mean, std, size, remark), card
+    return Loaded(
+        model,
+        variables,
+        str(path),
+        mean,
+        std,
+        card["image_size"],
+        preparation,
+        remark,
+    ), card
 
 
 def _channels(values: list[float]) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Draws attention matrices and trees."""
+"""Draws attention matrices, confusion matrices and trees."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +8,7 @@ import numpy as np
 from lakd_jax.report import canvas
 
 _CELL, _MARGIN = 26, 150  # pixels
+_DRAWN = 60  # classes of a confusion matrix
 _NODE = 150  # spacing of a tree's nodes
 
 
@@ -44,6 +45,32 @@ def matrices(
     axes[-1].set_xlabel(column_title, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=canvas.DPI)
+
+
+def confusion(path: canvas.Path, matrix: np.ndarray, classes: Sequence[str]) -> None:
+    """Draws a confusion matrix as shares of each row.
+
+    Args:
+      path: image file to write; the suffix selects the format.
+      matrix: (K, K) counts, rows are the true classes; of more than `_DRAWN` classes,
+        those with most errors are drawn.
+      classes: K names.
+    """
+    errors = matrix.sum(0) + matrix.sum(1) - 2 * np.diag(matrix)
+    kept = np.sort(np.argsort(-errors, kind="stable")[:_DRAWN])
+    names = [classes[k] for k in kept]
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    title = "share of each true class"
+    if len(kept) < len(classes):
+        title += f"; {len(kept)} of {len(classes)} classes, most errors"
+    matrices(
+        path,
+        [(title, shares[np.ix_(kept, kept)])],
+        rows=names,
+        columns=names,
+        row_title="true class",
+        column_title="answer",
+    )
 
 
 def _ticks(axis: Any, rows: Sequence[str], columns: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lakd_jax import config as config_lib
+from lakd_jax.data import preparation
 
 Facts = Mapping[str, Any]
 
@@ -122,18 +123,21 @@ def _score(score: Facts) -> str:
 
 def _images(card: Facts, settings: Facts) -> str:
     mean, std = (_numbers(card[name]) for name in ("mean", "std"))
-    size = "of a size that was not recorded"
-    if "image_shape" in card["result"]:
-        size = "{} pixels high and {} wide".format(*card["result"]["image_shape"])
-    if settings["data"]["image_size"]:
-        size += ", the shorter side resized (bilinear) and the centre cropped"
+    size, steps = "of a size that was not recorded", {}
+    if card["preparation"]:
+        prepared = preparation.Preparation(**card["preparation"])
+        size, steps = prepared.describe(), dict(card["preparation"])
+    steps |= {"mean": card["mean"], "std": card["std"]}
+    steps["network_size"] = settings["student"].get("image_size", 0)
     first = ""
     if side := settings["student"].get("image_size"):
         first = f" after a bilinear resize to {side}x{side}"
     return (
         f"RGB, values 0 to 255, {size}. The weights alone expect each channel{first} "
         f"as\n\n    (value / 255 - mean) / std\n    mean = {mean}\n    std = {std}\n\n"
-        "A `.stablehlo` file does this itself: pass it the raw values."
+        "A `.stablehlo` file does the last step itself: pass it the values 0 to 255. "
+        "`lakd_jax.load(RUN).predict(FILES)` does all of it. The same as JSON:\n\n"
+        f"```json\n{json.dumps(steps, sort_keys=True)}\n```"
     )
 
 

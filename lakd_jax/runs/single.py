@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from lakd_jax import data, distill, errors
 from lakd_jax.config import resolved
@@ -14,6 +15,7 @@ from lakd_jax.data import device, order
 from lakd_jax.data.streaming import batches
 from lakd_jax.interop import weights
 from lakd_jax.models import chain
+from lakd_jax.report import evaluation
 from lakd_jax.runs import teacher_source
 from lakd_jax.runtime import backend, hosts, interrupt
 from lakd_jax.runtime import mesh as mesh_lib
@@ -58,6 +60,7 @@ class Teacher:
     score: evaluate.Score
     parameters: int  # counted before its batch norms were folded
     digest: str = ""  # of its variables before folding
+    answers: np.ndarray | None = None  # (N,) classes, of the test split
 
 
 def environment(
@@ -178,6 +181,7 @@ def conclude(
         mean=pixels.mean,
         std=pixels.std,
         size=pixels.size or (height if height == width else 0),
+        preparation=setup.preparation(job.config, environment.dataset.train.shape),
     )
 
     def write() -> dict[str, Any]:
@@ -364,7 +368,11 @@ def _result(
     score = evaluator(
         config, student, setup.pixels(config), environment, job.spec.student_at
     )
-    last = score(trained.last, environment.test, job.record.plan.total_steps - 1)
+    last = score.predict(
+        trained.last, environment.test, job.record.plan.total_steps - 1
+    )
+    answers = teacher.answers if teacher else None
+    names = environment.dataset.classes
     best = None
     if trained.best:
         best = score(trained.best, environment.test, progress.best_step - 1)
@@ -372,13 +380,20 @@ def _result(
         "method": config.method,
         "student": config.student.name,
         "teacher": config.teacher.name if teacher else None,
-        "classes": len(environment.dataset.classes),
-        "class_names": list(environment.dataset.classes),
+        "classes": len(names),
+        "class_names": list(names),
         "image_shape": list(environment.dataset.train.shape),
         "data": environment.dataset.fingerprint(),
         "seed": config.seed,
         "epochs": config.epochs,
-        "test_last": _counts(last),
+        "test_last": _counts(last.score)
+        | evaluation.summary(last.logits, last.labels, answers),
+        "confused": [
+            [names[true], names[answer], count]
+            for true, answer, count in evaluation.confused(
+                evaluation.confusion(last.logits, last.labels)
+            )
+        ],
         "test_best_on_minival": _counts(best) if best else None,
         "best_step": progress.best_step,
         "teacher_test": _counts(teacher.score) if teacher else None,

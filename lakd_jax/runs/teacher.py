@@ -39,15 +39,15 @@ def make(config: resolved.Config, environment: single.Environment) -> single.Tea
         loaded = single.load_network("teacher", config, environment, cached)
     pixels, digest = _pixels(config, loaded), manifest.digest(loaded.variables)
     loaded, parameters = _frozen(config, loaded, environment)
-    score = single.evaluator(config, loaded, pixels, environment)(
-        loaded.variables, environment.test
-    )
+    evaluator = single.evaluator(config, loaded, pixels, environment)
+    predicted = evaluator.predict(loaded.variables, environment.test)
+    score, answers = predicted.score, predicted.logits.argmax(-1)
     environment.notify(
         f"teacher {config.teacher.name} from {loaded.source}: {score.right} of "
         f"{score.examples} test images right ({100 * score.accuracy:.2f} %)"
     )
     _check_floor(config, environment, loaded, pixels, score)
-    return single.Teacher(loaded, pixels, score, parameters, digest)
+    return single.Teacher(loaded, pixels, score, parameters, digest, answers)
 
 
 def require_same(directory: Path, teacher: single.Teacher) -> None:

@@ -32,7 +32,7 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     The copies matter: `device_put` may alias its argument, and the step donates
     what it is given.
     """
-    sharding = NamedSharding(mesh, PartitionSpec())
+    sharding = on_every_device(mesh)
 
     def whole(x: Any) -> jax.Array:
         copies = [jax.device_put(jnp.array(x), d) for d in mesh.local_devices]
@@ -46,6 +46,11 @@ def on_one_device(tree: PyTree) -> PyTree:
     return jax.tree.map(
         lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, tree
     )
+
+
+def on_every_device(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:

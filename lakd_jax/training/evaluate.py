@@ -1,7 +1,7 @@
 """Evaluates a network on all examples of a split."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,15 @@ class Score:
     def accuracy(self) -> float:
         """Returns the share of correct predictions, in 0..1."""
         return self.right / self.examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """A network's answers on a split, in its order: logits (N, K), labels (N,)."""
+
+    score: Score
+    logits: np.ndarray
+    labels: np.ndarray
 
 
 class Evaluator:
@@ -65,15 +74,30 @@ class Evaluator:
         step: int = 0,
     ) -> Score:
         """Returns the score of `variables` on all of `data`, as of step `step`."""
+        totals = [batch[:2] for batch, _ in self._batches(variables, data, step)]
+        return _score(totals, feeds.count(data))
+
+    def predict(
+        self, variables: PyTree, data: feeds.Data, step: int = 0
+    ) -> Predictions:
+        """Returns the answers of `variables` on all of `data`, and their score."""
+        found = []
+        for batch, mask in self._batches(variables, data, step):
+            right, loss, logits, labels = jax.device_get(batch)
+            found.append(((right, loss), logits[mask], labels[mask]))
+        totals, logits, labels = zip(*found, strict=True)
+        score = _score(totals, feeds.count(data))
+        return Predictions(score, np.concatenate(logits), np.concatenate(labels))
+
+    def _batches(
+        self, variables: PyTree, data: feeds.Data, step: int
+    ) -> Iterator[tuple[tuple[jax.Array, ...], np.ndarray]]:
+        """Yields the outputs of `_batch` and the mask of each batch."""
         step_number = jnp.int32(step) if self._model_at else None
-        examples = feeds.count(data)
-        totals = []
         for batch, rows, mask in feeds.testing(data, self._batch_size):
             arguments = (variables, batch, rows, mask, step_number)
-            totals.append(self._program(arguments)(*arguments))
+            yield self._program(arguments)(*arguments), mask
             self._guard.check()
-        right, loss = np.sum(jax.device_get(totals), axis=0)
-        return Score(int(right), examples, float(loss) / examples)
 
     def _program(self, arguments: tuple) -> Any:
         shape = arguments[1].images.shape
@@ -91,7 +115,8 @@ class Evaluator:
         rows: jax.Array,
         mask: jax.Array,
         step: jax.Array | None,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, ...]:
+        """Returns the number right, the summed loss, logits (B, K) and labels (B,)."""
         sharding = mesh_lib.over_batch(self._mesh)
         images, labels, _ = data.at(rows)
         images = jax.lax.with_sharding_constraint(images, sharding)
@@ -100,4 +125,13 @@ class Evaluator:
         logits = outputs.logits
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         right = (jnp.argmax(logits, -1) == labels) & mask
-        return jnp.sum(right), jnp.sum(jnp.where(mask, losses, 0.0))
+        # On every device, so that every process can read all of them.
+        answers = jax.lax.with_sharding_constraint(
+            (logits.astype(jnp.float32), labels), mesh_lib.on_every_device(self._mesh)
+        )
+        return jnp.sum(right), jnp.sum(jnp.where(mask, losses, 0.0)), *answers
+
+
+def _score(totals: Sequence[tuple[Any, ...]], examples: int) -> Score:
+    right, loss = np.sum(jax.device_get(totals), axis=0)
+    return Score(int(right), examples, float(loss) / examples)

@@ -12,6 +12,7 @@ import optax
 from lakd_jax import distill
 from lakd_jax.config import resolved
 from lakd_jax.data import device
+from lakd_jax.data import preparation as preparation_lib
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.interop import weights
 from lakd_jax.local import cuts
@@ -37,6 +38,15 @@ def pixels(config: resolved.Config) -> spec_lib.Pixels:
         jnp.dtype(config.dtype),
         config.student.image_size,
     )
+
+
+def preparation(
+    config: resolved.Config, image_shape: tuple[int, ...]
+) -> preparation_lib.Preparation:
+    """Returns how test images become arrays of `image_shape` (H, W, 3)."""
+    height, width, _ = image_shape
+    shorter = config.data.test_resize if config.data.streaming else 0
+    return preparation_lib.Preparation(height, width, shorter)
 
 
 def spec(

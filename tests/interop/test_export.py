@@ -17,6 +17,7 @@ import torch_resnet
 
 from lakd_jax import config as config_lib
 from lakd_jax import export, interop, models
+from lakd_jax.data import preparation
 from lakd_jax.interop import weights as weights_lib
 from lakd_jax.store import workdir
 from lakd_jax.training import spec as spec_lib
@@ -56,7 +57,9 @@ def write_run(run, result, **fields):
     config = tiny.config(run, seed=7, method="kd", **fields)
     model = models.create("resnet8", num_classes=3)
     size = config.student.image_size or result.get("image_shape", [0])[0]
-    network = weights_lib.Loaded(model, None, "", MEAN, STD, size)
+    shape = result.get("image_shape")
+    steps = preparation.Preparation(*shape[:2]) if shape else None
+    network = weights_lib.Loaded(model, None, "", MEAN, STD, size, steps)
     weights = variables()
     weights_lib.save(run / workdir.STUDENT, weights, network, result)
     workdir.write_json(run / workdir.RESULT, result)

@@ -60,6 +60,10 @@ class Streamed:
         """The shape (H, W, 3) of an image."""
         return self.views.size, self.views.size, 3
 
+    def name(self, row: int) -> str:
+        """Returns the name of an example in messages and tables."""
+        return self.source.name(int(self.chosen[row]))
+
     def take(self, rows: np.ndarray) -> dataset.Split:
         """Returns the test views of the examples at these positions, in memory."""
         return _split([_test_example(self, int(row)) for row in rows])

@@ -95,7 +95,11 @@ def test_view(source: str | bytes, name: str, size: int, shorter: int) -> np.nda
       DataError: the image cannot be decoded.
     """
     with images.open_image(source, name) as image:
-        rgb = images.to_rgb(image)
+        return centre(images.to_rgb(image), size, shorter)
+
+
+def centre(rgb: Image.Image, size: int, shorter: int) -> np.ndarray:
+    """Resizes the shorter side (bilinear); returns the centre, (size, size, 3)."""
     width, height = rgb.size
     short = min(width, height)
     w, h = (int(shorter * side / short) for side in (width, height))
