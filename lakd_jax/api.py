@@ -12,7 +12,7 @@ from PIL import Image
 from lakd_jax import config as config_lib
 from lakd_jax import evaluation, explain, export, paths
 from lakd_jax.config import command_line
-from lakd_jax.data import preparation
+from lakd_jax.data import preparation as preparation_lib
 from lakd_jax.models import chain
 from lakd_jax.report import metrics
 from lakd_jax.runs import command
@@ -69,8 +69,13 @@ class Run:
         """Returns the class names, in logit order."""
         return tuple(self.result["class_names"])
 
+    @property
+    def preparation(self) -> preparation_lib.Preparation:
+        """Returns what is done to images of any size before `pixels`."""
+        return self.predictor.preparation
+
     def __call__(
-        self, images: np.ndarray | Iterable[preparation.Picture]
+        self, images: np.ndarray | Iterable[preparation_lib.Picture]
     ) -> np.ndarray:
         """Computes float32 logits (N, classes), prepared as the run's test images were.
 
@@ -85,7 +90,10 @@ class Run:
         return self.predictor(images)
 
     def predict(
-        self, images: np.ndarray | preparation.Picture | Iterable[preparation.Picture]
+        self,
+        images: np.ndarray
+        | preparation_lib.Picture
+        | Iterable[preparation_lib.Picture],
     ) -> list[str]:
         """Returns the predicted class names of images.
 
@@ -124,9 +132,9 @@ class Run:
         with hosts.guard() as guard:
             return explain.run(self.directory, guard=guard)
 
-    def export(self, to: str) -> Path:
+    def export(self, to: str, which: str = "last") -> Path:
         """Exports the student; see `lakd_jax.export.run`."""
-        return export.run(self.directory, to)
+        return export.run(self.directory, to, which=which)
 
 
 def train(

@@ -15,7 +15,8 @@ USAGE = """\
 python main.py --config=configs/digits_lakd.py [--workdir=DIR] [--dry_run]
                [--config.FIELD=VALUE ...] [--coordinator=HOST:PORT
                --num_processes=N --process_id=I]
-python main.py --mode=export --workdir=DIR --to=safetensors|torch|stablehlo
+python main.py --mode=export --workdir=DIR --to=safetensors|torch|stablehlo|onnx
+               [--which=last|best]
 python main.py --mode=explain --workdir=DIR
 python main.py --mode=evaluate --workdir=DIR [--images=DIR]
                [--config.data.source=SOURCE]
@@ -36,7 +37,9 @@ python main.py --mode=networks
                 list the networks
   --images      a folder of images to evaluate on, in class folders or without labels
   --to          safetensors, torch: weights with PyTorch's names and layout;
-                stablehlo: the entire computation, for JAX only"""
+                stablehlo, onnx: the entire computation, for JAX or ONNX Runtime
+  --which       last (default): the student of the last epoch; best: of the epoch
+                that was best on minival"""
 
 MODES = ("train", "export", "explain", "evaluate", "networks")
 
@@ -91,7 +94,7 @@ def _run(argv: list[str], guard: interrupt.Guard) -> None:
         from lakd_jax import export
 
         with guard.released():
-            export.run(values.workdir, values.to)
+            export.run(values.workdir, values.to, which=values.which)
     elif values.mode == "explain":
         from lakd_jax import explain
 
@@ -117,15 +120,16 @@ def _misplaced(values: Any, overrides: list[list[str]]) -> list[str]:
         "--workdir": bool(values.workdir),
         "--to": bool(values.to),
         "--images": bool(values.images),
+        "--which": values.which != "last",
         "--coordinator": bool(values.coordinator),
         "--num_processes": values.num_processes is not None,
         "--process_id": values.process_id is not None,
         **{override[0].partition("=")[0]: True for override in overrides},
     }
     accepted = {
-        "train": given.keys() - {"--to", "--images"},
+        "train": given.keys() - {"--to", "--images", "--which"},
         "evaluate": {"--workdir", "--images", *(f for f in given if "config." in f)},
-        "export": {"--workdir", "--to"},
+        "export": {"--workdir", "--to", "--which"},
         "explain": {"--workdir"},
         "networks": set(),
     }[values.mode]

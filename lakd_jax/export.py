@@ -1,6 +1,9 @@
 """Exports the plain student of a finished run in formats other tools can load."""
 
+import contextlib
 import functools
+import io
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,19 +20,31 @@ from lakd_jax.training import predict
 from lakd_jax.training import spec as spec_lib
 
 FOLDER = "export"  # in the run's directory
-ENDINGS = {"safetensors": ".safetensors", "torch": ".pth", "stablehlo": ".stablehlo"}
+ENDINGS = {
+    "safetensors": ".safetensors",
+    "torch": ".pth",
+    "stablehlo": ".stablehlo",
+    "onnx": ".onnx",
+}
+WHICH = {"last": workdir.STUDENT, "best": workdir.BEST}
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def run(
-    directory: str | Path, to: str, *, notify: Callable[[str], None] = print
+    directory: str | Path,
+    to: str,
+    *,
+    which: str = "last",
+    notify: Callable[[str], None] = print,
 ) -> Path:
     """Writes the student of a run and its model card to `directory`/export.
 
     Args:
       directory: directory of a finished run, or of one of its baselines.
-      to: "safetensors" or "torch" (PyTorch's names and layout), or "stablehlo" (the
-        entire computation, see `program`).
+      to: "safetensors" or "torch" (PyTorch's names and layout), or "stablehlo" or
+        "onnx" (the entire computation, see `program` and `onnx`).
+      which: "last", the student of the last epoch, or "best", of the epoch that was
+        best on minival.
       notify: receives progress lines for the user.
 
     Returns:
@@ -41,20 +56,25 @@ def run(
         package that is missing.
       errors.WorkdirError: the files cannot be written.
     """
-    faults = {"--workdir": paths.fault(directory), "--to": fields.fault(to, ENDINGS)}
+    faults = {
+        "--workdir": paths.fault(directory),
+        "--to": fields.fault(to, ENDINGS),
+        "--which": fields.fault(which, WHICH),
+    }
     if found := [f"{flag} {fault}" for flag, fault in faults.items() if fault]:
         raise errors.ConfigError(found)
     directory = paths.local(directory, "--workdir")
-    network, card, settings = student(directory)
-    if network.model.vam is not None and to != "stablehlo":
+    network, card, settings = student(directory, which)
+    if network.model.vam is not None and to not in _PROGRAMS:
         raise errors.ExportError(
             f"{directory}: its gates depend on the image (student.vam.gate=dynamic), "
-            "so no plain network computes the same; use --to=stablehlo, or train with "
-            "static gates."
+            "so no plain network computes the same; use --to=stablehlo or onnx, or "
+            "train with static gates."
         )
-    path = directory / FOLDER / (card["network"] + ENDINGS[to])
-    if to == "stablehlo":
-        data = program(network, tuple(card["result"]["image_shape"]))
+    name = card["network"] + ("" if which == "last" else f"-{which}")
+    path = directory / FOLDER / (name + ENDINGS[to])
+    if to in _PROGRAMS:
+        data = _PROGRAMS[to](network, tuple(card["result"]["image_shape"]))
         write = functools.partial(workdir.write_bytes, path, data)
     else:
         variables: Any = network.variables
@@ -63,7 +83,7 @@ def run(
     try:
         path.parent.mkdir(exist_ok=True)
         write()
-        _write_card(directory, path, card, settings)
+        _write_card(directory, path, {**card, "which": which}, settings)
     except OSError as error:
         raise errors.WorkdirError(
             f"{path.parent}: cannot be written: {error.strerror or error}\n"
@@ -84,6 +104,46 @@ def program(network: weights_lib.Loaded, image_shape: tuple[int, ...]) -> bytes:
       network: the network with variables, mean and std.
       image_shape: (H, W, 3).
     """
+    (batch,) = jax.export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.uint8)
+    exported = jax.export.export(jax.jit(_logits(network)), platforms=_PLATFORMS)
+    return bytes(exported(images).serialize())
+
+
+def onnx(network: weights_lib.Loaded, image_shape: tuple[int, ...]) -> bytes:
+    """Serialises the network, from pixels to logits, as an ONNX model.
+
+    Its only input takes what `program` takes, its only output is the logits.
+
+    Args:
+      network: the network with variables, mean and std.
+      image_shape: (H, W, 3).
+
+    Raises:
+      errors.ExportError: jax2onnx is not installed.
+    """
+    # It prints what it converts, and warns of plugins that are not needed here.
+    for name in ("jax2onnx", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        import jax2onnx  # optional, and slow to import
+    except ImportError as error:
+        raise errors.ExportError(
+            "--to=onnx needs jax2onnx, which is not installed: "
+            'pip install "lakd-jax[onnx]"'
+        ) from error
+    images = jax.ShapeDtypeStruct(("B", *image_shape), jnp.uint8)
+    with contextlib.redirect_stdout(io.StringIO()):
+        model: Any = jax2onnx.to_onnx(_logits(network), inputs=[images])
+    # Shapes between its first and last nodes, some of them wrong; readers infer them.
+    del model.graph.value_info[:]
+    return model.SerializeToString()
+
+
+_PROGRAMS = {"stablehlo": program, "onnx": onnx}
+
+
+def _logits(network: weights_lib.Loaded) -> Callable[[jax.Array], jax.Array]:
     to_input = pixels(network)
     variables: Any = network.variables
 
@@ -91,10 +151,7 @@ def program(network: weights_lib.Loaded, image_shape: tuple[int, ...]) -> bytes:
         outputs: Any = network.model.apply(variables, to_input(images), train=False)
         return outputs.logits
 
-    (batch,) = jax.export.symbolic_shape("b")
-    images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.uint8)
-    exported = jax.export.export(jax.jit(logits), platforms=_PLATFORMS)(images)
-    return bytes(exported.serialize())
+    return logits
 
 
 def pixels(network: weights_lib.Loaded) -> spec_lib.Pixels:
@@ -127,15 +184,24 @@ def predictor(network: weights_lib.Loaded) -> predict.Predictor:
 
 
 def student(
-    directory: Path,
+    directory: Path, which: str = "last"
 ) -> tuple[weights_lib.Loaded, dict[str, Any], dict[str, Any]]:
     """Loads a finished run's student, the card in its file, and the run's settings.
+
+    Args:
+      directory: of the run.
+      which: as for `run`.
 
     Raises:
       errors.ExportError: there is no finished run, or it is damaged.
     """
     settings = workdir.settings(directory)
-    path = directory / workdir.STUDENT
+    path = directory / WHICH[which]
+    if which == "best" and not path.exists():
+        raise errors.ExportError(
+            f"{directory}: has no {workdir.BEST}: it was trained without a minival "
+            "split, so that no epoch is the best on it; use --which=last."
+        )
     try:
         return *weights_lib.student(path, settings["dtype"]), settings
     except errors.TeacherError as error:

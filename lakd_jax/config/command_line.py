@@ -126,6 +126,7 @@ def attempt(
     flags.DEFINE_boolean("dry_run", False, "one step, then stop", values)
     flags.DEFINE_string("mode", "train", "what to do", values)
     flags.DEFINE_string("to", "", "what to export to", values)
+    flags.DEFINE_string("which", "last", "which weights to export", values)
     flags.DEFINE_string("images", "", "a folder of images", values)
     flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, or auto", values)
     flags.DEFINE_integer("num_processes", None, "how many", flag_values=values)

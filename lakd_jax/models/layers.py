@@ -158,7 +158,9 @@ class Affine(nn.Module):
 def max_pool(x: jax.Array, window: int, stride: int, pad: int) -> jax.Array:
     """Returns the maximum of each square window of (B, H, W, C), ignoring padding."""
     pads = ((pad, pad), (pad, pad))
-    return nn.max_pool(x, (window, window), (stride, stride), pads)
+    # By name: jax2onnx replaces this function by one that takes only these.
+    strides = (stride, stride)
+    return nn.max_pool(x, window_shape=(window, window), strides=strides, padding=pads)
 
 
 def shuffle(x: jax.Array, groups: int) -> jax.Array:

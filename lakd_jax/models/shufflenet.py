@@ -49,7 +49,9 @@ class GroupedBlock(nn.Module):
         x = x.astype(h.dtype)
         if self.stride == 2:
             # Padding counts as zeros in the mean, as in PyTorch.
-            pooled = nn.avg_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            pooled = nn.avg_pool(
+                x, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1))
+            )
             preact = jnp.concatenate([h, pooled], -1)
         else:
             preact = h + x

@@ -47,6 +47,16 @@ import torch
 model.load_state_dict(torch.load("{file}", weights_only=True))
 ```
 """,
+    ".onnx": """\
+The entire computation, including normalisation. With ONNX Runtime:
+
+```python
+import onnxruntime
+session = onnxruntime.InferenceSession("{file}")
+(logits,) = session.run(None, {{session.get_inputs()[0].name: images}})
+# images: uint8 (B, {height}, {width}, 3), 0..255, for any B
+```
+""",
     ".stablehlo": """\
 The entire computation for CPU, CUDA, ROCm and TPU, including normalisation. Loading
 needs `pip install jax flatbuffers`, with the JAX version named above or one up to six
@@ -68,7 +78,8 @@ def render(
     """Returns the model card as Markdown.
 
     Args:
-      card: the card stored with a student by `weights.save`.
+      card: the card stored with a student by `weights.save`, and `which` weights they
+        are, "last" or "best".
       settings: the run's configuration, nested.
       environment: contents of the run's environment.json; empty if unknown.
       files: names of the exported files described by the card.
@@ -99,7 +110,7 @@ def _facts(card: Facts, settings: Facts, environment: Facts) -> dict[str, str]:
         "network": card["network"] + options,
         "parameters": f"{result['parameters']:,}",
         "classes": str(card["num_classes"]),
-        "test accuracy": _score(result["test_last"]) + " after the last epoch",
+        "test accuracy": _accuracy(card),
         "method": result["method"],
     }
     if result["teacher"]:
@@ -114,6 +125,14 @@ def _facts(card: Facts, settings: Facts, environment: Facts) -> dict[str, str]:
     known = [f"{name} {version}" for name, version in versions.items() if version]
     facts["versions"] = ", ".join(known) or "not recorded"
     return facts
+
+
+def _accuracy(card: Facts) -> str:
+    result = card["result"]
+    if card["which"] == "last":
+        return _score(result["test_last"]) + " after the last epoch"
+    when = f" after step {result['best_step']:,}, the best on minival"
+    return _score(result["test_best_on_minival"]) + when
 
 
 def _score(score: Facts) -> str:
@@ -135,7 +154,7 @@ def _images(card: Facts, settings: Facts) -> str:
     return (
         f"RGB, values 0 to 255, {size}. The weights alone expect each channel{first} "
         f"as\n\n    (value / 255 - mean) / std\n    mean = {mean}\n    std = {std}\n\n"
-        "A `.stablehlo` file does the last step itself: pass it the values 0 to 255. "
+        "`.stablehlo` and `.onnx` files do the last step: pass them values 0 to 255. "
         "`lakd_jax.load(RUN).predict(FILES)` does all of it. The same as JSON:\n\n"
         f"```json\n{json.dumps(steps, sort_keys=True)}\n```"
     )

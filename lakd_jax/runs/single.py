@@ -186,6 +186,8 @@ def conclude(
 
     def write() -> dict[str, Any]:
         weights.save(directory / workdir.STUDENT, kept, network, result)
+        if trained.best is not None:
+            weights.save(directory / workdir.BEST, trained.best, network, result)
         workdir.write_json(directory / workdir.RESULT, result)
         return result
 

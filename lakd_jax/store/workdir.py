@@ -35,6 +35,7 @@ TEACHER = "teacher.json"  # identifies the teacher's weights
 CHECKPOINTS = "checkpoints"
 RESULT = "result.json"  # only in finished runs, like the student
 STUDENT = "student.safetensors"
+BEST = "student_best.safetensors"  # of the epoch that was best on minival
 TABLE = "table.md"
 STAGE1 = "stage1"  # the first training of an HME
 _LOCK = ".lock"

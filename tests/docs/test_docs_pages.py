@@ -11,7 +11,8 @@ import commands
 import pytest
 
 DOCS = commands.ROOT / "docs"
-PAGES = ("quickstart.md", "your_own.md")
+PAGES = ("quickstart.md", "your_own.md", "deploy.md")
+NEEDS = {"ONNX Runtime": ("jax2onnx", "onnxruntime"), "PyTorch": ("torch",)}
 _BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.M | re.S)
 
 # Runs blocks in one process, so that a later one knows what an earlier one defined.
@@ -66,6 +67,8 @@ def run(page, blocks, folder):
 @pytest.mark.long
 @pytest.mark.parametrize(("page", "head"), CASES)
 def test_blocks_run(page, head, tmp_path):
+    for package in NEEDS.get(head, ()):
+        pytest.importorskip(package)
     done = run(page, sections(page)[head], tmp_path)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
 
@@ -88,6 +91,10 @@ def test_every_section_with_code_is_known():
         ("your_own.md", "Your own data"),
         ("your_own.md", "Your own network"),
         ("your_own.md", "Your own method"),
+        ("deploy.md", "Python with lakd_jax"),
+        ("deploy.md", "JAX alone"),
+        ("deploy.md", "ONNX Runtime"),
+        ("deploy.md", "PyTorch"),
     }
 
 
