@@ -79,7 +79,7 @@ def test_evaluation(name):
         for feature, preact in zip(out.features, out.preacts, strict=True):
             np.testing.assert_array_equal(feature, preact)
     if name in KINDS:
-        check_folded(name, variables, out)
+        check_folded(name, model, variables, out)
     if name in RESTARTED:
         check_restart(model, variables, out)
 
@@ -96,9 +96,9 @@ def check_restart(model, variables, full):
         assert golden_weights.distance(ours, expected) < 1e-5
 
 
-def check_folded(name, variables, plain):
+def check_folded(name, model, variables, plain):
     """Checks that the folded network gives the same outputs without statistics."""
-    model, folded = folding.fold_batch_norm(name, variables)
+    model, folded = folding.fold(model, variables)
     assert set(folded) == {"params"}
     out = jax.jit(functools.partial(model.apply, train=False))(
         folded, golden_weights.images(name)

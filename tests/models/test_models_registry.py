@@ -1,8 +1,17 @@
-"""The registry of networks, and arguments that `create` rejects."""
+"""The registry: names, arguments that `create` rejects, counts, initial values."""
 
+import math
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lakd_jax import models
+from lakd_jax.models import describe
+
+IDENTITY = {"shortcut": "identity"}
 
 
 def test_registry_names():
@@ -17,7 +26,6 @@ def test_registry_names():
         *("shuffle_v1", "shuffle_v2"),
         "hme",
     ]
-    assert models.create("resnet110", num_classes=10).stage_sizes == (18, 18, 18)
 
 
 @pytest.mark.parametrize(
@@ -41,3 +49,94 @@ def test_registry_names():
 def test_create_rejects(arguments, message):
     with pytest.raises(ValueError, match=message):
         models.create(**{"name": "resnet20", "num_classes": 10} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "classes", "parameters", "macs"),
+    [
+        # Published: 25.56 M and 4.09 G; 3.50 M and 0.30 G; 11.69 M and 1.81 G.
+        pytest.param(
+            *("resnet50", {}, 1000, 25_557_032, 4_089_184_256), marks=pytest.mark.long
+        ),
+        ("mobilenet_v2_imagenet", {}, 1000, 3_504_872, 300_774_272),
+        ("resnet18", {}, 1000, 11_689_512, 1_814_073_344),
+        # By hand: 3x3x3x16 at 32x32, then per stage, then 64 x 100.
+        ("resnet8", {}, 100, 83_892, 12_507_392),
+        # 269,722 and 1,727,962 are what the authors of the public checkpoints state.
+        ("resnet20", IDENTITY, 10, 269_722, None),
+        ("resnet110", IDENTITY, 10, 1_727_962, None),
+        # Less three projections: (32*64 + 2*64) + (64*128 + 2*128) + (128*256 + 2*256).
+        ("resnet8x4", IDENTITY, 100, 1_233_540 - 2_176 - 8_448 - 33_280, None),
+    ],
+)
+def test_describe_counts(name, options, classes, parameters, macs):
+    described = describe.describe(name, num_classes=classes, **options)
+    assert described.parameters == parameters
+    assert macs in (described.macs, None)
+
+
+def test_describe_scales_with_the_image_and_prints_one_line():
+    small, large = (describe.describe("resnet8", image_size=s) for s in (16, 32))
+    convolutions = [network.macs - 64 * 100 for network in (small, large)]
+    assert convolutions[1] == 4 * convolutions[0]
+    assert large.features == ((32, 32, 16), (32, 32, 16), (16, 16, 32), (8, 8, 64))
+    assert str(large).split()[0] == "resnet8"
+    assert "\n" not in str(large)
+    assert "8x8x64" in str(large)
+
+
+def test_networks_are_listed_on_the_command_line(main, monkeypatch):
+    monkeypatch.setattr(models, "names", lambda: ["resnet8", "vgg8"])
+    code, out, _ = main("--mode=networks")
+    assert code == 0
+    assert "3.965 M      96.2 M  32x32x64 16x16x128" in out
+    lines = out.splitlines()
+    names = [line.split()[0] for line in lines]
+    assert names == ["network", "resnet8", "vgg8", "wrn_D_K"]
+    assert len({line.index("32") for line in lines[1:3]}) == 1  # a column
+
+
+QUICK = ["wrn_16_2", "vgg8", "mobilenet_v2", "resnet8x4", "resnet18", "shuffle_v1"]
+HE = [*QUICK[:-1], "mobilenet_v2_imagenet", "cifar_resnet18"]
+TORCH = ["mobilenet_v1", "shuffle_v1", "shuffle_v2"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in HE + TORCH],
+)
+def test_initialisation_is_the_family_s_own(name):
+    """He's normal by the fan-out, or torch's uniform by the fan-in; both published."""
+    model = models.create(name, num_classes=100)
+    x = jnp.zeros((1, 4, 4, 24 if name.startswith("shuffle_v1") else 32))
+    features = jnp.zeros((1, 2, 2, 256))
+
+    @jax.jit
+    def init(key):
+        """Initialises a block and the head; XLA compiles rbg's generator quickly."""
+        block = model.make_block(1, 0, None).init(key, x, train=False)
+        return block, model.make_head(None).init(key, features, train=False)
+
+    block, head = jax.device_get(init(jax.random.key(2, impl="unsafe_rbg")))
+    flat = flax.traverse_util.flatten_dict(block["params"])
+    kernels = [k for path, k in flat.items() if path[-1] == "kernel"]
+    kernel = max(kernels, key=lambda k: k.size)
+    fan_out = kernel.shape[0] ** 2 * kernel.shape[-1]
+    fan_in = kernel.size // kernel.shape[-1]
+    expected = math.sqrt(2 / fan_out if name in HE else 1 / 3 / fan_in)
+    assert np.std(kernel) == pytest.approx(expected, rel=0.1)
+    # Normal without truncation, or uniform.
+    assert (np.max(np.abs(kernel)) > 3 * expected) == (name in HE)
+    for tree, ones in ((block["params"], "scale"), (block["batch_stats"], "var")):
+        for path, leaf in flax.traverse_util.flatten_dict(tree).items():
+            if path[-1] != "kernel":
+                np.testing.assert_array_equal(leaf, float(path[-1] == ones))
+    kernel, bias = head["params"]["dense"]["kernel"], head["params"]["dense"]["bias"]
+    if name.startswith(("vgg", "mobilenet_v2")):
+        assert np.std(kernel) == pytest.approx(0.01, rel=0.05)
+    elif "conv" not in head["params"]:  # before the pool: fewer channels otherwise
+        assert 0.9 / 16 < np.max(np.abs(kernel)) <= 1 / 16
+    plain = name in TORCH or "resnet" in name
+    assert (np.max(np.abs(bias)) > 0) == plain
+    if plain and "conv" not in head["params"]:
+        assert 0.9 / 16 < np.max(np.abs(bias)) <= 1 / 16
