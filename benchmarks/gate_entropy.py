@@ -37,10 +37,10 @@ def measure(directory: Path) -> dict[str, Any]:
 def entropies(params: Any) -> Entropies:
     """Computes normalised entropies of an HME's gates at a report's temperatures."""
     found = [np.asarray(gate) for gate in network.gates(params)]
-    reports = [tree.conflict(found, tau) for tau in tree.TEMPERATURES]
+    levels = {tau: tree.conflict(found, tau) for tau in tree.TEMPERATURES}
     return {
-        f"{report.temperature:g}": {"levels": list(report.levels), "mean": report.mean}
-        for report in reports
+        f"{tau:g}": {"levels": each, "mean": float(np.mean(each))}
+        for tau, each in levels.items()
     }
 
 

@@ -21,10 +21,9 @@ stem is shared, and each stage becomes four experts of a quarter of the width.
 
 import collections.abc
 import functools
-import math
-import re
 from typing import Any, ClassVar
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +38,7 @@ _BINS = 7  # side of the pooled maps that a head of "ltb" reads
 _HIDDEN = 128
 _SPLIT = 4  # experts per level of "split"
 _LTB = ((2, (64, 64)), (4, (64, 64)), (8, (64, 32)))  # experts, widths by level
+_EXPERTS = "b h w (n c) -> b h w n c"  # channels, as a level returns them
 _gate_init = nn.initializers.uniform(1.0)
 
 
@@ -186,7 +186,7 @@ class _Level(nn.Module):
         inputs = [x] * self.experts
         if self.parents:
             gate = _Gate(self.experts, self.parents, self.temperature, name="gate")
-            mixed = mix(gate(), _split_experts(x, self.parents))
+            mixed = mix(gate(), einops.rearrange(x, _EXPERTS, n=self.parents))
             inputs = [mixed[..., i, :] for i in range(self.experts)]
         outs = [
             self.make(name=f"expert{i}")(inputs[i - 1], train=train)
@@ -194,12 +194,6 @@ class _Level(nn.Module):
         ]
         x = jnp.concatenate(outs, axis=-1)
         return x, x
-
-
-def _split_experts(x: jax.Array, experts: int) -> jax.Array:
-    """Reshapes (B, H, W, experts * C) to (B, H, W, experts, C)."""
-    *front, channels = x.shape
-    return x.reshape(*front, experts, channels // experts)
 
 
 class _Tasks(nn.Module):
@@ -245,7 +239,7 @@ class _Head(nn.Module):
         """Returns logits (B, classes) and pooled features (B, parents * C)."""
         pooled = jnp.mean(x, (1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
         gate = _Gate(self.num_classes, self.parents, self.temperature, name="gate")
-        h = self.read(_split_experts(x, self.parents), gate(), train)
+        h = self.read(einops.rearrange(x, _EXPERTS, n=self.parents), gate(), train)
         units = 1 if self.output == "ce" else 2
         scores = _Tasks(units, self.style.dtype, name="fc3")(h)
         return score(scores, self.output), pooled
@@ -266,9 +260,8 @@ class _PlainHead(_Head):
         # Pooling before mixing gives the same result, since both are linear, and is
         # cheaper if there are more classes than experts.
         small = jnp.einsum("ih,bhwpc,jw->bijpc", rows, maps, columns)
-        h = mix(weights, small).transpose(0, 3, 4, 1, 2)
         # Channels first, the order in which the released code flattens.
-        h = h.reshape(*h.shape[:2], math.prod(h.shape[2:]))
+        h = einops.rearrange(mix(weights, small), "b i j k c -> b k (c i j)")
         for name in ("fc1", "fc2"):
             h = nn.relu(_Tasks(_HIDDEN, self.style.dtype, name=name)(h))
             h = nn.Dropout(DROPOUT, deterministic=not train)(h)
@@ -280,11 +273,10 @@ class _WideHead(_Head):
 
     def read(self, maps: jax.Array, weights: jax.Array, train: bool) -> jax.Array:
         """Maps (B, H, W, parents, C) to (B, classes, C)."""
-        mixed = mix(weights, maps)
-        *front, tasks, channels = mixed.shape
-        h = mixed.reshape(*front, tasks * channels)  # a norm treats channels separately
+        # A norm treats channels separately.
+        h = einops.rearrange(mix(weights, maps), "b h w k c -> b h w (k c)")
         h = nn.relu(layers.norm(self.style, train=train, name="entry_bn")(h))
-        return jnp.mean(h, (1, 2)).reshape(-1, tasks, channels)
+        return einops.rearrange(jnp.mean(h, (1, 2)), "b (k c) -> b k c", k=len(weights))
 
 
 def score(units: jax.Array, output: str) -> jax.Array:
@@ -325,6 +317,7 @@ class HME(chain.Chain, kw_only=True):
     }
     STEM_IN_FEATURES: ClassVar[bool] = False
     GATED: ClassVar[bool] = False  # by `vam`
+    TORCH_NAMES: ClassVar[collections.abc.Mapping[tuple[str, ...], str]] = {}
     PHASES: ClassVar[str] = "lakd_jax.hme.phases"
 
     @nn.nowrap
@@ -341,9 +334,10 @@ class HME(chain.Chain, kw_only=True):
         if self.layout == "ltb":
             make = functools.partial(_Plain, _LTB[stage][1], self.style)
         else:
-            blocks, widen = _size(self.base)
-            width, stride = 16 * widen * 2**stage // _SPLIT, 2 if stage else 1
-            make = functools.partial(_Wide, blocks, width, stride, self.style)
+            base: Any = wrn.from_name(self.base)
+            blocks, widen = base.keywords["stage_sizes"][stage], base.keywords["widen"]
+            size = (blocks, 16 * widen * 2**stage // _SPLIT, 2 if stage else 1)
+            make = functools.partial(_Wide, *size, self.style)
         experts = self._experts
         parents = experts[stage - 1] if stage else 0
         return _Level(experts[stage], parents, self.temperature, make, name=name)
@@ -362,11 +356,6 @@ class HME(chain.Chain, kw_only=True):
             return tuple(count for count, _ in _LTB)
         return (_SPLIT,) * len(_LTB)
 
-    @nn.nowrap
-    def torch_name(self, path: tuple[str, ...]) -> str:
-        """Returns "stage2.block1.gate" for ("stage2", "block1", "gate")."""
-        return ".".join(path)
-
     @classmethod
     def tree_options(cls) -> list[dict[str, str]]:
         """See `chain.Chain`; the deepest network has all arrays of the others."""
@@ -378,7 +367,10 @@ class HME(chain.Chain, kw_only=True):
         cls, shapes: collections.abc.Mapping[str, tuple[int, ...]]
     ) -> dict[str, Any]:
         """See `chain.Chain`; returns "nce" for "odds", the first base for "ltb"."""
-        units, _, classes = _cube(shapes, "head.fc3.weight")
+        key = "head.fc3.weight"
+        if len(shapes.get(key, ())) != 3:
+            raise KeyError(key)
+        units, _, classes = shapes[key]
         options = {"num_classes": classes, "output": "ce" if units == 1 else "nce"}
         if "stem.conv.weight" not in shapes:
             return options | {"layout": "ltb", "base": cls.OPTIONS["base"][0]}
@@ -389,46 +381,6 @@ class HME(chain.Chain, kw_only=True):
         if base not in cls.OPTIONS["base"]:
             raise KeyError(experts.format(1))
         return options | {"layout": "split", "base": base}
-
-    @classmethod
-    def options_from_variables(cls, variables: Any) -> dict[str, Any]:
-        """See `chain.Chain`."""
-        shapes = {
-            _torch_key(path): x.shape[::-1]
-            for path, x in jax.tree_util.tree_leaves_with_path(variables.get("params"))
-        }
-        try:
-            return cls.options_from_torch(shapes)
-        except KeyError as error:
-            raise ValueError(
-                f"the variables are not those of an HME: no {error.args[0]}"
-            ) from None
-
-
-def _torch_key(path: tuple[Any, ...]) -> str:
-    keys = [str(key.key) for key in path]
-    return ".".join(["weight" if k == "kernel" else k for k in keys])
-
-
-def _cube(
-    shapes: collections.abc.Mapping[str, tuple[int, ...]], key: str
-) -> tuple[int, ...]:
-    """Returns the shape of an array with three axes; KeyError(key) for any other."""
-    shape = shapes.get(key, ())
-    if len(shape) != 3:
-        raise KeyError(key)
-    return shape
-
-
-def _size(base: str) -> tuple[int, int]:
-    """Returns blocks per stage and width factor of a wide ResNet "wrn_D_K"."""
-    depth, widen = map(int, re.findall(r"\d+", base))
-    return (depth - 4) // 6, widen
-
-
-def soften(model: chain.Chain, temperature: jax.Array | float) -> chain.Chain:
-    """Returns the network with soft gates."""
-    return model.clone(temperature=temperature)
 
 
 NETWORKS = {"hme": functools.partial(HME, stage_sizes=(1, 1, 1))}

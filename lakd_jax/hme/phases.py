@@ -35,8 +35,15 @@ class _Stage(phase.Phase):
     """What the stages share."""
 
     def method(self) -> method_lib.Method | None:
-        """Returns the method on one task per class, see `method`."""
-        return method(self.config)
+        """Returns the method on one task per class; None for `hme.loss=kway`."""
+        if self.config.hme.loss != "binary":
+            return None
+        weight = self.config.hme.positive_weight
+        if self.config.method == "none":
+            return losses.BinaryPlain(weight)
+        kd = self.config.methods["kd"]
+        options = {n: v for n, v in kd.items() if n != "standardise"}
+        return losses.BinaryKD(**options, positive_weight=weight)
 
     def _by_epoch(
         self, steps_per_epoch: int, lr: float, factor: Callable[[Any, int], jax.Array]
@@ -62,10 +69,22 @@ class First(_Stage):
     def optimizer(
         self, steps_per_epoch: int, labels: PyTree
     ) -> optax.GradientTransformation:
-        """Returns Adam, with a separate learning rate for the gates."""
+        """Returns PyTorch's Adam (weight decay enters the moments) with two rates.
+
+        While their rate is 0, the gates still accumulate moments.
+        """
         o = self.config.optim
-        rates = self.learning_rate(steps_per_epoch), self.gate_rate(steps_per_epoch)
-        return optax.chain(_clipped(o, labels), adam(*rates, o.weight_decay, labels))
+        rates = {
+            _GATE: self.gate_rate(steps_per_epoch),
+            _OTHER: self.learning_rate(steps_per_epoch),
+        }
+        scales: Any = {k: optax.scale_by_learning_rate(r) for k, r in rates.items()}
+        adam = optax.chain(
+            optax.add_decayed_weights(o.weight_decay),
+            optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
+            optax.multi_transform(scales, groups(labels)),
+        )
+        return optax.chain(_clipped(o, labels), adam)
 
     def gate_rate(self, steps_per_epoch: int) -> optax.Schedule:
         """Returns the schedule of the gates; steps count from 0."""
@@ -82,7 +101,7 @@ class First(_Stage):
 
         def softened(step: Any) -> chain.Chain:
             epoch = jnp.asarray(step // steps_per_epoch + 1, jnp.float32)
-            return network.soften(student, self.config.hme.temperature / epoch)
+            return student.clone(temperature=self.config.hme.temperature / epoch)
 
         return softened
 
@@ -123,7 +142,11 @@ class Second(_Stage):
 
     def first_variables(self, drawn: PyTree) -> PyTree:
         """Returns `drawn` with stage 1's gates and batch statistics."""
-        return graft(drawn, self.start)
+        flat = flax.traverse_util.flatten_dict
+        old = flat(self.start["params"])
+        kept = {path: x for path, x in old.items() if network.is_gate(path)}
+        params = flax.traverse_util.unflatten_dict(flat(drawn["params"]) | kept)
+        return {"params": params, "batch_stats": self.start["batch_stats"]}
 
 
 def _clipped(o: Any, labels: PyTree) -> optax.GradientTransformation:
@@ -149,18 +172,6 @@ def network_options(config: resolved.Config) -> dict[str, Any]:
     return {"layout": h.layout, "base": h.base, "output": output}
 
 
-def method(config: resolved.Config) -> method_lib.Method | None:
-    """Returns the method on one task per class; None for `hme.loss=kway`."""
-    if config.hme.loss != "binary":
-        return None
-    weight = config.hme.positive_weight
-    if config.method == "none":
-        return losses.BinaryPlain(weight)
-    kd = config.methods["kd"]
-    options = {n: v for n, v in kd.items() if n != "standardise"}
-    return losses.BinaryKD(**options, positive_weight=weight)
-
-
 def warm_line(epoch: Any, epochs: int) -> jax.Array:
     """Returns stage 1's learning-rate factor in `epoch`, counted from 1.
 
@@ -179,27 +190,6 @@ def halving(epoch: Any, epochs: int) -> jax.Array:
     return 0.5 ** (_HALVINGS * jnp.asarray(epoch) // epochs)
 
 
-def adam(
-    rate: optax.Schedule,
-    gate_rate: optax.Schedule,
-    weight_decay: float,
-    params: PyTree,
-) -> optax.GradientTransformation:
-    """Returns PyTorch's Adam (weight decay enters the moments) with two rates.
-
-    While their rate is 0, the gates still accumulate moments.
-    """
-    rates: Any = {
-        _GATE: optax.scale_by_learning_rate(gate_rate),
-        _OTHER: optax.scale_by_learning_rate(rate),
-    }
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
-        optax.multi_transform(rates, groups(params)),
-    )
-
-
 def groups(params: PyTree) -> PyTree:
     """Returns the group of every parameter: gates or others."""
 
@@ -208,12 +198,3 @@ def groups(params: PyTree) -> PyTree:
         return _GATE if network.is_gate(keys) else _OTHER
 
     return jax.tree_util.tree_map_with_path(group, params)
-
-
-def graft(drawn: PyTree, old: PyTree) -> PyTree:
-    """Returns the variables `drawn` with the gates and batch statistics of `old`."""
-    params = flax.traverse_util.flatten_dict(drawn["params"])
-    old_params = flax.traverse_util.flatten_dict(old["params"])
-    gates = {path: old_params[path] for path in params if network.is_gate(path)}
-    params = flax.traverse_util.unflatten_dict(params | gates)
-    return {"params": params, "batch_stats": old["batch_stats"]}

@@ -47,8 +47,8 @@ def _entropies(found: list[np.ndarray]) -> str:
     header = ["tau", *(f"gate {k}" for k in range(1, len(found) + 1)), "mean"]
     rows = []
     for temperature in tree.TEMPERATURES:
-        conflict = tree.conflict(found, temperature)
-        values = [f"{value:.4f}" for value in (*conflict.levels, conflict.mean)]
+        levels = tree.conflict(found, temperature)
+        values = [f"{value:.4f}" for value in (*levels, np.mean(levels))]
         rows.append([f"{temperature:g}", *values])
     return page.table(header, rows)
 

@@ -16,10 +16,8 @@ import itertools
 
 import numpy as np
 
-TEMPERATURES = (
-    0.5,
-    1.0,
-)  # at which runs are compared; the first is the released code's
+# At which runs are compared; the first is the released code's.
+TEMPERATURES = (0.5, 1.0)
 
 Gates = collections.abc.Sequence[np.ndarray]
 
@@ -34,25 +32,6 @@ SUPERCLASSES: dict[str, tuple[int, ...]] = {
         *(16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13),
     ),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Conflict:
-    """The indecision of gates at one temperature.
-
-    Attributes:
-        temperature: tau.
-        levels: for each gate, the mean over children of entropy(row) / log(parents): 1
-            for uniform rows, 0 for one-hot rows and single parents.
-        mean: mean of `levels`.
-        parents: for each gate, the effective number of parents of every child, which is
-            the exponential of the entropy.
-    """
-
-    temperature: float
-    levels: tuple[float, ...]
-    mean: float
-    parents: tuple[np.ndarray, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +63,11 @@ class Tree:
     @property
     def paths(self) -> tuple[tuple[int, ...], ...]:
         """Returns the experts on the path from the image to each class's head."""
-        return tuple(self._path(label) for label in range(len(self.parents[-1])))
-
-    def _path(self, label: int) -> tuple[int, ...]:
-        node, path = label, []
+        nodes, levels = list(range(len(self.parents[-1]))), []
         for parents in reversed(self.parents):
-            node = parents[node]
-            path.append(node)
-        return tuple(reversed(path))
+            nodes = [parents[node] for node in nodes]
+            levels.append(nodes)
+        return tuple(zip(*reversed(levels), strict=True))
 
     @property
     def alive(self) -> tuple[tuple[int, ...], ...]:
@@ -126,12 +102,16 @@ def attention(logits: np.ndarray, temperature: float) -> np.ndarray:
     return weights / weights.sum(-1, keepdims=True)
 
 
-def conflict(gates: Gates, temperature: float) -> Conflict:
-    """Measures conflict at one temperature; our interpretation, see above.
+def conflict(gates: Gates, temperature: float) -> list[float]:
+    """Measures the indecision of each gate; our interpretation, see above.
 
     Args:
         gates: (children, parents) each.
         temperature: tau > 0, the same for all runs that are compared.
+
+    Returns:
+        For each gate, the mean over children of entropy(row) / log(parents): 1 for
+        uniform rows, 0 for one-hot rows and single parents.
 
     Raises:
         ValueError: consecutive gates do not fit together, or tau is not above 0.
@@ -139,14 +119,12 @@ def conflict(gates: Gates, temperature: float) -> Conflict:
     _check(gates)
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
-    levels, parents = [], []
+    levels = []
     for logits in gates:
         entropy = _entropy(attention(logits, temperature))
         largest = np.log(logits.shape[1])
         levels.append(float(entropy.mean() / largest) if largest else 0.0)
-        parents.append(np.exp(entropy))
-    mean = float(np.mean(levels))
-    return Conflict(temperature, tuple(levels), mean, tuple(parents))
+    return levels
 
 
 def _entropy(weights: np.ndarray) -> np.ndarray:

@@ -171,27 +171,16 @@ def _balanced(
         # A backward pass costs two forward passes; a frozen teacher runs forward only.
         costs = [3 * cost for cost in costs]
         if teacher is not None:
-            _add_teacher(costs, names, teacher, paired)
+            theirs, begin = balance.unit_costs(teacher, "flops"), 0
+            for joint, other in paired.items():
+                end = teacher.unit_names.index(other) + 1
+                costs[names.index(joint)] += sum(theirs[begin:end])
+                begin = end
     ends = [names.index(joint) for joint in paired if joint != "stem"]
     try:
         return [names[end] for end in balance.split(costs, ends, count)]
     except ValueError as error:
         raise ValueError(f"local.modules: {error}") from None
-
-
-def _add_teacher(
-    costs: list[float],
-    names: tuple[str, ...],
-    teacher: chain.Chain,
-    paired: Mapping[str, str],
-) -> None:
-    """Adds the teacher's cost up to each unit's counterpart to that unit's cost."""
-    theirs = balance.unit_costs(teacher, "flops")
-    begin = 0
-    for joint, other in paired.items():
-        end = teacher.unit_names.index(other) + 1
-        costs[names.index(joint)] += sum(theirs[begin:end])
-        begin = end
 
 
 def cut(h: jax.Array, scale: float) -> jax.Array:
@@ -274,23 +263,16 @@ def module_of(path: Sequence[str], partition: Partition, student: chain.Chain) -
     part, unit = path[0], path[1]
     if part == "method":
         unit = path[2] if unit.startswith("parts_") else unit
-        unit = partition.names[-1] if unit == "head" else unit
-        return (
-            partition.names.index(unit) if unit in partition.names else _no_module(path)
-        )
-    if unit == "head":
-        return len(partition.student_joints) - 1
-    if unit != "stem":
-        unit = f"{unit}.{path[2]}"
-    order = student.unit_names
-    if part != "student" or unit not in order:
-        return _no_module(path)
-    ends = [order.index(joint) for joint in partition.student_joints]
-    return sum(end < order.index(unit) for end in ends)
-
-
-def _no_module(path: Sequence[str]) -> int:
-    raise KeyError(f"{'/'.join(path)} belongs to no module")
+        modules = {name: k for k, name in enumerate(partition.names)}
+    else:
+        unit = unit if unit in ("stem", "head") else f"{unit}.{path[2]}"
+        order = student.unit_names
+        ends = [order.index(joint) for joint in partition.student_joints]
+        modules = {name: sum(end < k for end in ends) for k, name in enumerate(order)}
+    modules["head"] = len(partition.names) - 1
+    if part not in ("student", "method") or unit not in modules:
+        raise KeyError(f"{'/'.join(path)} belongs to no module")
+    return modules[unit]
 
 
 def label_tree(tree: PyTree, partition: Partition, student: chain.Chain) -> PyTree:

@@ -10,7 +10,9 @@ head are made; naming, recording, cutting and restarting are all implemented her
 """
 
 import collections.abc
+import functools
 import itertools
+import operator
 from typing import Any, ClassVar
 
 import flax.struct
@@ -69,7 +71,7 @@ class Chain(nn.Module, kw_only=True):
             statistics and logits are always float32.
         tap_every: period of the blocks recorded in `Outputs.taps`, per stage.
         folded: whether the network has no batch norms, for variables from
-            `folding.fold_batch_norm`.
+            `folding.fold`.
         vam: attention in the convolutions of the blocks (except depthwise ones and
             shortcuts) and of the head, see `models.vam`; None for none.
     """
@@ -136,7 +138,7 @@ class Chain(nn.Module, kw_only=True):
         if path[0] in ("stem", "head"):
             return ".".join(path)  # of a family that is not published
         stage, index = _stage_and_index(".".join(path[:2]))
-        return self.torch_block_name(stage, index, path[2])
+        return self.torch_block_name(stage, index, ".".join(path[2:]))
 
     @nn.nowrap
     def torch_block_name(self, stage: int, index: int, layer: str) -> str:
@@ -165,18 +167,6 @@ class Chain(nn.Module, kw_only=True):
         if len(shape) != 2 or shape[0] < 1:
             raise KeyError(key)
         return {"num_classes": shape[0]}
-
-    @classmethod
-    def options_from_variables(cls, variables: Any) -> dict[str, Any]:
-        """Infers the options that `options_from_torch` returns from our own variables.
-
-        Raises ValueError if no classifier is found.
-        """
-        try:
-            kernel = variables["params"]["head"]["dense"]["kernel"]
-        except (KeyError, TypeError):
-            raise ValueError("the variables have no params/head/dense/kernel") from None
-        return {"num_classes": kernel.shape[-1]}
 
     @property
     def unit_names(self) -> tuple[str, ...]:
@@ -249,15 +239,20 @@ class Chain(nn.Module, kw_only=True):
             features.append(outs[-1])
             preacts.append(preact)
             blocks.append(outs)
+        taps = ()
         if until:
-            return self._headless_outputs(h, stem, features, preacts, blocks)
-        logits, pooled = self.make_head("head")(h, train=train)
-        positive = tuple(blocks)
-        if self.PREACTIVATION:
-            normed = self._entry_norms(blocks, train, isolated=joint is not None)
-            ends = [stage[-1] for stage in normed if stage]
-            preacts = preacts[: len(preacts) - len(ends)] + ends
-            positive = jax.tree.map(nn.relu, normed)
+            logits = jnp.zeros((0, self.num_classes))
+            pooled = jnp.zeros((0, h.shape[-1]), jnp.float32)
+            preacts = [] if self.PREACTIVATION else preacts
+        else:
+            logits, pooled = self.make_head("head")(h, train=train)
+            positive = tuple(blocks)
+            if self.PREACTIVATION:
+                normed = self._entry_norms(blocks, train, isolated=joint is not None)
+                ends = [stage[-1] for stage in normed if stage]
+                preacts = preacts[: len(preacts) - len(ends)] + ends
+                positive = jax.tree.map(nn.relu, normed)
+            taps = self._taps(positive)
         return Outputs(
             logits=logits.astype(jnp.float32),
             stem=stem,
@@ -265,25 +260,7 @@ class Chain(nn.Module, kw_only=True):
             preacts=tuple(preacts),
             blocks=tuple(blocks),
             pooled=pooled,
-            taps=self._taps(positive),
-        )
-
-    def _headless_outputs(
-        self,
-        h: jax.Array,
-        stem: jax.Array | None,
-        features: list[jax.Array],
-        preacts: list[jax.Array],
-        blocks: list[tuple[jax.Array, ...]],
-    ) -> Outputs:
-        """Returns the outputs of a pass that stops at a joint with activation `h`."""
-        return Outputs(
-            logits=jnp.zeros((0, self.num_classes), jnp.float32),
-            stem=stem,
-            features=tuple(features),
-            preacts=() if self.PREACTIVATION else tuple(preacts),
-            blocks=tuple(blocks),
-            pooled=jnp.zeros((0, h.shape[-1]), jnp.float32),
+            taps=taps,
         )
 
     def _taps(self, blocks: tuple[tuple[jax.Array, ...], ...]) -> tuple[jax.Array, ...]:
@@ -312,7 +289,11 @@ class Chain(nn.Module, kw_only=True):
 
         def normed(stage: int, index: int, h: jax.Array) -> jax.Array:
             path = tuple(next_unit[f"stage{stage}.block{index}"].split("."))
-            entry: Any = _entry_norm_variables(self.variables, path)
+            entry: Any = {
+                kind: functools.reduce(operator.getitem, (*path, "entry_bn"), tree)
+                for kind, tree in self.variables.items()
+                if kind != "intermediates"  # values that units sow for the caller
+            }
             entry = jax.lax.stop_gradient(entry) if isolated else entry
             return layer.apply(entry, h, mutable=["batch_stats"])[0]
 
@@ -322,18 +303,6 @@ class Chain(nn.Module, kw_only=True):
             numbered = enumerate(outputs, first)
             result.append(tuple(normed(stage, index, h) for index, h in numbered))
         return tuple(result)
-
-
-def _entry_norm_variables(variables: Any, path: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the variables of the entry norm of the unit at `path`."""
-    result = {}
-    for kind, tree in variables.items():
-        if kind == "intermediates":  # values that units sow for the caller
-            continue
-        for key in (*path, "entry_bn"):
-            tree = tree[key]
-        result[kind] = tree
-    return result
 
 
 class _Stage(nn.Module):
@@ -391,30 +360,27 @@ def feature_at(
         ValueError: unknown joint, or `preact` inside a stage.
     """
     name = resolve_joint(model, joint)
+    if preact:
+        stages = range(1, len(model.stage_sizes) + 1)
+        ends = [resolve_joint(model, f"stage{s}") for s in stages]
+        recorded = ["stem", *ends] if model.STEM_IN_FEATURES else ends
+        if name not in recorded:
+            raise ValueError(
+                f"no pre-activation is recorded at {name!r}: only at the ends of "
+                "stages, such as 'stage1', and at the stem of most networks"
+            )
+        return outputs.preacts[recorded.index(name)]
     if name == "stem":
-        if preact and not model.STEM_IN_FEATURES:
-            raise ValueError(_no_preact("stem"))
         assert outputs.stem is not None  # recorded in every full pass
-        return outputs.preacts[0] if preact else outputs.stem
+        return outputs.stem
     stage, index = _stage_and_index(name)
-    if not preact:
-        return outputs.blocks[stage][index]
-    if index + 1 != model.stage_sizes[stage]:
-        raise ValueError(_no_preact(name))
-    return outputs.preacts[stage + 1 if model.STEM_IN_FEATURES else stage]
+    return outputs.blocks[stage][index]
 
 
 def _stage_and_index(unit: str) -> tuple[int, int]:
     """Returns a block's stage and index in it, from 0: "stage2.block1" -> (1, 0)."""
     stage, block = unit.split(".")
     return int(stage.removeprefix("stage")) - 1, int(block.removeprefix("block")) - 1
-
-
-def _no_preact(name: str) -> str:
-    return (
-        f"no pre-activation is recorded at {name!r}: only at the ends of stages, such "
-        "as 'stage1', and at the stem of most networks"
-    )
 
 
 def variable_shapes(model: Chain, side: int = 32) -> Any:

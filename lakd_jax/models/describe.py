@@ -93,10 +93,6 @@ def _macs(jaxpr: Any) -> int:
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
             total += out.size * math.prod(left[axis] for axis in contracted)
-        total += sum(_macs(inner.jaxpr) for inner in _inner(equation))
+        nested = [p for p in equation.params.values() if hasattr(p, "jaxpr")]
+        total += sum(_macs(program.jaxpr) for program in nested)
     return total
-
-
-def _inner(equation: Any) -> list[Any]:
-    """Returns the programs nested in an equation, such as those of jitted functions."""
-    return [p for p in equation.params.values() if hasattr(p, "jaxpr")]

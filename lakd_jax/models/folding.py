@@ -12,37 +12,26 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from lakd_jax import models
 from lakd_jax.models import chain, layers, vam
 
 PyTree = Any
 _Path = tuple[str, ...]
 
 
-def fold_batch_norm(
-    name: str, variables: PyTree, *, dtype: Any = jnp.float32
-) -> tuple[chain.Chain, PyTree]:
-    """Returns the network `name` without batch norms: equal logits, fewer operations.
+def fold(model: chain.Chain, variables: PyTree) -> tuple[chain.Chain, PyTree]:
+    """Returns the network without batch norms: equal logits, fewer operations.
+
+    Static gates are folded as well; a network with dynamic gates keeps them.
 
     Args:
-        name: one of `models.names()`.
+        model: the network.
         variables: of that network, {"params": ..., "batch_stats": ...}.
-        dtype: compute dtype of the folded network.
 
     Returns:
         The network and its variables, {"params": ...} in float32.
 
     Raises:
-        ValueError: unknown name, or the variables are those of another network.
-    """
-    options = models.family(name).options_from_variables(variables)
-    return fold(models.create(name, dtype=dtype, **options), variables)
-
-
-def fold(model: chain.Chain, variables: PyTree) -> tuple[chain.Chain, PyTree]:
-    """Folds the batch norms of an existing network, as `fold_batch_norm` does.
-
-    Static gates are folded as well; a network with dynamic gates keeps them.
+        ValueError: the variables are those of another network.
     """
     if model.vam is not None and model.vam.foldable:
         model, variables = fold_gates(model, variables)
@@ -90,7 +79,7 @@ def fold_gates(model: chain.Chain, variables: PyTree) -> tuple[chain.Chain, PyTr
     for path, gate in list(flat.items()):
         if vam.is_gate(path):
             kernel = (*path[:-1], "kernel")
-            flat[kernel] = model.vam.kernel(flat[kernel], gate)
+            flat[kernel] = vam.scaled_kernel(flat[kernel], model.vam.scale(gate))
     params = flax.traverse_util.unflatten_dict(flat)
     return model.clone(vam=None), without_gates({**variables, "params": params})
 

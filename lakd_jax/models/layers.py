@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -59,17 +60,7 @@ def conv(
     has virtual attention if the network's style has `vam`.
     """
     if gated and style.vam is not None:
-        return vam_lib.Conv(
-            features,
-            kernel,
-            stride,
-            groups,
-            bias,
-            style.dtype,
-            style.kernel_init,
-            style.vam,
-            name=name,
-        )
+        return vam_lib.Conv(features, kernel, stride, groups, bias, style, name=name)
     pad = (kernel - 1) // 2
     return nn.Conv(
         features,
@@ -93,16 +84,15 @@ def conv_norm(
     *,
     train: bool,
     name: str,
-    groups: int = 1,
     bias: bool = False,
-    gated: bool = False,
+    **options: Any,
 ) -> jax.Array:
     """Applies the convolution `name` (see `conv`) and its batch norm.
 
     For use in a compact method. The norm's name has "bn" in place of "conv" ("conv1"
     and "bn1"), by which `models.folding` pairs them.
     """
-    options: Any = {"groups": groups, "bias": bias or style.folded, "gated": gated}
+    options["bias"] = bias or style.folded
     x = conv(features, kernel, stride, style, name=name, **options)(x)
     if style.folded:
         return x
@@ -110,13 +100,6 @@ def conv_norm(
 
 
 def norm(style: Style, *, train: bool, name: str | None) -> nn.Module:
-    """Makes a batch norm without a convolution; folding leaves its scale and shift."""
-    if style.folded:
-        return Affine(style.dtype, name=name)
-    return batch_norm(train=train, dtype=style.dtype, name=name)
-
-
-def batch_norm(*, train: bool, dtype: Any, name: str | None) -> nn.BatchNorm:
     """Makes a batch norm over the global batch, with statistics in float32.
 
     Epsilon 1e-5 and decay 0.9 correspond to PyTorch's 1e-5 and momentum 0.1. Running
@@ -124,13 +107,17 @@ def batch_norm(*, train: bool, dtype: Any, name: str | None) -> nn.BatchNorm:
     by a factor n / (n - 1) with n = batch * height * width). The variance takes two
     passes: E[x^2] - E[x]^2 loses six digits where a channel's mean is a thousand times
     its deviation, and was no faster on CPU.
+
+    Folding leaves the scale and shift of a norm that follows no convolution.
     """
+    if style.folded:
+        return Affine(style.dtype, name=name)
     options: Any = {} if name else {"parent": None}  # unnamed: used outside a network
     return nn.BatchNorm(
         use_running_average=not train,
         momentum=0.9,
         epsilon=EPSILON,
-        dtype=dtype,
+        dtype=style.dtype,
         use_fast_variance=False,
         name=name,
         **options,
@@ -165,9 +152,7 @@ def max_pool(x: jax.Array, window: int, stride: int, pad: int) -> jax.Array:
 
 def shuffle(x: jax.Array, groups: int) -> jax.Array:
     """Moves channel c of group g to c * groups + g (ShuffleNet, section 3.1)."""
-    *front, channels = x.shape
-    x = x.reshape(*front, groups, channels // groups)
-    return x.swapaxes(-1, -2).reshape(*front, channels)
+    return einops.rearrange(x, "... (g c) -> ... (c g)", g=groups)
 
 
 class Stem(nn.Module):

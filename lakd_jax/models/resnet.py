@@ -104,6 +104,7 @@ class CifarResNet(chain.Chain, kw_only=True):
     block: type[BasicBlock] | type[Bottleneck] = BasicBlock
     shortcut: str = "projection"
 
+    STEM: ClassVar[tuple[int, int]] = (3, 1)  # kernel and stride of the stem
     POOLED: ClassVar[bool] = False  # whether the first block pools its input
     CLASSIFIER: ClassVar[str] = "linear"
     SHORTCUT: ClassVar[str] = "shortcut"  # its name in PyTorch
@@ -115,7 +116,7 @@ class CifarResNet(chain.Chain, kw_only=True):
     @nn.nowrap
     def make_stem(self, name: str) -> layers.Stem:
         """See `chain.Chain`."""
-        return layers.Stem(self.widths[0], 3, 1, self.style, name=name)
+        return layers.Stem(self.widths[0], *self.STEM, self.style, name=name)
 
     @nn.nowrap
     def make_block(self, stage: int, index: int, name: str) -> nn.Module:
@@ -157,28 +158,16 @@ class ResNet(CifarResNet, kw_only=True):
         shortcut = "projection" if projection else "identity"
         return {**super().options_from_torch(shapes), "shortcut": shortcut}
 
-    @classmethod
-    def options_from_variables(cls, variables: Any) -> dict[str, Any]:
-        """See `chain.Chain`; no projection anywhere means identity shortcuts."""
-        options = super().options_from_variables(variables)
-        first = variables["params"].get("stage2", {}).get("block1", {})
-        shortcut = "projection" if "shortcut_conv" in first else "identity"
-        return {**options, "shortcut": shortcut}
-
 
 class ImageNetResNet(CifarResNet, kw_only=True):
     """The four-stage networks for images of 224x224."""
 
     IMAGE_SIZE: ClassVar[int] = 224
+    STEM: ClassVar[tuple[int, int]] = (7, 2)
     POOLED: ClassVar[bool] = True
     CLASSIFIER: ClassVar[str] = "fc"
     SHORTCUT: ClassVar[str] = "downsample"
     TORCH_ALIASES: ClassVar[tuple[tuple[str, str], ...]] = ResNet.TORCH_ALIASES
-
-    @nn.nowrap
-    def make_stem(self, name: str) -> layers.Stem:
-        """See `chain.Chain`."""
-        return layers.Stem(self.widths[0], 7, 2, self.style, name=name)
 
 
 def _three_stages(depth: int, widths: tuple[int, ...]) -> functools.partial:

@@ -22,6 +22,7 @@ import dataclasses
 import math
 from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -74,9 +75,10 @@ class Options:
         """Whether the gates can be folded into the kernels."""
         return self.gate == "static"
 
-    def kernel(self, kernel: jax.Array, gate: jax.Array) -> jax.Array:
-        """Computes W' for a static gate; see `scaled_kernel`."""
-        return scaled_kernel(kernel, attention(gate, self.temperature), self.rescale)
+    def scale(self, gate: jax.Array) -> jax.Array:
+        """Computes s A in float32, like the gate."""
+        a = attention(gate, self.temperature)
+        return a.shape[-1] * a if self.rescale else a
 
 
 def is_gate(path: collections.abc.Sequence[str]) -> bool:
@@ -110,40 +112,36 @@ def entropy(log_a: jax.Array) -> jax.Array:
     return jnp.mean(rows) / math.log(log_a.shape[-1])
 
 
-def scaled_kernel(kernel: jax.Array, a: jax.Array, rescale: bool) -> jax.Array:
+def scaled_kernel(kernel: jax.Array, scale: jax.Array) -> jax.Array:
     """Computes W' = W s A.
 
     Args:
         kernel: (kh, kw, C_in / groups, C_out).
-        a: A (rows, M_in), rows = groups * M_out. Blocks are contiguous groups of
+        scale: s A (rows, M_in), rows = groups * M_out. Blocks are contiguous groups of
             channels, in order.
-        rescale: whether s is M_in instead of 1.
 
     Returns:
         W' in the kernel's shape, in float32.
     """
-    rows, columns = a.shape
+    rows, columns = scale.shape
     inputs, outputs = kernel.shape[2:]
-    scale = columns * a if rescale else a
     factor = jnp.repeat(scale.T, inputs // columns, axis=0)
     factor = jnp.repeat(factor, outputs // rows, axis=1)
     return kernel * factor[None, None]
 
 
-def scaled_inputs(x: jax.Array, a: jax.Array, rescale: bool) -> jax.Array:
+def scaled_inputs(x: jax.Array, scale: jax.Array) -> jax.Array:
     """Computes the inputs of one output block in each group of a convolution.
 
     Args:
         x: (B, H, W, C_in).
-        a: (B, groups, M_in), the block's rows of A.
-        rescale: whether s is M_in instead of 1.
+        scale: (B, groups, M_in), the block's rows of s A.
 
     Returns:
         x s A in the shape and dtype of x.
     """
-    batch, groups, columns = a.shape
-    scale = (columns * a if rescale else a).astype(x.dtype)
-    scale = jnp.repeat(scale.reshape(batch, -1), x.shape[-1] // groups // columns, 1)
+    scale = scale.astype(x.dtype).reshape(len(x), -1)
+    scale = jnp.repeat(scale, x.shape[-1] // scale.shape[-1], 1)
     return x * scale[:, None, None, :]
 
 
@@ -158,9 +156,8 @@ class Conv(nn.Module):
     Attributes:
         features, size, stride, groups: of the convolution.
         bias: whether it has a bias.
-        dtype: compute dtype of the convolution; attention is float32.
-        kernel_init: initialiser of the kernel.
-        options: settings of the attention.
+        style: the network's `layers.Style`, with settings of the attention, which is
+            float32 whatever the compute dtype.
     """
 
     features: int
@@ -168,9 +165,12 @@ class Conv(nn.Module):
     stride: int
     groups: int
     bias: bool
-    dtype: Any
-    kernel_init: collections.abc.Callable[..., jax.Array]
-    options: Options
+    style: Any  # `layers` imports this module
+
+    @property
+    def options(self) -> Options:
+        """The settings of the attention."""
+        return self.style.vam
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -178,7 +178,7 @@ class Conv(nn.Module):
         inputs = x.shape[-1] // self.groups
         shape = (self.size, self.size, inputs, self.features)
         # Before the gates, since random numbers are drawn in the order of these lines.
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        kernel = self.param("kernel", self.style.kernel_init, shape, jnp.float32)
         columns = num_blocks(inputs, self.options.blocks)
         blocks = num_blocks(self.features // self.groups, self.options.blocks)
         if min(columns, blocks) == 1:
@@ -186,14 +186,14 @@ class Conv(nn.Module):
         elif self.options.gate == "static":
             gate = self._gate(blocks, columns)
             self._record(gate)
-            y = self._convolve(x, self.options.kernel(kernel, gate))
+            y = self._convolve(x, scaled_kernel(kernel, self.options.scale(gate)))
         else:
             y = self._dynamic(x, kernel, blocks, columns)
         if not self.bias:
             return y
         zeros = nn.initializers.zeros
         bias = self.param("bias", zeros, (self.features,), jnp.float32)
-        return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+        return y + bias.astype(self.style.dtype).reshape(1, 1, 1, -1)
 
     def _gate(self, blocks: int, columns: int) -> jax.Array:
         normal = nn.initializers.normal(self.options.init_std)
@@ -214,17 +214,16 @@ class Conv(nn.Module):
         pooled = jnp.mean(x, (1, 2), dtype=jnp.float32)
         gates = gate[None] + jnp.tensordot(pooled, slope, 1)
         self._record(gates)
-        a = attention(gates, self.options.temperature)
-        a = a.reshape(-1, self.groups, blocks, columns)
-        x = x.astype(self.dtype)
+        scale = self.options.scale(gates).reshape(-1, self.groups, blocks, columns)
+        x = x.astype(self.style.dtype)
         split = kernel.reshape(*kernel.shape[:3], self.groups, blocks, -1)
         maps = []
         for j in range(blocks):
-            scaled = scaled_inputs(x, a[:, :, j], self.options.rescale)
+            scaled = scaled_inputs(x, scale[:, :, j])
             block_kernel = split[:, :, :, :, j].reshape(*kernel.shape[:3], -1)
-            y = self._convolve(scaled, block_kernel)
-            maps.append(y.reshape(*y.shape[:3], self.groups, -1))
-        return jnp.stack(maps, -2).reshape(*maps[0].shape[:3], self.features)
+            maps.append(self._convolve(scaled, block_kernel))
+        order = "j b h w (g c) -> b h w (g j c)"
+        return einops.rearrange(maps, order, g=self.groups)
 
     def _record(self, gate: jax.Array) -> None:
         value = entropy(log_attention(gate, self.options.temperature))
@@ -234,8 +233,8 @@ class Conv(nn.Module):
     def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         pad = (self.size - 1) // 2
         return jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
+            x.astype(self.style.dtype),
+            kernel.astype(self.style.dtype),
             (self.stride, self.stride),
             ((pad, pad), (pad, pad)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),

@@ -1,14 +1,12 @@
 """Tests both stages of an HME in one run, interrupted at several points."""
 
 import dataclasses
-import json
 
-import jax
 import numpy as np
 import pytest
+import test_train_resume as resume
 import tiny
 
-from lakd_jax import interop
 from lakd_jax.config import resolved
 from lakd_jax.hme import network
 from lakd_jax.interop import weights
@@ -42,21 +40,10 @@ def train(settings, directory, guard, teacher=None):
 
 def finished(directory):
     """Returns (variables, result without timings, metrics) of both stages."""
-    out = []
-    for folder in (directory / "stage1", directory):
-        variables, _ = interop.load_variables(folder / workdir.STUDENT)
-        result = json.loads((folder / workdir.RESULT).read_text())
-        for block in (result, result.get("stage1", {})):
-            for timing in TIMINGS:
-                block.pop(timing, None)
-        out.append((variables, result, metrics.read(folder)))
-    return out
-
-
-def assert_equal_runs(one, other):
-    for mine, theirs in zip(finished(one), finished(other), strict=True):
-        jax.tree.map(np.testing.assert_array_equal, mine[0], theirs[0])
-        assert mine[1:] == theirs[1:]
+    stages = [resume.finished(folder) for folder in (directory / "stage1", directory)]
+    for timing in TIMINGS:
+        stages[1][1]["stage1"].pop(timing, None)
+    return stages
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +64,8 @@ def test_both_stages_stopped_and_gone_on(unbroken, tmp_path):
     steps = [checkpoints(parts / "stage1")[-1], checkpoints(parts)[-1]]
     assert steps == [EPOCHS * STEPS, 3]
     train(settings, parts, interrupt.Guard())
-    assert_equal_runs(unbroken, parts)
+    for mine, theirs in zip(finished(unbroken), finished(parts), strict=True):
+        resume.assert_equal_runs(mine, theirs)
 
 
 def checkpoints(directory):

@@ -24,39 +24,30 @@ def stage(number, tmp_path, epochs=300, **fields):
 
 
 @pytest.mark.parametrize(
-    ("epoch", "rate", "gates"),
+    ("epoch", "rate", "gates", "second"),
     [
-        (1, 0.0125, 0.0),
-        (2, 0.025, 0.0),
-        (3, 0.05, 0.01),
-        (4, 0.05, 0.01),
-        (5, 0.049353, 0.01 * (1 - 4 / 309)),
-        (6, 0.049353, 0.01 * (1 - 4 / 309)),
-        (101, 0.033819, 0.01 * (1 - 100 / 309)),
-        (201, 0.017638, 0.01 * (1 - 200 / 309)),
-        (299, 0.00178, 0.01 * (1 - 298 / 309)),
-        (300, 0.00178, 0.01 * (1 - 298 / 309)),
+        (1, 0.0125, 0.0, 0.05),
+        (2, 0.025, 0.0, 0.05),
+        (3, 0.05, 0.01, 0.05),
+        (4, 0.05, 0.01, 0.05),
+        (5, 0.049353, 0.01 * (1 - 4 / 309), 0.05),
+        (6, 0.049353, 0.01 * (1 - 4 / 309), 0.05),
+        (29, 0.05 * (1 - 28 / 309), 0.01 * (1 - 28 / 309), 0.05),
+        (30, 0.05 * (1 - 28 / 309), 0.01 * (1 - 28 / 309), 0.025),
+        (59, 0.05 * (1 - 58 / 309), 0.01 * (1 - 58 / 309), 0.025),
+        (60, 0.05 * (1 - 58 / 309), 0.01 * (1 - 58 / 309), 0.0125),
+        (101, 0.033819, 0.01 * (1 - 100 / 309), 0.05 / 8),
+        (201, 0.017638, 0.01 * (1 - 200 / 309), 0.05 / 2**6),
+        (299, 0.00178, 0.01 * (1 - 298 / 309), 0.05 / 2**9),
+        (300, 0.00178, 0.01 * (1 - 298 / 309), 0.05 / 2**10),
     ],
 )
-def test_property_10_stage_1(epoch, rate, gates, tmp_path):
-    made = stage(1, tmp_path)
+def test_property_10_rates(epoch, rate, gates, second, tmp_path):
+    one, two = stage(1, tmp_path), stage(2, tmp_path)
     for step in (7 * (epoch - 1), 7 * epoch - 1):  # the first and last of the epoch
-        assert float(made.learning_rate(7)(step)) == pytest.approx(rate, abs=6e-7)
-        assert float(made.gate_rate(7)(step)) == pytest.approx(gates, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("epoch", "rate"),
-    [
-        *((1, 0.05), (2, 0.05), (3, 0.05), (5, 0.05), (29, 0.05)),
-        *((30, 0.025), (59, 0.025), (60, 0.0125), (101, 0.05 / 8)),
-        *((299, 0.05 / 2**9), (300, 0.05 / 2**10)),
-    ],
-)
-def test_property_10_stage_2(epoch, rate, tmp_path):
-    ours = stage(2, tmp_path).learning_rate(7)
-    for step in (7 * (epoch - 1), 7 * epoch - 1):
-        assert float(ours(step)) == pytest.approx(rate, rel=1e-6)
+        assert float(one.learning_rate(7)(step)) == pytest.approx(rate, abs=6e-7)
+        assert float(one.gate_rate(7)(step)) == pytest.approx(gates, rel=1e-5)
+        assert float(two.learning_rate(7)(step)) == pytest.approx(second, rel=1e-6)
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 7, 30])
@@ -72,7 +63,10 @@ def test_other_numbers_of_epochs_keep_the_shape(epochs):
 def toy():
     """Returns one gate and one other parameter, and gradients of both."""
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
     params = {"head": {"gate": {"logits": draw(3, 2)}, "fc1": {"kernel": draw(4)}}}
     grads = [jax.tree.map(lambda x: draw(*x.shape), params) for _ in range(4)]
     return params, grads
@@ -92,18 +86,19 @@ def test_stage_1_is_torchs_adam_in_two_groups(tmp_path):
     params, grads = toy()
     made = stage(1, tmp_path, optim__weight_decay=0.3)
     ours = updated(made.optimizer(1, params), params, grads)
-    leaves = [params["head"]["fc1"]["kernel"], params["head"]["gate"]["logits"]]
+    # Leaves in order: the kernel, the gate.
+    leaves = jax.tree.leaves(params)
     theirs = [torch.nn.Parameter(torch.tensor(np.asarray(x))) for x in leaves]
     adam = torch.optim.Adam([{"params": [p]} for p in theirs], weight_decay=0.3)
     rates = [(0.0125, 0), (0.025, 0), (0.05, 0.01), (0.05, 0.01)]
-    for gradient, (rate, gate_rate) in zip(grads, rates, strict=True):
-        adam.param_groups[0]["lr"], adam.param_groups[1]["lr"] = rate, gate_rate
-        head = gradient["head"]
-        theirs[0].grad = torch.tensor(np.asarray(head["fc1"]["kernel"]))
-        theirs[1].grad = torch.tensor(np.asarray(head["gate"]["logits"]))
+    for gradient, both in zip(grads, rates, strict=True):
+        parts = zip(
+            theirs, adam.param_groups, jax.tree.leaves(gradient), both, strict=True
+        )
+        for parameter, group, g, rate in parts:
+            group["lr"], parameter.grad = rate, torch.tensor(np.asarray(g))
         adam.step()
-    got = [ours["head"]["fc1"]["kernel"], ours["head"]["gate"]["logits"]]
-    for mine, expected in zip(got, theirs, strict=True):
+    for mine, expected in zip(jax.tree.leaves(ours), theirs, strict=True):
         np.testing.assert_allclose(mine, expected.detach().numpy(), rtol=2e-5)
     still = updated(made.optimizer(1, params), params, grads[:2])
     np.testing.assert_array_equal(still["head"]["gate"]["logits"], leaves[1])
@@ -121,15 +116,16 @@ def test_property_11_gates_stay_in_stage_2(tmp_path):
 def test_property_11_stage_2_starts_from_gates_and_statistics(tmp_path):
     made = stage(2, tmp_path)
     kept = made.start
-    stats = jax.tree.map(lambda x: x + 0.5, kept["batch_stats"])
-    kept["batch_stats"] = stats
+    kept["batch_stats"] = jax.tree.map(lambda x: x + 0.5, kept["batch_stats"])
     drawn = jax.tree.map(lambda x: x + 1.0, kept)
     begin = made.first_variables(drawn)
     for mine, expected in zip(
         network.gates(begin["params"]), network.gates(kept["params"]), strict=True
     ):
         np.testing.assert_array_equal(mine, expected)
-    jax.tree.map(np.testing.assert_array_equal, begin["batch_stats"], stats)
+    jax.tree.map(
+        np.testing.assert_array_equal, begin["batch_stats"], kept["batch_stats"]
+    )
     flat = flax.traverse_util.flatten_dict(begin["params"])
     new = flax.traverse_util.flatten_dict(drawn["params"])
     assert all(flat[p] is new[p] for p in flat if not network.is_gate(p))

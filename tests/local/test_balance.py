@@ -37,18 +37,17 @@ def test_split_is_the_best_of_all(count):
     assert largest(found) == min(map(largest, every))
 
 
-def test_more_modules_than_joints_are_refused():
-    with pytest.raises(ValueError, match="only 2 modules are possible, but 3"):
-        balance.split([1.0, 1, 1], [0, 2], 3)
-    with pytest.raises(ValueError, match=r"local\.modules: only 3 modules"):
-        cuts.modules(net("resnet8"), net("resnet20"), "bytes", (), 4)
-
-
-def test_count_goes_with_balance():
-    with pytest.raises(ValueError, match=r"local\.modules goes with"):
-        cuts.modules(net("resnet8"), net("resnet20"), "stage", (), 3)
-    with pytest.raises(ValueError, match=r"local\.modules goes with"):
-        cuts.modules(net("resnet8"), net("resnet20"), "flops", (), 0)
+@pytest.mark.parametrize(
+    ("granularity", "count", "message"),
+    [
+        ("bytes", 4, r"local\.modules: only 3 modules are possible, but 4"),
+        ("stage", 3, r"local\.modules goes with"),
+        ("flops", 0, r"local\.modules goes with"),
+    ],
+)
+def test_impossible_numbers_of_modules_are_refused(granularity, count, message):
+    with pytest.raises(ValueError, match=message):
+        cuts.modules(net("resnet8"), net("resnet20"), granularity, (), count)
 
 
 def test_activations_shrink_and_operations_do_not():

@@ -14,55 +14,35 @@ def net(name):
     return models.create(name, num_classes=10)
 
 
-def test_none_is_one_module_at_the_end():
-    got = cuts.modules(net("resnet20"), net("resnet56"), "none", ())
-    assert got == cuts.Partition(("stage3.block3",), ("stage3.block9",), ("module1",))
+def blocks(numbers):
+    """Returns the names of these blocks of each of three stages."""
+    return tuple(f"stage{s}.block{b}" for s in (1, 2, 3) for b in numbers)
 
 
-def test_stages_pair_with_stages():
-    got = cuts.modules(net("resnet20"), net("resnet56"), "stage", ())
-    assert got.student_joints == ("stage1.block3", "stage2.block3", "stage3.block3")
-    assert got.teacher_joints == ("stage1.block9", "stage2.block9", "stage3.block9")
-    assert got.names == ("module1", "module2", "module3")
+STEM_TO_END = ("stem", "stage1.block3", "stage2.block1", "stage3.block3")
 
 
-def test_stages_pair_with_any_ratio_of_blocks():
-    got = cuts.modules(net("resnet32"), net("resnet56"), "stage", ())
-    assert got.teacher_joints[0] == "stage1.block9"
-
-
-def test_blocks_pair_in_proportion():
-    got = cuts.modules(net("resnet20"), net("resnet56"), "block", ())
-    assert len(got.student_joints) == 9
-    assert got.teacher_joints[:4] == (
-        "stage1.block3",
-        "stage1.block6",
-        "stage1.block9",
-        "stage2.block3",
-    )
-    with pytest.raises(ValueError, match=r"local\.granularity.*stage1\.block1"):
-        cuts.modules(net("resnet32"), net("resnet56"), "block", ())
-
-
-def test_list_takes_stages_and_blocks():
-    points = ("stem", "stage1", "stage2.block1")
-    got = cuts.modules(net("resnet20"), net("resnet56"), "list", points)
-    assert got.student_joints == (
-        "stem",
-        "stage1.block3",
-        "stage2.block1",
-        "stage3.block3",
-    )
-    assert got.teacher_joints == (
-        "stem",
-        "stage1.block9",
-        "stage2.block3",
-        "stage3.block9",
-    )
-
-
-def test_without_teacher_there_are_no_teacher_joints():
-    assert cuts.modules(net("resnet20"), None, "stage", ()).teacher_joints == ()
+@pytest.mark.parametrize(
+    ("student", "granularity", "points", "ours", "theirs"),
+    [
+        ("resnet20", "none", (), ("stage3.block3",), ("stage3.block9",)),
+        ("resnet20", "stage", (), blocks("3"), blocks("9")),
+        ("resnet32", "stage", (), blocks("5"), blocks("9")),
+        ("resnet20", "block", (), blocks("123"), blocks("369")),
+        (
+            *("resnet20", "list", ("stem", "stage1", "stage2.block1"), STEM_TO_END),
+            ("stem", "stage1.block9", "stage2.block3", "stage3.block9"),
+        ),
+    ],
+)
+def test_joints_pair_with_those_as_far_through_their_stage(
+    student, granularity, points, ours, theirs
+):
+    names = tuple(f"module{k}" for k in range(1, len(ours) + 1))
+    got = cuts.modules(net(student), net("resnet56"), granularity, points)
+    assert got == cuts.Partition(ours, theirs, names)
+    alone = cuts.modules(net(student), None, granularity, points)
+    assert alone == cuts.Partition(ours, (), names)
 
 
 @pytest.mark.parametrize(
@@ -83,24 +63,31 @@ def test_wrong_cut_points_name_the_field_and_the_joints(points, words):
     assert not points or "stage1.block1" in str(e.value)
 
 
-def test_cut_points_without_a_counterpart_are_refused():
-    with pytest.raises(
-        ValueError, match=r"local\.cuts.*stage1\.block2.*stage1\.block5"
-    ):
-        cuts.modules(net("resnet32"), net("resnet56"), "list", ("stage1.block2",))
-    four = toys.Toy(stage_sizes=(1, 1, 1, 1))
-    with pytest.raises(ValueError, match="3 stages and the teacher 4"):
-        cuts.modules(toys.Toy(), four, "stage", ())
-    assert cuts.modules(toys.Toy(), four, "none", ()).teacher_joints == (
-        "stage4.block1",
-    )
+FOUR = toys.Toy(stage_sizes=(1, 1, 1, 1))
 
 
-def test_granularity_and_cuts_must_agree():
-    with pytest.raises(ValueError, match="did you mean 'stage'"):
-        cuts.modules(toys.Toy(), None, "stages", ())
-    with pytest.raises(ValueError, match="local.cuts goes with"):
-        cuts.modules(toys.Toy(), None, "stage", ("stage1",))
+@pytest.mark.parametrize(
+    ("student", "teacher", "granularity", "points", "message"),
+    [
+        ("resnet32", "resnet56", "block", (), r"local\.granularity.*stage1\.block1"),
+        (
+            *("resnet32", "resnet56", "list", ("stage1.block2",)),
+            r"local\.cuts.*stage1\.block2.*stage1\.block5",
+        ),
+        (toys.Toy(), FOUR, "stage", (), "3 stages and the teacher 4"),
+        (toys.Toy(), None, "stages", (), "did you mean 'stage'"),
+        (toys.Toy(), None, "stage", ("stage1",), "local.cuts goes with"),
+    ],
+)
+def test_what_does_not_pair_is_refused(student, teacher, granularity, points, message):
+    networks = (net(n) if isinstance(n, str) else n for n in (student, teacher))
+    with pytest.raises(ValueError, match=message):
+        cuts.modules(*networks, granularity, points)
+
+
+def test_one_module_pairs_with_any_number_of_stages():
+    one = cuts.modules(toys.Toy(), FOUR, "none", ())
+    assert one.teacher_joints == ("stage4.block1",)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1.0])

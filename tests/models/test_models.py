@@ -192,7 +192,7 @@ def test_folding_by_hand():
 
 
 def test_training_updates_running_statistics_as_pytorch_does():
-    norm, x = layers.batch_norm(train=True, dtype=jnp.float32, name="bn"), batch(16)
+    norm, x = layers.norm(layers.Style(), train=True, name="bn"), batch(16)
     _, changed = norm.init_with_output(jax.random.key(0), x)
     new = norm.apply(changed, x, mutable=["batch_stats"])[1]["batch_stats"]
     np.testing.assert_allclose(new["mean"], 0.1 * x.mean((0, 1, 2)), atol=1e-5)

@@ -11,6 +11,7 @@ import flax
 import golden_weights
 import jax
 import jax.numpy as jnp
+import marks
 import numpy as np
 import pytest
 
@@ -31,11 +32,6 @@ KINDS += ["resnet18", "cifar_resnet50"]
 # numbers) as ours is, and 1e-7 from ours.
 NOISY = ["mobilenet_v2"]
 RESTARTED = ["wrn_16_2", "vgg8", "mobilenet_v2", "shuffle_v1", "mobilenet_v1"]
-
-
-def quick(names, few):
-    """Marks all names but those in `few` as long."""
-    return [n if n in few else pytest.param(n, marks=pytest.mark.long) for n in names]
 
 
 @functools.cache
@@ -64,7 +60,7 @@ def record_distances(out, golden):
     return [golden_weights.distance(*pair) for pair in pairs]
 
 
-@pytest.mark.parametrize("name", quick([*SMALL, *LARGE], SMALL))
+@pytest.mark.parametrize("name", marks.others_long([*SMALL, *LARGE], SMALL))
 def test_evaluation(name):
     model, variables = network(name)
     golden = golden_weights.outputs(name)
@@ -135,7 +131,7 @@ def input_gradient(logits, arguments):
     return np.transpose(gradient, (0, 3, 1, 2)), found
 
 
-@pytest.mark.parametrize("name", quick([*SMALL, *LARGE], SMALL[:1]))
+@pytest.mark.parametrize("name", marks.others_long([*SMALL, *LARGE], SMALL[:1]))
 def test_training_mode(name):
     logits, arguments = logits_in_training(name, jnp.float32)
     golden = golden_weights.outputs(name)

@@ -5,6 +5,7 @@ import math
 import flax
 import jax
 import jax.numpy as jnp
+import marks
 import numpy as np
 import pytest
 
@@ -101,10 +102,7 @@ HE = [*QUICK[:-1], "mobilenet_v2_imagenet", "cifar_resnet18"]
 TORCH = ["mobilenet_v1", "shuffle_v1", "shuffle_v2"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in HE + TORCH],
-)
+@pytest.mark.parametrize("name", marks.others_long(HE + TORCH, QUICK))
 def test_initialisation_is_the_family_s_own(name):
     """He's normal by the fan-out, or torch's uniform by the fan-in; both published."""
     model = models.create(name, num_classes=100)

@@ -8,6 +8,7 @@ import functools
 import flax
 import jax
 import jax.numpy as jnp
+import marks
 import numpy as np
 import pytest
 import tiny
@@ -48,13 +49,13 @@ def pair(kind, options=STATIC):
     return plain, gated, noise(2, 6, 6, inputs)
 
 
-def with_gates(variables, scale=1.0):
+def with_gates(variables):
     """Returns the variables with random numbers in all gates."""
     flat = flax.traverse_util.flatten_dict(dict(variables))
     gates = [path for path in flat if vam.is_gate(path)]
     assert gates
     for seed, path in enumerate(gates):
-        flat[path] = scale * noise(*flat[path].shape, seed=seed)
+        flat[path] = noise(*flat[path].shape, seed=seed)
     return flax.traverse_util.unflatten_dict(flat)
 
 
@@ -79,10 +80,6 @@ def compiled(model):
 
 def logits(model, variables):
     return np.asarray(compiled(model)(variables, noise(4, 8, 8, 3)))
-
-
-def but_long(names, quick):
-    return [n if n in quick else pytest.param(n, marks=pytest.mark.long) for n in names]
 
 
 def weights(layer, x):
@@ -198,13 +195,13 @@ def test_18_by_hand():
     """Two blocks each way, 1x1: y_j = 2 sum_i A_ji W_ij x_i."""
     kernel = np.array([[1.0, 2.0], [3.0, 4.0]])[None, None]
     a = np.array([[0.25, 0.75], [1.0, 0.0]])
-    scaled = jax.jit(lambda kernel, a: vam.scaled_kernel(kernel, a, True))(kernel, a)
+    scaled = jax.jit(vam.scaled_kernel)(kernel, 2 * a)
     np.testing.assert_allclose(scaled[0, 0], [[0.5, 4.0], [4.5, 0.0]])
     x = np.array([[[[10.0, 100.0]]]])
-    scale = jax.jit(vam.scaled_inputs, static_argnums=2)
-    first = scale(x, a[None, :1], True)
+    scale = jax.jit(vam.scaled_inputs)
+    first = scale(x, 2 * a[None, :1])
     np.testing.assert_allclose(first[0, 0, 0], [5.0, 150.0])
-    np.testing.assert_allclose(scale(x, a[None, 1:], False), [[[[10, 0]]]])
+    np.testing.assert_allclose(scale(x, a[None, 1:]), [[[[10, 0]]]])
 
 
 def test_dynamic_gates_follow_the_image():
@@ -258,7 +255,9 @@ def test_options_out_of_range(field, value):
 # Networks
 
 
-@pytest.mark.parametrize("name", but_long(FAMILIES, [*FAMILIES[:3], "shuffle_v1"]))
+@pytest.mark.parametrize(
+    "name", marks.others_long(FAMILIES, [*FAMILIES[:3], "shuffle_v1"])
+)
 def test_where_the_gates_are(name):
     """Section 7.3: never at stems, shortcuts, depthwise convolutions, classifiers."""
     kernels, gates = split(network(name)[1])
@@ -280,7 +279,7 @@ def test_first_unit_of_shuffle_v1_has_three_blocks_where_four_do_not_divide():
     assert gates["stage3", "block2", "conv3", "vam_gate"].shape == (12, 4)
 
 
-@pytest.mark.parametrize("name", but_long(FAMILIES, ["resnet8", "wrn_16_1"]))
+@pytest.mark.parametrize("name", marks.others_long(FAMILIES, ["resnet8", "wrn_16_1"]))
 def test_19_folded_is_the_plain_network_with_the_same_logits(name):
     model, variables = network(name)
     plain_model, plain = folding.fold_gates(model, variables)

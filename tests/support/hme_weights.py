@@ -6,10 +6,10 @@ import json
 import flax
 import golden_weights
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lakd_jax import models
+from lakd_jax.models import chain
 
 FOLDER = golden_weights.FOLDER / "hme"
 
@@ -60,15 +60,6 @@ def _expert(leaves, weights, theirs, path):
 
 
 @functools.cache
-def shapes(model, side=8):
-    """Of the variables."""
-    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-    return jax.eval_shape(
-        lambda x: model.init(jax.random.key(0), x, train=False), images
-    )
-
-
-@functools.cache
 def drawn(model):
     """Variables drawn by NumPy, large enough that every part shows in the logits."""
     rng = np.random.default_rng(4)
@@ -83,7 +74,7 @@ def drawn(model):
         noise = rng.standard_normal(leaf.shape) * np.sqrt(2 / fan_in)
         return noise.astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes(model))
+    return jax.tree_util.tree_map_with_path(draw, chain.variable_shapes(model))
 
 
 def small(output="ce", **options):
