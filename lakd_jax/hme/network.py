@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lakd_jax.models import chain, layers, wrn
+from lakd_jax.models import chain, layers, vgg, wrn
 
 PyTree = Any
 
@@ -125,19 +125,12 @@ class _Start(nn.Module):
         return x, x
 
 
-class _Plain(nn.Module):
+class _Plain(vgg.Stem):
     """Expert of "ltb": two of 3x3 convolution, norm and ReLU, then 2x2 max pooling."""
 
-    widths: tuple[int, ...]
-    style: layers.Style
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool) -> Any:
         """Maps (B, H, W, C) to (B, H / 2, W / 2, widths[-1])."""
-        for index, width in enumerate(self.widths, 1):
-            size, name = (width, 3, 1, self.style), f"conv{index}"
-            x = layers.conv_norm(x, *size, train=train, name=name, bias=True)
-            x = nn.relu(x)
+        x, _ = super().__call__(x, train=train)
         return layers.max_pool(x, 2, 2, 0)
 
 

@@ -7,6 +7,7 @@ activations of the last and the same number of operations.
 
 import functools
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,21 +49,15 @@ def _unit_costs(model: Any, kind: str) -> tuple[float, ...]:
             blocks = list(itertools.chain(*outputs.blocks))
             return blocks[-1] if blocks else outputs.stem
 
-        key = (x.shape, *_shapes_of(variables["params"], until))
+        path = until.split(".")
+        params = functools.reduce(operator.getitem, path, variables["params"])
+        key = str(jax.tree.map(jnp.shape, (x, params)))
         if key not in cache:
             cost = _MEASURES[kind](unit, variables, x)
             cache[key] = cost, jax.eval_shape(unit, variables, x)
         cost, x = cache[key]
         costs.append(cost)
     return tuple(costs)
-
-
-def _shapes_of(params: Any, unit: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Returns the names and shapes of a unit's parameters."""
-    for name in unit.split("."):
-        params = params[name]
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in leaves]
 
 
 def _bytes(unit: Any, variables: Any, x: Any) -> float:
