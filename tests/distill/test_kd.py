@@ -1,59 +1,20 @@
 """Cross-entropy, KD's divergence and the two methods built on the logits."""
 
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toys
 
 from lakd_jax import distill
 from lakd_jax.distill import kd
 from lakd_jax.distill.base import method
-from lakd_jax.models import chain
-
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "losses_kd.npz"
-
-
-def outputs(logits):
-    return chain.Outputs(logits, None, (), (), (), np.zeros((len(logits), 1)))
-
-
-def signals(student, teacher, labels):
-    return method.Signals(
-        student=outputs(student),
-        teacher=None if teacher is None else outputs(teacher),
-        labels=labels,
-        epoch=np.float32(0),
-        student_joints=(np.zeros((2, 1, 1, 1)),),
-        teacher_joints=(),
-    )
-
-
-def relative(a, b):
-    return np.linalg.norm(np.asarray(a) - b) / np.linalg.norm(b)
-
-
-def noise(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
 
 cross_entropy = jax.jit(kd.cross_entropy)
-# (student, teacher, temperature) -> value and the gradients of both networks.
-divergence = jax.jit(jax.value_and_grad(kd.kd_loss, argnums=(0, 1)))
-
-
-@pytest.mark.parametrize("temperature", [1, 4])
-def test_kd_loss_matches_golden_value_and_gradient(temperature):
-    # Computed with mdistiller's KD loss in PyTorch.
-    golden = np.load(GOLDEN)
-    value, (grad, theirs) = divergence(
-        golden["logits_student"], golden["logits_teacher"], float(temperature)
-    )
-    assert relative(value, golden[f"kd_t{temperature}"]) < 1e-4
-    assert relative(grad, golden[f"kd_t{temperature}/grad_s"]) < 1e-4
-    assert not np.any(theirs)
+# (student, teacher, temperature) -> value and the student's gradient.
+divergence = jax.jit(jax.value_and_grad(kd.kd_loss))
 
 
 def test_cross_entropy_by_hand():
@@ -80,7 +41,7 @@ def test_losses_are_float32_and_never_negative(dtype):
         return kd.kd_loss(near, logits, 4.0), hard
 
     for seed in range(20):
-        logits = 3 * noise(seed, 4, 10).astype(dtype)
+        logits = 3 * toys.noise(seed, 4, 10).astype(dtype)
         near = (logits.astype(np.float32) * np.float32(1 + 1e-6)).astype(dtype)
         for value in both(near, logits, (1000 * logits).astype(dtype)):
             assert value.dtype == jnp.float32 and value >= 0
@@ -88,8 +49,8 @@ def test_losses_are_float32_and_never_negative(dtype):
 
 def test_kd_gradient_survives_where_the_value_rounds_below_zero():
     # Some of these rows round to a negative divergence; their gradient must stay.
-    teacher = 3 * noise(0, 50, 10)
-    student = teacher + np.float32(1e-4) * noise(1, 50, 10)
+    teacher = 3 * toys.noise(0, 50, 10)
+    student = teacher + np.float32(1e-4) * toys.noise(1, 50, 10)
 
     @jax.jit
     def by_hand(student, teacher):
@@ -99,27 +60,17 @@ def test_kd_gradient_survives_where_the_value_rounds_below_zero():
 
     raw, wanted = by_hand(student, teacher)
     assert np.any(np.asarray(raw) < 0)
-    _, (grad, _) = divergence(student, teacher, 1.0)
+    _, grad = divergence(student, teacher, 1.0)
     np.testing.assert_allclose(grad, wanted, atol=2e-8)
 
 
-def test_kd_loss_gradient_by_finite_differences():
-    student, teacher, way = noise(2, 3, 4, 5)
-    _, (grad, _) = divergence(student, teacher, 2.0)
-    step = np.float32(1e-2)
-    high, low = (
-        float(divergence(student + s * way, teacher, 2.0)[0]) for s in (step, -step)
-    )
-    along = (high - low) / (2 * step)
-    assert np.vdot(grad, way) == pytest.approx(along, rel=1e-3)
-
-
 def test_methods_have_one_module_and_weigh_their_terms():
-    student, teacher = noise(3, 2, 2, 4)
+    student, teacher = toys.noise(3, 2, 2, 4)
     labels = np.array([1, 2])
     ce, (div, _) = cross_entropy(student, labels), divergence(student, teacher, 4.0)
     plain = distill.create("none", {})
-    alone = signals(student, None, labels)
+    alone = toys.signals(toys.outputs(student), None, labels)
+    both = toys.signals(*map(toys.outputs, (student, teacher)), labels)
     start = functools.partial(plain.init, train=True)
     assert jax.eval_shape(start, jax.random.key(0), alone) == {}
 
@@ -137,7 +88,7 @@ def test_methods_have_one_module_and_weigh_their_terms():
         losses = distill.create("kd", options).apply({}, seen, train=True)
         return method.total(losses), method.flatten_metrics(losses)
 
-    total, metrics = of_kd(signals(student, teacher, labels))
+    total, metrics = of_kd(both)
     assert total == pytest.approx(float(0.1 * ce + 0.9 * div), rel=1e-6)
     assert set(metrics) == {"module1/head_ce", "module1/head_kd"}
     np.testing.assert_allclose(metrics["module1/head_ce"], ce, rtol=1e-6)

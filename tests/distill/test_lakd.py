@@ -10,31 +10,9 @@ import toys
 
 from lakd_jax.distill import kd, lakd
 from lakd_jax.distill.base import method
-from lakd_jax.models import chain
 
-# The other values of the options, one each.
-VALUES = [
-    {"power": "1"},
-    {"power": "softmax"},
-    {"window": 2, "stride": 2},
-    {"window": 0},
-    {"window": 0, "stride": 4},
-    {"f_sum": "signed"},
-    {"f_sum": "square"},
-    {"normalise": "l2"},
-    {"normalise": "max"},
-    {"normalise": "sigmoid"},
-    {"normalise": "none"},
-    {"reduction": "per_sample_sum"},
-    {"adapter": "shape"},
-    {"att_global": True},
-    {"attention": "map", "att_global": True},
-    {"attention": "logits", "att_global": True},
-    {"module_start_epochs": (0, 1)},
-]
-
-# Every value of VALUES and every reading, several at once. The student's sizes are
-# below, equal to and not dividing the teacher's 4; widths differ.
+# Every choice and every reading, several at once. The student's sizes are below, equal
+# to and not dividing the teacher's 4; widths differ.
 TOGETHER = [
     ({"power": "1", "normalise": "l2", "window": 0}, 2),
     ({"power": "softmax", "f_sum": "signed", "window": 2, "stride": 2}, 5),
@@ -56,22 +34,17 @@ def random_signals(options, size=4, student_channels=4, **changes):
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    def outputs():
-        return chain.Outputs(normal(3, 5), None, (), (), (), jnp.zeros((3, 1)))
-
     joints = tuple(normal(3, size, size, student_channels) for _ in range(2))
     matrix = normal(6, 5)
     fields = {
-        "student": outputs(),
-        "teacher": outputs(),
-        "labels": jnp.array([0, 1, 4]),
-        "epoch": jnp.float32(0),
         "student_joints": joints,
         "teacher_joints": tuple(normal(3, 4, 4, 6) for _ in range(2)),
         "student_uncut": joints,
         "teacher_suffix": lambda k, h: jnp.tanh(h).mean((1, 2)) @ matrix,
     }
-    signals = method.Signals(**(fields | changes))
+    student, teacher = (toys.outputs(normal(3, 5)) for _ in range(2))
+    labels = jnp.array([0, 1, 4])
+    signals = toys.signals(student, teacher, labels, **(fields | changes))
     module = lakd.LAKD(lakd.Options(**options))
     init = functools.partial(module.init, train=True)
     shapes = jax.eval_shape(init, jax.random.key(1), signals)
@@ -109,22 +82,6 @@ def test_map_loss_by_hand():
     assert lakd.map_loss(ours, 9 * ours) == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize("power", ["2", "1", "softmax"])
-def test_attention_loss_gradient_by_finite_differences(power):
-    normal = np.random.default_rng(0).normal(size=(3, 2, 4, 4, 3))
-    u, v, way = normal.astype(np.float32)
-    w = np.abs(v).sum(-1, keepdims=True)
-
-    @jax.jit
-    @jax.value_and_grad
-    def loss(u):
-        return lakd.attention_loss(u, v, w, power, "mean")
-
-    step = np.float32(1e-2)
-    slope = float(loss(u + step * way)[0] - loss(u - step * way)[0]) / (2 * step)
-    assert np.vdot(loss(u)[1], way) == pytest.approx(slope, rel=1e-3)
-
-
 def test_weights_of_the_presets():
     assert lakd.Options().weights == (1, 1, 1)
     own = lakd.Options(head_weight=2, attention_weight=3, feature_weight=4)
@@ -148,13 +105,18 @@ def test_terms_of_the_readings():
     assert names({"task": "teacher_suffix"}) == [both | task, both | head]
 
 
-def test_values_of_the_module_losses():
-    signals, module, _ = random_signals({"adapter": "shape"}, student_channels=6)
-    losses = applied(module, {}, signals)
+def same_widths(**options):
+    """Signals and losses without adapters; features and mask of the first module."""
+    options = {"adapter": "shape"} | options
+    signals, module, _ = random_signals(options, student_channels=6)
     h, z = signals.student_joints[0], signals.teacher_joints[0]
+    return signals, applied(module, {}, signals), (h, z, lakd.Options().mask(z))
+
+
+def test_values_of_the_module_losses():
+    signals, losses, (h, z, mask) = same_widths()
     terms = losses[0].terms
     assert terms["feature"] == lakd.feature_loss(h, z, "mean")
-    mask = lakd.Options().mask(z)
     assert terms["attention"] == lakd.attention_loss(h, z, mask, "2", "mean")
     error = losses[0].diagnostics["feature_error"]
     want = float(terms["feature"] / jnp.mean(z**2))
@@ -167,11 +129,16 @@ def test_values_of_the_module_losses():
 
 
 def test_inside_puts_the_mask_into_the_feature_loss():
-    wide = {"adapter": "shape", "attention": "inside"}
-    signals, module, _ = random_signals(wide, student_channels=6)
-    h, z = signals.student_joints[0], signals.teacher_joints[0]
-    want = lakd.attention_loss(h, z, lakd.Options().mask(z), "2", "mean")
-    assert applied(module, {}, signals)[0].terms["feature"] == want
+    _, losses, (h, z, mask) = same_widths(attention="inside")
+    want = lakd.attention_loss(h, z, mask, "2", "mean")
+    assert losses[0].terms["feature"] == want
+
+
+def test_logits_reading_weighs_the_features_of_both():
+    signals, losses, (h, z, mask) = same_widths(attention="logits")
+    suffix = signals.teacher_suffix
+    want = kd.kd_loss(suffix(0, mask * h), suffix(0, mask * z), 4.0)
+    assert losses[0].terms["attention"] == want
 
 
 def test_teacher_suffix_gets_features_of_the_teachers_size():
@@ -184,16 +151,6 @@ def test_teacher_suffix_gets_features_of_the_teachers_size():
     options = {"task": "teacher_suffix"}
     random_signals(options, size=2, teacher_suffix=suffix)
     assert set(seen) == {(0, (3, 4, 4, 6))}
-
-
-def test_logits_reading_weighs_the_features_of_both():
-    options = {"attention": "logits", "adapter": "shape"}
-    signals, module, _ = random_signals(options, student_channels=6)
-    h, z = signals.student_joints[0], signals.teacher_joints[0]
-    w = lakd.Options().mask(z)
-    suffix = signals.teacher_suffix
-    want = kd.kd_loss(suffix(0, w * h), suffix(0, w * z), 4.0)
-    assert applied(module, {}, signals)[0].terms["attention"] == want
 
 
 def gradients(signals, module, variables):
@@ -220,14 +177,17 @@ def test_every_reading_is_finite_in_float32(options, size):
     assert grads[1][0].any()
 
 
-def test_no_value_is_left_out_of_those_that_are_run():
+def test_no_choice_and_no_reading_is_left_out_of_those_that_are_run():
     run = [item for options, _ in TOGETHER for item in options.items()]
-    for options in [*toys.READINGS.values(), *VALUES]:
-        assert all(item in run for item in options.items()), options
+    run += vars(lakd.Options()).items()
+    choices = [(name, value) for name in lakd.CHOICES for value in lakd.CHOICES[name]]
+    for item in [*choices, *(i for r in toys.READINGS.values() for i in r.items())]:
+        assert item in run, item
 
 
 def test_all_zero_networks_give_finite_losses_and_gradients():
-    for options in ({"attention": "map"}, {}, {"normalise": "l2"}):
+    kinds = [{"normalise": kind} for kind in lakd.CHOICES["normalise"]]
+    for options in ({"attention": "map"}, *kinds):
         options = options | {"adapter": "shape"}
         signals, module, _ = random_signals(options, student_channels=6)
         zeros = jax.tree.map(jnp.zeros_like, signals.teacher_joints)

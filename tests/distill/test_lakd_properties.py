@@ -109,26 +109,27 @@ def crossing(passes):
 
 
 @pytest.mark.parametrize("reading", toys.READINGS)
-def test_property_01_losses_reach_their_own_module_only(reading):
-    found = jacobian(cut(), losses(toys.READINGS[reading]))
-    np.testing.assert_array_equal(found, OWN)
+def test_property_01_and_06_losses_reach_their_own_module_and_no_teacher(reading):
+    made = losses(toys.READINGS[reading])
+    np.testing.assert_array_equal(jacobian(cut(), made), OWN)
+    *_, grads = made(made.args(*cut().see()[:2]))
+    assert apart.nonzero(grads.ours) and not apart.nonzero(grads.theirs)
+    if not made.lesson.method.needs_suffix:  # which a step takes as a constant
+        assert not apart.nonzero(grads.teacher)
 
 
-def test_property_01_holds_for_a_real_network():
+@pytest.mark.parametrize("module_input", ["student", "teacher"])
+def test_property_01_holds_whatever_a_module_is_given(module_input):
     network = models.create("resnet8", num_classes=toys.CLASSES)
-    passes = apart.passes(student=network, teacher=network, cut_scale=0.0)
+    scale = 0.0 if module_input == "student" else 1.0
+    fields = {"cut_scale": scale, "module_input": module_input}
+    passes = apart.passes(student=network, teacher=network, **fields)
     np.testing.assert_array_equal(crossing(passes), OWN)
 
 
 def test_property_01_is_broken_on_purpose_by_global_attention():
     found = jacobian(cut(), losses({"att_global": True}))
     np.testing.assert_array_equal(found, END_TO_END)
-
-
-def test_module_input_teacher_isolates_too():
-    fields = {"module_input": "teacher", "cut_scale": 1.0}
-    passes = apart.passes(teacher=toys.Toy(), **fields)
-    np.testing.assert_array_equal(crossing(passes), OWN)
 
 
 def test_property_02_a_target_touches_its_own_module_then_later_ones():
@@ -154,8 +155,10 @@ def test_property_02_a_target_touches_its_own_module_then_later_ones():
     assert equal == [[True, False, True], [True, False, False]]
 
 
-def test_property_03_one_optimiser_equals_one_a_module():
-    optimizer, together = toys.sgd(), Trained(cut(), losses())
+def test_property_03_one_optimiser_equals_one_per_module():
+    # Decay added to the gradient, then momentum.
+    optimizer = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.1, 0.9))
+    together = Trained(cut(), losses())
     first, labels = together.params, together.labels(together.params)
     apply = jax.jit(optimizer.update)
 
@@ -225,14 +228,6 @@ def test_cut_scale_multiplies_what_crosses():
     np.testing.assert_allclose(
         gradient(0.5), 0.25 * gradient(1.0), rtol=1e-4, atol=1e-8
     )
-
-
-@pytest.mark.parametrize("reading", ["default", "map", "inside"])
-def test_property_06_the_teacher_gets_no_gradient(reading):
-    made = losses(toys.READINGS[reading])
-    *_, grads = made(made.args(*cut().see()[:2]))
-    assert apart.nonzero(grads.ours)
-    assert not apart.nonzero((grads.theirs, grads.teacher))
 
 
 # Assembly
@@ -324,16 +319,3 @@ def test_property_19_adapters_stand_where_they_should():
     grads, *_ = Trained(cut(), losses()).gradients()
     for name in every:
         assert apart.nonzero(grads["method"][name]["adapter"]["conv"]["kernel"])
-
-
-@pytest.mark.long
-def test_property_21_features_of_an_equal_network_can_be_overfitted():
-    network = toys.Toy(width=8)
-    lesson = toys.lesson({}, student=network, teacher=network)
-    batch = toys.images(16, 8)
-    params, stats = lesson.init(*batch)
-    optimizer = optax.adam(3e-2)
-    *_, first, last = lesson.train(optimizer, params, stats, *batch, 60)
-    for k in (1, 2, 3):
-        name = f"module{k}/feature"
-        assert first[name] > 10 * last[name]

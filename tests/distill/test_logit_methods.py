@@ -5,28 +5,26 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import loss_cases
 import numpy as np
 import pytest
-import test_logit_losses as losses
+import tap_toys
+import toys
 
+from lakd_jax import config as config_lib
 from lakd_jax import distill
 from lakd_jax.distill import dist, kd, mlkd, nkd, sdd, wttm
-from lakd_jax.distill.base import method
-from lakd_jax.models import chain
-
-
-def outputs(logits):
-    return chain.Outputs(logits, None, (), (), (), np.zeros((len(logits), 1)))
+from lakd_jax.distill.base import method, numerics
 
 
 def signals():
-    return method.Signals(
-        student=outputs(losses.STUDENT),
-        teacher=outputs(losses.TEACHER),
-        labels=losses.LABELS,
+    return toys.signals(
+        toys.outputs(loss_cases.STUDENT),
+        toys.outputs(loss_cases.TEACHER),
+        loss_cases.LABELS,
         epoch=np.float32(3),
-        student_joints=(losses.STUDENT_MAP,),
-        teacher_joints=(losses.TEACHER_MAP,),
+        student_joints=(loss_cases.STUDENT_MAP,),
+        teacher_joints=(loss_cases.TEACHER_MAP,),
     )
 
 
@@ -56,11 +54,11 @@ def raw_loss(name, student, teacher, standardise):
         case "dist":
             return dist.dist_loss(student, teacher, **own)
         case "nkd":
-            return nkd.nkd_loss(student, teacher, losses.LABELS, **own)
+            return nkd.nkd_loss(student, teacher, loss_cases.LABELS, **own)
         case "mlkd":
             return mlkd.mlkd_loss(student, teacher, **own, standardise=standardise)
         case "ctkd":
-            return losses.reversed_ctkd(student, teacher)
+            return loss_cases.reversed_ctkd(student, teacher)
     loss = {"ttm": wttm.ttm_loss, "wttm": wttm.wttm_loss}[name]
     return loss(student, teacher, **own)
 
@@ -126,9 +124,42 @@ def test_sdd_reads_both_heads(base, standardise):
         if standardise:
             ours, theirs = kd.standardised(ours), kd.standardised(theirs)
         wanted = sdd.sdd_loss(
-            ours, theirs, losses.TEACHER, losses.LABELS, 2.0, losses.BASES[base]
+            ours,
+            theirs,
+            loss_cases.TEACHER,
+            loss_cases.LABELS,
+            2.0,
+            loss_cases.BASES[base],
         )
         return loss.terms["sdd"], wanted
 
     got, wanted = run(signals())
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
+def test_the_mean_of_class_activation_maps_is_the_logits():
+    options = config_lib.default()["catkd"].to_dict()
+    lesson, batch = toys.lesson(options, name="catkd", cut_scale=1.0), toys.images()
+    student = tap_toys.variables(lesson.student, batch[0])
+
+    @jax.jit
+    def run(student, x, y):
+        signals = lesson.signals(student["params"], student["batch_stats"], x, y)
+        maps = [
+            numerics.logit_map(head, joints[-1])
+            for head, joints in (
+                (signals.student_head, signals.student_joints),
+                (signals.teacher_head, signals.teacher_joints),
+            )
+        ]
+        return signals, maps
+
+    signals, maps = run(student, *batch)
+    for joints, outputs, found in (
+        (signals.student_joints, signals.student, maps[0]),
+        (signals.teacher_joints, signals.teacher, maps[1]),
+    ):
+        assert found.shape == (*joints[-1].shape[:3], toys.CLASSES)
+        np.testing.assert_allclose(
+            np.mean(found, (1, 2)), outputs.logits, rtol=1e-4, atol=1e-6
+        )

@@ -8,6 +8,7 @@ import apart
 import jax
 import jax.numpy as jnp
 import numpy as np
+import precision
 import pytest
 import tiny
 import toys
@@ -36,6 +37,9 @@ REACH = {
     **dict.fromkeys(("fsp", "kdsvd"), [[0, 0, 0], [1, 1, 0], [0, 1, 1]]),  # pairs
     "fitnet": np.diag([0, 1, 0]),  # the module of its hint
 }
+
+# What they pool, or their networks' heads, stays in the type of the networks.
+IN_HALF = ("catkd", "ofd", "sdd")
 
 
 def options(name):
@@ -154,25 +158,56 @@ def test_weights_warm_up_epoch_by_epoch(name):
             assert at[term] == pytest.approx(share * weight, rel=1e-6)
 
 
+def test_the_teacher_of_cd_decays_and_labels_wait():
+    """The rates of the public CIFAR settings in epochs 60, 61, 160 (counted from 1)."""
+    options = config_lib.default()["cd"].to_dict()
+    options |= {"decay_epochs": (60.0, 160.0), "alone_epochs": 60.0}
+    taught = distill.create("cd", options)
+    joints = tuple(toys.noise(k, 6, 8 // 2**k, 8 // 2**k, 3) for k in range(3))
+    outputs = toys.outputs(toys.noise(9, 6, 4))
+    given = {"student_joints": joints, "teacher_joints": joints}
+
+    @jax.jit
+    def weights(epoch):
+        signals = toys.signals(outputs, outputs, epoch=epoch, **given)
+        losses, _ = taught.init_with_output(jax.random.key(0), signals, train=True)
+        return [loss.weights for loss in losses]
+
+    for epoch, share, labelled in (
+        (58.9, 6.0, 0.0),
+        (59.0, 5.4, 0.0),
+        (60.0, 5.4, 1.0),
+        (159.0, 4.86, 1.0),
+    ):
+        found = weights(epoch)
+        assert len(found) == 3 and set(found[0]) == {"cd"}
+        np.testing.assert_allclose([w["cd"] for w in found], [share] * 3, rtol=1e-6)
+        last = [found[-1]["head_ce"], found[-1]["gkd"]]
+        np.testing.assert_allclose(last, [labelled, 0.1 * labelled], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_bfloat16_networks_give_finite_float32_terms(name):
     """The types without a run; the values of activations rounded to bfloat16."""
     made = compiled(name)
-    ours, theirs, _ = networks(name).see()
+    *seen, _ = networks(name).see()
 
     def half(tree):
         """Logits are always float32."""
         whole = {n: tree[n] for n in ("student", "teacher") if n in tree}
         return jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree) | whole
 
-    args = made.args(half(ours), half(theirs))
-    run = functools.partial(made.losses, epoch=40.0)
-    losses, _ = jax.eval_shape(run, made.stats, args=args)
-    types = {t.dtype for loss in losses for t in loss.terms.values()}
-    assert types == {jnp.dtype("float32")}
-    rounded = jax.tree.map(
-        lambda x: np.asarray(x, np.float32), (args.ours, args.theirs)
-    )
+    def assessed(stats, ours, theirs):
+        losses, new = made.losses(stats, 40.0, made.args(ours, theirs))
+        return [loss.terms for loss in losses], new
+
+    halves = list(map(half, seen))
+    stats = jax.tree.map(jnp.asarray, made.stats)
+    found = precision.arithmetic(assessed, stats, *halves)
+    assert found == {"float32"} | ({"bfloat16"} if name in IN_HALF else set())
+    terms, _ = jax.eval_shape(assessed, stats, *halves)
+    assert {t.dtype for t in jax.tree.leaves(terms)} == {jnp.dtype("float32")}
+    rounded = jax.tree.map(lambda x: np.asarray(x, np.float32), halves)
     value, losses, _, grads = made(made.args(*rounded))
     assert np.isfinite(value) and apart.finite([loss.terms for loss in losses])
     assert apart.finite(grads)

@@ -5,6 +5,7 @@ these numbers: each tensor comes from a NumPy generator of its own, seeded by th
 CRC-32 of its name, so no weights need to be stored.
 """
 
+import functools
 import json
 import math
 import pathlib
@@ -30,6 +31,21 @@ def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return values.astype(np.float32)
 
 
+def conv(name: str, *shape: int) -> dict[str, np.ndarray]:
+    """The kernel of the convolution `name`, HWIO; `shape` is PyTorch's, OIHW."""
+    return {"kernel": tensor(f"{name}.weight", shape).transpose(2, 3, 1, 0)}
+
+
+def bias(name: str, width: int) -> dict[str, np.ndarray]:
+    """The bias of the layer `name`."""
+    return {"bias": tensor(f"{name}.bias", (width,))}
+
+
+def norm(name: str, width: int) -> dict[str, np.ndarray]:
+    """Scale and bias of the batch norm `name`."""
+    return {"scale": tensor(f"{name}.weight", (width,)), **bias(name, width)}
+
+
 def state_dict(name: str) -> dict[str, np.ndarray]:
     """All weights of the golden network `name`."""
     spec = json.loads((FOLDER / "models" / f"{name}.json").read_text())
@@ -52,6 +68,18 @@ def images(name: str) -> np.ndarray:
 def classes(name: str) -> int:
     """Width of the logits of the golden network `name`."""
     return json.loads((FOLDER / "models" / f"{name}.json").read_text())["num_classes"]
+
+
+@functools.cache
+def arrays(name: str) -> dict[str, np.ndarray]:
+    """All arrays of `name`.npz, such as "losses"; feature maps are NHWC."""
+    with np.load(FOLDER / f"{name}.npz") as file:
+        return {key: nhwc(x) for key, x in file.items()}
+
+
+def nhwc(x: np.ndarray) -> np.ndarray:
+    """`x` with its channels last, if it is a feature map."""
+    return np.moveaxis(x, 1, -1) if x.ndim == 4 else x
 
 
 def distance(ours: np.ndarray, golden: np.ndarray) -> float:

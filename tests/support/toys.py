@@ -1,4 +1,4 @@
-"""Toy chains and a tiny local training step for the tests of methods and cuts."""
+"""Toy chains, and what methods see of them, for the tests of methods and cuts."""
 
 import dataclasses
 import functools
@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import linen as nn
 
 from lakd_jax import distill
@@ -89,6 +88,24 @@ def images(count=8, size=8, seed=0):
     """Random images (count, size, size, 3) and labels (count,)."""
     key = jax.random.key(seed)
     return jax.random.normal(key, (count, size, size, 3)), jnp.arange(count) % CLASSES
+
+
+def noise(seed, *shape):
+    """Standard normal numbers, float32."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def outputs(logits, pooled=None, taps=()):
+    """The `Outputs` of a network of which no more than this is known."""
+    pooled = np.zeros((len(logits), 1), np.float32) if pooled is None else pooled
+    return chain.Outputs(logits, None, (), (), (), pooled, taps)
+
+
+def signals(student, teacher=None, labels=None, **fields):
+    """`Signals` of two `Outputs` in epoch 0; `fields` are the others' that matter."""
+    labels = np.arange(len(student.logits)) % CLASSES if labels is None else labels
+    given = {"epoch": np.float32(0), "student_joints": (), "teacher_joints": ()}
+    return method_lib.Signals(student, teacher, labels, **(given | fields))
 
 
 def drawn(shapes, seed):
@@ -205,12 +222,10 @@ class Lesson:
             key=jax.random.key(3),
         )
 
-    def signals(self, params, stats, x, y, epoch=0.0, teacher_variables=None):
-        """Signals in training mode, and the student's new batch statistics."""
-        uncut = self.method.needs_uncut
-        ours, theirs, new = self.see(params, stats, x, teacher_variables, uncut)
-        given = (params, stats, y, epoch, teacher_variables)
-        return self.assemble(ours, theirs, *given), new
+    def signals(self, params, stats, x, y):
+        """Signals in training mode."""
+        ours, theirs, _ = self.see(params, stats, x, uncut=self.method.needs_uncut)
+        return self.assemble(ours, theirs, params, stats, y)
 
     def assess(self, own, stats, signals):
         """The K module losses, and the new statistics of the method."""
@@ -228,7 +243,7 @@ class Lesson:
         # The batch is an argument: a constant would have XLA fold the teacher's pass.
         @jax.jit
         def variables(key, params, stats, x, y):
-            signals, _ = self.signals(params, stats, x, y)
+            signals = self.signals(params, stats, x, y)
             return self.method.init(key, signals, train=True)
 
         ours = variables(jax.random.key(seed), params, stats, x, y)
@@ -236,37 +251,6 @@ class Lesson:
             {"student": params, "method": ours.get("params", {})},
             {"student": stats, "method": ours.get("batch_stats", {})},
         )
-
-    def losses(self, params, stats, x, y, epoch=0.0, teacher_variables=None):
-        """The K module losses and the new batch statistics of both parts."""
-        signals, new = self.signals(
-            params["student"], stats["student"], x, y, epoch, teacher_variables
-        )
-        losses, own = self.assess(params["method"], stats["method"], signals)
-        return losses, {"student": new, "method": own}
-
-    def total(self, params, stats, x, y):
-        """L_t; (module losses, new batch statistics) beside it."""
-        losses, new = self.losses(params, stats, x, y)
-        return method_lib.total(losses), (losses, new)
-
-    def train(self, optimizer, params, stats, x, y, steps):
-        """Parameters, statistics, first and last losses of `steps` on one batch."""
-
-        @jax.jit
-        def step(params, stats, opt_state, x, y):
-            grads, (losses, new) = jax.grad(self.total, has_aux=True)(
-                params, stats, x, y
-            )
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            metrics = method_lib.flatten_metrics(losses)
-            return optax.apply_updates(params, updates), new, opt_state, metrics
-
-        opt_state, history = optimizer.init(params), []
-        for _ in range(steps):
-            params, stats, opt_state, metrics = step(params, stats, opt_state, x, y)
-            history.append(metrics)
-        return params, stats, history[0], history[-1]
 
     def labels(self, tree):
         return cuts.label_tree(tree, self.partition, self.student)
@@ -296,20 +280,9 @@ def lesson(
     )
 
 
-def sgd(lr=0.1, momentum=0.9, decay=1e-2):
-    """SGD as the field runs it: decay added to the gradient, then momentum."""
-    return optax.chain(optax.add_decayed_weights(decay), optax.sgd(lr, momentum))
-
-
 def by_module(tree, labels, count):
     """Per module the list of its leaves."""
     leaves, owners = jax.tree.leaves(tree), jax.tree.leaves(labels)
     return [
         [x for x, o in zip(leaves, owners, strict=True) if o == k] for k in range(count)
     ]
-
-
-def made(options, **fields):
-    """A lesson, its variables and a batch."""
-    taught, batch = lesson(options, **fields), images()
-    return taught, *taught.init(*batch), batch
