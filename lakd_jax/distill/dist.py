@@ -32,8 +32,7 @@ def dist_loss(
     columns of each class over the batch. The teacher gets no gradient.
 
     Args:
-      student_logits: (B, classes), any floating type.
-      teacher_logits: (B, classes), any floating type.
+      student_logits, teacher_logits: (B, classes), any floating type.
       beta: weight of inter.
       gamma: weight of intra.
       temperature: T > 0 of both softmaxes.

@@ -28,8 +28,7 @@ def dkd_loss(
     the label among themselves. The teacher gets no gradient.
 
     Args:
-      student_logits: (B, classes), any floating type.
-      teacher_logits: (B, classes), any floating type.
+      student_logits, teacher_logits: (B, classes), any floating type.
       labels: (B,) integers.
       alpha: weight of TCKD; 1 in the paper.
       beta: weight of NCKD; 8 in most of the paper's CIFAR pairs.

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lakd_jax import fields
-from lakd_jax.distill import ndam, review
-from lakd_jax.distill.base import adapter, method, numerics, term
+from lakd_jax.distill import fitnet, ndam, review
+from lakd_jax.distill.base import adapter, method, term
 from lakd_jax.models import layers
 
 _WINDOW = 3  # of the attention, in positions
@@ -33,11 +33,8 @@ def feature_loss(
     Returns:
       Scalar float32, never negative.
     """
-    total = jnp.float32(0)
-    for pair in zip(student_features, teacher_features, strict=True):
-        student, teacher = numerics.frozen(*pair)
-        total += jnp.mean((student - teacher) ** 2)
-    return total
+    pairs = zip(student_features, teacher_features, strict=True)
+    return sum((fitnet.hint_loss(*pair) for pair in pairs), jnp.float32(0))
 
 
 def high_pass(height: int, width: int, cutoff: float) -> jax.Array:
@@ -198,9 +195,7 @@ class Level(nn.Module):
             x = Fusion(name="fusion")(x, queries)
         fused = ndam.resize_nearest(x, *size)
         filtered = Filter(self.features, self.cutoff, name="filter")(fused)
-        norm = nn.BatchNorm(
-            use_running_average=not train, momentum=0.9, epsilon=1e-5, name="norm"
-        )
+        norm = adapter.batch_norm(train=train, name="norm")
         return nn.relu(norm(filtered)), fused
 
 
@@ -242,8 +237,7 @@ class FAM(term.Term):
             return Level(features, self.cutoff, name=name)
 
         filtered = review.from_the_last(level, ours, theirs, train=train)
-        pairs = zip(filtered, theirs, strict=True)
-        values = [feature_loss([x], [z]) for x, z in pairs]
+        values = list(map(fitnet.hint_loss, filtered, theirs))
         return [{"fam": value} for value in review.by_module(values)]
 
 

@@ -48,9 +48,7 @@ class Regressor(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """(B, H, W, C) -> (B, H, W, features) float32."""
         x = nn.Conv(self.features, (1, 1), name="conv")(x.astype(jnp.float32))
-        x = nn.BatchNorm(
-            use_running_average=not train, momentum=0.9, epsilon=1e-5, name="bn"
-        )(x)
+        x = adapter.batch_norm(train=train, name="bn")(x)
         return nn.relu(x) if self.relu else x
 
 

@@ -54,16 +54,10 @@ class _Coder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         for i, width in enumerate(self.widths, 1):
-            x = nn.Conv(
-                width, (3, 3), kernel_init=layers.uniform_fan_in, name=f"conv{i}"
-            )(x)
+            start = layers.uniform_fan_in
+            x = nn.Conv(width, (3, 3), kernel_init=start, name=f"conv{i}")(x)
             if self.norm:
-                x = nn.BatchNorm(
-                    use_running_average=not train,
-                    momentum=0.9,
-                    epsilon=1e-5,
-                    name=f"bn{i}",
-                )(x)
+                x = adapter.batch_norm(train=train, name=f"bn{i}")(x)
             x = nn.leaky_relu(x, 0.1)
         return x
 

@@ -62,8 +62,7 @@ def kd_loss(
     teacher gets no gradient; T does if it is an array.
 
     Args:
-      student_logits: (B, classes), any floating type.
-      teacher_logits: (B, classes), any floating type.
+      student_logits, teacher_logits: (B, classes), any floating type.
       temperature: T > 0.
 
     Returns:

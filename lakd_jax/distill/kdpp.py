@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from lakd_jax import fields
 from lakd_jax.distill import kd
-from lakd_jax.distill.base import method, numerics, term
+from lakd_jax.distill.base import adapter, method, numerics, term
 from lakd_jax.models import layers
 
 _EPS = 1e-12  # the shortest vector that has a direction
@@ -99,14 +99,11 @@ class Embedding(nn.Module):
     ) -> jax.Array:
         """(B, C) -> (B, features) float32; `key` draws what is dropped."""
         x = x.astype(jnp.float32)
-        x = nn.BatchNorm(
-            use_running_average=not train, momentum=0.9, epsilon=1e-5, name="bn"
-        )(x)
+        x = adapter.batch_norm(train=train, name="bn")(x)
         if train:
             x = nn.Dropout(self.dropout, deterministic=False)(x, rng=key)
-        return nn.Dense(self.features, kernel_init=layers.uniform_fan_in, name="dense")(
-            x
-        )
+        start = layers.uniform_fan_in
+        return nn.Dense(self.features, kernel_init=start, name="dense")(x)
 
 
 class _Head(nn.Module):

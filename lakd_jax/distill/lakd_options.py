@@ -162,16 +162,10 @@ class Options:
         return jax.lax.stop_gradient(self.map(features, self.normalise))
 
     def map(self, features: jax.Array, kind: str) -> jax.Array:
-        """`ndam.activation_map` under these options, with a gradient."""
-        return ndam.activation_map(
-            features,
-            f_sum=self.f_sum,
-            a=self.a,
-            b=self.b,
-            window=self.window,
-            stride=self.stride,
-            kind=kind,
-        )
+        """Returns W of features (B, H, W, C), normalised: (B, H, W, 1) float32."""
+        summed = ndam.attention_map(features, self.f_sum)
+        pooled = ndam.pooled_map(summed, self.a, self.b, self.window, self.stride)
+        return ndam.normalise(pooled, kind)
 
 
 def needs_logits(task: str, head_loss: str) -> bool:

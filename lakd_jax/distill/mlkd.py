@@ -44,8 +44,7 @@ def mlkd_loss(
     teacher gets no gradient.
 
     Args:
-      student_logits: (B, classes), any floating type.
-      teacher_logits: (B, classes), any floating type.
+      student_logits, teacher_logits: (B, classes), any floating type.
       temperatures: each above 0.
       batch_weight, class_weight: of these two levels; 1 in the paper.
       standardise: `kd.standardised` logits for the examples; the other two levels see

@@ -9,7 +9,6 @@ which is why absolute values are the default. Everything is float32, NHWC.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import einops
 import jax
@@ -147,44 +146,3 @@ def normalise(w: jax.Array, kind: str) -> jax.Array:
         scale = jnp.where(squares > 0, squares, 1.0)
         return w * jnp.where(squares > 0, jax.lax.rsqrt(scale), 0.0)
     return jax.nn.sigmoid(w) if kind == "sigmoid" else w
-
-
-def activation_map(
-    features: jax.Array,
-    *,
-    f_sum: str,
-    a: float,
-    b: float,
-    window: int,
-    stride: int,
-    kind: str,
-) -> jax.Array:
-    """normalise(pooled_map(attention_map(features))), differentiable.
-
-    Args:
-      features: (B, H, W, C).
-      f_sum: see `attention_map`.
-      a: see `pooled_map`.
-      b: see `pooled_map`.
-      window: see `pooled_map`.
-      stride: see `pooled_map`.
-      kind: see `normalise`.
-
-    Returns:
-      (B, H, W, 1) float32.
-    """
-    s = attention_map(features, f_sum)
-    return normalise(pooled_map(s, a, b, window, stride), kind)
-
-
-def mask(features: jax.Array, **options: Any) -> jax.Array:
-    """The teacher's mask What, `activation_map` without any gradient.
-
-    Args:
-      features: (B, H, W, C), the teacher's.
-      **options: as of `activation_map`.
-
-    Returns:
-      (B, H, W, 1) float32.
-    """
-    return jax.lax.stop_gradient(activation_map(features, **options))

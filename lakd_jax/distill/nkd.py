@@ -31,8 +31,7 @@ def nkd_loss(
     gets no gradient.
 
     Args:
-      student_logits: (B, classes), any floating type.
-      teacher_logits: (B, classes), any floating type.
+      student_logits, teacher_logits: (B, classes), any floating type.
       labels: (B,) integers.
       gamma: weight of the others.
       temperature: T > 0 of the others.

@@ -81,19 +81,14 @@ def threshold_mask(logits: jax.Array, level: float) -> jax.Array:
     return jax.nn.softmax(logits) >= level - _TOLERANCE
 
 
-def full_mask(logits: jax.Array) -> jax.Array:
-    """Everything: no filter. (B, S, T) -> (B, S, T) bool."""
-    return jnp.ones(logits.shape, bool)
-
-
 # Each as (logits, groups, top_r) -> mask. "pooled" makes one key of a stage before
 # there are logits, and keeps all of those.
 MASKS: dict[str, Mask] = {
     "stage": lambda logits, groups, _: stage_mask(logits, groups),
     "topr": lambda logits, _, top_r: top_mask(logits, top_r),
     "threshold": lambda logits, *_: threshold_mask(logits, 1 / logits.shape[-1]),
-    "pooled": lambda logits, *_: full_mask(logits),
-    "none": lambda logits, *_: full_mask(logits),
+    "pooled": lambda logits, *_: jnp.ones(logits.shape, bool),
+    "none": lambda logits, *_: jnp.ones(logits.shape, bool),
 }
 
 

@@ -24,8 +24,6 @@ Groups = tuple[tuple[int, ...], ...]
 
 REDUCTIONS = ("sum", "mean")
 
-# Uniform on +-1/sqrt(fan_in), torch's default for linear layers.
-
 
 def descriptors(taps: Taps) -> tuple[jax.Array, ...]:
     """Means over positions, (B, H, W, C) -> (B, C) float32 each."""
@@ -196,13 +194,7 @@ class Similarity(nn.Module):
         return nn.Dense(features, kernel_init=layers.uniform_fan_in, name=name)
 
     def _norm(self, name: str, train: bool) -> nn.BatchNorm:
-        return nn.BatchNorm(
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            use_fast_variance=False,
-            name=name,
-        )
+        return layers.batch_norm(train=train, dtype=jnp.float32, name=name)
 
 
 def attention_diagnostics(attention: jax.Array, groups: Groups) -> dict[str, jax.Array]:

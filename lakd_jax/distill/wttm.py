@@ -24,8 +24,7 @@ def ttm_loss(
     There is no square of a temperature in front. The teacher gets no gradient.
 
     Args:
-      student_logits: (B, classes), any floating type.
-      teacher_logits: (B, classes), any floating type.
+      student_logits, teacher_logits: (B, classes), any floating type.
       exponent: e, above 0 and below 1 for targets softer than the teacher.
 
     Returns:

@@ -6,6 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+import test_methods
 import test_train_resume as resume
 import tiny
 import toys
@@ -14,8 +15,6 @@ from lakd_jax import config as config_lib
 from lakd_jax import distill, models
 from lakd_jax.config import resolved
 from lakd_jax.data import device
-from lakd_jax.distill.base import registry
-from lakd_jax.distill.base import term as term_lib
 from lakd_jax.interop import weights
 from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.training import setup, step
@@ -23,11 +22,6 @@ from lakd_jax.training import spec as spec_lib
 
 environment, teacher_dir = resume.environment, resume.teacher_dir
 
-METHODS = sorted(
-    name
-    for name, entry in registry.TABLE.items()
-    if issubclass(entry.cls, term_lib.Term)
-)
 STATEFUL = ("crd", "ctkd", "kdpp", "ofd")
 # Losses that are means over examples, of each of which they see nothing else: that
 # devices take the step of one holds of them as it does of the networks.
@@ -69,7 +63,9 @@ def row():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [n for n in METHODS if n not in PER_EXAMPLE])
+@pytest.mark.parametrize(
+    "name", [n for n in test_methods.METHODS if n not in PER_EXAMPLE]
+)
 def test_devices_take_the_step_of_one(name, tmp_path):
     made, first, teacher = spec(tmp_path, toys.Toy(), **fields(name))
     # From the same state on each of the meshes.

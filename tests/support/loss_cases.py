@@ -16,29 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import toys
 
-from lakd_jax.distill import (
-    at,
-    catkd,
-    cc,
-    cd,
-    ctkd,
-    dist,
-    dkd,
-    fsp,
-    ft,
-    kd,
-    kdpp,
-    mlkd,
-    nkd,
-    nst,
-    ofd,
-    pkt,
-    review,
-    rkd,
-    sdd,
-    sp,
-    wttm,
-)
+from lakd_jax import distill
+
+partial = functools.partial
 
 INPUTS = golden_weights.arrays("losses_inputs")
 GOLDEN = golden_weights.arrays("losses")
@@ -114,14 +94,14 @@ def softmax(row):
 
 def _dkd(student, teacher, beta, temperature):
     labels = jnp.asarray(INPUTS["labels"])
-    return dkd.dkd_loss(student, teacher, labels, 1.0, beta, temperature)
+    return distill.dkd.dkd_loss(student, teacher, labels, 1.0, beta, temperature)
 
 
 MARGIN = INPUTS["ofd_margin"][:, 0, 0]
 
 
 def _margin(student, teacher):
-    return ofd.margin_loss(student, teacher, MARGIN)
+    return distill.ofd.margin_loss(student, teacher, MARGIN)
 
 
 def _golden_cases():
@@ -132,26 +112,26 @@ def _golden_cases():
     last = INPUTS["feat_student_2"], INPUTS["feat_teacher_2"]
     maps = stages("student"), stages("teacher")
     preacts = INPUTS["ofd_student_connected"], INPUTS["ofd_teacher_preact"]
-    at_loss = functools.partial(at.at_loss, p=2)
-    rkd_loss = functools.partial(rkd.rkd_loss, distance_weight=25.0, angle_weight=50.0)
+    at_loss = partial(distill.at.at_loss, p=2)
+    rkd_loss = partial(distill.rkd.rkd_loss, distance_weight=25.0, angle_weight=50.0)
     cases = {
-        "kd_t1": (functools.partial(kd.kd_loss, temperature=1.0), logits),
-        "kd_t4": (functools.partial(kd.kd_loss, temperature=4.0), logits),
-        "dkd_a1_b8_t4": (functools.partial(_dkd, beta=8.0, temperature=4.0), logits),
-        "dkd_a1_b2_t1": (functools.partial(_dkd, beta=2.0, temperature=1.0), logits),
+        "kd_t1": (partial(distill.kd.kd_loss, temperature=1.0), logits),
+        "kd_t4": (partial(distill.kd.kd_loss, temperature=4.0), logits),
+        "dkd_a1_b8_t4": (partial(_dkd, beta=8.0, temperature=4.0), logits),
+        "dkd_a1_b2_t1": (partial(_dkd, beta=2.0, temperature=1.0), logits),
         "rkd_d25_a50": (rkd_loss, pooled),
-        "pkt": (pkt.pkt_loss, pooled),
-        "cc": (cc.cc_loss, same),
-        "hcl": (review.hcl_loss, maps),
-        "fsp_sum": (fsp.fsp_loss, maps),
-        "ft_factor": (ft.factor_loss, last),
+        "pkt": (distill.pkt.pkt_loss, pooled),
+        "cc": (distill.cc.cc_loss, same),
+        "hcl": (distill.review.hcl_loss, maps),
+        "fsp_sum": (distill.fsp.fsp_loss, maps),
+        "ft_factor": (distill.ft.factor_loss, last),
         "ofd_feat_loss": (_margin, preacts),
     }
     for kind in ("teacher", "teacher_wide", "teacher_small"):
         both = stages("student"), stages(kind)
         cases[f"at_p2/feat_{kind}"] = at_loss, both
-        cases[f"nst/feat_{kind}"] = nst.nst_loss, both
-        cases[f"sp/feat_{kind}"] = sp.sp_loss, (both[0][-1], both[1][-1])
+        cases[f"nst/feat_{kind}"] = distill.nst.nst_loss, both
+        cases[f"sp/feat_{kind}"] = distill.sp.sp_loss, (both[0][-1], both[1][-1])
     return {name: _golden(name, loss, *both) for name, (loss, both) in cases.items()}
 
 
@@ -159,46 +139,40 @@ def _golden_cases():
 
 
 def _kd_standardised(student, teacher):
-    return kd.kd_loss(kd.standardised(student), kd.standardised(teacher), 2.0)
+    return distill.kd.kd_loss(*map(distill.kd.standardised, (student, teacher)), 2.0)
 
 
 def _nkd(student, teacher):
-    return nkd.nkd_loss(student, teacher, LABELS, gamma=1.5, temperature=2.0)
+    return distill.nkd.nkd_loss(student, teacher, LABELS, gamma=1.5, temperature=2.0)
 
 
 def reversed_ctkd(student, teacher, raw=1.0, reversal=0.3):
-    return ctkd.ctkd_loss(student, teacher, jnp.float32(raw), reversal, 1.0, 20.0)
+    return distill.ctkd.ctkd_loss(
+        student, teacher, jnp.float32(raw), reversal, 1.0, 20.0
+    )
 
 
 BASES = {
-    "kd": lambda student, teacher, _: kd.kd_loss(student, teacher, 4.0),
-    "dkd": functools.partial(dkd.dkd_loss, alpha=1.0, beta=8.0, temperature=4.0),
-    "nkd": functools.partial(nkd.nkd_loss, gamma=1.5, temperature=2.0),
+    "kd": lambda student, teacher, _: distill.kd.kd_loss(student, teacher, 4.0),
+    "dkd": partial(distill.dkd.dkd_loss, alpha=1.0, beta=8.0, temperature=4.0),
+    "nkd": partial(distill.nkd.nkd_loss, gamma=1.5, temperature=2.0),
 }
 
 
 def _sdd(student, teacher, base, scales):
     whole = jnp.mean(teacher, (1, 2))
-    ours, theirs = sdd.cells(student, scales), sdd.cells(teacher, scales)
-    return sdd.sdd_loss(ours, theirs, whole, LABELS, 2.0, BASES[base])
-
-
-def _dist(**options):
-    return functools.partial(dist.dist_loss, **options)
+    ours, theirs = (distill.sdd.cells(x, scales) for x in (student, teacher))
+    return distill.sdd.sdd_loss(ours, theirs, whole, LABELS, 2.0, BASES[base])
 
 
 def _mlkd(standardise):
-    return functools.partial(
-        mlkd.mlkd_loss,
+    return partial(
+        distill.mlkd.mlkd_loss,
         temperatures=(2.0, 3.0, 4.0),
         batch_weight=1.0,
         class_weight=1.0,
         standardise=standardise,
     )
-
-
-def _ttm(loss, exponent):
-    return functools.partial(loss, exponent=exponent)
 
 
 def _softened(exponent):
@@ -209,25 +183,27 @@ def _softened(exponent):
 
 # The loss of (student, teacher); its value, and of its gradient |g| and <g, way>.
 FLAT = {
-    "ttm": (_ttm(wttm.ttm_loss, 0.1), 2.442241, 0.17697, 0.0492715),
-    "wttm": (_ttm(wttm.wttm_loss, 0.2), 9.101264, 0.690459, 0.314296),
+    "ttm": (
+        partial(distill.wttm.ttm_loss, exponent=0.1),
+        (2.442241, 0.17697, 0.0492715),
+    ),
+    "wttm": (
+        partial(distill.wttm.wttm_loss, exponent=0.2),
+        (9.101264, 0.690459, 0.314296),
+    ),
     "dist_t4": (
-        _dist(beta=2.0, gamma=0.5, temperature=4.0),
-        42.60561,
-        1.34083,
-        1.4565,
+        partial(distill.dist.dist_loss, beta=2.0, gamma=0.5, temperature=4.0),
+        (42.60561, 1.34083, 1.4565),
     ),
     "dist_t1": (
-        _dist(beta=1.0, gamma=2.0, temperature=1.0),
-        3.202516,
-        0.136602,
-        0.182592,
+        partial(distill.dist.dist_loss, beta=1.0, gamma=2.0, temperature=1.0),
+        (3.202516, 0.136602, 0.182592),
     ),
-    "nkd": (_nkd, 21.03725, 0.608093, 0.335692),
-    "mlkd": (_mlkd(False), 30.73525, 1.39056, 1.31788),
-    "mlkd_standardised": (_mlkd(True), 4.03967, 0.127431, 0.09457),
-    "kd_standardised": (_kd_standardised, 0.9901001, 0.0345751, 0.0334543),
-    "ctkd": (reversed_ctkd, 10.64532, 0.428619, 0.285199),
+    "nkd": (_nkd, (21.03725, 0.608093, 0.335692)),
+    "mlkd": (_mlkd(False), (30.73525, 1.39056, 1.31788)),
+    "mlkd_standardised": (_mlkd(True), (4.03967, 0.127431, 0.09457)),
+    "kd_standardised": (_kd_standardised, (0.9901001, 0.0345751, 0.0334543)),
+    "ctkd": (reversed_ctkd, (10.64532, 0.428619, 0.285199)),
 }
 PARTS = {
     ("kd", (1, 2)): (1.148176, 0.0387953, 0.0381737),
@@ -250,11 +226,11 @@ def _logit_cases():
     flat = STUDENT, TEACHER, WAY
     cases = {
         name: case(loss, *flat, known, least.get(name, (TEACHER, TEACHER)))
-        for name, (loss, *known) in FLAT.items()
+        for name, (loss, known) in FLAT.items()
     }
     maps = STUDENT_MAP, TEACHER_MAP, MAP_WAY
     for (base, scales), known in PARTS.items():
-        loss = functools.partial(_sdd, base=base, scales=scales)
+        loss = partial(_sdd, base=base, scales=scales)
         equal = None if base == "nkd" else (TEACHER_MAP, TEACHER_MAP)
         cases[f"sdd_{base}_{scales[-1]}"] = case(loss, *maps, known, equal)
     return cases
@@ -283,24 +259,26 @@ CATKD = {
 
 
 def cam_loss(student, teacher, normalise=False, binarise=False):
-    return catkd.cam_loss(student, teacher, 2, normalise=normalise, binarise=binarise)
+    return distill.catkd.cam_loss(
+        student, teacher, 2, normalise=normalise, binarise=binarise
+    )
 
 
 def guided_kd(temperature):
-    return functools.partial(
-        cd.guided_kd_loss, labels=GUIDED_LABELS, temperature=temperature
+    return partial(
+        distill.cd.guided_kd_loss, labels=GUIDED_LABELS, temperature=temperature
     )
 
 
 def nd_loss(student, teacher):
-    return kdpp.nd_loss(student, teacher, ND_CENTRES)
+    return distill.kdpp.nd_loss(student, teacher, ND_CENTRES)
 
 
 def _other_cases():
     moved = [np.roll(x, 1, axis=2) for x in CHANNELS[1]]
     known = {"norms": [0.016110135, 0.050133307], "least": (moved, CHANNELS[1])}
     cases = {
-        "cd": Case(cd.channel_loss, *CHANNELS, 0.14113063, **known),
+        "cd": Case(distill.cd.channel_loss, *CHANNELS, 0.14113063, **known),
         "kdpp": Case(nd_loss, *ND, 1.0359124, norms=[0.12687117]),
     }
     for temperature, value, norm in (
@@ -312,7 +290,7 @@ def _other_cases():
         case = Case(loss, *GUIDED, value, norms=[norm], least=least)
         cases[f"cd_guided_t{temperature:g}"] = case
     for (normalise, binarise), (value, norm) in CATKD.items():
-        loss = functools.partial(cam_loss, normalise=normalise, binarise=binarise)
+        loss = partial(cam_loss, normalise=normalise, binarise=binarise)
         name = "catkd" + "_normalise" * normalise + "_binarise" * binarise
         least = None if binarise else (CAMS[1], CAMS[1])
         cases[name] = Case(loss, *CAMS, value, norms=[norm], least=least)

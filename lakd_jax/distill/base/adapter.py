@@ -43,6 +43,13 @@ def resize_like(u: jax.Array, v: jax.Array) -> jax.Array:
     return ndam.resize_nearest(small, height, width)
 
 
+def batch_norm(*, train: bool, name: str) -> nn.BatchNorm:
+    """Makes a batch norm with PyTorch's constants, as the parts of methods have it."""
+    return nn.BatchNorm(
+        use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name
+    )
+
+
 class Adapter(nn.Module):
     """A of LAKD: 1x1 convolution without bias, then batch norm; float32.
 
@@ -61,9 +68,7 @@ class Adapter(nn.Module):
         """(B, H, W, C) -> (B, H, W, features) float32."""
         x = x.astype(jnp.float32)
         x = nn.Conv(self.features, (1, 1), use_bias=False, name="conv")(x)
-        return nn.BatchNorm(
-            use_running_average=not train, momentum=0.9, epsilon=1e-5, name="bn"
-        )(x)
+        return batch_norm(train=train, name="bn")(x)
 
 
 def again(adapter: Adapter, x: jax.Array, *, train: bool) -> jax.Array:
