@@ -82,6 +82,24 @@ def test_map_loss_by_hand():
     assert lakd.map_loss(ours, 9 * ours) == pytest.approx(0, abs=1e-12)
 
 
+def test_property_11_no_gradient_reaches_the_teacher_or_its_mask():
+    ours, theirs = (toys.noise(seed, 2, 4, 4, 3) for seed in (0, 1))
+
+    @jax.jit
+    def slopes(v, w):
+        of_powers = [
+            jax.grad(lakd.attention_loss, argnums=(1, 2))(ours, v, w, power, "mean")
+            for power in lakd.CHOICES["power"]
+        ]
+        of_features = jax.grad(lakd.feature_loss, argnums=1)(ours, v, "mean")
+        of_maps = jax.grad(lakd.map_loss, argnums=1)(ours[..., :1], w)
+        of_mask = jax.grad(lambda v: jnp.sum(lakd.Options().mask(v)))(v)
+        return of_powers, of_features, of_maps, of_mask
+
+    found = slopes(theirs, np.abs(theirs[..., :1]))
+    assert not any(np.any(slope) for slope in jax.tree.leaves(found))
+
+
 def test_weights_of_the_presets():
     assert lakd.Options().weights == (1, 1, 1)
     own = lakd.Options(head_weight=2, attention_weight=3, feature_weight=4)

@@ -10,7 +10,6 @@ import apart
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import toys
 
@@ -153,44 +152,6 @@ def test_property_02_a_target_touches_its_own_module_then_later_ones():
         for step in zip(trained(None), trained(other), strict=True)
     ]
     assert equal == [[True, False, True], [True, False, False]]
-
-
-def test_property_03_one_optimiser_equals_one_per_module():
-    # Decay added to the gradient, then momentum.
-    optimizer = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.1, 0.9))
-    together = Trained(cut(), losses())
-    first, labels = together.params, together.labels(together.params)
-    apply = jax.jit(optimizer.update)
-
-    def own(k, tree):
-        return jax.tree.map(
-            lambda x, o: x if o == k else np.zeros_like(x), tree, labels
-        )
-
-    def added(params, updates):
-        return apart.moved(params, updates, -1.0)
-
-    state = optimizer.init(first)
-    for _ in range(3):
-        grads, _, together.stats = together.gradients()
-        updates, state = apply(grads, state, together.params)
-        together.params = added(together.params, updates)
-
-    separate, states = Trained(cut(), losses()), [optimizer.init(first)] * 3
-    for _ in range(3):
-        updates = []
-        for k, weights in enumerate(np.eye(3)):
-            grads, _, new = separate.gradients(weights=weights)
-            mine, states[k] = apply(own(k, grads), states[k], own(k, separate.params))
-            updates.append(mine)
-        separate.params = added(separate.params, apart.add(*updates))
-        separate.stats = new
-
-    leaves = (jax.tree.leaves(x.params) for x in (together, separate))
-    for a, b in zip(*leaves, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
-    changed = jax.tree.map(lambda a, b: bool((a != b).any()), together.params, first)
-    assert sum(jax.tree.leaves(changed)) > 20
 
 
 def test_property_04_full_scale_is_end_to_end_training():

@@ -21,9 +21,7 @@ GROUPS = attention_lib.by_size([np.zeros((1, s, s, 1)) for s, _ in tap_toys.TEAC
 
 
 def options(**fields):
-    config = resolved.resolve(config_lib.default())
-    made = config.method_options("rtk") | {"qk_dim": 8} | fields
-    return rtk.Options(**made)
+    return rtk.Options(**({"qk_dim": 8} | fields))
 
 
 @functools.cache

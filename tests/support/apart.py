@@ -58,7 +58,7 @@ class Passes:
 
     def __init__(self, lesson, uncut=False):
         self.lesson = lesson
-        student = toys.network(lesson.student, 1, batch()[0].shape[1])
+        student = toys.network(lesson.student, 1)
         self.params, self.stats = student["params"], student["batch_stats"]
 
         # Arguments: of constants XLA would work out the passes while it compiles.

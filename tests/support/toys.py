@@ -84,10 +84,10 @@ class Toy(chain.Chain, kw_only=True):
         return Head(self.num_classes, name=name)
 
 
-def images(count=8, size=8, seed=0):
-    """Random images (count, size, size, 3) and labels (count,)."""
-    key = jax.random.key(seed)
-    return jax.random.normal(key, (count, size, size, 3)), jnp.arange(count) % CLASSES
+def images():
+    """Eight random images of 8x8 pixels, and labels."""
+    key = jax.random.key(0)
+    return jax.random.normal(key, (8, 8, 8, 3)), jnp.arange(8) % CLASSES
 
 
 def noise(seed, *shape):
@@ -127,9 +127,9 @@ def drawn(shapes, seed):
 
 
 @functools.cache
-def network(model, seed, size=8):
+def network(model, seed):
     """Weights of a network, always the same of a seed."""
-    return drawn(chain.variable_shapes(model, size), seed)
+    return drawn(chain.variable_shapes(model, 8), seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,18 +235,12 @@ class Lesson:
         )
         return losses, mutated.get("batch_stats", {})
 
-    def init(self, x, y, seed=1):
+    def init(self, x, y):
         """`{"student": ..., "method": ...}` parameters and batch statistics."""
-        student = network(self.student, seed, x.shape[1])
+        student = network(self.student, 1)
         params, stats = student["params"], student["batch_stats"]
-
-        # The batch is an argument: a constant would have XLA fold the teacher's pass.
-        @jax.jit
-        def variables(key, params, stats, x, y):
-            signals = self.signals(params, stats, x, y)
-            return self.method.init(key, signals, train=True)
-
-        ours = variables(jax.random.key(seed), params, stats, x, y)
+        signals = self.signals(params, stats, x, y)
+        ours = self.method.init(jax.random.key(1), signals, train=True)
         return (
             {"student": params, "method": ours.get("params", {})},
             {"student": stats, "method": ours.get("batch_stats", {})},
@@ -264,7 +258,6 @@ def lesson(
     teacher=None,
     granularity="stage",
     cut_points=(),
-    size=8,
     **fields,
 ):
     """A `Lesson` of toys (4 channels from 6) with a method made from `options`."""
@@ -273,7 +266,7 @@ def lesson(
     return Lesson(
         student=student,
         teacher=teacher,
-        teacher_variables=network(teacher, 7, size),
+        teacher_variables=network(teacher, 7),
         method=distill.create(name, options),
         partition=cuts.modules(student, teacher, granularity, cut_points),
         **fields,
