@@ -55,6 +55,13 @@ def test_attention_map_of_zero_has_zero_gradient():
     assert not np.any(slope(np.zeros((1, 1, 1, 2), np.float32)))
 
 
+@pytest.mark.parametrize("kind", ndam.NORMALISATIONS)
+def test_mask_is_the_normalised_pooled_map(kind):
+    pooled = pooled_map(attention_map(features(), "abs"), 0.3, 2.0, 5, 2)
+    got = mask(features(), kind, a=0.3, b=2.0, window=5, stride=2)
+    np.testing.assert_allclose(got, ndam.normalise(pooled, kind), rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["mean", "l2", "max", "none"])
 def test_property_07_mask_is_not_negative(kind):
     assert (mask(features(), kind) >= 0).all()
