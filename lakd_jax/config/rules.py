@@ -17,7 +17,7 @@ from lakd_jax.local import cuts
 from lakd_jax.models import chain
 
 Config = config_lib.ConfigDict
-Relation = Callable[[Config, int], str]  # (config, devices) -> the fault, or ""
+Relation = Callable[[Config, int], str | None]  # (config, devices) -> the fault
 
 # Relations with the fields they read; a relation runs only if these are in range.
 TABLE: list[tuple[tuple[str, ...], Relation]] = []
@@ -36,60 +36,56 @@ def reads(*fields: str, only_lakd: bool = False) -> Callable[[Relation], Relatio
     """Registers a relation in `TABLE`, with the fields it reads."""
 
     def register(relation: Relation) -> Relation:
-        def if_lakd(c: Config, devices: int) -> str:
-            return relation(c, devices) if "lakd" in named(c) else ""
+        def if_lakd(c: Config, devices: int) -> str | None:
+            return relation(c, devices) if "lakd" in named(c) else None
 
-        if only_lakd:
-            TABLE.append(((*METHODS, *fields), if_lakd))
-        else:
-            TABLE.append((fields, relation))
+        entry = ((*METHODS, *fields), if_lakd) if only_lakd else (fields, relation)
+        TABLE.append(entry)
         return relation
 
     return register
 
 
 @reads("batch_size")
-def _batch(c: Config, devices: int) -> str:
+def _batch(c: Config, devices: int) -> str | None:
     return _indivisible("batch_size", c.batch_size, devices)
 
 
 @reads("eval_batch_size")
-def _eval_batch(c: Config, devices: int) -> str:
+def _eval_batch(c: Config, devices: int) -> str | None:
     return _indivisible("eval_batch_size", c.eval_batch_size, devices)
 
 
 @reads("epochs", "optim.warmup_epochs")
-def _warmup(c: Config, _: int) -> str:
+def _warmup(c: Config, _: int) -> str | None:
     return _warmup_too_long(c.optim.warmup_epochs, "epochs", c.epochs)
 
 
 @reads(*METHODS, "teacher.init", "teacher.epochs", "optim.warmup_epochs")
-def _teacher_warmup(c: Config, _: int) -> str:
-    if not c.teacher.epochs or c.teacher.init or not needs_teacher(c):
-        return ""
-    return _warmup_too_long(c.optim.warmup_epochs, "teacher.epochs", c.teacher.epochs)
+def _teacher_warmup(c: Config, _: int) -> str | None:
+    epochs = c.teacher.epochs
+    if epochs and not c.teacher.init and needs_teacher(c):
+        return _warmup_too_long(c.optim.warmup_epochs, "teacher.epochs", epochs)
 
 
 @reads("kd.ce_weight", "kd.kd_weight")  # whichever method runs: several read them
-def _kd_weights(c: Config, _: int) -> str:
-    if c.kd.ce_weight or c.kd.kd_weight:
-        return ""
-    return "kd.ce_weight and kd.kd_weight are both 0: nothing is learnt"
+def _kd_weights(c: Config, _: int) -> str | None:
+    if not (c.kd.ce_weight or c.kd.kd_weight):
+        return "kd.ce_weight and kd.kd_weight are both 0: nothing is learnt"
 
 
 @reads(*METHODS, "local.cut_scale")
-def _cut_scale(c: Config, _: int) -> str:
-    if c.local.cut_scale in (-1, 1) or any(distill.facts(m).staged for m in methods(c)):
-        return ""
-    return (
-        f"local.cut_scale is {c.local.cut_scale:g}, but method {c.method} has no loss "
-        "in the modules before the last: set it to -1, or add a method that has, as in "
-        "kd+at"
-    )
+def _cut_scale(c: Config, _: int) -> str | None:
+    if c.local.cut_scale not in (-1, 1) and not staged(c):
+        return (
+            f"local.cut_scale is {c.local.cut_scale:g}, but method {c.method} has no "
+            "loss in the modules before the last: set it to -1, or add a method that "
+            "has, as in kd+at"
+        )
 
 
 @reads(*METHODS, "batch_size")
-def _least_batch(c: Config, _: int) -> str:
+def _least_batch(c: Config, _: int) -> str | None:
     for name in methods(c):
         least = distill.facts(name).least_batch
         if c.batch_size < least:
@@ -97,29 +93,26 @@ def _least_batch(c: Config, _: int) -> str:
                 f"batch_size is {c.batch_size}, but method {name} normalises by the "
                 f"batch, which needs at least {least}"
             )
-    return ""
 
 
 @reads(*METHODS, "local.granularity")
-def _preacts(c: Config, _: int) -> str:
+def _preacts(c: Config, _: int) -> str | None:
     found = [m for m in methods(c) if distill.facts(m).needs_preacts]
-    if not found or c.local.granularity in ("stage", "none"):
-        return ""
-    return (
-        f"method {found[0]} reads pre-activations, which are recorded at the ends of "
-        "stages: it needs local.granularity=stage or none"
-    )
+    if found and c.local.granularity not in ("stage", "none"):
+        return (
+            f"method {found[0]} reads pre-activations, which are recorded at the ends "
+            "of stages: it needs local.granularity=stage or none"
+        )
 
 
 @reads(*METHODS, "label_smoothing")
-def _smoothing(c: Config, _: int) -> str:
+def _smoothing(c: Config, _: int) -> str | None:
     others = [m for m in methods(c) if m not in ("none", "kd")]
-    if not c.label_smoothing or not others:
-        return ""
-    return (
-        f"label_smoothing is {c.label_smoothing:g}, but method {others[0]} needs hard "
-        "labels: set it to 0, or method (and baselines) to none or kd"
-    )
+    if c.label_smoothing and others:
+        return (
+            f"label_smoothing is {c.label_smoothing:g}, but method {others[0]} needs "
+            "hard labels: set it to 0, or method (and baselines) to none or kd"
+        )
 
 
 @reads(
@@ -130,9 +123,9 @@ def _smoothing(c: Config, _: int) -> str:
     "label_smoothing",
     "kd.standardise",
 )
-def _binary(c: Config, _: int) -> str:
+def _binary(c: Config, _: int) -> str | None:
     if c.student.name != "hme" or c.hme.loss != "binary":
-        return ""
+        return None
     if c.kd.standardise and "kd" in methods(c):
         return "hme.loss=binary does not support kd.standardise: set it to False"
     if c.hme.output != "nce":
@@ -141,80 +134,73 @@ def _binary(c: Config, _: int) -> str:
         return f"hme.loss=binary supports methods none and kd, not {others[0]}"
     if c.label_smoothing:
         return "hme.loss=binary does not support label_smoothing: set it to 0"
-    return ""
 
 
 @reads("student.name", "student.init")
-def _hme_init(c: Config, _: int) -> str:
-    if c.student.name != "hme" or not c.student.init:
-        return ""
-    return "student.init must be empty for student.name=hme: stage 1 starts randomly"
+def _hme_init(c: Config, _: int) -> str | None:
+    if c.student.name == "hme" and c.student.init:
+        return (
+            "student.init must be empty for student.name=hme: stage 1 starts randomly"
+        )
 
 
 @reads(*METHODS, "teacher.name", "teacher.init")
-def _hme_teacher(c: Config, _: int) -> str:
-    if c.teacher.name != "hme" or c.teacher.init or not needs_teacher(c):
-        return ""
-    return (
-        "teacher.name=hme needs teacher.init, a finished run: a teacher that this run "
-        "trains first can only have one stage"
-    )
+def _hme_teacher(c: Config, _: int) -> str | None:
+    if c.teacher.name == "hme" and not c.teacher.init and needs_teacher(c):
+        return (
+            "teacher.name=hme needs teacher.init, a finished run: a teacher that this "
+            "run trains first can only have one stage"
+        )
 
 
 @reads("student.name", "student.shortcut")
-def _student_shortcut(c: Config, _: int) -> str:
+def _student_shortcut(c: Config, _: int) -> str | None:
     return _shortcut("student", c.student)
 
 
 @reads("student.name", "student.vam.enabled")
-def _gates(c: Config, _: int) -> str:
-    if not c.student.vam.enabled or models.family(c.student.name).GATED:
-        return ""
-    return (
-        f"student.vam.enabled is True, but {c.student.name} has no convolutions to "
-        "gate: choose another student, or set it to False"
-    )
+def _gates(c: Config, _: int) -> str | None:
+    if c.student.vam.enabled and not models.family(c.student.name).GATED:
+        return (
+            f"student.vam.enabled is True, but {c.student.name} has no convolutions to "
+            "gate: choose another student, or set it to False"
+        )
 
 
 @reads("teacher.name", "teacher.shortcut")
-def _teacher_shortcut(c: Config, _: int) -> str:
+def _teacher_shortcut(c: Config, _: int) -> str | None:
     return _shortcut("teacher", c.teacher)
 
 
 @reads(*METHODS, *_CUTS)
-def _cuts(c: Config, _: int) -> str:
-    if not any(distill.facts(m).staged for m in methods(c)):
-        return ""
-    try:
-        _partition(c)
-    except ValueError as e:
-        return str(e)
-    return ""
+def _cuts(c: Config, _: int) -> str | None:
+    if staged(c):
+        try:
+            _partition(c)
+        except ValueError as e:
+            return str(e)
 
 
-def _shortcut(field: str, block: Config) -> str:
+def _shortcut(field: str, block: Config) -> str | None:
     offered = models.family(block.name).OPTIONS.get("shortcut", ("projection",))
-    if block.shortcut in offered:
-        return ""
-    return (
-        f"{field}.shortcut is {block.shortcut!r}, which {block.name} does not offer: "
-        "only the CIFAR ResNets of three stages have a choice"
-    )
+    if block.shortcut not in offered:
+        return (
+            f"{field}.shortcut is {block.shortcut!r}, which {block.name} does not "
+            "offer: only the CIFAR ResNets of three stages have a choice"
+        )
 
 
-def _indivisible(field: str, size: int, devices: int) -> str:
-    if size % devices == 0:
-        return ""
-    return (
-        f"{field} is {size}, which {devices} devices cannot share equally; use a "
-        f"multiple of {devices}"
-    )
+def _indivisible(field: str, size: int, devices: int) -> str | None:
+    if size % devices:
+        return (
+            f"{field} is {size}, which {devices} devices cannot share equally; use a "
+            f"multiple of {devices}"
+        )
 
 
-def _warmup_too_long(warmup: float, field: str, epochs: int) -> str:
-    if warmup <= epochs:
-        return ""
-    return f"optim.warmup_epochs is {warmup:g}, more than {field} ({epochs})"
+def _warmup_too_long(warmup: float, field: str, epochs: int) -> str | None:
+    if warmup > epochs:
+        return f"optim.warmup_epochs is {warmup:g}, more than {field} ({epochs})"
 
 
 def methods(c: Config) -> tuple[str, ...]:
@@ -225,6 +211,11 @@ def methods(c: Config) -> tuple[str, ...]:
 def named(c: Config) -> set[str]:
     """Returns the methods that will run; sums count as their parts."""
     return {part for name in methods(c) for part in distill.parts(name)}
+
+
+def staged(c: Config) -> bool:
+    """Returns whether any method that will run has losses in inner modules."""
+    return any(distill.facts(m).staged for m in methods(c))
 
 
 def needs_teacher(c: Config) -> bool:
@@ -308,7 +299,5 @@ def _partition(c: Config) -> tuple[chain.Chain, chain.Chain, cuts.Partition]:
     """Returns both networks and their cuts; raises ValueError if there are none."""
     student = models.create(c.student.name, num_classes=2)
     teacher = models.create(c.teacher.name, num_classes=2)
-    local = c.local
-    at = (local.granularity, local.cuts, local.modules)
-    partition = cuts.modules(student, teacher, *at)
-    return student, teacher, partition
+    at = (c.local.granularity, c.local.cuts, c.local.modules)
+    return student, teacher, cuts.modules(student, teacher, *at)

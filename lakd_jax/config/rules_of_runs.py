@@ -15,33 +15,31 @@ TABLE = rules.TABLE
 
 
 @rules.reads("local.engine", only_lakd=True)
-def _processes(c: rules.Config, _: int) -> str:
-    if c.local.engine != "pipeline" or hosts.count() == 1:
-        return ""
-    return (
-        "local.engine=pipeline puts modules on the devices of one process, but there "
-        f"are {hosts.count()} processes; use fused or dispatch, or one process"
-    )
+def _processes(c: rules.Config, _: int) -> str | None:
+    if c.local.engine == "pipeline" and hosts.count() > 1:
+        return (
+            "local.engine=pipeline puts modules on the devices of one process, but "
+            f"there are {hosts.count()} processes; use fused or dispatch, or one "
+            "process"
+        )
 
 
 @rules.reads(*rules.METHODS, "local.engine")
-def _engine_method(c: rules.Config, _: int) -> str:
-    if c.local.engine == "fused" or distill.facts(c.method).local:
-        return ""
-    return (
-        f"local.engine={c.local.engine} runs the modules of a student that is cut, but "
-        f"method {c.method} has one loss for all of it: use local.engine=fused"
-    )
+def _engine_method(c: rules.Config, _: int) -> str | None:
+    if c.local.engine != "fused" and not distill.facts(c.method).local:
+        return (
+            f"local.engine={c.local.engine} runs the modules of a student that is cut, "
+            f"but method {c.method} has one loss for all of it: use local.engine=fused"
+        )
 
 
 @rules.reads("local.engine", "steps_per_dispatch")
-def _engine_dispatch(c: rules.Config, _: int) -> str:
-    if c.local.engine == "fused" or c.steps_per_dispatch < 2:
-        return ""
-    return (
-        f"local.engine={c.local.engine} dispatches each module of each step; set "
-        "steps_per_dispatch to 0, or use local.engine=fused"
-    )
+def _engine_dispatch(c: rules.Config, _: int) -> str | None:
+    if c.local.engine != "fused" and c.steps_per_dispatch > 1:
+        return (
+            f"local.engine={c.local.engine} dispatches each module of each step; set "
+            "steps_per_dispatch to 0, or use local.engine=fused"
+        )
 
 
 _LAKD_FIELDS = ("lakd.att_global", "lakd.task", "lakd.head_loss", "lakd.preact")
@@ -56,9 +54,9 @@ _LAKD_FIELDS = ("lakd.att_global", "lakd.task", "lakd.head_loss", "lakd.preact")
     *_LAKD_FIELDS,
     only_lakd=True,
 )
-def _engine_isolated(c: rules.Config, _: int) -> str:
+def _engine_isolated(c: rules.Config, _: int) -> str | None:
     if c.local.engine == "fused":
-        return ""
+        return None
     entry = any(models.family(n.name).PREACTIVATION for n in (c.student, c.teacher))
     logits = lakd.needs_logits(c.lakd.task, c.lakd.head_loss)
     obstacles = {
@@ -69,12 +67,11 @@ def _engine_isolated(c: rules.Config, _: int) -> str:
         "lakd.preact in networks that normalise first": c.lakd.preact and entry,
     }
     found = [name for name, holds in obstacles.items() if holds]
-    if not found:
-        return ""
-    return (
-        f"local.engine={c.local.engine} runs modules separately, which {found[0]} does "
-        "not allow: use local.engine=fused"
-    )
+    if found:
+        return (
+            f"local.engine={c.local.engine} runs modules separately, which {found[0]} "
+            "does not allow: use local.engine=fused"
+        )
 
 
 @rules.reads(
@@ -85,10 +82,10 @@ def _engine_isolated(c: rules.Config, _: int) -> str:
     "data.test_resize",
     "data.max_bad",
 )
-def _streaming(c: rules.Config, _: int) -> str:
+def _streaming(c: rules.Config, _: int) -> str | None:
     d = c.data
     if not d.streaming:
-        return ""
+        return None
     in_memory = d.source == "digits" or d.source.startswith("npz:")
     if in_memory or sources.is_added(d.source):
         return (
@@ -106,27 +103,25 @@ def _streaming(c: rules.Config, _: int) -> str:
             f"data.test_resize is {d.test_resize}, less than data.image_size "
             f"({d.image_size}), which is cropped from it"
         )
-    return ""
 
 
 @rules.reads("data.streaming", "teacher.views")
-def _streaming_views(c: rules.Config, _: int) -> str:
-    if not (c.data.streaming and c.teacher.views):
-        return ""
-    return (
-        "teacher.views is for data in memory: set it to 0, or data.streaming to False"
-    )
+def _streaming_views(c: rules.Config, _: int) -> str | None:
+    if c.data.streaming and c.teacher.views:
+        return (
+            "teacher.views is for data in memory: set it to 0, or data.streaming to "
+            "False"
+        )
 
 
 @rules.reads("optim.dot_delta", "optim.momentum")
-def _dot_momenta(c: rules.Config, _: int) -> str:
+def _dot_momenta(c: rules.Config, _: int) -> str | None:
     delta, momentum = c.optim.dot_delta, c.optim.momentum
-    if not delta or (delta <= momentum and momentum + delta < 1):
-        return ""
-    return (
-        f"optim.dot_delta is {delta:g}: the momenta {momentum - delta:g} and "
-        f"{momentum + delta:g} must be at least 0 and below 1"
-    )
+    if delta and (delta > momentum or momentum + delta >= 1):
+        return (
+            f"optim.dot_delta is {delta:g}: the momenta {momentum - delta:g} and "
+            f"{momentum + delta:g} must be at least 0 and below 1"
+        )
 
 
 @rules.reads(
@@ -138,9 +133,9 @@ def _dot_momenta(c: rules.Config, _: int) -> str:
     "local.engine",
     "local.cut_scale",
 )
-def _dot(c: rules.Config, _: int) -> str:
+def _dot(c: rules.Config, _: int) -> str | None:
     if not c.optim.dot_delta:
-        return ""
+        return None
     cut = [m for m in rules.methods(c) if distill.facts(m).local]
     refused = {
         "method none has no loss but that of the labels": c.method == "none",
@@ -153,32 +148,28 @@ def _dot(c: rules.Config, _: int) -> str:
         "it does not support optim.clip_norm": c.optim.clip_norm > 0,
     }
     found = [reason for reason, holds in refused.items() if holds]
-    if not found:
-        return ""
-    return f"optim.dot_delta is {c.optim.dot_delta:g}, but {found[0]}: set it to 0"
+    if found:
+        return f"optim.dot_delta is {c.optim.dot_delta:g}, but {found[0]}: set it to 0"
 
 
 @rules.reads("seeds")
-def _seeds(c: rules.Config, _: int) -> str:
+def _seeds(c: rules.Config, _: int) -> str | None:
     repeated = [seed for i, seed in enumerate(c.seeds) if seed in c.seeds[:i]]
-    return f"seeds has {repeated[0]} twice" if repeated else ""
+    return f"seeds has {repeated[0]} twice" if repeated else None
 
 
 @rules.reads(*rules.METHODS, "teacher.views", "epochs")
-def _views_epochs(c: rules.Config, _: int) -> str:
-    if not rules.needs_teacher(c) or c.teacher.views <= c.epochs:
-        return ""
-    return (
-        f"teacher.views is {c.teacher.views}, more than epochs ({c.epochs}): the "
-        "remaining views would never be used"
-    )
+def _views_epochs(c: rules.Config, _: int) -> str | None:
+    if rules.needs_teacher(c) and c.teacher.views > c.epochs:
+        return (
+            f"teacher.views is {c.teacher.views}, more than epochs ({c.epochs}): the "
+            "remaining views would never be used"
+        )
 
 
 @rules.reads(*rules.METHODS, "teacher.views")
-def _views_reads(c: rules.Config, _: int) -> str:
-    if not c.teacher.views:
-        return ""
-    for name in rules.methods(c):
+def _views_reads(c: rules.Config, _: int) -> str | None:
+    for name in rules.methods(c) if c.teacher.views else ():
         reads = distill.facts(name).teacher_reads
         if missing := [part for part in reads if part not in method.STORABLE]:
             return (
@@ -186,43 +177,41 @@ def _views_reads(c: rules.Config, _: int) -> str:
                 f"{name} reads the teacher's {', '.join(missing)}: set teacher.views "
                 "to 0"
             )
-    return ""
 
 
 @rules.reads("teacher.views", "lakd.task", "lakd.attention", only_lakd=True)
-def _views_suffix(c: rules.Config, _: int) -> str:
-    if not (c.teacher.views and lakd.needs_suffix(c.lakd.task, c.lakd.attention)):
-        return ""
-    return (
-        "lakd.task=teacher_suffix and lakd.attention=logits run the teacher's layers "
-        "on the student's features, which teacher.views cannot store: set it to 0"
-    )
+def _views_suffix(c: rules.Config, _: int) -> str | None:
+    if c.teacher.views and lakd.needs_suffix(c.lakd.task, c.lakd.attention):
+        return (
+            "lakd.task=teacher_suffix and lakd.attention=logits run the teacher's "
+            "layers on the student's features, which teacher.views cannot store: set "
+            "it to 0"
+        )
 
 
 @rules.reads("teacher.views")
-def _views_processes(c: rules.Config, _: int) -> str:
-    if not c.teacher.views or hosts.count() == 1:
-        return ""
-    return (
-        f"teacher.views is for one process, but there are {hosts.count()}: set it to 0"
-    )
+def _views_processes(c: rules.Config, _: int) -> str | None:
+    if c.teacher.views and hosts.count() > 1:
+        return (
+            f"teacher.views is for one process, but there are {hosts.count()}: set it "
+            "to 0"
+        )
 
 
 @rules.reads("teacher.views", "local.engine")
-def _views_engine(c: rules.Config, _: int) -> str:
-    if not c.teacher.views or c.local.engine == "fused":
-        return ""
-    return (
-        f"local.engine={c.local.engine} runs the teacher alongside the modules: set "
-        "teacher.views to 0, or use local.engine=fused"
-    )
+def _views_engine(c: rules.Config, _: int) -> str | None:
+    if c.teacher.views and c.local.engine != "fused":
+        return (
+            f"local.engine={c.local.engine} runs the teacher alongside the modules: "
+            "set teacher.views to 0, or use local.engine=fused"
+        )
 
 
 @rules.reads("teacher.views", "lakd.preact", "local.module_input", only_lakd=True)
-def _views_preact(c: rules.Config, _: int) -> str:
-    if not (c.teacher.views and c.lakd.preact and c.local.module_input == "teacher"):
-        return ""
-    return (
-        "teacher.views stores the features that are compared, and with lakd.preact "
-        "these are not what local.module_input=teacher feeds: set teacher.views to 0"
-    )
+def _views_preact(c: rules.Config, _: int) -> str | None:
+    if c.teacher.views and c.lakd.preact and c.local.module_input == "teacher":
+        return (
+            "teacher.views stores the features that are compared, and with lakd.preact "
+            "these are not what local.module_input=teacher feeds: set teacher.views "
+            "to 0"
+        )

@@ -4,17 +4,15 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 import re
 import shlex
 import subprocess
 import sys
 
-import jax
+import commands
 import numpy as np
 import pytest
 import tiny
-from jax.sharding import Mesh
 
 from benchmarks import gate_entropy, named_plans, table
 from lakd_jax import errors
@@ -22,10 +20,7 @@ from lakd_jax.config import check, command_line, resolved
 from lakd_jax.hme import network
 from lakd_jax.runs import single
 from lakd_jax.runtime import interrupt
-from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.training import phase
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_subset_links_some_training_images_and_all_of_the_test_split(tmp_path):
@@ -60,18 +55,21 @@ def test_records_are_of_their_plans(name):
 def test_a_plan_prints_the_table_of_results(name):
     found = series(name)
     text = found.render(found.store.read(found.jobs))
-    assert len(text.splitlines()) > 5 and text in (ROOT / "RESULTS.md").read_text()
+    assert (
+        len(text.splitlines()) > 5
+        and text in (commands.ROOT / "RESULTS.md").read_text()
+    )
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_commands_in_the_documents_make_runs_without_faults(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    commands = ["--plan converged converged_more converged_resnet20 converged_cifar100"]
+    monkeypatch.chdir(commands.ROOT)
+    every = ["--plan converged converged_more converged_resnet20 converged_cifar100"]
     for name in ("RESULTS.md", "README.md"):
-        text = (ROOT / name).read_text().replace("\\\n", "")
-        commands += re.findall(r"^python -m benchmarks.table (.*)$", text, re.M)
-    assert len(commands) > 12
-    for command in commands:
+        text = (commands.ROOT / name).read_text().replace("\\\n", "")
+        every += re.findall(r"^python -m benchmarks.table (.*)$", text, re.M)
+    assert len(every) > 12
+    for command in every:
         flags = shlex.split(command.replace("METHODS", "none,kd"))
         for found in table.series_of(table.parse(flags)):
             for job in {job.label: job for job in found.jobs}.values():
@@ -94,8 +92,8 @@ def test_a_plan_needs_its_folders_and_nothing_of_a_table(tmp_path):
 
 def test_runs_of_a_plan_are_recorded_as_on_any_machine(tmp_path, monkeypatch):
     def process(argv, directory, guard):
-        commands.append(argv)
-        if len(commands) == 1:
+        started.append(argv)
+        if len(started) == 1:
             return {"error": "ValueError: no"}
         directory.mkdir(parents=True)
         (directory / "environment.json").write_text('{"versions": {"jax": "1"}}')
@@ -105,28 +103,26 @@ def test_runs_of_a_plan_are_recorded_as_on_any_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(table, "_process", process)
     flags = [f"--{place}={tmp_path}/{place}" for place in ("images", "weights")]
     flags += [f"--out={tmp_path}/out", f"--record={tmp_path}/kept"]
-    found, commands = dataclasses.replace(series("vam", *flags), render=str), []
+    found, started = dataclasses.replace(series("vam", *flags), render=str), []
     for count in (2, 3, 3):  # a failure is not kept
         table.Harness(found, interrupt.Guard()).run(math.inf)
-        assert len(commands) == count
+        assert len(started) == count
     kept = json.loads((tmp_path / "kept" / "vam.json").read_text())
     old = json.loads((table.RESULTS / "vam.json").read_text())
     assert kept.keys() == old.keys()
     for name, record in kept.items():
         assert record.keys() == old[name].keys()
         assert record["command"] == old[name]["command"]
-    assert f"--config.data.source=folder:{tmp_path}/images" in commands[0]
-    assert f"--workdir={tmp_path}/out/vam/with_VAM-0" in commands[1]
+    assert f"--config.data.source=folder:{tmp_path}/images" in started[0]
+    assert f"--workdir={tmp_path}/out/vam/with_VAM-0" in started[1]
 
 
 @pytest.mark.long
-def test_untrained_gates_are_those_that_a_run_begins_with(tmp_path, monkeypatch):
-    one = Mesh(np.array(jax.devices()[:1]), ("data",))
-    monkeypatch.setattr(single.data, "load", lambda *a, **k: tiny.dataset(train=80))
-    monkeypatch.setattr(mesh_lib, "data_mesh", lambda: one)
+def test_untrained_gates_are_those_that_a_run_begins_with(tmp_path):
     fields = {"method": "none", "epochs": 1, "student__name": "hme", "seed": 3}
     config = resolved.resolve(tiny.config(tmp_path, **fields))
-    environment = single.environment(config, interrupt.Guard(), lambda text: None)
+    with tiny.environment(train=80):
+        environment = single.environment(config, **tiny.quiet())
     first = phase.first(config)
     job = single.training_job(first, tmp_path, environment, None)
     began = network.gates(job.record.first_state().params["student"])
@@ -144,7 +140,7 @@ def test_largest_module_needs_less_memory_than_the_whole():
     flags = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
     done = subprocess.run(
         [*command, "--batch=16", "--modules=1,3"],
-        cwd=ROOT,
+        cwd=commands.ROOT,
         env={**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flags}"},
         capture_output=True,
         text=True,

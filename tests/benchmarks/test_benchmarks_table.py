@@ -11,11 +11,11 @@ import subprocess
 import sys
 import time
 
+import commands
 import jax
 import numpy as np
 import pytest
 import tiny
-from jax.sharding import Mesh
 
 from benchmarks import intervals, plan, published, records, table, table_text
 from lakd_jax import errors
@@ -23,17 +23,14 @@ from lakd_jax.config import check, command_line, resolved
 from lakd_jax.runs import single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
-from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.training import phase
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
 def _configs_are_found(monkeypatch):
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(commands.ROOT)
 
 
 def request(out, **changes):
@@ -385,15 +382,12 @@ def test_estimate_is_from_the_same_method_else_from_the_pair(tmp_path):
 
 
 @pytest.mark.long
-def test_methods_of_a_seed_see_the_same_images_in_the_same_order(tmp_path, monkeypatch):
+def test_methods_of_a_seed_see_the_same_images_in_the_same_order(tmp_path):
     """The rows of every batch, and the keys that crops and mirrors follow from."""
-    one = Mesh(np.array(jax.devices()[:1]), ("data",))
-    monkeypatch.setattr(single.data, "load", lambda *a, **k: tiny.dataset(train=40))
-    monkeypatch.setattr(mesh_lib, "data_mesh", lambda: one)
-
     fields = {"method": "kd", "epochs": 2}
     config = resolved.resolve(tiny.config(tmp_path, **fields))
-    environment = single.environment(config, interrupt.Guard(), lambda text: None)
+    with tiny.environment(train=40):
+        environment = single.environment(config, **tiny.quiet())
     teacher = teacher_lib.stand_in(config, environment)
 
     def seen(method, seed):
@@ -425,11 +419,15 @@ def test_command_on_digits_is_stopped_continues_and_then_only_prints(tmp_path):
     folder = tmp_path / "records"
 
     def run():
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=commands.ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as first:
+    with subprocess.Popen(
+        command, cwd=commands.ROOT, stdout=subprocess.DEVNULL
+    ) as first:
         while not list(folder.rglob("*.json")):
             assert first.poll() is None
             time.sleep(0.2)

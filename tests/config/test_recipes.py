@@ -1,8 +1,6 @@
-"""The field's recipe: steps, rates at given steps, what depends on the pair."""
+"""The files of configs/ and the recipes: steps, learning rates, pairs of networks."""
 
-import importlib.util
-import pathlib
-
+import commands
 import numpy as np
 import pytest
 
@@ -11,7 +9,6 @@ from lakd_jax.config import check, recipes, resolved
 from lakd_jax.data import order
 from lakd_jax.training import phase
 
-ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 782
 STATISTICS = {
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
@@ -19,17 +16,36 @@ STATISTICS = {
 }
 
 
-def config(data, arg=""):
-    path = ROOT / "configs" / f"{data}.py"
-    spec = importlib.util.spec_from_file_location(f"config_{data}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(arg)
+@pytest.mark.parametrize("name", sorted(p.stem for p in commands.CONFIGS.glob("*.py")))
+def test_config_file_is_valid(name):
+    c = commands.get_config(name)
+    assert check.problems(c, 1) == []
+    assert config_lib.flat(c).keys() == config_lib.flat(config_lib.default()).keys()
+
+
+@pytest.mark.parametrize("name", ["cifar10_lakd", "cifar100_lakd"])
+def test_argument_of_config_files(name):
+    def found(arg):
+        c = commands.get_config(name, arg)
+        return c.teacher.name, c.student.name, c.method
+
+    assert found("resnet110, resnet32,kd") == ("resnet110", "resnet32", "kd")
+    assert found(",resnet8") == ("resnet56", "resnet8", "lakd")
+    with pytest.raises(ValueError, match="TEACHER,STUDENT,METHOD"):
+        found("a,b,c,d")
+
+
+@pytest.mark.parametrize(
+    ("arg", "found"), [("", ("lakd", ("none", "kd"))), ("kd", ("kd", ("none",)))]
+)
+def test_argument_of_the_digits_is_a_method(arg, found):
+    c = commands.get_config("digits_lakd", arg)
+    assert (c.method, c.baselines) == found
 
 
 @pytest.mark.parametrize("data", STATISTICS)
 def test_protocol_is_the_fields(data):
-    c = config(data, "resnet56,resnet20,kd")
+    c = commands.get_config(data, "resnet56,resnet20,kd")
     assert (c.data.source, c.method) == (data, "kd")
     assert (c.data.mean, c.data.std) == STATISTICS[data]
     assert (c.data.pad, c.data.flip, c.data.minival) == (4, True, 0.0)
@@ -61,7 +77,7 @@ def published_rate(lr, epoch):
     ],
 )
 def test_rate_falls_in_the_step_in_which_the_public_one_does(student, lr):
-    c = config("cifar100", f"resnet32x4,{student},kd")
+    c = commands.get_config("cifar100", f"resnet32x4,{student},kd")
     schedule = phase.Phase(c).learning_rate(STEPS)
     for epoch in (1, 149, 150, 151, 180, 181, 210, 211, 240):
         wanted = published_rate(lr, epoch)
@@ -86,7 +102,7 @@ def test_rate_falls_in_the_step_in_which_the_public_one_does(student, lr):
     ],
 )
 def test_beta_of_dkd_is_the_pairs(pair, beta):
-    assert config("cifar100", f"{pair},dkd").dkd.beta == beta
+    assert commands.get_config("cifar100", f"{pair},dkd").dkd.beta == beta
 
 
 def test_weight_of_review_is_the_pairs():
@@ -94,23 +110,23 @@ def test_weight_of_review_is_the_pairs():
     assert "review.weight" not in recipes.of_pair("resnet56", "resnet20")
 
 
+def teacher_of(pair):
+    return resolved.of_teacher(resolved.resolve(commands.get_config("cifar100", pair)))
+
+
 def test_teacher_of_a_mobile_student_is_that_of_any_other():
-    slow, fast = (
-        resolved.of_teacher(
-            resolved.resolve(config("cifar100", f"resnet32x4,{student},kd"))
-        )
-        for student in ("shuffle_v2", "resnet8x4")
+    slow, fast = map(
+        teacher_of, ("resnet32x4,shuffle_v2,kd", "resnet32x4,resnet8x4,kd")
     )
     assert slow.optim.lr == fast.optim.lr == 0.05
     assert slow.digest() == fast.digest()
-    mobile = config("cifar100", "mobilenet_v2,resnet20,kd")
-    assert resolved.of_teacher(resolved.resolve(mobile)).optim.lr == 0.01
+    assert teacher_of("mobilenet_v2,resnet20,kd").optim.lr == 0.01
     plain = config_lib.changed(config_lib.default(), {"optim.lr": 0.3})
     assert resolved.of_teacher(resolved.resolve(plain)).optim.lr == 0.3
 
 
 def test_shorter_training_keeps_its_proportions():
-    c = config("cifar100", "resnet56,resnet20,dkd")
+    c = commands.get_config("cifar100", "resnet56,resnet20,dkd")
     fields = recipes.shortened(c, 24)
     assert fields["epochs"] == 24
     np.testing.assert_allclose(fields["optim.milestones"], (15, 18, 21))
@@ -122,3 +138,40 @@ def test_shorter_training_keeps_its_proportions():
     assert fields["optim.warmup_epochs"] == 0.5
     np.testing.assert_allclose(fields["dkd.warmup_epochs"], 20 * 5 / 240)
     np.testing.assert_allclose(fields["ft.init_epochs"], 30 * 5 / 240)
+
+
+# ------------------------------------------------------------------------- ImageNet
+
+
+@pytest.mark.parametrize(
+    "arg",
+    [
+        "resnet50,mobilenet_v1,lakd",
+        "resnet34,resnet18,kd",
+        "resnet34,resnet18,dkd+at",
+        "resnet50,resnet18,none",
+        "wrn_40_2,vgg8,kd",  # any pair
+    ],
+)
+def test_pairs_and_methods_go_with_imagenet(arg):
+    assert check.problems(commands.get_config("imagenet_lakd", arg), 8) == []
+
+
+def test_imagenets_rate_falls_after_30_60_and_90_epochs():
+    steps = 2503  # 1,281,167 images in batches of 512
+    rate = phase.Phase(commands.get_config("imagenet_lakd")).learning_rate(steps)
+    found = [float(rate(epoch * steps)) for epoch in (0, 29, 31, 61, 91)]
+    assert found == pytest.approx([0.2, 0.2, 0.02, 0.002, 0.0002])
+
+
+@pytest.mark.parametrize(("batch", "first"), [(512, 0.2), (256, 0.1), (2048, 0.8)])
+def test_imagenets_rate_is_in_proportion_to_the_batch(batch, first):
+    config = commands.get_config("imagenet_lakd")
+    config.batch_size = batch
+    assert phase.Phase(config).learning_rate(1)(0) == pytest.approx(first)
+
+
+def test_imagenets_beta_of_dkd_depends_on_the_pair():
+    assert commands.get_config("imagenet_lakd").dkd.beta == 0.5
+    mobile = commands.get_config("imagenet_lakd", "resnet50,mobilenet_v1,dkd")
+    assert mobile.dkd.beta == 2.0

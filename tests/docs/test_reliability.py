@@ -23,8 +23,7 @@ from lakd_jax.interop import weights as weights_lib
 from lakd_jax.report import metrics
 from lakd_jax.runs import command, single
 from lakd_jax.runs import teacher as teacher_lib
-from lakd_jax.runtime import hosts, interrupt
-from lakd_jax.runtime import mesh as mesh_lib
+from lakd_jax.runtime import hosts
 from lakd_jax.store import checkpoint, manifest, workdir
 from lakd_jax.training import phase, segments, setup
 from lakd_jax.training import spec as spec_lib
@@ -99,24 +98,19 @@ def size_of(folder):
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
-@pytest.fixture
-def on_tiny(monkeypatch):
-    """Runs whole commands on the tiny data and one device."""
-    monkeypatch.setattr(single.data, "load", lambda *a, **k: tiny.dataset())
-    one = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
-    monkeypatch.setattr(mesh_lib, "data_mesh", lambda: one)
-    quiet = {"guard": interrupt.Guard(), "notify": lambda text: None}
-    return lambda config, directory: command.run(config, directory, **quiet)
-
-
 @pytest.mark.long
-def test_a_run_keeps_few_checkpoints_and_no_teacher(on_tiny, tmp_path):
+def test_a_run_keeps_few_checkpoints_and_no_teacher(tmp_path):
     """Promises 5, 16: two checkpoints, a note of the teacher, held to it."""
     # The teacher is larger than all that a run of resnet8 may keep.
     teacher = {"teacher__name": "resnet14", "teacher__floor": 0.01}
     config = tiny.config(tmp_path, method="kd", epochs=3, checkpoint__keep=2, **teacher)
     run = tmp_path / "run"
-    on_tiny(config, run)
+
+    def train():
+        with tiny.environment():
+            command.run(config, run, **tiny.quiet())
+
+    train()
     assert len(checkpoint.list_steps(run / "checkpoints")) == 2
     _, arrays, _ = checkpoint.read_arrays(run / "checkpoints", None)
     assert not [name for name in arrays if "teacher" in name]
@@ -125,7 +119,7 @@ def test_a_run_keeps_few_checkpoints_and_no_teacher(on_tiny, tmp_path):
     assert (run / workdir.STUDENT).stat().st_size < mine + 16_384
     # Parameters, momentum and the best ones, twice, the student and small files.
     assert size_of(run) < (2 * 3 + 1) * mine + 300_000
-    on_tiny(config, run)  # the same command tells the result again
+    train()  # the same command tells the result again
     note = workdir.read_json(run / workdir.TEACHER)
     file = pathlib.Path(note["source"])
     variables, card = interop.load_variables(file)
@@ -133,7 +127,7 @@ def test_a_run_keeps_few_checkpoints_and_no_teacher(on_tiny, tmp_path):
     variables["params"]["head"]["dense"]["bias"][0] += 1e-3
     interop.save_variables(file, variables, card)
     with pytest.raises(errors.TeacherError, match="has other weights"):
-        on_tiny(config, run)
+        train()
 
 
 def test_another_teacher_than_at_the_start_is_refused(tmp_path):
@@ -158,12 +152,10 @@ def test_a_faulty_config_reads_no_data_and_compiles_nothing(
     monkeypatch, tmp_path, caplog
 ):
     """Promise 20: its faults are found before any work."""
-    monkeypatch.setattr(
-        single.data, "load", lambda *a, **k: pytest.fail("data was read")
-    )
+    monkeypatch.setattr(data, "load", lambda *a, **k: pytest.fail("data was read"))
     config = tiny.config(tmp_path, epochs=0, optim__lr=0.0)
     with jax.log_compiles(), pytest.raises(errors.ConfigError) as caught:
-        command.run(config, tmp_path / "run", guard=interrupt.Guard(), notify=print)
+        command.run(config, tmp_path / "run", **tiny.quiet())
     assert len(caught.value.problems) == 2
     assert not caplog.records and not (tmp_path / "run").exists()
     with jax.log_compiles():
@@ -277,7 +269,7 @@ def test_processes_compare_all_that_must_agree(monkeypatch, tmp_path):
     monkeypatch.setattr(
         hosts, "agree_on_arrays", lambda name, tree: compared.update({name: tree})
     )
-    monkeypatch.setattr(single.data, "load", lambda *a, **k: tiny.dataset())
+    monkeypatch.setattr(data, "load", lambda *a, **k: tiny.dataset())
     config = tiny.config(tmp_path, compile_cache="", teacher__fold=False)
     command._begin(config)
     assert compared.pop("commit of the code") == workdir.code()["commit"]
@@ -285,7 +277,7 @@ def test_processes_compare_all_that_must_agree(monkeypatch, tmp_path):
     assert compared == config_lib.flat(config) | versions
 
     compared.clear()
-    environment = single.environment(config, interrupt.Guard(), print)
+    environment = single.environment(config, **tiny.quiet())
     assert list(compared.values()) == [tiny.dataset().fingerprint()]
 
     compared.clear()

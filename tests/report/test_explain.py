@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
-from lakd_jax import config as config_lib
 from lakd_jax import explain
 from lakd_jax.explain import conflict, measure, similarity, subject, taps
 from lakd_jax.hme import report
 from lakd_jax.report import grids, page
-from lakd_jax.runtime import interrupt
+from lakd_jax.runs import command
 
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -93,14 +93,11 @@ def test_conflict_is_the_mean_cosine_of_class_gradients():
     assert found["stage2"] == pytest.approx(np.mean(pairs), abs=1e-4)
 
 
-def test_conflict_of_equal_opposite_and_silent_gradients():
+def test_conflict_of_equal_opposite_silent_and_missing_gradients():
     g = np.array([3.0, 4.0])
     assert conflict._mean_cosine([g, 2 * g, g]) == pytest.approx(1.0)
     assert conflict._mean_cosine([g, -g]) == pytest.approx(-1.0)
     assert conflict._mean_cosine([g, 0 * g]) == pytest.approx(0.0)
-
-
-def test_conflict_needs_images_of_each_class():
     with pytest.raises(ValueError, match="each with images"):
         conflict.mean_cosines(None, None, None, np.array([0, 0]), np.arange(2))
 
@@ -123,23 +120,63 @@ def test_page_escapes_and_embeds(tmp_path):
     assert "&lt;title&gt;" in out
     assert "<summary>a tree</summary><pre>&lt;tree&gt;</pre>" in out
     assert 'src="data:image/png;base64,iVBORw==" alt="the &quot;dot&quot;"' in out
-    self_contained(out)
+    seen = Page(out)
+    assert seen.is_self_contained() and len(seen.pictures) == 1
 
 
-def self_contained(text):
-    """Asserts that the page fetches nothing."""
-    links = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'> ]+)", text)
-    assert links
-    assert all(link.startswith("data:") for link in links)
-    assert not re.search(r"https?://|url\(|@import|<script", text)
+class Page(html.parser.HTMLParser):
+    """Collects what a page would fetch or run, and its pictures; checks nesting."""
+
+    VOID = ("meta", "link", "img", "br", "hr", "input")
+
+    def __init__(self, text):
+        super().__init__()
+        self.references, self.scripts, self.pictures, self._open = [], [], [], []
+        self.feed(text)
+        assert not self._open
+        self.references += re.findall(r"url\(\s*([^)]*)|@import\s+(\S+)", text)
+        self.references += re.findall(r"https?://", text)
+
+    def is_self_contained(self):
+        data = all(str(r).startswith("data:") for r in self.references)
+        return data and not self.scripts
+
+    def handle_starttag(self, tag, attrs):
+        for name, value in attrs:
+            if name in ("src", "href", "srcset", "action", "data", "poster"):
+                self.references.append(value)
+            if name.startswith("on") or name == "http-equiv":
+                self.scripts.append(name)
+        if tag == "img":
+            self.pictures.append(dict(attrs)["src"])
+        if tag in ("script", "iframe", "object", "embed", "base"):
+            self.scripts.append(tag)
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '<img src="http://127.0.0.1/x.png">',
+        '<link rel="dns-prefetch" href="http://elsewhere.invalid">',
+        "<style>p { background: url(//elsewhere.invalid/x) }</style>",
+        "<script>f()</script>",
+        '<p onclick="f()">x</p>',
+    ],
+)
+def test_a_page_that_fetches_or_runs_something_is_noticed(body):
+    assert Page("<p><br></p>").is_self_contained()
+    assert not Page(f"<p>{body}</p>").is_self_contained()
 
 
 # ------------------------------------------------------------------ matrices, trees
 
 
 def picture(path):
-    from PIL import Image
-
     return np.asarray(Image.open(path).convert("RGB"))
 
 
@@ -207,21 +244,18 @@ def test_entropy_of_taps_is_of_the_axis_that_sums_to_one(tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("method", ["afd", "rtk"])
 def test_attention_between_taps_is_read_from_checkpoints(method, finished, tmp_path):
-    from lakd_jax.runs import command
-
     fields = {"epochs": 1, "checkpoint__every_steps": 2, "method": method}
     teacher = next((finished.parent / "teachers").iterdir())
     config = tiny.small(tmp_path, teacher__init=str(teacher), **fields)
-    quiet = {"guard": interrupt.Guard(), "notify": lambda text: None}
-    command.run(config, tmp_path / "run", **quiet)
-    found = taps.over_training(subject.load(tmp_path / "run", *quiet.values()))
+    command.run(config, tmp_path / "run", **tiny.quiet())
+    found = taps.over_training(subject.load(tmp_path / "run", **tiny.quiet()))
     assert [epoch for epoch, _ in found] == [0.5, 1.0]
     axis = {"afd": 1, "rtk": 2}[method]
     for _, attention in found:
         assert attention.shape == (45, 3, 3)
         np.testing.assert_allclose(attention.sum(axis), 1.0, rtol=1e-5)
     assert not np.allclose(found[0][1], found[1][1])
-    text = explain.run(tmp_path / "run", **quiet).read_text()
+    text = explain.run(tmp_path / "run", **tiny.quiet()).read_text()
     assert "Which taps attend to which" in text
     assert ("representative" in text) == (method == "rtk")
 
@@ -234,20 +268,17 @@ def finished(tmp_path_factory):
     """Yields a finished LAKD run on tiny data, inside `tiny.environment`."""
     directory = tmp_path_factory.mktemp("explained")
     with tiny.environment():
-        from lakd_jax.runs import command
-
         fields = {"epochs": 1, "baselines": ("none",), "checkpoint__every_steps": 2}
         config = tiny.small(directory, **fields)
         run = directory / "run"
-        command.run(config, run, guard=interrupt.Guard(), notify=lambda text: None)
-        explain.run(run, guard=interrupt.Guard(), notify=lambda text: None)
+        command.run(config, run, **tiny.quiet())
+        explain.run(run, **tiny.quiet())
         yield run
 
 
 @pytest.mark.long
-def test_the_report_of_a_run(finished):
+def test_the_report_is_whole_fetches_nothing_and_runs_nothing(finished):
     text = (finished / "report.html").read_text()
-    self_contained(text)
     headings = re.findall("<h2>(.*?)</h2>", text)
     assert headings == [
         "The run",
@@ -256,26 +287,28 @@ def test_the_report_of_a_run(finished):
         "Feature error in training",
         "Knowledge conflict",
     ]
-    assert text.count("data:image/png") == 3
     # Two checkpoints with three modules each; plain and LAKD side by side.
     assert len(re.findall("<td>module[123]</td>", text)) == 6
     assert "<th>lakd</th><th>none</th>" in text
+    seen = Page(text)
+    assert seen.is_self_contained() and len(seen.pictures) == 3
+    for address in seen.pictures:
+        data = base64.b64decode(address.removeprefix("data:image/png;base64,"))
+        pixels = picture(io.BytesIO(data))
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
 
 
 @pytest.mark.long
 def test_a_baseline_without_teacher_has_a_report_too(finished):
-    path = explain.run(
-        finished / "none", guard=interrupt.Guard(), notify=lambda text: None
-    )
-    text = path.read_text()
-    self_contained(text)
+    text = explain.run(finished / "none", **tiny.quiet()).read_text()
+    assert Page(text).is_self_contained()
     assert "Where the networks look" not in text
     assert "<td>-</td>" in text
 
 
 @pytest.mark.long
 def test_right_and_wrong_images_are_right_and_wrong(finished):
-    s = subject.load(finished, interrupt.Guard(), lambda text: None)
+    s = subject.load(finished, **tiny.quiet())
     chosen = measure.right_and_wrong(s, 4)
     test = s.environment.dataset.test
     args = (s.student.model, s.student.variables, s.pixels)
@@ -298,71 +331,3 @@ def test_explain_on_the_command_line(main, tmp_path):
     code, _, err = main("--mode=explain", f"--workdir={tmp_path}")
     assert code == 2
     assert "is not a run" in err
-
-
-def test_config_comes_back_from_its_json(tmp_path):
-    config = tiny.config(tmp_path, lakd__power="1", local__cuts=("stage1",))
-    back = config_lib.from_dict(config_lib.to_dict(config))
-    assert back == config
-    older = config_lib.to_dict(config)
-    del older["teacher"]["fold"]
-    assert config_lib.from_dict(older).teacher.fold is True
-    with pytest.raises(ValueError, match="does not know: lakd.gone"):
-        config_lib.from_dict({"lakd": {"gone": 1}})
-
-
-class _Page(html.parser.HTMLParser):
-    """Collects what a page would fetch or run, and its pictures; checks nesting."""
-
-    VOID = ("meta", "link", "img", "br", "hr", "input")
-
-    def __init__(self, text):
-        super().__init__()
-        self.references, self.scripts, self.pictures, self._open = [], [], [], []
-        self.feed(text)
-        assert not self._open
-        self.references += re.findall(r"url\(\s*([^)]*)|@import\s+(\S+)", text)
-
-    def handle_starttag(self, tag, attrs):
-        for name, value in attrs:
-            if name in ("src", "href", "srcset", "action", "data", "poster"):
-                self.references.append(value)
-            if name.startswith("on") or name == "http-equiv":
-                self.scripts.append(name)
-        if tag == "img":
-            self.pictures.append(dict(attrs)["src"])
-        if tag in ("script", "iframe", "object", "embed", "base"):
-            self.scripts.append(tag)
-        if tag not in self.VOID:
-            self._open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-
-@pytest.mark.long
-def test_the_report_is_whole_fetches_nothing_and_runs_nothing(finished):
-    seen = _Page((finished / "report.html").read_text())
-    assert all(r.startswith("data:") for r in seen.references)
-    assert seen.scripts == []
-    assert len(seen.pictures) >= 3
-    for address in seen.pictures:
-        data = base64.b64decode(address.removeprefix("data:image/png;base64,"))
-        pixels = picture(io.BytesIO(data))
-        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        '<img src="http://127.0.0.1/x.png">',
-        '<link rel="dns-prefetch" href="http://elsewhere.invalid">',
-        "<style>p { background: url(//elsewhere.invalid/x) }</style>",
-        "<script>f()</script>",
-        '<p onclick="f()">x</p>',
-    ],
-)
-def test_a_page_that_fetches_or_runs_something_is_noticed(body):
-    """Shows that the previous test can fail."""
-    seen = _Page(f"<p>{body}</p>")
-    assert seen.scripts or not all(str(r).startswith("data:") for r in seen.references)

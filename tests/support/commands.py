@@ -1,9 +1,16 @@
-"""What a refused command must look like, for the tests of the command line."""
+"""The files of configs/, and what a refused command must look like."""
 
 import pathlib
+import runpy
 
 ROOT = pathlib.Path(__file__).parents[2]
-DIGITS = f"--config={ROOT / 'configs' / 'digits_lakd.py'}"
+CONFIGS = ROOT / "configs"
+DIGITS = f"--config={CONFIGS / 'digits_lakd.py'}"
+
+
+def get_config(name, *arg):
+    """The config that `configs/NAME.py` returns for its argument."""
+    return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](*arg)
 
 
 def assert_refused(result, *words, code=2):

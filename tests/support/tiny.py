@@ -107,6 +107,11 @@ def teacher(mesh: Mesh, build=SMALL) -> single.Teacher:
     return single.Teacher(network, pixels, evaluate.Score(15, 45, 1.0), 1)
 
 
+def quiet():
+    """Keyword arguments of what runs a command: nobody stops it, nobody reads it."""
+    return {"guard": interrupt.Guard(), "notify": lambda text: None}
+
+
 class StopAfter(interrupt.Guard):
     """Asks to stop once it has been asked `count` times; installs no handlers."""
 
