@@ -16,116 +16,7 @@ PATTERNS = ("-", "--", ":", "-.")
 _SIZE = (1350, 1050)  # pixels
 
 
-@dataclasses.dataclass(frozen=True)
-class _Curve:
-    name: str
-    epochs: np.ndarray
-    values: np.ndarray
-    colour: str
-    pattern: str
-
-    @property
-    def last(self) -> int:
-        """Returns the index of the last finite value; there is at least one."""
-        return int(np.flatnonzero(np.isfinite(self.values))[-1])
-
-
-def curves(
-    path: canvas.Path,
-    runs: Mapping[str, Sequence[Mapping[str, Any]]],
-    *,
-    teacher_accuracy: float | None = None,
-    accuracy: str = "accuracy",
-    loss: str = "loss",
-    split: str = "minival",
-) -> None:
-    """Draws accuracy and loss over epochs, one line per run, labelled at its end.
-
-    Args:
-      path: image file to write (1350 x 1050 pixels); the suffix selects the format.
-      runs: records by run name, as returned by `metrics.read`; only records of kind
-        "eval" that have "epoch" and the named values are drawn.
-      teacher_accuracy: the teacher's accuracy on the test split, drawn as a
-        horizontal line; None omits it.
-      accuracy: name of the accuracy in the records, a fraction of 1.
-      loss: name of the evaluation loss in the records.
-      split: name of the evaluated split, for the axis labels.
-    """
-    figure = canvas.new_figure(*_SIZE)
-    grid = figure.add_gridspec(2, 1, height_ratios=(3, 2), hspace=0.1)
-    top = figure.add_subplot(grid[0])
-    below = figure.add_subplot(grid[1], sharex=top)
-    ends = _plot(top, _collect(runs, accuracy, 100.0), "{name}  {value:.1f}")
-    ends_below = _plot(below, _collect(runs, loss, 1.0), "{name}")
-    if ends_below and all(end.value > 0 for end in ends_below):
-        below.set_yscale("log")  # the first loss can be a hundred times the last
-    if teacher_accuracy is not None and ends:
-        level = 100 * teacher_accuracy
-        top.axhline(level, color=canvas.FAINT, linestyle="--", linewidth=1.2)
-        ends.append(
-            _End(math.inf, level, f"teacher on test  {level:.1f}", canvas.FAINT, "--")
-        )
-    _dress(top, f"accuracy on {split}, %", bool(ends))
-    _dress(below, f"loss on {split}", bool(ends_below))
-    top.tick_params(labelbottom=False)
-    below.set_xlabel("epoch", color=canvas.INK)
-    if not ends and not ends_below:
-        below.set_xticks([])
-    labels = [end.label for end in (*ends, *ends_below)]
-    right = _label_margin(figure, labels) / _SIZE[0]
-    figure.subplots_adjust(left=0.085, right=1 - right, top=0.97, bottom=0.075)
-    figure.align_ylabels()
-    _label_ends(top, ends)
-    _label_ends(below, ends_below)
-    figure.savefig(path, dpi=canvas.DPI)
-
-
-def lines(
-    path: canvas.Path,
-    series: Mapping[str, Sequence[tuple[float, float]]],
-    *,
-    label: str,
-) -> None:
-    """Draws one panel of lines over epochs, each labelled at its end.
-
-    Args:
-      path: image file to write (1350 x 600 pixels); the suffix selects the format.
-      series: (epoch, value) points by name; values that are not finite are omitted.
-      label: label of the vertical axis.
-    """
-    figure = canvas.new_figure(_SIZE[0], 600)
-    axes = figure.add_subplot()
-    runs = {
-        name: [{"kind": "eval", "epoch": e, "value": v} for e, v in points]
-        for name, points in series.items()
-    }
-    ends = _plot(axes, _collect(runs, "value", 1.0), "{name}  {value:.3f}")
-    if ends and all(end.value > 0 for end in ends):
-        axes.set_yscale("log")
-    _dress(axes, label, bool(ends))
-    axes.set_xlabel("epoch", color=canvas.INK)
-    right = _label_margin(figure, [end.label for end in ends]) / _SIZE[0]
-    figure.subplots_adjust(left=0.085, right=1 - right, top=0.96, bottom=0.13)
-    _label_ends(axes, ends)
-    figure.savefig(path, dpi=canvas.DPI)
-
-
-def _collect(
-    runs: Mapping[str, Sequence[Mapping[str, Any]]], name: str, scale: float
-) -> list[_Curve]:
-    found = []
-    for index, (run, records) in enumerate(runs.items()):
-        points = [
-            (record["epoch"], scale * record[name])
-            for record in records
-            if record["kind"] == "eval" and name in record and "epoch" in record
-        ]
-        epochs, values = np.asarray(points, np.float64).reshape(-1, 2).T
-        if np.isfinite(values).any():
-            colour = COLOURS[index % len(COLOURS)]
-            pattern = PATTERNS[index // len(COLOURS) % len(PATTERNS)]
-            found.append(_Curve(canvas.cut(run, 34), epochs, values, colour, pattern))
-    return found
+Points = Sequence[tuple[float, float]]  # (epoch, value); values may not be finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,23 +30,99 @@ class _End:
     pattern: str
 
 
-def _plot(axes: Any, drawn: Sequence[_Curve], label: str) -> list[_End]:
-    for curve in drawn:
+def curves(
+    path: canvas.Path,
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    teacher_accuracy: float | None = None,
+) -> None:
+    """Draws accuracy and loss over epochs, one line per run, labelled at its end.
+
+    Args:
+      path: image file to write (1350 x 1050 pixels); the suffix selects the format.
+      runs: records by run name, as returned by `metrics.read`; only records of kind
+        "eval" that have "epoch" and the values are drawn.
+      teacher_accuracy: the teacher's accuracy on the test split, drawn as a
+        horizontal line; None omits it.
+    """
+    figure = canvas.new_figure(*_SIZE)
+    grid = figure.add_gridspec(2, 1, height_ratios=(3, 2), hspace=0.1)
+    top = figure.add_subplot(grid[0])
+    below = figure.add_subplot(grid[1], sharex=top)
+    ends = _plot(top, _points(runs, "accuracy", 100.0), "{name}  {value:.1f}")
+    # The first loss can be a hundred times the last.
+    ends_below = _plot(below, _points(runs, "loss", 1.0), "{name}", log=True)
+    if teacher_accuracy is not None and ends:
+        level = 100 * teacher_accuracy
+        top.axhline(level, color=canvas.FAINT, linestyle="--", linewidth=1.2)
+        label = f"teacher on test  {level:.1f}"
+        ends.append(_End(math.inf, level, label, canvas.FAINT, "--"))
+    _dress(top, "accuracy on minival, %", bool(ends))
+    _dress(below, "loss on minival", bool(ends_below))
+    top.tick_params(labelbottom=False)
+    below.set_xlabel("epoch", color=canvas.INK)
+    if not ends and not ends_below:
+        below.set_xticks([])
+    figure.align_ylabels()
+    _save(path, figure, [(top, ends), (below, ends_below)], top=0.97, bottom=0.075)
+
+
+def lines(path: canvas.Path, series: Mapping[str, Points], *, label: str) -> None:
+    """Draws one panel of lines over epochs, each labelled at its end.
+
+    Args:
+      path: image file to write (1350 x 600 pixels); the suffix selects the format.
+      series: points by name; values that are not finite are omitted.
+      label: label of the vertical axis.
+    """
+    figure = canvas.new_figure(_SIZE[0], 600)
+    axes = figure.add_subplot()
+    ends = _plot(axes, series, "{name}  {value:.3f}", log=True)
+    _dress(axes, label, bool(ends))
+    axes.set_xlabel("epoch", color=canvas.INK)
+    _save(path, figure, [(axes, ends)], top=0.96, bottom=0.13)
+
+
+def _points(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], name: str, scale: float
+) -> dict[str, Points]:
+    return {
+        run: [
+            (record["epoch"], scale * record[name])
+            for record in records
+            if record["kind"] == "eval" and name in record and "epoch" in record
+        ]
+        for run, records in runs.items()
+    }
+
+
+def _plot(
+    axes: Any, series: Mapping[str, Points], label: str, log: bool = False
+) -> list[_End]:
+    """Plots the series that have finite values; `log` scales them if they can be."""
+    ends = []
+    for index, (name, points) in enumerate(series.items()):
+        epochs, values = np.asarray(points, np.float64).reshape(-1, 2).T
+        finite = np.flatnonzero(np.isfinite(values))
+        if not finite.size:
+            continue
+        colour = COLOURS[index % len(COLOURS)]
+        pattern = PATTERNS[index // len(COLOURS) % len(PATTERNS)]
         axes.plot(
-            curve.epochs,
-            curve.values,
-            color=curve.colour,
-            linestyle=curve.pattern,
+            epochs,
+            values,
+            color=colour,
+            linestyle=pattern,
             linewidth=1.6,
-            marker="o" if len(curve.epochs) <= 30 else "",
+            marker="o" if len(epochs) <= 30 else "",
             markersize=3,
             clip_on=False,  # the last point lies on the edge
         )
-    ends = []
-    for curve in drawn:
-        epoch, value = curve.epochs[curve.last], float(curve.values[curve.last])
-        text = label.format(name=curve.name, value=value)
-        ends.append(_End(epoch, value, text, curve.colour, curve.pattern))
+        epoch, value = epochs[finite[-1]], float(values[finite[-1]])
+        text = label.format(name=canvas.cut(name, 34), value=value)
+        ends.append(_End(epoch, value, text, colour, pattern))
+    if log and ends and all(end.value > 0 for end in ends):
+        axes.set_yscale("log")
     return ends
 
 
@@ -184,15 +151,26 @@ def _dress(axes: Any, label: str, filled: bool) -> None:
 _FAN, _SAMPLE, _TEXT = 26, 62, 72
 
 
-def _label_margin(figure: Any, labels: Sequence[str]) -> float:
-    widths = [
-        canvas.text_width(figure, label, fontsize=9, parse_math=False)
-        for label in labels
-    ]
-    return _TEXT + 12 + max(widths, default=0)
+def _save(
+    path: canvas.Path,
+    figure: Any,
+    panels: Sequence[tuple[Any, Sequence[_End]]],
+    **margins: float,
+) -> None:
+    """Labels the ends of the lines of each (axes, ends), and writes the picture."""
+    style = {"fontsize": 9, "parse_math": False}
+    labels = [end.label for _, ends in panels for end in ends]
+    widths = [canvas.text_width(figure, label, **style) for label in labels]
+    right = (_TEXT + 12 + max(widths, default=0)) / _SIZE[0]
+    figure.subplots_adjust(left=0.085, right=1 - right, **margins)
+    for axes, ends in panels:
+        _label_ends(axes, ends)
+    figure.savefig(path, dpi=canvas.DPI)
 
 
 def _label_ends(axes: Any, ends: Sequence[_End]) -> None:
+    import matplotlib.lines
+
     box = axes.get_window_extent()
     right = axes.get_xlim()[1]
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # freeze the limits
@@ -203,21 +181,15 @@ def _label_ends(axes: Any, ends: Sequence[_End]) -> None:
         style = {"color": end.colour, "transform": None, "clip_on": False}
         x = box.x1 + np.array([0, _FAN, _SAMPLE])
         y = box.y0 + np.array([start, height, height])
-        line = axes.figure.add_artist
-        line(_line(x[:2], y[:2], linewidth=0.8, **style))
-        line(_line(x[1:], y[1:], linewidth=1.8, linestyle=end.pattern, **style))
+        add, line = axes.figure.add_artist, matplotlib.lines.Line2D
+        add(line(x[:2], y[:2], linewidth=0.8, **style))
+        add(line(x[1:], y[1:], linewidth=1.8, linestyle=end.pattern, **style))
         place = {"transform": None, "va": "center_baseline", "fontsize": 9}
         place["parse_math"] = False  # a name may contain dollar signs
         axes.figure.text(box.x1 + _TEXT, y[1], end.label, color=canvas.INK, **place)
         if end.epoch < right:  # a run that ended before others
             level = [end.value, end.value]
             axes.plot([end.epoch, right], level, ":", color=end.colour, linewidth=0.8)
-
-
-def _line(x: np.ndarray, y: np.ndarray, **style: Any) -> Any:
-    from matplotlib import lines
-
-    return lines.Line2D(x, y, **style)
 
 
 def spread(targets: Sequence[float], gap: float, height: float) -> list[float]:

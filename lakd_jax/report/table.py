@@ -2,7 +2,7 @@
 
 import dataclasses
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from lakd_jax.report import summary
 
@@ -46,11 +46,7 @@ _HEADER = (
 
 def render(rows: Sequence[Row]) -> str:
     """Returns one line per row, followed by the number of test images."""
-    body = [
-        [row.name, _percent(row.test_last), _percent(row.test_best), *_costs([row])]
-        for row in rows
-    ]
-    return _grid(body, [row.note for row in rows]) + _examples(rows)
+    return _render([[row] for row in rows], lambda accuracies: _percent(accuracies[0]))
 
 
 def render_seeds(rows: Sequence[Row]) -> str:
@@ -62,16 +58,34 @@ def render_seeds(rows: Sequence[Row]) -> str:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.name, []).append(row)
+    return _render([*groups.values()], _spread)
+
+
+def _render(
+    groups: Sequence[Sequence[Row]],
+    accuracy: Callable[[Sequence[float | None]], str],
+) -> str:
+    """Returns one line per group, with `accuracy` as the text of its accuracies."""
+    header, left = list(_HEADER), [0]
     body = [
         [
-            name,
-            _spread([row.test_last for row in group]),
-            _spread([row.test_best for row in group]),
+            group[0].name,
+            accuracy([row.test_last for row in group]),
+            accuracy([row.test_best for row in group]),
             *_costs(group),
         ]
-        for name, group in groups.items()
+        for group in groups
     ]
-    return _grid(body, [group[0].note for group in groups.values()]) + _examples(rows)
+    if any(group[0].note for group in groups):
+        left.append(len(header))
+        header.append("note")
+        body = [[*line, g[0].note] for line, g in zip(body, groups, strict=True)]
+    counts = sorted({row.examples for group in groups for row in group})
+    text = grid(header, body, left)
+    if not counts:
+        return text
+    shown = " or ".join(f"{n:,}" for n in counts)
+    return f"{text}\n\nAccuracy on {shown} test images."
 
 
 def summarise(values: Sequence[float]) -> tuple[float, float | None, int]:
@@ -107,23 +121,6 @@ def _costs(group: Sequence[Row]) -> list[str]:
         summary.duration(statistics.fmean(seconds)) if seconds else "-",
         f"{statistics.fmean(speeds):,.0f}" if speeds else "-",
     ]
-
-
-def _examples(rows: Sequence[Row]) -> str:
-    counts = sorted({row.examples for row in rows})
-    if not counts:
-        return ""
-    return f"\n\nAccuracy on {' or '.join(f'{n:,}' for n in counts)} test images."
-
-
-def _grid(body: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
-    header, lines = list(_HEADER), [list(line) for line in body]
-    left = [0]
-    if any(notes):
-        left.append(len(header))
-        header.append("note")
-        lines = [[*line, note] for line, note in zip(lines, notes, strict=True)]
-    return grid(header, lines, left)
 
 
 def grid(
