@@ -5,8 +5,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from lakd_jax import config as config_lib
 from lakd_jax import distill, fields
-from lakd_jax.config import blocks, tree
+from lakd_jax.config import blocks
 from lakd_jax.distill.base import registry
 
 
@@ -42,7 +43,7 @@ class Config(blocks.Run):
 
     def flat(self) -> dict[str, Any]:
         """Returns `{"data.pad": 4, ...}` with every field."""
-        return tree.flat(self._nested())
+        return config_lib.flat(self._nested())
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain nested dictionaries and lists, as they are written to JSON."""
@@ -50,10 +51,10 @@ class Config(blocks.Run):
 
     def digest(self) -> str:
         """Returns twelve hex digits that change with any field."""
-        return tree.digest(self.to_dict())
+        return config_lib.digest(self.to_dict())
 
     def _nested(self) -> dict[str, Any]:
-        """Returns the fields by block, in the order of `tree.default`."""
+        """Returns the fields by block, in the order of `config_lib.default`."""
         nested = {}
         for name, value in dataclasses.asdict(self).items():
             nested |= value if name == "methods" else {name: value}
@@ -63,7 +64,7 @@ class Config(blocks.Run):
 LITERAL = {"adapter": "shape", "normalise": "none", "head_loss": "ce"}
 
 
-def resolve(config: tree.ConfigDict) -> Config:
+def resolve(config: config_lib.ConfigDict) -> Config:
     """Returns a checked config, with presets and "same as" fields written out.
 
     `lakd.preset="literal"` pins the fields in `LITERAL`; `teacher.epochs=0` and
@@ -71,7 +72,7 @@ def resolve(config: tree.ConfigDict) -> Config:
     repetitions. Of registered methods only the blocks of those that run are kept, so
     that registering one changes no other run and no teacher's hash.
     """
-    values = tree.flat(config)
+    values = config_lib.flat(config)
     baselines = dict.fromkeys(m for m in config.baselines if m != config.method)
     values["baselines"] = tuple(baselines)
     if config.lakd.preset == "literal":
@@ -122,4 +123,4 @@ def of_teacher(config: Config) -> Config:
         "student.shortcut": t.shortcut,
         "student.image_size": t.image_size,
     }
-    return resolve(tree.changed(tree.default(), kept))
+    return resolve(config_lib.changed(config_lib.default(), kept))

@@ -169,8 +169,9 @@ def _save(
 
 
 def _label_ends(axes: Any, ends: Sequence[_End]) -> None:
-    import matplotlib.lines
+    from matplotlib import lines
 
+    line: Any = lines.Line2D
     box = axes.get_window_extent()
     right = axes.get_xlim()[1]
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # freeze the limits
@@ -181,9 +182,10 @@ def _label_ends(axes: Any, ends: Sequence[_End]) -> None:
         style = {"color": end.colour, "transform": None, "clip_on": False}
         x = box.x1 + np.array([0, _FAN, _SAMPLE])
         y = box.y0 + np.array([start, height, height])
-        add, line = axes.figure.add_artist, matplotlib.lines.Line2D
-        add(line(x[:2], y[:2], linewidth=0.8, **style))
-        add(line(x[1:], y[1:], linewidth=1.8, linestyle=end.pattern, **style))
+        fan = line(x[:2], y[:2], linewidth=0.8, **style)
+        sample = line(x[1:], y[1:], linewidth=1.8, linestyle=end.pattern, **style)
+        for part in (fan, sample):
+            axes.figure.add_artist(part)
         place = {"transform": None, "va": "center_baseline", "fontsize": 9}
         place["parse_math"] = False  # a name may contain dollar signs
         axes.figure.text(box.x1 + _TEXT, y[1], end.label, color=canvas.INK, **place)

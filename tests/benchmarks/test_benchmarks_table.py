@@ -47,6 +47,11 @@ def request(out, **changes):
     return plan.Request(**(fields | changes))
 
 
+def parsed(job):
+    """The config and the run's directory of a job's command."""
+    return command_line.parse([*job.argv])[:2]
+
+
 def result(last, best=None, *, seconds=60.0, teacher=0.75):
     def score(accuracy):
         return {"accuracy": accuracy, "right": 0, "examples": 100, "loss": 0.0}
@@ -111,7 +116,7 @@ def test_commands_are_those_of_the_recipe_and_have_no_fault(tmp_path):
     )
     jobs = {job.name: job for job in plan.jobs(wanted)}
     job = jobs["vgg13-mobilenet_v2/dkd+at/seed1"]
-    c, directory, _ = command_line.parse([*job.argv])
+    c, directory = parsed(job)
     assert check.problems(c, 1) == []
     assert (c.teacher.name, c.student.name) == ("vgg13", "mobilenet_v2")
     assert (c.method, c.seed, c.baselines, c.epochs) == ("dkd+at", 1, (), 24)
@@ -119,7 +124,7 @@ def test_commands_are_those_of_the_recipe_and_have_no_fault(tmp_path):
     assert (c.optim.lr, c.dkd.beta, c.dkd.warmup_epochs) == (0.01, 6.0, 2.0)
     assert c.batch_size == 32 and c.teacher.mean == (0.1, 0.2, 0.3)
     assert pathlib.Path(directory) == job.directory
-    own, folder, _ = command_line.parse([*jobs["teachers/vgg13"].argv])
+    own, folder = parsed(jobs["teachers/vgg13"])
     assert (own.student.name, own.method, own.seeds) == ("vgg13", "none", ())
     assert (own.optim.lr, own.epochs, own.teacher.mean) == (0.05, 24, ())
     assert c.teacher.init == folder
@@ -127,13 +132,11 @@ def test_commands_are_those_of_the_recipe_and_have_no_fault(tmp_path):
 
 def test_digits_and_folders_have_their_recipes(tmp_path):
     pairs = (("resnet14", "resnet8"),)
-    digits = plan.jobs(request(tmp_path, data="digits", pairs=pairs))[-1]
-    c, _, _ = command_line.parse([*digits.argv])
+    c, _ = parsed(plan.jobs(request(tmp_path, data="digits", pairs=pairs))[-1])
     assert (c.data.source, c.epochs, c.optim.schedule) == ("digits", 10, "cosine")
     assert (c.teacher.name, c.student.name) == ("resnet14", "resnet8")
     assert c.dkd.warmup_epochs == pytest.approx(20 * 10 / 240)
-    folder = plan.jobs(request(tmp_path, data="folder:a/b", pairs=pairs))[-1]
-    c, _, _ = command_line.parse([*folder.argv])
+    c, _ = parsed(plan.jobs(request(tmp_path, data="folder:a/b", pairs=pairs))[-1])
     assert (c.data.source, c.epochs) == ("folder:a/b", 240)
     assert c.data.std == (0.2470, 0.2435, 0.2616)
 
@@ -141,7 +144,7 @@ def test_digits_and_folders_have_their_recipes(tmp_path):
 def test_given_teacher_is_not_trained(tmp_path):
     jobs = plan.jobs(request(tmp_path, teachers={"resnet56": "some/file.pth"}))
     assert not [job for job in jobs if job.seed is None or job.teacher]
-    c, _, _ = command_line.parse([*jobs[1].argv])
+    c, _ = parsed(jobs[1])
     assert c.method == "kd" and c.teacher.init == "some/file.pth"
 
 

@@ -168,14 +168,10 @@ def _dkd(student, teacher, alpha, beta):
     return dkd.dkd_loss(student, teacher, labels, alpha, beta, 1.0)
 
 
-def _standardised(student, teacher):
-    return kd.kd_loss(kd.standardised(student), kd.standardised(teacher), 2.0)
-
-
 DIVERGENCES = {
     "kd, T = 1": lambda s, t: kd.kd_loss(s, t, 1.0),
     "kd, T = 4": lambda s, t: kd.kd_loss(s, t, 4.0),
-    "kd, standardised": _standardised,
+    "kd, standardised": lambda *st: kd.kd_loss(*map(kd.standardised, st), 2.0),
     "dkd, of the label": lambda s, t: _dkd(s, t, 1.0, 0.0),
     "dkd, of the others": lambda s, t: _dkd(s, t, 0.0, 1.0),
     "binary": lambda s, t: losses.binary_kd(s, t, 4.0),

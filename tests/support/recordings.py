@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import fnmatch
 import hashlib
-import importlib
 import io
 import json
 import math
@@ -28,6 +27,7 @@ from unittest import mock
 
 import numpy as np
 import safetensors.numpy
+from flax import traverse_util
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # where pytest looks, too
 import compilation  # noqa: E402
@@ -166,15 +166,9 @@ def _metrics(directory):
 
 def _arrays(directory):
     """{name: array} of the state that a run ended with. Adapt this as modules move."""
-    for name in ("lakd_jax.store.checkpoint", "lakd_jax.checkpoint"):
-        try:
-            checkpoint = importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if not f"{name}.".startswith(f"{error.name}."):
-                raise  # something that it imports is missing
-            continue
-        return checkpoint.read_arrays(directory / "checkpoints", None)[1]
-    raise ModuleNotFoundError("no module that reads checkpoints: adapt _arrays")
+    from lakd_jax.store import checkpoint
+
+    return checkpoint.read_arrays(directory / "checkpoints", None)[1]
 
 
 # ------------------------------------------------------------------ what is kept of it
@@ -228,7 +222,7 @@ def read():
     if not FILE.exists():
         return {}
     found = json.loads(FILE.read_text())
-    names = [[*_flat(tree)] for tree in found["names"]]
+    names = [[*traverse_util.flatten_dict(tree, sep="/")] for tree in found["names"]]
 
     def part(held):
         pairs = zip(held["norms"], held["products"], strict=True)
@@ -251,7 +245,7 @@ def write(cases):
 
     def part(own):
         leaves = own["leaves"]
-        tree = _nested(leaves)
+        tree = traverse_util.unflatten_dict(dict.fromkeys(leaves, 0), "/")
         if tree not in trees:
             trees.append(tree)
         norms, products = map(list, zip(*leaves.values(), strict=True))
@@ -274,27 +268,6 @@ def write(cases):
 
 def _dumped(value):
     return json.dumps(value, separators=(",", ":"))
-
-
-def _nested(names):
-    """{"a": {"b": 0}} of ["a/b"]: every folder's name is written once."""
-    tree = {}
-    for name in names:
-        *folders, last = name.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[last] = 0
-    return tree
-
-
-def _flat(tree, prefix=""):
-    """The names of which `tree` was made, which must be sorted."""
-    for name, below in tree.items():
-        if below:
-            yield from _flat(below, f"{prefix}{name}/")
-        else:
-            yield prefix + name
 
 
 # ------------------------------------------------------------------- the command line

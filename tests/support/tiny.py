@@ -13,14 +13,13 @@ from jax.sharding import Mesh
 from lakd_jax import config as config_lib
 from lakd_jax import data, models
 from lakd_jax.interop import weights
-from lakd_jax.models import vgg
+from lakd_jax.models import chain, vgg
 from lakd_jax.runs import single
 from lakd_jax.runtime import interrupt
 from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.training import evaluate
 from lakd_jax.training import spec as spec_lib
 
-KEY = jax.random.key(0)
 CLASSES = ("dark", "left", "right")
 # The least that can be cut into three modules; XLA compiles it in half the time of
 # resnet8. Runs know it inside `bench` alone.
@@ -85,8 +84,6 @@ def environment(devices: int = 1, **counts):
 
 def variables(model):
     """Weights for `model` drawn by NumPy: XLA compiles random numbers slowly."""
-    images = jnp.zeros((1, 8, 8, 3))
-    shapes = jax.eval_shape(lambda k: model.init(k, images, train=False), KEY)
     rng = np.random.default_rng(5)
 
     def draw(path, leaf):
@@ -96,7 +93,7 @@ def variables(model):
         noise = rng.standard_normal(leaf.shape) * math.sqrt(2 / fan_in)
         return noise.astype(np.float32) if leaf.ndim > 1 else 0 * noise.astype("f4")
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(draw, chain.variable_shapes(model, 8))
 
 
 def teacher(mesh: Mesh, build=SMALL) -> single.Teacher:
