@@ -15,6 +15,18 @@ from lakd_jax import errors
 from lakd_jax.store import checkpoint, manifest
 
 
+def save(folder, step, state, keep=1):
+    """Saves `state` and returns the steps that are then on disk."""
+    with checkpoint.Checkpointer(folder, keep=keep) as saver:
+        saver.save(step, state, extra={})
+    return checkpoint.list_steps(folder)
+
+
+def restored(folder, template, keep=1):
+    with checkpoint.Checkpointer(folder, keep=keep) as saver:
+        return saver.restore(template)[1]
+
+
 def test_round_trip_is_exact_and_keeps_shardings(tmp_path):
     state = states.make_state(7)
     extra = {"metrics": {"loss": 0.1, "none": None}, "list": (1, 2), 3: float("inf")}
@@ -70,9 +82,8 @@ def test_restore_step_and_read_arrays_choose_the_step(copied):
 
 def test_array_without_elements_comes_back(tmp_path):
     state = {"bank": jnp.zeros((0, 4)), "w": jnp.ones(3), "none": None, "empty": ()}
-    with checkpoint.Checkpointer(tmp_path, keep=1) as saver:
-        saver.save(1, state, extra={})
-        states.assert_same(saver.restore(state)[1], state)
+    save(tmp_path, 1, state)
+    states.assert_same(restored(tmp_path, state), state)
 
 
 def test_state_may_be_donated_right_after_save(tmp_path):
@@ -116,52 +127,40 @@ def test_keeps_the_newest_and_ignores_a_second_save_of_a_step(tmp_path):
 
 
 def test_later_steps_of_an_abandoned_run_are_replaced(tmp_path):
-    with checkpoint.Checkpointer(tmp_path, keep=1) as saver:
-        saver.save(50, states.make_state(1), extra={})
-    with checkpoint.Checkpointer(tmp_path, keep=1) as saver:
-        saver.save(50, states.make_state(2), extra={})
-        saver.wait()
-        states.assert_same(saver.restore(states.make_state())[1], states.make_state(2))
-    with checkpoint.Checkpointer(tmp_path, keep=1) as saver:
-        saver.save(45, states.make_state(3), extra={})
-        saver.wait()
-        assert saver.steps() == [45]
-
-
-def _other_dtype(state):
-    state["bank"] = state["bank"].astype(jnp.float32)
-
-
-def _other_shape(state):
-    state["params"]["stem"]["kernel"] = jnp.zeros((48, 17))
-
-
-def _other_name(state):
-    state["params"]["tail"] = state["params"].pop("head")
+    for step, seed in ((50, 1), (50, 2), (45, 3)):
+        assert save(tmp_path, step, states.make_state(seed)) == [step]
+        found = restored(tmp_path, states.make_state())
+        states.assert_same(found, states.make_state(seed))
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (_other_dtype, ["bank: stored bfloat16[8, 4], needed float32[8, 4]"]),
-        (_other_shape, ["kernel: stored float32[48, 16], needed float32[48, 17]"]),
         (
-            _other_name,
+            lambda state: state.update(bank=state["bank"].astype(jnp.float32)),
+            ["bank: stored bfloat16[8, 4], needed float32[8, 4]"],
+        ),
+        (
+            lambda state: state["params"]["stem"].update(kernel=jnp.zeros((48, 17))),
+            ["kernel: stored float32[48, 16], needed float32[48, 17]"],
+        ),
+        (
+            lambda state: state["params"].update(tail=state["params"].pop("head")),
             [
                 "params/head/bias: stored float32[10], needed not",
                 "params/tail/bias: stored not, needed float32[10]",
             ],
         ),
     ],
+    ids=["dtype", "shape", "name"],
 )
 def test_other_structure_is_refused_and_nothing_renamed(copied, change, expected):
     """Promise 4: the leaves that differ are listed."""
     template = states.make_state()
     change(template)
     (copied / "9").mkdir()  # damaged and newer, but not renamed either
-    with checkpoint.Checkpointer(copied, keep=3) as saver:
-        with pytest.raises(errors.WorkdirError) as caught:
-            saver.restore(template)
+    with pytest.raises(errors.WorkdirError) as caught:
+        restored(copied, template, keep=3)
     for line in expected:
         assert line in str(caught.value)
     assert sorted(p.name for p in copied.iterdir()) == ["1", "2", "9"]
@@ -169,10 +168,9 @@ def test_other_structure_is_refused_and_nothing_renamed(copied, change, expected
 
 def test_long_list_of_differences_is_cut(tmp_path):
     """Promise 4: eight leaves are enough."""
-    with checkpoint.Checkpointer(tmp_path, keep=1) as saver:
-        saver.save(1, {f"w{i}": np.zeros(1) for i in range(30)}, extra={})
-        with pytest.raises(errors.WorkdirError) as caught:
-            saver.restore({"v": np.zeros(1)})
+    save(tmp_path, 1, {f"w{i}": np.zeros(1) for i in range(30)})
+    with pytest.raises(errors.WorkdirError) as caught:
+        restored(tmp_path, {"v": np.zeros(1)})
     message = str(caught.value)
     assert "31 leaves differ (first 8 shown)" in message
     assert len(message.splitlines()) <= 10
@@ -180,9 +178,8 @@ def test_long_list_of_differences_is_cut(tmp_path):
 
 def test_checkpoint_of_a_newer_release_is_refused(copied, monkeypatch):
     monkeypatch.setattr(manifest, "FORMAT", 0)
-    with checkpoint.Checkpointer(copied, keep=1) as saver:
-        with pytest.raises(errors.WorkdirError, match="newer release"):
-            saver.restore(states.make_state())
+    with pytest.raises(errors.WorkdirError, match="newer release"):
+        restored(copied, states.make_state())
 
 
 def _fail_to_write(monkeypatch):
@@ -248,9 +245,8 @@ def test_errors_of_the_blocking_part_and_of_a_useless_folder(tmp_path, monkeypat
 def test_orbax_is_quiet_and_others_are_not(tmp_path, caplog):
     absl = logging.getLogger("absl")
     with caplog.at_level(logging.INFO, logger="absl"):
-        with checkpoint.Checkpointer(tmp_path, keep=1) as saver:
-            saver.save(1, states.make_state(), extra={})
-            saver.restore(states.make_state())
+        save(tmp_path, 1, states.make_state())
+        restored(tmp_path, states.make_state())
         assert not caplog.records
         absl.info("ours")
     assert [r.getMessage() for r in caplog.records] == ["ours"]

@@ -3,13 +3,10 @@
 import os
 import random
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
+import processes
 import pytest
 import states
 
@@ -157,10 +154,10 @@ def test_damage_is_told_in_one_line_on_the_terminal(tmp_path):
         saver.save(1, state, extra={})
         saver.save(2, state, extra={})
     _truncate(tmp_path / "2")
-    command = [sys.executable, "-c", _RESTORER, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == "1\n"
-    (line,) = done.stderr.splitlines()
+    process = processes.start("-c", _RESTORER, tmp_path)
+    ((code, out, err),) = processes.ended([process])
+    assert (code, out) == (0, "1\n"), err
+    (line,) = err.splitlines()
     assert "2.broken" in line
 
 
@@ -184,16 +181,12 @@ def test_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
     rng = random.Random(0)
     folder, last = tmp_path / "checkpoints", 0
     for trial in range(2):
-        process = subprocess.Popen(
-            [sys.executable, "-c", _SAVER, str(folder)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        process = processes.start("-c", _SAVER, folder)
         assert process.stdout.readline().split()[0] == "from", f"trial {trial}"
         for _ in range(4):  # after a few saves, the kill interrupts the next
             started = int(process.stdout.readline())
         time.sleep(rng.random() * 0.1)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.communicate()
         lines = []
         template = {"w": np.zeros((300, 1000))}
@@ -238,19 +231,9 @@ with checkpoint.Checkpointer(folder, keep=2) as saver:
 
 @LONG
 def test_two_processes_agree_on_what_is_damaged(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", _TWO, str(tmp_path), address, str(index)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    outputs = [process.communicate(timeout=120) for process in both]
-    for out, err in outputs:
+    address = f"localhost:{processes.free_port()}"
+    both = [processes.start("-c", _TWO, tmp_path, address, i) for i in range(2)]
+    first, second = processes.ended(both, timeout=120)
+    for _, out, err in (first, second):
         assert "result 2 120.0 {'step': 2} [2, 4]" in out, err
-    assert "3.broken" in outputs[0][1] and "3.broken" not in outputs[1][1]
+    assert "3.broken" in first[2] and "3.broken" not in second[2]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_train_engines as engines
 import test_train_resume as resume
 import test_train_step as steps
 import tiny
@@ -13,12 +14,8 @@ import toys
 from flax import linen as nn
 
 from lakd_jax import export, interop, models
-from lakd_jax.models import chain, folding
-from lakd_jax.report import metrics
-from lakd_jax.runtime import interrupt
-from lakd_jax.runtime import mesh as mesh_lib
-from lakd_jax.store import workdir
-from lakd_jax.training import segments, setup
+from lakd_jax.models import folding
+from lakd_jax.training import segments
 
 
 class Unit(nn.Module):
@@ -38,23 +35,20 @@ class Unit(nn.Module):
         return nn.relu(x), x
 
 
-class Plain(chain.Chain, kw_only=True):
-    """Three stages of one unit, with GroupNorm of `groups`, or LayerNorm if 0."""
+class Plain(toys.Toy, kw_only=True):
+    """`toys.Toy` with GroupNorm of `groups`, or LayerNorm if 0."""
 
+    growth: int = 2
     groups: int = 0
-    stage_sizes: tuple[int, ...] = (1, 1, 1)
 
     @nn.nowrap
     def make_stem(self, name):
-        return Unit(4, 1, self.groups, name=name)
+        return Unit(self.width, 1, self.groups, name=name)
 
     @nn.nowrap
     def make_block(self, stage, index, name):
-        return Unit(4 + 2 * stage, 2 if stage else 1, self.groups, name=name)
-
-    @nn.nowrap
-    def make_head(self, name):
-        return toys.Head(self.num_classes, name=name)
+        features = self.width + self.growth * stage
+        return Unit(features, 2 if stage else 1, self.groups, name=name)
 
 
 LAYER = Plain
@@ -66,56 +60,44 @@ GROUP = functools.partial(Plain, groups=2)
 def test_every_engine_trains_it(network, kind, tmp_path):
     """With LAKD, losses are finite and all weights of the student move."""
     devices = 3 if kind == "pipeline" else 1
-    setting = steps.make(tmp_path, devices, network, method="lakd")
-    spec, state, teacher, data = setting
+    setting = steps.small(tmp_path, devices, network, method="lakd")
+    spec, state, *_ = setting
     assert not state.variables("student").get("batch_stats")
-    config = tiny.config(tmp_path, method="lakd", local__engine=kind)
-    engine = setup.engine(config, spec, teacher, data, interrupt.Guard())
-    engine.load(mesh_lib.replicate(state, spec.mesh))
-    losses = []
-    for row in steps.rows(2):
-        losses.append(engine.read(engine.run(row[None]))["loss"])
+    engine = engines.engine(kind, setting, tmp_path)
+    losses = [engine.read(engine.run(row[None]))["loss"] for row in steps.rows(2)]
     after = jax.device_get(engine.state())
-    before = state.variables("student")["params"]
-    moved = jax.tree.map(
-        lambda a, b: np.any(a != b), after.variables("student")["params"], before
-    )
+    params = (x.variables("student")["params"] for x in (after, state))
+    moved = jax.tree.map(lambda a, b: np.any(a != b), *params)
     assert all(jax.tree.leaves(moved)) and np.all(np.isfinite(losses))
     assert len(segments.of_student(spec)) == 3
 
 
 @pytest.mark.parametrize("method", ["none", "kd", "at"])
 def test_methods_make_a_step(method, tmp_path):
-    spec, state, teacher, data = steps.make(tmp_path, 1, GROUP, method=method)
-    after, metrics = steps.one_step((spec, state, teacher, data), steps.rows(1)[0])
+    setting = steps.small(tmp_path, 1, GROUP, method=method)
+    ((after, metrics),) = steps.train(setting, steps.rows(1))
     assert np.isfinite(metrics["loss"]) and int(after.step) == 1
 
 
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
     monkeypatch.setitem(models._NETWORKS, "grouped", GROUP)
-    for lab in resume.lab_of(tmp_path):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(models._NETWORKS, "grouped", GROUP)
-            yield lab
+    yield from resume.lab_of(tmp_path)
 
 
 @pytest.mark.long
 def test_a_run_resumes_and_is_exported(lab, tmp_path):
     fields = {"method": "none", "student__name": "grouped"}
     lab.train(tmp_path / "whole", **fields)
-    with pytest.raises(interrupt.Interrupted):
-        lab.train(tmp_path / "parts", tiny.StopAfter(5), **fields)
+    lab.stop(tmp_path / "parts", 0, 7, **fields)
     lab.train(tmp_path / "parts", **fields)
     whole, parts = (resume.finished(tmp_path / n) for n in ("whole", "parts"))
     resume.assert_equal_runs(whole, parts)
-    assert metrics.read(tmp_path / "whole")
     file = export.run(tmp_path / "whole", "safetensors")
     state = interop.load_torch_file(file)
-    restored = interop.from_torch("grouped", state)
-    variables, _ = interop.load_variables(tmp_path / "whole" / workdir.STUDENT)
-    assert variables.keys() == {"params"}
-    jax.tree.map(np.testing.assert_array_equal, restored["params"], variables["params"])
+    assert whole[0].keys() == {"params"}
+    restored = interop.from_torch("grouped", state)["params"]
+    jax.tree.map(np.testing.assert_array_equal, restored, whole[0]["params"])
 
 
 def test_folding_changes_nothing():

@@ -1,7 +1,5 @@
 """Tests the distillation-oriented trainer by hand, and the configs it rejects."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,7 @@ import test_train_step as steps
 from lakd_jax import config as config_lib
 from lakd_jax.config import check, resolved
 from lakd_jax.distill.base import method
-from lakd_jax.training import dot, optim, step
+from lakd_jax.training import dot, optim
 
 RNG = np.random.default_rng(0)
 # Whether (task losses, other losses) reach each parameter.
@@ -37,14 +35,18 @@ def split(grads):
     return dot.SplitGradients(*parts)
 
 
-def trained(delta, steps=STEPS):
-    optimizer = dot.sgd(
+def dot_sgd(delta):
+    return dot.sgd(
         optax.constant_schedule(0.1), momentum=0.5, delta=delta, weight_decay=0.01
     )
+
+
+def trained(optimizer, gradients=None):
+    """Returns the parameters after the steps with these gradients, split by default."""
     params = {name: jnp.asarray(x, jnp.float32) for name, x in START.items()}
     state = optimizer.init(params)
-    for grads in steps:
-        updates, state = optimizer.update(split(grads), state, params)
+    for grads in gradients or map(split, STEPS):
+        updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)
     return params
 
@@ -52,7 +54,7 @@ def trained(delta, steps=STEPS):
 def test_two_momenta_by_hand():
     """Momenta are 0.3 and 0.7 if both losses reach, else 0.5; decay is added once."""
     momenta = {"both": (0.3, 0.7), "head": (0.5, 0.0), "connector": (0.0, 0.5)}
-    result = trained(0.2)
+    result = trained(dot_sgd(0.2))
     for name, (task_momentum, others_momentum) in momenta.items():
         p, task, others = START[name].copy(), 0.0, 0.0
         for grads in STEPS:
@@ -77,15 +79,8 @@ def test_with_delta_zero_it_is_sgd_with_momentum():
         clip_norm=0.0,
         labels=dict.fromkeys(START, 0),
     )
-    params = {name: jnp.asarray(x, jnp.float32) for name, x in START.items()}
-    state = optimizer.init(params)
-    for grads in STEPS:
-        summed = jax.tree.map(jnp.add, *split(grads))
-        updates, state = optimizer.update(summed, state, params)
-        params = optax.apply_updates(params, updates)
-    result = trained(0.0)
-    for name, expected in params.items():
-        np.testing.assert_allclose(result[name], expected, rtol=1e-5)
+    summed = [jax.tree.map(jnp.add, *split(grads)) for grads in STEPS]
+    steps.assert_close(trained(dot_sgd(0.0)), trained(optimizer, summed), rtol=1e-5)
 
 
 def test_losses_separates_task_terms_from_others():
@@ -102,29 +97,17 @@ def test_losses_separates_task_terms_from_others():
     assert [float(x) for x in dot.losses([first, last])] == [6.5, 32.0]
 
 
-def two_steps(spec, state, teacher, data):
-    """Returns the state and the metrics after each of two steps."""
-    rows = np.arange(32, dtype=np.int32).reshape(2, 16)
-    program = jax.jit(functools.partial(step.train_step, spec))
-    results = []
-    for row in rows:
-        state, metrics = program(state, teacher, data, row)
-        results.append((state, metrics))
-    return results
-
-
 def test_steps_use_split_gradients(tmp_path):
     """The first step equals plain SGD, with momenta still zero; the second differs."""
-    (plain, metrics), (plain_later, _) = two_steps(
-        *steps.small(tmp_path, 1, method="kd")
+    (plain, metrics), (plain_later, _), (ours, our_metrics), (ours_later, _) = (
+        after
+        for delta in (0.0, 0.09)
+        for after in steps.train(
+            steps.small(tmp_path, 1, method="kd", optim__dot_delta=delta),
+            np.arange(32, dtype=np.int32).reshape(2, 16),
+        )
     )
-    fields = {"method": "kd", "optim__dot_delta": 0.09}
-    (ours, our_metrics), (ours_later, _) = two_steps(
-        *steps.small(tmp_path, 1, **fields)
-    )
-    assert metrics.keys() == our_metrics.keys()
-    for name, value in metrics.items():
-        np.testing.assert_allclose(our_metrics[name], value, rtol=1e-4, err_msg=name)
+    steps.assert_same_metrics(our_metrics, metrics, rtol=1e-4)
 
     def distance(x, y):
         return float(optax.tree.norm(optax.tree.sub(x, y)))
@@ -140,6 +123,12 @@ def test_steps_use_split_gradients(tmp_path):
     assert distance(summed, trace) < 1e-4 * float(optax.tree.norm(trace))
 
 
+def changed(fields):
+    """Returns the default config with `fields`, and split momenta."""
+    fields = {"optim.momentum": 0.8, "optim.dot_delta": 0.1, **fields}
+    return config_lib.changed(config_lib.default(), fields)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -153,32 +142,25 @@ def test_steps_use_split_gradients(tmp_path):
     ],
 )
 def test_incompatible_fields_are_rejected(fields, message):
-    c = config_lib.changed(
-        config_lib.default(), {"optim.momentum": 0.8, "optim.dot_delta": 0.1, **fields}
-    )
-    (line,) = check.problems(c, 1)
+    (line,) = check.problems(changed(fields), 1)
     assert line.startswith("optim.dot_delta is 0.1") and message in line
 
 
 def test_separately_run_modules_are_rejected():
-    fields = {"local.engine": "dispatch", "optim.dot_delta": 0.05}
-    found = check.problems(config_lib.changed(config_lib.default(), fields), 1)
+    found = check.problems(changed({"local.engine": "dispatch"}), 1)
     assert any(
         "local.engine=dispatch trains modules separately" in line for line in found
     )
 
 
-def test_methods_with_a_teacher_and_soft_cuts_are_allowed():
-    for fields in ({"method": "dkd+at"}, {"method": "lakd", "local.cut_scale": 0.5}):
-        c = config_lib.changed(
-            config_lib.default(), {"optim.dot_delta": 0.05, **fields}
-        )
-        assert check.problems(c, 1) == []
+@pytest.mark.parametrize(
+    "fields", [{"method": "dkd+at"}, {"method": "lakd", "local.cut_scale": 0.5}]
+)
+def test_methods_with_a_teacher_and_soft_cuts_are_allowed(fields):
+    assert check.problems(changed(fields), 1) == []
 
 
 def test_teachers_are_trained_without_it():
-    c = config_lib.changed(config_lib.default(), {"optim.dot_delta": 0.05})
-    one, other = (
-        resolved.of_teacher(resolved.resolve(x)) for x in (c, config_lib.default())
-    )
+    configs = (changed({"optim.dot_delta": delta}) for delta in (0.0, 0.1))
+    one, other = (resolved.of_teacher(resolved.resolve(c)) for c in configs)
     assert one.digest() == other.digest()

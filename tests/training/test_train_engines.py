@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import numpy as np
 import pytest
 import test_train_step as steps
 import tiny
@@ -17,10 +16,13 @@ from lakd_jax.training import setup
 
 LONG = pytest.mark.long
 BLOCKS = functools.partial(tiny.SMALL, stage_sizes=(3, 1), widths=(4, 4))
+POOLED = functools.partial(tiny.SMALL, stage_sizes=(2, 2, 1), widths=(4, 4, 4))
 SHAPES = {
     "stages": {},
     # Four modules, of which the second and the third are identical.
     "blocks": {"network": BLOCKS, "local__granularity": "block"},
+    # Modules 2 and 3 have equal variables, but only the third pools its input.
+    "pooled": {"network": POOLED, "local__granularity": "block"},
     "fed": {"local__module_input": "teacher"},
 }
 
@@ -50,8 +52,7 @@ def trained(tmp_path_factory):
 
     @functools.cache
     def setting(shape, devices):
-        settings = {"network": tiny.SMALL, "method": "lakd"} | SHAPES[shape]
-        return steps.make(folder, devices, **settings)
+        return steps.small(folder, devices, method="lakd", **SHAPES[shape])
 
     @functools.cache
     def run(kind, shape="stages", devices=1):
@@ -64,15 +65,12 @@ def trained(tmp_path_factory):
     return run
 
 
-def assert_same(a, b, **tolerance):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
-
-
 @pytest.mark.parametrize(
     ("kind", "shape", "devices"),
     [
         ("dispatch", "stages", 1),
         ("dispatch", "blocks", 1),
+        ("dispatch", "pooled", 1),
         pytest.param("dispatch", "fed", 1, marks=LONG),
         pytest.param("pipeline", "blocks", 3, marks=LONG),
         pytest.param("pipeline", "fed", 3, marks=LONG),
@@ -82,16 +80,14 @@ def test_engines_train_alike(kind, shape, devices, trained):
     # Property 16 of LAKD: one program per module makes the same step as `fused`.
     ours, fused = trained(kind, shape, devices), trained("fused", shape)
     for metrics, expected in zip(ours.metrics, fused.metrics, strict=True):
-        assert metrics.keys() == expected.keys()
-        for name, value in expected.items():
-            np.testing.assert_allclose(metrics[name], value, rtol=2e-4, err_msg=name)
-    assert_same(ours.states[-1], fused.states[-1], rtol=2e-4, atol=2e-6)
+        steps.assert_same_metrics(metrics, expected)
+    steps.assert_close(ours.states[-1], fused.states[-1], rtol=2e-4, atol=2e-6)
 
 
 def test_pipeline_equals_sequential_modules_bit_for_bit(trained):
     # Property 5 of LAKD: module k processes batch t after exactly t updates.
     pipeline, sequential = trained("pipeline", devices=3), trained("dispatch")
-    assert_same(pipeline.states[-1], sequential.states[-1], rtol=0, atol=0)
+    steps.assert_close(pipeline.states[-1], sequential.states[-1], rtol=0, atol=0)
 
 
 def test_pipeline_keeps_each_module_on_its_device(trained):
@@ -115,24 +111,21 @@ def test_two_devices_share_three_modules(tmp_path):
 @LONG
 def test_training_on_several_devices_equals_training_on_one(trained):
     eight, one = trained("dispatch", devices=8), trained("dispatch")
-    assert_same(eight.states[-1].params, one.states[-1].params, atol=2e-5)
+    steps.assert_close(eight.states[-1].params, one.states[-1].params, atol=2e-5)
 
 
-def test_identical_modules_share_a_program(trained):
-    ((_, programs),) = trained("dispatch", "blocks").engine._programs.values()
-    assert len(programs) == 4
-    assert len({id(program) for program in programs}) == 3
-
-
-def test_running_statistics_are_updated_once_per_step(trained):
-    # Property 17 of LAKD, for the dispatch engine.
-    ours, fused = trained("dispatch").states[0], trained("fused").states[0]
-    assert_same(ours.collections, fused.collections, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize(
+    ("shape", "modules", "different"), [("blocks", 4, 3), ("pooled", 5, 5)]
+)
+def test_identical_modules_share_a_program(shape, modules, different, trained):
+    ((_, programs),) = trained("dispatch", shape).engine._programs.values()
+    assert len(programs) == modules
+    assert len({id(program) for program in programs}) == different
 
 
 def test_interdependent_modules_are_rejected(tmp_path):
     fields = {"method": "lakd", "local__cut_scale": 0.5}
-    spec, *_ = steps.spec_of(tmp_path, 1, tiny.SMALL, **fields)
+    spec, *_ = steps.spec_of(tmp_path, 1, **fields)
     with pytest.raises(ValueError, match="local.engine=fused"):
         engine_lib.Modules(spec, None, None, interrupt.Guard())
 
@@ -142,17 +135,3 @@ def test_costs_are_those_of_the_step(trained):
     assert dispatch.flops == pytest.approx(fused.flops, rel=0.2)
     assert 0 < dispatch.temporary < fused.temporary
     assert config_lib.default().local.engine == "fused"
-
-
-def test_modules_with_equal_variables_may_differ(tmp_path):
-    """The third module pools its input, which the second one does not."""
-    network = functools.partial(tiny.SMALL, stage_sizes=(2, 2, 1), widths=(4, 4, 4))
-    fields = {"method": "lakd", "local__granularity": "block"}
-    setting = steps.make(tmp_path, 1, network, **fields)
-    kinds = "dispatch", "fused"
-    dispatch, fused = (engine(kind, setting, tmp_path) for kind in kinds)
-    metrics, expected = (e.read(e.run(steps.rows(1))) for e in (dispatch, fused))
-    for name, value in expected.items():
-        np.testing.assert_allclose(metrics[name], value, rtol=2e-4, err_msg=name)
-    ((_, programs),) = dispatch._programs.values()
-    assert len({id(program) for program in programs}) == 5

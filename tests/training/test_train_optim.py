@@ -3,38 +3,32 @@
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from lakd_jax.training import optim
 
 
-def rate(kind, **fields):
-    settings = {
-        "epochs": 4,
-        "steps_per_epoch": 10,
-        "milestones": (2.0, 3.0),
-        "decay": 0.1,
-        "warmup_epochs": 0.0,
-    }
-    return optim.schedule(kind, 0.5, **(settings | fields))
-
-
-def test_step_schedule_decays_after_each_milestone():
-    schedule = rate("step")
-    steps = [0, 19, 20, 29, 30, 39]
-    expected = [0.5, 0.5, 0.05, 0.05, 0.005, 0.005]
-    np.testing.assert_allclose([schedule(s) for s in steps], expected, rtol=1e-6)
-
-
-def test_cosine_ends_at_zero_after_a_linear_warmup():
-    schedule = rate("cosine", warmup_epochs=1.0)
-    np.testing.assert_allclose(schedule(0), 0.05, rtol=1e-6)
-    np.testing.assert_allclose(schedule(9), 0.5, rtol=1e-6)
-    np.testing.assert_allclose(schedule(25), 0.25, rtol=1e-6)
-    np.testing.assert_allclose(schedule(40), 0.0, atol=1e-7)
-
-
-def test_constant_schedule_is_constant():
-    assert rate("constant")(39) == 0.5
+@pytest.mark.parametrize(
+    ("kind", "warmup", "expected"),
+    [
+        ("step", 0.0, {0: 0.5, 19: 0.5, 20: 0.05, 29: 0.05, 30: 0.005, 39: 0.005}),
+        ("cosine", 1.0, {0: 0.05, 9: 0.5, 25: 0.25, 40: 0.0}),
+        ("constant", 0.0, {0: 0.5, 39: 0.5}),
+    ],
+)
+def test_schedules_by_hand(kind, warmup, expected):
+    """Four epochs of ten steps, with milestones after the second and the third."""
+    schedule = optim.schedule(
+        kind,
+        0.5,
+        epochs=4,
+        steps_per_epoch=10,
+        milestones=(2.0, 3.0),
+        decay=0.1,
+        warmup_epochs=warmup,
+    )
+    found = [schedule(step) for step in expected]
+    np.testing.assert_allclose(found, list(expected.values()), rtol=1e-6, atol=1e-7)
 
 
 def test_sgd_matches_pytorch():

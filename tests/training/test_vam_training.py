@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import test_train_step as steps
 import tiny
-from jax.sharding import Mesh
 
 from lakd_jax import config as config_lib
 from lakd_jax import errors, export, models
@@ -22,48 +22,18 @@ from lakd_jax.interop import weights
 from lakd_jax.local import cuts
 from lakd_jax.models import folding, vam
 from lakd_jax.runs import command, single
-from lakd_jax.training import optim, phase, setup, step
+from lakd_jax.runtime import interrupt
+from lakd_jax.training import optim, phase, setup
 from lakd_jax.training import state as state_lib
 from lakd_jax.training import vam as vam_lib
 
 LONG = pytest.mark.long
-
-# The first stage has two gates, the others have one.
-NETWORK = functools.partial(tiny.SMALL, stage_sizes=(2, 1, 1))
-MESH = Mesh(np.array(jax.devices()[:1]), ("data",))
 VAM = {"student__vam__enabled": True}
-ROWS = np.random.default_rng(3).integers(0, 160, (5, 16)).astype(np.int32)
-
-
-def make(tmp_path, **fields):
-    """Returns (spec, first state, teacher variables, data) for a config."""
-    config = resolved.resolve(tiny.config(tmp_path, **fields))
-    plain = weights.Loaded(NETWORK(num_classes=3), None, "random weights")
-    teacher = dataclasses.replace(plain, variables=tiny.variables(plain.model))
-    spec, first = setup.spec(
-        config,
-        weights.gated(plain, setup.vam_options(config)),
-        teacher if config.method != "none" else None,
-        teacher_pixels=setup.pixels(config),
-        image_shape=(8, 8, 3),
-        steps_per_epoch=10,
-        examples=160,
-        mesh=MESH,
-    )
-    data = device.device_data(tiny.split(160, 0), config.seed, MESH)
-    return spec, first(), teacher.variables, data
-
-
-def run_steps(setting, indices=ROWS):
-    """Returns the state after these steps, and the metrics of each."""
-    spec, state, teacher, data = setting
-    teacher = teacher if spec.teacher else None
-    program = jax.jit(functools.partial(step.train_step, spec))
-    metrics = []
-    for row in indices:
-        state, values = program(state, teacher, data, row)
-        metrics.append(jax.device_get(values))
-    return state, metrics
+ROWS = steps.rows(5)
+# The first stage has two gates, the others have one.
+make = functools.partial(
+    steps.small, devices=1, network=functools.partial(tiny.SMALL, stage_sizes=(2, 1, 1))
+)
 
 
 def flat(tree):
@@ -74,21 +44,10 @@ def gates_of(params):
     return {path: x for path, x in flat(params).items() if vam.is_gate(path)}
 
 
-def only_gates(tree):
-    """Returns `tree` with zeros in place of all leaves that are not gates."""
-    return jax.tree.map(jnp.subtract, tree, optim.decayed(tree))
-
-
 def freeze(optimizer):
-    """Returns `optimizer` with zero updates for gates."""
-
-    def update(updates, state, params=None):
-        del params
-        return jax.tree.map(jnp.subtract, updates, only_gates(updates)), state
-
-    return optax.chain(
-        optimizer, optax.GradientTransformation(lambda _: optax.EmptyState(), update)
-    )
+    """Returns `optimizer` with zero updates for gates, which are not decayed either."""
+    no_gates = optax.stateless(lambda updates, params: optim.decayed(updates))
+    return optax.chain(optimizer, no_gates)
 
 
 def entropy_of(layers):
@@ -110,16 +69,13 @@ def test_20_frozen_gates_without_entropy_train_as_the_plain_network(method, tmp_
     spec = dataclasses.replace(spec, optimizer=freeze(spec.optimizer))
     first = make(tmp_path, method=method, **VAM)[1]
     first = first.replace(opt_state=spec.optimizer.init(first.params))
-    state, metrics = run_steps((spec, first, teacher, data))
-    expected, plain_metrics = run_steps(plain)
-    for ours, theirs in zip(metrics, plain_metrics, strict=True):
-        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
+    after = steps.train((spec, first, teacher, data), ROWS)
+    expected = steps.train(plain, ROWS)
+    losses = map(steps.losses_of, (after, expected))
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    (state, _), (plain_state, _) = after[-1], expected[-1]
     ungated = folding.without_gates(state.params["student"])
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
-        ungated,
-        expected.params["student"],
-    )
+    steps.assert_close(ungated, plain_state.params["student"], atol=1e-5)
     assert not any(np.any(g) for g in gates_of(state.params).values())
 
 
@@ -136,36 +92,32 @@ def test_20_frozen_gates_without_entropy_train_as_the_plain_network(method, tmp_
 def test_gates_learn_and_the_entropy_is_part_of_the_loss(method, gate, tmp_path):
     """At V = 0 attention is uniform, so that H is 1 and its gradient 0."""
     fields = {"student__vam__gate": gate, "student__vam__gamma": 0.5, **VAM}
-    fields |= {
-        "optim__lr": 1.0,
-        "optim__warmup_epochs": 0.0,
-    }  # to see an effect in five steps
-    _, without = run_steps(make(tmp_path, method=method), ROWS[:1])
-    state, metrics = run_steps(make(tmp_path, method=method, **fields))
-    first = metrics[0]
-    np.testing.assert_allclose(first["loss"], without[0]["loss"] + 0.5, rtol=1e-5)
+    # Fast, to see an effect in five steps.
+    fields |= {"optim__lr": 1.0, "optim__warmup_epochs": 0.0}
+    (without,) = steps.losses_of(steps.train(make(tmp_path, method=method), ROWS[:1]))
+    after = steps.train(make(tmp_path, method=method, **fields), ROWS)
+    (_, first), (state, last) = after[0], after[-1]
+    np.testing.assert_allclose(first["loss"], without + 0.5, rtol=1e-5)
     assert all(np.any(g) for g in gates_of(state.params).values())
     name = "module3/vam_entropy" if method == "lakd" else "module1/vam_entropy"
-    assert metrics[-1][name] < first[name] == pytest.approx(1.0, rel=1e-5)
+    assert last[name] < first[name] == pytest.approx(1.0, rel=1e-5)
 
 
 def test_each_module_has_the_entropy_of_its_own_layers(tmp_path):
     fields = {"student__vam__gamma": 0.3, "student__vam__init_std": 1.0, **VAM}
-    spec, state, *rest = make(tmp_path, method="lakd", **fields)
-    (values,) = run_steps((spec, state, *rest), ROWS[:1])[1]
-    student = gates_of(state.params["student"])
+    setting = make(tmp_path, method="lakd", **fields)
+    ((_, values),) = steps.train(setting, ROWS[:1])
+    student = gates_of(setting[1].params["student"])
     for k, count in ((1, 2), (2, 1), (3, 1)):
         gates = [gate for path, gate in student.items() if path[0] == f"stage{k}"]
         assert len(gates) == count
         entropy = values[f"module{k}/vam_entropy"]
         np.testing.assert_allclose(entropy, entropy_of(gates), rtol=1e-5)
     head = 0.1 * values["module3/head_ce"] + 0.9 * values["module3/head_kd"]
-    maps = [values[f"module{k}/{t}"] for k in (1, 2, 3) for t in LAKD_TERMS]
+    terms = ("feature", "attention")
+    maps = [values[f"module{k}/{t}"] for k in (1, 2, 3) for t in terms]
     total = head + sum(maps) + 0.3 * entropy_of(list(student.values()))
     np.testing.assert_allclose(values["loss"], total, rtol=1e-5)
-
-
-LAKD_TERMS = ("feature", "attention")
 
 
 def test_entropy_weights_and_start_epochs_by_hand():
@@ -235,32 +187,28 @@ def folder(tmp_path):
 
 
 def train_in(folder, name, **fields):
-    """Trains for one epoch with `fields`, and returns (config, result, log lines)."""
+    """Trains for one epoch with `fields`; returns (typed config, result, log lines)."""
     lines = []
     fields = {"method": "none", "epochs": 1, "optim__warmup_epochs": 0.0} | fields
     config = tiny.small(folder, **fields)
-    result = command.run(config, folder / name, guard=guard(), notify=lines.append)
-    return config, result, lines
-
-
-def guard():
-    return tiny.StopAfter(10**6)
-
-
-def loaded(path, part="teacher"):
-    return weights.load(
-        part,
-        tiny.NETWORK,
-        str(path),
-        shortcut="projection",
-        dtype="float32",
-        num_classes=3,
+    result = command.run(
+        config, folder / name, guard=interrupt.Guard(), notify=lines.append
     )
+    return resolved.resolve(config), result, lines
+
+
+def loaded(path):
+    options = {"shortcut": "projection", "dtype": "float32", "num_classes": 3}
+    return weights.load("teacher", tiny.NETWORK, str(path), **options)
+
+
+def environment_of(config):
+    return single.environment(config, interrupt.Guard(), print)
 
 
 def last_variables(folder, config, run_name):
     """Returns the student and its variables in the last checkpoint of a run."""
-    environment = single.environment(config, guard(), print)
+    environment = environment_of(config)
     job = single.training_job(phase.first(config), folder / run_name, environment, None)
     trained = single.fit(job, environment).run()
     return job.student.model, trained.last
@@ -279,7 +227,7 @@ def test_a_finished_run_leaves_the_plain_network(folder):
     )
     assert any("small with VAM, alone" in line for line in lines)
     # Its logits equal those of the trained network to 1e-5.
-    model, variables = last_variables(folder, resolved.resolve(config), "run")
+    model, variables = last_variables(folder, config, "run")
     assert gates_of(variables["params"])
     x = setup.pixels(config)(jnp.asarray(tiny.split(45, 2).images))
     exported, trained = (
@@ -290,12 +238,8 @@ def test_a_finished_run_leaves_the_plain_network(folder):
     for to in export.ENDINGS:
         export.run(folder / "run", to, notify=print)
     # The report also reads checkpoints as the plain network.
-    past = list(subject.past(subject.load(folder / "run", guard(), print)))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-        past[-1][1],
-        network.variables,
-    )
+    past = list(subject.past(subject.load(folder / "run", interrupt.Guard(), print)))
+    steps.assert_close(past[-1][1], network.variables, atol=1e-6)
     # It can be trained further, with new gates or without.
     for name, more in (("on", VAM), ("off", {})):
         train_in(folder, name, student__init=str(folder / "run"), **more)
@@ -309,13 +253,9 @@ def test_dynamic_gates_stay_in_the_student(folder):
     options = vam.Options("dynamic", 4, 1.0, True, 0.0)
     assert network.model == models.create(tiny.NETWORK, num_classes=3, vam=options)
     assert gates_of(network.variables["params"])
-    score = single.evaluator(
-        config,
-        network,
-        setup.pixels(config),
-        single.environment(config, guard(), print),
-    )
-    data = device.device_data(tiny.split(45, 2), 0, MESH)
+    environment = environment_of(config)
+    score = single.evaluator(config, network, setup.pixels(config), environment)
+    data = device.device_data(tiny.split(45, 2), 0, environment.mesh)
     assert score(network.variables, data).right == result["test_last"]["right"]
     for to in ("safetensors", "torch"):
         with pytest.raises(errors.ExportError, match="use --to=stablehlo"):
@@ -348,6 +288,6 @@ def test_only_the_student_has_the_vam_block():
 
 
 def test_evaluation_variables_have_no_intermediates(tmp_path):
-    state, _ = run_steps(make(tmp_path, method="none", **VAM), ROWS[:1])
+    ((state, _),) = steps.train(make(tmp_path, method="none", **VAM), ROWS[:1])
     assert set(state.variables("student")) == {"params", "batch_stats"}
     assert set(state.collections["batch_stats"]) == {"student", "method"}
