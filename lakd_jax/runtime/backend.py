@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from lakd_jax import paths
+from lakd_jax.runtime import interrupt
 
 # Parameters of glibc's mallopt, named as in malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
@@ -59,6 +60,12 @@ def compiler_options() -> dict[str, Any]:
     except jax.errors.JaxRuntimeError:  # another version of XLA, without the option
         return {}
     return _CPU_OPTIONS
+
+
+def compiled(lowered: Any, guard: interrupt.Guard) -> Any:
+    """Compiles a program that runs often; signals end the process meanwhile."""
+    with guard.released():
+        return lowered.compile(compiler_options=compiler_options())
 
 
 def _keep_memory() -> None:

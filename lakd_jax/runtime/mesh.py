@@ -32,7 +32,7 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     The copies matter: `device_put` may alias its argument, and the step donates
     what it is given.
     """
-    sharding = on_every_device(mesh)
+    sharding = replicated(mesh)
 
     def whole(x: Any) -> jax.Array:
         copies = [jax.device_put(jnp.array(x), d) for d in mesh.local_devices]
@@ -48,11 +48,16 @@ def on_one_device(tree: PyTree) -> PyTree:
     )
 
 
-def on_every_device(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array that every device holds whole."""
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds all of it."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
     """The first axis split over the devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def of_batch(mesh: Mesh, examples: int) -> NamedSharding:
+    """Split over the devices if `examples` divide equally among them, else whole."""
+    return over_batch(mesh) if examples % mesh.size == 0 else replicated(mesh)

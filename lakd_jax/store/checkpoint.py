@@ -12,7 +12,7 @@ import logging
 import os
 import pathlib
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,28 +24,22 @@ from lakd_jax.store import manifest as manifests
 from lakd_jax.store import quiet
 
 PyTree = Any
+_LOG = logging.getLogger(__name__)
 
 
 class Checkpointer:
     """The checkpoints of one directory; a context manager that waits for saves."""
 
-    def __init__(
-        self,
-        directory: str | os.PathLike,
-        *,
-        keep: int,
-        notify: Callable[[str], None] | None = None,
-    ):
+    def __init__(self, directory: str | os.PathLike, *, keep: int):
         """Opens `directory` (created if absent) and removes remains of a killed save.
 
         The last `keep` (1 or more) saves remain on disk, one subfolder per step.
-        Damaged ones are reported to `notify` in one line, or to `logging` if None.
+        Damaged ones are reported to `logging`, in one line.
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
         ocp = _orbax()
         self._directory = pathlib.Path(directory).absolute()
-        self._notify = notify or logging.getLogger(__name__).warning
         self._current_steps: set[int] = set()  # saved or restored by this object
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
@@ -84,7 +78,7 @@ class Checkpointer:
         """Restores the newest intact checkpoint.
 
         Damaged newer ones are renamed to `STEP.broken` and reported. `template` is a
-        state, or `jax.ShapeDtypeStruct`s, with the shardings of the result.
+        state with the structure and the shardings of the result.
 
         Returns (step, state, extra), or None if nothing was ever saved here.
 
@@ -141,7 +135,7 @@ class Checkpointer:
         except errors.CheckpointWriteError as failure:
             if error is None:
                 raise
-            self._notify(str(failure))  # the error being raised is more important
+            _LOG.warning("%s", failure)  # the error being raised is more important
 
     def _quarantine(self, step: int, reason: str) -> None:
         source = self._directory / str(step)
@@ -153,7 +147,9 @@ class Checkpointer:
             source.rename(target)
         except OSError as error:
             raise errors.WorkdirError(f"{source}: {reason}; {error}") from error
-        self._notify(f"checkpoint {source} is damaged ({reason}): now {target.name}")
+        _LOG.warning(
+            "checkpoint %s is damaged (%s): now %s", source, reason, target.name
+        )
 
     @contextlib.contextmanager
     def _writing(self, step: int | str) -> Iterator[None]:
@@ -175,9 +171,9 @@ def list_steps(directory: str | os.PathLike) -> list[int]:
 
 
 def restore_step(
-    directory: str | os.PathLike, step: int | None, template: PyTree
+    directory: str | os.PathLike, step: int, template: PyTree
 ) -> tuple[int, PyTree, dict[str, Any]]:
-    """Reads checkpoint `step` (None: the highest) without changing anything on disk.
+    """Reads checkpoint `step` without changing anything on disk.
 
     Returns (step, state, extra).
 
@@ -198,7 +194,10 @@ def restore_step(
 def read_arrays(
     directory: str | os.PathLike, step: int | None
 ) -> tuple[int, dict[str, np.ndarray], dict[str, Any]]:
-    """Reads (step, {"params/stem/kernel": host array}, extra), as `restore_step`."""
+    """Reads (step, {"params/stem/kernel": host array}, extra), as `restore_step`.
+
+    `step` None reads the newest checkpoint.
+    """
     folder = _step_folder(directory, step)
     manifest = _read_manifest(folder)
     return int(folder.name), _read_leaves(folder, manifest), manifest["extra"]

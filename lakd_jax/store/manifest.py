@@ -59,7 +59,7 @@ def digest(tree: PyTree) -> str:
 
 def place(host: np.ndarray, like: Any) -> Any:
     """Converts a host array to the kind of `like`: sharded, NumPy or a plain number."""
-    if isinstance(like, jax.Array | jax.ShapeDtypeStruct):
+    if isinstance(like, jax.Array):
         return jax.device_put(host, like.sharding)
     return host if isinstance(like, np.ndarray) else type(like)(host[()])
 

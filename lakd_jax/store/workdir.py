@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import errno
@@ -68,7 +69,6 @@ def prepare(
     workdir: str | os.PathLike,
     config: Mapping[str, Any],
     *,
-    allow_resume: bool = True,
     may_change: Collection[str] = (),
 ) -> Workdir:
     """Creates, checks and locks the directory of a run, before step 1.
@@ -78,7 +78,6 @@ def prepare(
     Args:
       workdir: local path; created if absent.
       config: the resolved configuration, nested, JSON-serialisable.
-      allow_resume: whether a directory that already has a run is accepted.
       may_change: dotted fields in which the existing run may differ from `config`.
 
     Returns:
@@ -94,7 +93,7 @@ def prepare(
     prepared = Workdir(path, resumed=False, lock=-1)
 
     def claim() -> bool:
-        prepared.lock, resumed = _claim(path, config, allow_resume, may_change)
+        prepared.lock, resumed = _claim(path, config, may_change)
         return resumed
 
     prepared.resumed = hosts.first(claim)
@@ -107,27 +106,23 @@ def prepare(
 
 
 def _claim(
-    path: pathlib.Path,
-    config: Mapping[str, Any],
-    allow_resume: bool,
-    may_change: Collection[str],
+    path: pathlib.Path, config: Mapping[str, Any], may_change: Collection[str]
 ) -> tuple[int, bool]:
     """Returns the lock, and whether the directory already had a run; see `prepare`."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        _check_writable(path)
-        lock = _lock(path)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    try:
-        resumed = _check_config(path, config, allow_resume, may_change)
-        _record(path, config, resumed)
-    except OSError as error:
-        os.close(lock)
-        raise _unwritable(path, error) from error
-    except BaseException:
-        os.close(lock)
-        raise
+    with contextlib.ExitStack() as undo:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            _check_writable(path)
+            lock = _lock(path)
+            undo.callback(os.close, lock)
+            resumed = _check_config(path, config, may_change)
+            _record(path, config, resumed)
+        except OSError as error:
+            raise errors.WorkdirError(
+                f"{path}: cannot be written: {error.strerror or error}\n"
+                "Free space or change permissions there, or use another --workdir."
+            ) from error
+        undo.pop_all()
     return lock, resumed
 
 
@@ -239,18 +234,13 @@ def _lock(path: pathlib.Path) -> int:
 
 
 def _check_config(
-    path: pathlib.Path,
-    config: Mapping[str, Any],
-    allow_resume: bool,
-    may_change: Collection[str],
+    path: pathlib.Path, config: Mapping[str, Any], may_change: Collection[str]
 ) -> bool:
     """Returns whether the directory has a run that may be resumed with `config`."""
     if not (path / CONFIG).exists():
         if (path / CHECKPOINTS).exists():
             raise errors.WorkdirError(f"{path}: has checkpoints but no {CONFIG}")
         return False
-    if not allow_resume:
-        raise errors.WorkdirError(f"{path}: already has a run; use another --workdir")
     try:
         old = _flat(read_json(path / CONFIG))
     except ValueError as error:
@@ -268,12 +258,17 @@ def _check_config(
     return True
 
 
+def _recorded(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the environment in which the run was started; {} if it is lost."""
+    try:
+        return read_json(path / ENVIRONMENT)
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
 def _require_version(path: pathlib.Path) -> None:
     """Raises WorkdirError if the run was started by another version of lakd_jax."""
-    try:
-        then = read_json(path / ENVIRONMENT)["versions"]["lakd_jax"]
-    except (FileNotFoundError, ValueError, KeyError):  # lost: rely on the config
-        return
+    then = _recorded(path).get("versions", {}).get("lakd_jax", version.VERSION)
     if then != version.VERSION:
         raise errors.WorkdirError(
             f"{path}: was started by lakd_jax {then}, this is {version.VERSION}: "
@@ -283,18 +278,15 @@ def _require_version(path: pathlib.Path) -> None:
 
 def _record(path: pathlib.Path, config: Mapping[str, Any], resumed: bool) -> None:
     now = environment()
-    try:
-        then = read_json(path / ENVIRONMENT) if resumed else None
-    except (FileNotFoundError, ValueError):
-        then = None
-    if then is None:
-        write_json(path / ENVIRONMENT, now)
-    else:
+    then = _recorded(path) if resumed else {}
+    if then:
         for change in _changes(_flat(then), _flat(now), ()):
             if change.strip().startswith(("versions.", "devices:", "processes:")):
                 logging.getLogger(__name__).warning(
                     "changed since the start:%s", change
                 )
+    else:
+        write_json(path / ENVIRONMENT, now)
     # Written last: its presence marks the directory as complete.
     write_json(path / CONFIG, config)
 
@@ -320,13 +312,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _unwritable(path: pathlib.Path, error: OSError) -> errors.WorkdirError:
-    return errors.WorkdirError(
-        f"{path}: cannot be written: {error.strerror or error}\n"
-        "Free space or change permissions there, or use another --workdir."
-    )
 
 
 def _commit() -> str | None:

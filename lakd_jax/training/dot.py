@@ -38,14 +38,11 @@ def losses(module_losses: Sequence[method.ModuleLoss]) -> tuple[jax.Array, jax.A
     """Returns weighted sums, float32 scalars, of the task terms and of the others."""
 
     def weighted_sum(task: bool) -> jax.Array:
-        selected = [
-            {name: term for name, term in loss.terms.items() if (name in TASK) == task}
-            for loss in module_losses
-        ]
-        pairs = zip(module_losses, selected, strict=True)
-        return method.total(
-            [dataclasses.replace(loss, terms=terms) for loss, terms in pairs]
-        )
+        selected = []
+        for loss in module_losses:
+            terms = {n: t for n, t in loss.terms.items() if (n in TASK) == task}
+            selected.append(dataclasses.replace(loss, terms=terms))
+        return method.total(selected)
 
     return weighted_sum(True), weighted_sum(False)
 

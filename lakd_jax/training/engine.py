@@ -9,14 +9,15 @@ transferred. Because nothing flows back, module k works on a batch while module 
 works on the next.
 """
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from lakd_jax.data import device
 from lakd_jax.runtime import backend, interrupt
@@ -38,44 +39,8 @@ class Costs:
     temporary: int
 
 
-class Engine(Protocol):
+class Engine(abc.ABC):
     """Runs training steps on behalf of the training loop."""
-
-    def load(self, state: state_lib.TrainState) -> None:
-        """Starts from `state`, which must not be used afterwards."""
-        ...
-
-    def run(self, rows: np.ndarray) -> Any:
-        """Starts one step per row of `rows` (n, B), positions in the training split.
-
-        Returns without waiting; pass the result to `read`.
-        """
-        ...
-
-    def read(self, pending: Any) -> Metrics:
-        """Waits for the steps that `run` started, and returns their metrics (n,)."""
-        ...
-
-    def state(self) -> state_lib.TrainState:
-        """Returns the state after all steps so far; valid until the next `run`."""
-        ...
-
-    def costs(self) -> Costs:
-        """Returns the costs of the last step."""
-        ...
-
-    def close(self) -> None:
-        """Stops prefetching and releases its workers."""
-        ...
-
-
-def first_step(state: state_lib.TrainState) -> int:
-    """Returns the number of the next step."""
-    return int(jax.device_get(mesh_lib.on_one_device(state.step)))
-
-
-class _Compiled:
-    """What both engines are made of: a feed of data and programs by batch shape."""
 
     def __init__(
         self,
@@ -87,24 +52,53 @@ class _Compiled:
         """`source` is the teacher's variables, or what else steps take for it."""
         self._spec, self._teacher, self._guard = spec, source, guard
         self._feed = feeds.feed(data)
-        self._programs: dict[tuple[int, ...], Any] = {}
+        self._programs: dict[tuple[int, ...], Any] = {}  # by the shape of the rows
         self._last: list[Any] = []  # the programs of the last step
 
-    def close(self) -> None:
-        """See `Engine`."""
-        self._feed.close()
+    @abc.abstractmethod
+    def load(self, state: state_lib.TrainState) -> None:
+        """Starts from `state`, which must not be used afterwards."""
+
+    @abc.abstractmethod
+    def run(self, rows: np.ndarray) -> Any:
+        """Starts one step per row of `rows` (n, B), positions in the training split.
+
+        Returns without waiting; pass the result to `read`.
+        """
+
+    @abc.abstractmethod
+    def read(self, pending: Any) -> Metrics:
+        """Waits for the steps that `run` started, and returns their metrics (n,)."""
+
+    @abc.abstractmethod
+    def state(self) -> state_lib.TrainState:
+        """Returns the state after all steps so far; valid until the next `run`."""
 
     def costs(self) -> Costs:
-        """See `Engine`."""
-        return _costs(self._last)
+        """Returns the FLOPs of the last step, and the memory of its largest program."""
+        memory = [program.memory_analysis() for program in self._last]
+        costs = [program.cost_analysis() for program in self._last]
+        return Costs(
+            flops=sum(cost.get("flops", float("nan")) for cost in costs),
+            arguments=max(m.argument_size_in_bytes for m in memory),
+            temporary=max(m.temp_size_in_bytes for m in memory),
+        )
+
+    def close(self) -> None:
+        """Stops prefetching and releases its workers."""
+        self._feed.close()
+
+    def _begin(self, state: state_lib.TrainState) -> None:
+        """Prepares the data of the step that follows `state`."""
+        self._feed.begin(int(jax.device_get(mesh_lib.on_one_device(state.step))))
 
 
-class Fused(_Compiled):
+class Fused(Engine):
     """Runs each step as one compiled program."""
 
     def load(self, state: state_lib.TrainState) -> None:
         """See `Engine`."""
-        self._feed.begin(first_step(state))
+        self._begin(state)
         self._state = state
 
     def state(self) -> state_lib.TrainState:
@@ -118,10 +112,10 @@ class Fused(_Compiled):
             program = jax.jit(
                 functools.partial(step.run_steps, self._spec),
                 donate_argnums=0,
-                out_shardings=_replicated(self._spec.mesh),
+                out_shardings=mesh_lib.replicated(self._spec.mesh),
             )
             lowered = program.lower(*arguments)
-            self._programs[rows.shape] = _compiled(lowered, self._guard)
+            self._programs[rows.shape] = backend.compiled(lowered, self._guard)
         program = self._programs[rows.shape]
         self._last = [program]
         self._state, metrics = program(*arguments)
@@ -132,7 +126,7 @@ class Fused(_Compiled):
         return jax.device_get(pending)
 
 
-class Modules(_Compiled):
+class Modules(Engine):
     """Runs each step as one compiled program per module; see the module docstring."""
 
     def __init__(
@@ -161,13 +155,13 @@ class Modules(_Compiled):
             places = [devices[k * len(devices) // count] for k in range(count)]
             self._meshes = [Mesh(np.array([d]), ("data",)) for d in places]
         if isinstance(data, device.DeviceData):
-            data = jax.device_put(data, _replicated(self._meshes[0]))
+            data = jax.device_put(data, mesh_lib.replicated(self._meshes[0]))
         super().__init__(spec, source, data, guard)
 
     def load(self, state: state_lib.TrainState) -> None:
         """See `Engine`."""
         spec = self._spec
-        self._feed.begin(first_step(state))
+        self._begin(state)
         self._like = jax.eval_shape(lambda: state)
         self._states, self._teachers = [], []
         for segment, mesh in zip(self._segments, self._meshes, strict=True):
@@ -187,14 +181,14 @@ class Modules(_Compiled):
             names = segments.student_names(self._spec, segment)
             parts.append(segments.renamed_state(names.restore, state))
         joined = segments.joined(self._like, *parts)
-        return jax.device_put(joined, _replicated(self._spec.mesh))
+        return jax.device_put(joined, mesh_lib.replicated(self._spec.mesh))
 
     def run(self, rows: np.ndarray) -> Any:
         """See `Engine`; takes one row at a time."""
         (row,) = rows
         data = self._feed.next(rows)
         if self._meshes[0] != self._spec.mesh:  # a no-op for arrays already there
-            data = jax.device_put(data, _replicated(self._meshes[0]))
+            data = jax.device_put(data, mesh_lib.replicated(self._meshes[0]))
         if row.shape not in self._programs:
             # All are compiled before the first one runs, so that an interrupt during
             # compilation finds only completed steps.
@@ -225,19 +219,23 @@ class Modules(_Compiled):
         below, batch = jax.eval_shape(begin, *arguments)
         shardings = self._shardings(0, len(row))
         program = jax.jit(begin, out_shardings=shardings)
-        start = _compiled(program.lower(*arguments), self._guard)
+        start = backend.compiled(program.lower(*arguments), self._guard)
         # Modules whose programs are the same to the letter share one. Equal shapes of
         # variables are not enough: one of them may pool its input, for example.
         compiled: dict[Any, Any] = {}
         programs = []
         for k, mesh in enumerate(self._meshes):
             shardings = self._shardings(k, len(row))
-            below, batch = _with_shardings((below, batch), shardings)
+            below, batch = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                (below, batch),
+                shardings,
+            )
             arguments = (self._states[k], self._teachers[k], below, batch)
             lowered = self._module_program(k, mesh, len(row)).lower(*arguments)
             key = (tuple(mesh.devices.flat), lowered.as_text())
             if key not in compiled:
-                compiled[key] = _compiled(lowered, self._guard)
+                compiled[key] = backend.compiled(lowered, self._guard)
             programs.append(compiled[key])
             _, below, _ = lowered.out_info
         return start, programs
@@ -262,9 +260,9 @@ class Modules(_Compiled):
             return state, above, jax.tree.map(lambda m: m[None], metrics)
 
         shardings = (
-            _replicated(mesh),
-            _batch_sharding(mesh, examples),
-            _replicated(mesh),
+            mesh_lib.replicated(mesh),
+            mesh_lib.of_batch(mesh, examples),
+            mesh_lib.replicated(mesh),
         )
         return jax.jit(update, donate_argnums=0, out_shardings=shardings)
 
@@ -272,38 +270,7 @@ class Modules(_Compiled):
         self, k: int, examples: int
     ) -> tuple[segments.Boundary, segments.Batch]:
         """Returns the shardings of module `k`'s inputs, boundary and batch."""
-        over_batch: Any = _batch_sharding(self._meshes[k], examples)
-        replicated: Any = _replicated(self._meshes[k])
+        over_batch: Any = mesh_lib.of_batch(self._meshes[k], examples)
+        replicated: Any = mesh_lib.replicated(self._meshes[k])
         boundary = segments.Boundary(over_batch, over_batch)
         return boundary, segments.Batch(over_batch, over_batch, replicated)
-
-
-def _with_shardings(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Returns the shapes and dtypes of `tree` with the given shardings."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-    )
-
-
-def _compiled(lowered: Any, guard: interrupt.Guard) -> Any:
-    with guard.released():
-        return lowered.compile(compiler_options=backend.compiler_options())
-
-
-def _costs(programs: Sequence[Any]) -> Costs:
-    """Sums the operations of all programs, and takes the memory of the largest."""
-    memory = [program.memory_analysis() for program in programs]
-    return Costs(
-        flops=sum(p.cost_analysis().get("flops", float("nan")) for p in programs),
-        arguments=max(m.argument_size_in_bytes for m in memory),
-        temporary=max(m.temp_size_in_bytes for m in memory),
-    )
-
-
-def _replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def _batch_sharding(mesh: Mesh, examples: int) -> NamedSharding:
-    """Returns a batch's sharding: over the devices if it divides equally."""
-    return mesh_lib.over_batch(mesh) if examples % mesh.size == 0 else _replicated(mesh)

@@ -103,9 +103,7 @@ class Evaluator:
         shape = arguments[1].images.shape
         if shape not in self._programs:
             lowered = jax.jit(self._batch).lower(*arguments)
-            options = backend.compiler_options()
-            with self._guard.released():
-                self._programs[shape] = lowered.compile(compiler_options=options)
+            self._programs[shape] = backend.compiled(lowered, self._guard)
         return self._programs[shape]
 
     def _batch(
@@ -127,7 +125,7 @@ class Evaluator:
         right = (jnp.argmax(logits, -1) == labels) & mask
         # On every device, so that every process can read all of them.
         answers = jax.lax.with_sharding_constraint(
-            (logits.astype(jnp.float32), labels), mesh_lib.on_every_device(self._mesh)
+            (logits.astype(jnp.float32), labels), mesh_lib.replicated(self._mesh)
         )
         return jnp.sum(right), jnp.sum(jnp.where(mask, losses, 0.0)), *answers
 

@@ -9,11 +9,11 @@ import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from lakd_jax.data import device
 from lakd_jax.data.streaming import batches as batches_lib
@@ -38,9 +38,7 @@ class Stream:
         A batch that does not divide equally among the devices is replicated: every
         process then holds all of it, and so does every device.
         """
-        divisible = part.total % self.mesh.size == 0
-        spec = PartitionSpec("data") if divisible else PartitionSpec()
-        sharding = NamedSharding(self.mesh, spec)
+        sharding = mesh_lib.of_batch(self.mesh, part.total)
 
         def global_array(x: np.ndarray) -> jax.Array:
             shape = (part.total, *x.shape[1:])
@@ -90,45 +88,29 @@ def of_run(
     return Run(data, batches, keys, notify)
 
 
-class Feed(Protocol):
-    """Supplies engines with the data of each step."""
-
-    def begin(self, step: int) -> None:
-        """Sets the number of the step whose data `next` returns first."""
-        ...
-
-    def next(self, rows: np.ndarray) -> device.DeviceData:
-        """Returns data that holds the examples at `rows` (n, B) of the next step."""
-        ...
-
-    def close(self) -> None:
-        """Stops prefetching and releases its workers."""
-        ...
-
-
-def feed(data: device.DeviceData | Run) -> Feed:
+def feed(data: device.DeviceData | Run) -> "Feed":
     """Returns the feed for the data of a run."""
-    return Prefetched(data) if isinstance(data, Run) else Resident(data)
+    return Prefetched(data) if isinstance(data, Run) else Feed(data)
 
 
-class Resident:
-    """Feeds steps from a split that is already on the devices."""
+class Feed:
+    """Supplies engines with the data of each step: here, a split on the devices."""
 
     def __init__(self, data: device.DeviceData):
         self._data = data
 
     def begin(self, step: int) -> None:
-        """See `Feed`."""
+        """Sets the number of the step whose data `next` returns first."""
 
     def next(self, rows: np.ndarray) -> device.DeviceData:
-        """See `Feed`."""
+        """Returns data that holds the examples at `rows` (n, B) of the next step."""
         return self._data
 
     def close(self) -> None:
-        """See `Feed`."""
+        """Stops prefetching and releases its workers."""
 
 
-class Prefetched:
+class Prefetched(Feed):
     """Feeds streamed batches, and always prefetches the next one to the devices."""
 
     def __init__(self, run: Run):

@@ -117,26 +117,26 @@ def flat_metrics(
     return flat
 
 
-def compared_features(
-    spec: spec_lib.StepSpec,
+def features(
     model: chain.Chain,
     outputs: chain.Outputs,
     joints: tuple[str, ...],
     segment: Segment,
+    *,
+    preact: bool,
 ) -> tuple[jax.Array, ...]:
-    """Returns the features (B, H, W, C) that the method compares at each module's end.
+    """Returns the features (B, H, W, C) at the end of each module of a segment.
 
     Args:
       model: the student or the teacher.
       outputs: the outputs of `model` run over the segment.
       joints: the ends of all modules in `model`.
+      preact: whether to take them before the last ReLU.
     """
     if len(segment.modules) == len(joints):
-        return tuple(
-            chain.feature_at(outputs, model, n, preact=spec.preact) for n in joints
-        )
+        return tuple(chain.feature_at(outputs, model, n, preact=preact) for n in joints)
     joint = joints[segment.last]
-    return (outputs.preacts[-1] if spec.preact else end_activation(outputs, joint),)
+    return (outputs.preacts[-1] if preact else end_activation(outputs, joint),)
 
 
 def end_activation(outputs: chain.Outputs, joint: str) -> jax.Array:

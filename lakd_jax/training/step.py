@@ -20,23 +20,10 @@ from lakd_jax.training import state as state_lib
 
 PyTree = Any
 Losses = tuple[method_lib.ModuleLoss, ...]
+# The losses of a segment's modules, the student's outputs, and the mutable collections
+# of student and method after the pass.
+ForwardPass = tuple[Losses, chain.Outputs, PyTree]
 _SOWN = "intermediates"  # the collection that `StepSpec.regularise` reads
-
-
-@dataclasses.dataclass(frozen=True)
-class ForwardResult:
-    """The results of a segment's forward pass other than its losses.
-
-    Attributes:
-      student: the student's outputs.
-      collections: the student's and the method's mutable collections after the pass.
-    """
-
-    student: chain.Outputs
-    collections: PyTree
-
-
-jax.tree_util.register_dataclass(ForwardResult)
 
 
 def run_steps(
@@ -118,7 +105,7 @@ def segment_step(
     forward = functools.partial(
         _forward, spec, segment, state, teacher_pass, below, batch
     )
-    grads, losses, result = _gradient(spec, forward, state.params)
+    grads, (losses, student, collections) = _gradient(spec, forward, state.params)
     is_whole = segment == segments.whole_student(spec)
     labels = spec.labels if is_whole else segments.labels_of(spec, state.params)
     optimizer = spec.optimizer if is_whole else spec.optimizer_of(labels)
@@ -129,44 +116,40 @@ def segment_step(
     metrics = _metrics(spec, segment, losses, grads, params, labels)
     above = below  # not read after the last segment
     if segment.last + 1 == len(spec.partition.names):
-        correct = jnp.argmax(result.student.logits, -1) == batch.labels
+        correct = jnp.argmax(student.logits, -1) == batch.labels
         metrics[0]["accuracy"] = jnp.mean(correct, dtype=jnp.float32)
         rate = spec.learning_rate(state.step)
         metrics[0]["learning_rate"] = jnp.float32(rate)
     elif teacher_pass is not None:
         joint = spec.partition.student_joints[segment.last]
-        student = segments.end_activation(result.student, joint)
-        above = segments.Boundary(student, teacher_pass.activations[-1])
-    state = state_lib.TrainState(state.step + 1, params, result.collections, opt_state)
+        end = segments.end_activation(student, joint)
+        above = segments.Boundary(end, teacher_pass.activations[-1])
+    state = state_lib.TrainState(state.step + 1, params, collections, opt_state)
     return state, above, metrics
 
 
 def _gradient(
     spec: spec_lib.StepSpec,
-    forward: Callable[[PyTree], tuple[Losses, ForwardResult]],
+    forward: Callable[[PyTree], ForwardPass],
     params: PyTree,
-) -> tuple[PyTree, Losses, ForwardResult]:
+) -> tuple[PyTree, ForwardPass]:
     """Returns the gradient of the summed losses, or `dot.SplitGradients` if configured.
 
     For a module's parameters, the gradient of the sum is the gradient of the module's
     own loss, since the cuts block all other gradients (or scale them by `cut_scale`).
     """
+    total = dot.losses if spec.split_gradients else method_lib.total
 
-    def total(params: PyTree) -> tuple[jax.Array, tuple[Losses, ForwardResult]]:
-        losses, result = forward(params)
-        return method_lib.total(losses), (losses, result)
-
-    def split_totals(params: PyTree) -> tuple[tuple[jax.Array, jax.Array], Any]:
-        losses, result = forward(params)
-        return dot.losses(losses), (losses, result)
+    def objective(params: PyTree) -> tuple[Any, ForwardPass]:
+        result = forward(params)
+        return total(result[0]), result
 
     if not spec.split_gradients:
-        grads, (losses, result) = jax.grad(total, has_aux=True)(params)
-        return grads, losses, result
-    _, backward, (losses, result) = jax.vjp(split_totals, params, has_aux=True)
+        return jax.grad(objective, has_aux=True)(params)
+    _, backward, result = jax.vjp(objective, params, has_aux=True)
     one, zero = jnp.float32(1), jnp.float32(0)
     (task,), (others,) = backward((one, zero)), backward((zero, one))
-    return dot.SplitGradients(task, others), losses, result
+    return dot.SplitGradients(task, others), result
 
 
 def _forward(
@@ -177,8 +160,8 @@ def _forward(
     below: segments.Boundary,
     batch: segments.Batch,
     params: PyTree,
-) -> tuple[Losses, ForwardResult]:
-    """Runs a segment and the method on it, and returns the losses of its modules."""
+) -> ForwardPass:
+    """Runs a segment of the student, and the method on it."""
     state = dataclasses.replace(state, params=params)
     signals, student = observe(spec, segment, state, teacher_pass, below, batch)
     names = list(state.collections)
@@ -191,7 +174,7 @@ def _forward(
         name: {"student": student.get(name, {}), "method": method.get(name, {})}
         for name in names
     }
-    return losses, ForwardResult(signals.student, collections)
+    return losses, signals.student, collections
 
 
 def observe(
@@ -240,13 +223,17 @@ def observe(
         return outputs
 
     student, collections = run(spec.cut_scale)
-    features = functools.partial(segments.compared_features, spec, spec.student)
+
+    def features(outputs: chain.Outputs) -> tuple[jax.Array, ...]:
+        where = (outputs, joints, segment)
+        return segments.features(spec.student, *where, preact=spec.preact)
+
     signals = method_lib.Signals(
         student=student,
         teacher=teacher_pass and teacher_pass.outputs,
         labels=batch.labels,
         epoch=state.step.astype(jnp.float32) / spec.steps_per_epoch,
-        student_joints=_pad(joints, segment, features(student, joints, segment)),
+        student_joints=_pad(joints, segment, features(student)),
         teacher_joints=_pad(joints, segment, teacher_pass.features)
         if teacher_pass
         else (),
@@ -257,7 +244,7 @@ def observe(
     optional: dict[str, Any] = {}
     if spec.uncut:
         # The values are identical; the compiler merges the two forward passes.
-        optional["student_uncut"] = features(run(1.0)[0], joints, segment)
+        optional["student_uncut"] = features(run(1.0)[0])
     if spec.facts.needs_heads:
         optional["student_head"] = functools.partial(
             _head, spec, variables, [*state.collections, _SOWN]

@@ -6,7 +6,7 @@ batch, or `TeacherOutputs` computed in advance (`lakd_jax.runs.teacher_cache`).
 
 import dataclasses
 import functools
-from typing import Any, Protocol
+from typing import Any
 
 import flax
 import jax
@@ -27,40 +27,16 @@ class TeacherPass:
     """The teacher's results for one segment of the student, without gradients.
 
     Attributes:
-      teacher: what the results come from.
+      teacher: what the results come from: a network, or a batch of stored outputs.
       outputs: an object with `logits`, which are valid for the last segment only.
       features: the features (B, H, W, C) that the method compares at each module's end.
       activations: the activations (B, H, W, C) at the same places.
     """
 
-    teacher: "Teacher"
+    teacher: "Live | TeacherOutputs"
     outputs: Any
     features: Joints
     activations: Joints
-
-
-class Teacher(Protocol):
-    """Computes or looks up what a step needs of a teacher, without gradients."""
-
-    def segment(self, segment: segments.Segment, below: jax.Array) -> TeacherPass:
-        """Returns the results of the part that corresponds to a segment of the student.
-
-        `below` is the teacher's activation (B, H, W, C) at the end of the previous
-        segment, or, for the first one, its input images.
-        """
-        ...
-
-    def suffix(self, k: int, activation: jax.Array) -> jax.Array:
-        """Returns logits (B, classes), resuming from an activation after module `k`."""
-        ...
-
-    def head(self, activation: jax.Array) -> jax.Array:
-        """Returns logits (N, classes), resuming from a last-stage activation."""
-        ...
-
-    def preacts(self, outputs: Any) -> Joints:
-        """Returns the joints before the next ReLU, from the outputs of a full pass."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,23 +47,29 @@ class Live:
     variables: PyTree
 
     def segment(self, segment: segments.Segment, below: jax.Array) -> TeacherPass:
-        """See `Teacher`."""
+        """Returns the results of the part that corresponds to a segment of the student.
+
+        `below` is the teacher's activation (B, H, W, C) at the end of the previous
+        segment, or, for the first one, its input images.
+        """
         spec, model = self.spec, self.spec.teacher
         assert model is not None
         names = spec.partition.teacher_joints
         after, until = segment.span(names)
-        outputs = self._run(below, after=after, until=until)
-        features = segments.compared_features(spec, model, outputs, names, segment)
-        if len(segment.modules) == len(names):
-            activations = tuple(
-                chain.feature_at(outputs, model, name) for name in names
-            )
-        else:
-            activations = (segments.end_activation(outputs, names[segment.last]),)
-        return TeacherPass(self, outputs, features, activations)
+        outputs: Any = model.apply(
+            self.variables, below, train=False, after=after, until=until
+        )
+        outputs = jax.lax.stop_gradient(outputs)
+        at_ends = functools.partial(segments.features, model, outputs, names, segment)
+        return TeacherPass(
+            self, outputs, at_ends(preact=spec.preact), at_ends(preact=False)
+        )
 
     def suffix(self, k: int, activation: jax.Array) -> jax.Array:
-        """See `Teacher`; gradients flow through to the activation."""
+        """Returns logits (B, classes), resuming from an activation after module `k`.
+
+        Gradients flow through to the activation.
+        """
         model: Any = self.spec.teacher
         outputs = model.apply(
             self.variables,
@@ -98,24 +80,19 @@ class Live:
         return outputs.logits
 
     def head(self, activation: jax.Array) -> jax.Array:
-        """See `Teacher`."""
+        """Returns logits (N, classes), resuming from a last-stage activation."""
         return self.suffix(-1, activation)
 
     def preacts(self, outputs: chain.Outputs) -> Joints:
-        """See `Teacher`."""
+        """Returns the joints before the next ReLU, from the outputs of a full pass."""
         model: Any = self.spec.teacher
         names = self.spec.partition.teacher_joints
         return spec_lib.preacts(model, outputs, names)
 
-    def _run(self, inputs: jax.Array, **part: str) -> chain.Outputs:
-        model: Any = self.spec.teacher
-        outputs = model.apply(self.variables, inputs, train=False, **part)
-        return jax.lax.stop_gradient(outputs)
-
 
 @flax.struct.dataclass
 class TeacherOutputs:
-    """Stored teacher outputs; those of a single batch implement `Teacher`.
+    """Stored teacher outputs; those of a single batch take the place of `Live`.
 
     Attributes:
       logits: (V, N, classes) float32 for V views of N examples, or (B, classes) for a
@@ -128,7 +105,7 @@ class TeacherOutputs:
     joints: Joints
 
     def segment(self, segment: segments.Segment, below: jax.Array) -> TeacherPass:
-        """See `Teacher`; the stored joints serve as features and as activations."""
+        """Returns the stored joints, as features and as activations."""
         joints = self.joints[segment.first : segment.last + 1]
         return TeacherPass(self, self, joints, joints)
 
@@ -158,7 +135,7 @@ def run(
     if spec.teacher is None:
         return None
     stored = isinstance(source, TeacherOutputs)
-    teacher: Teacher = source if stored else Live(spec, source)
+    teacher = source if stored else Live(spec, source)
     return teacher.segment(segment, below.teacher)
 
 

@@ -1,22 +1,20 @@
 """Two processes train as one does, stop together, and never hang."""
 
 import json
-import os
 import pathlib
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import commands
 import jax
-import numpy as np
+import processes
 import pytest
+import test_train_resume as resume
+import test_train_step as steps
 import tiny
 
-from lakd_jax import errors, interop
+from lakd_jax import errors
 from lakd_jax.config import rules_of_runs
 from lakd_jax.report import metrics
 from lakd_jax.runs import command as command_lib
@@ -33,52 +31,28 @@ PLAIN = {"method": "none", "epochs": 2, "optim__lr": 0.01, "compile_cache": ""}
 
 def start(folder, *fields):
     """Starts one process, with one device, for each of `fields`."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address, count = f"localhost:{processes.free_port()}", len(fields)
     return [
-        subprocess.Popen(
-            [
-                sys.executable,
-                str(PROGRAM),
-                *(address, str(len(fields)), str(index), str(folder)),
-                json.dumps(process_fields),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(commands.ROOT)},
-        )
-        for index, process_fields in enumerate(fields)
+        processes.start(PROGRAM, address, count, index, folder, json.dumps(own))
+        for index, own in enumerate(fields)
     ]
-
-
-def ended(processes, timeout=240):
-    """Returns [(exit code, stdout, stderr)]; a process that hangs fails the test."""
-    try:
-        outputs = [p.communicate(timeout=timeout) for p in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(p.returncode, *out) for p, out in zip(processes, outputs, strict=True)]
 
 
 def both(folder, fields):
     """Trains in two processes, which must succeed."""
-    found = ended(start(folder, fields, fields))
+    return succeeded(start(folder, fields, fields))
+
+
+def succeeded(running):
+    found = processes.ended(running)
     for code, _, err in found:
         assert code == 0, err
     return found
 
 
 def finished(folder):
-    """Returns variables, result without times, and records of the run in `folder`."""
-    run = folder / "run"
-    variables, _ = interop.load_variables(run / workdir.STUDENT)
-    result = json.loads((run / workdir.RESULT).read_text())
-    for timing in ("seconds", "step_seconds", "images_per_second"):
-        del result[timing]
-    return variables, result, metrics.read(run)
+    """Returns what is in the folder of the run in `folder`, see `resume.finished`."""
+    return resume.finished(folder / "run")
 
 
 @pytest.fixture
@@ -95,17 +69,11 @@ def alone():
 
 
 def assert_close(one, other):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-        one[0],
-        other[0],
-    )
+    steps.assert_close(one[0], other[0], rtol=1e-5, atol=1e-6)
     for name in ("test_last", "test_best_on_minival"):
-        assert one[1][name]["right"] == other[1][name]["right"]
-        assert one[1][name]["examples"] == other[1][name]["examples"] == 45
-        np.testing.assert_allclose(
-            one[1][name]["loss"], other[1][name]["loss"], rtol=1e-5
-        )
+        score, expected = one[1][name], other[1][name]
+        assert score == pytest.approx(expected, rel=1e-5)  # less than one example
+        assert score["examples"] == 45
 
 
 @LONG
@@ -120,7 +88,7 @@ def test_two_processes_train_as_two_devices_of_one(tmp_path, alone):
 
 def test_differing_configs_stop_all(tmp_path):
     """Promise 28: with both values, and without hanging."""
-    found = ended(start(tmp_path, PLAIN, {**PLAIN, "epochs": 3}), timeout=60)
+    found = processes.ended(start(tmp_path, PLAIN, {**PLAIN, "epochs": 3}), timeout=60)
     for code, _, err in found:
         assert code == 2, err
         assert "process 1 differs from process 0 in 1 values" in err
@@ -132,7 +100,9 @@ def test_differing_configs_stop_all(tmp_path):
 def test_what_stops_the_first_process_stops_all(tmp_path):
     """Promise 30: every process reports the reason."""
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    (code, _, err), (other, _, other_err) = ended(start(tmp_path, PLAIN, PLAIN), 60)
+    (code, _, err), (other, _, other_err) = processes.ended(
+        start(tmp_path, PLAIN, PLAIN), 60
+    )
     assert code == other == 2
     assert "has checkpoints but no config.json" in err
     assert "process 0 stopped: " in other_err and err.strip() in other_err
@@ -151,12 +121,11 @@ def test_a_signal_to_one_stops_both_and_both_go_on(tmp_path, alone):
     """Promise 10: after the same step, and with one checkpoint."""
     fields = PLAIN | {"epochs": 24}
     both(tmp_path / "unbroken", fields)
-    processes = start(tmp_path / "parts", fields, fields)
+    running = start(tmp_path / "parts", fields, fields)
     run = tmp_path / "parts" / "run"
-    until(lambda: metrics.read(run), processes)
-    processes[1].send_signal(signal.SIGTERM)
-    for code, _, err in ended(processes):
-        assert code == 0, err
+    until(lambda: metrics.read(run), running)
+    running[1].send_signal(signal.SIGTERM)
+    for _, _, err in succeeded(running):
         assert "Stopped; the same command goes on" in err
     stopped = sorted(int(p.name) for p in (run / "checkpoints").iterdir())
     assert 4 <= stopped[-1] < 96
@@ -164,24 +133,21 @@ def test_a_signal_to_one_stops_both_and_both_go_on(tmp_path, alone):
     shutil.copytree(tmp_path / "parts", tmp_path / "one")
     both(tmp_path / "parts", fields)
     unbroken, parts = finished(tmp_path / "unbroken"), finished(tmp_path / "parts")
-    jax.tree.map(np.testing.assert_array_equal, unbroken[0], parts[0])
-    assert unbroken[1:] == parts[1:]
+    resume.assert_equal_runs(unbroken, parts)
     # One process reads what two have written; it keeps teachers elsewhere.
     settings = tmp_path / "one" / "run" / "config.json"
     text = settings.read_text().replace(str(tmp_path / "parts"), str(tmp_path / "one"))
     settings.write_text(text)
-    one = alone(tmp_path / "one", fields)
-    steps = [r["step"] for r in one[2] if r["kind"] == "train"]
-    assert steps == [r["step"] for r in unbroken[2] if r["kind"] == "train"]
-    losses = [
-        [r["loss"] for r in x[2] if r["kind"] == "train"] for x in (one, unbroken)
+    logs = [
+        {r["step"]: r["loss"] for r in run[2] if r["kind"] == "train"}
+        for run in (alone(tmp_path / "one", fields), unbroken)
     ]
-    np.testing.assert_allclose(*losses, rtol=1e-2)  # see test_devices_train_as_one
+    steps.assert_close(*logs, rtol=1e-2)  # see test_devices_train_as_one
 
 
-def until(condition, processes):
+def until(condition, running):
     while not condition():
-        assert all(p.poll() is None for p in processes), ended(processes)
+        assert all(p.poll() is None for p in running), processes.ended(running)
         time.sleep(0.05)
 
 
@@ -190,10 +156,10 @@ def until(condition, processes):
 def test_the_loss_of_one_ends_the_other(killed, tmp_path):
     """Promise 29: with a message, and without hanging."""
     fields = PLAIN | {"epochs": 1000}
-    processes = start(tmp_path, fields, fields)
-    until(lambda: metrics.read(tmp_path / "run"), processes)
-    processes[killed].kill()
-    code, _, err = ended(processes, timeout=60)[1 - killed]
+    running = start(tmp_path, fields, fields)
+    until(lambda: metrics.read(tmp_path / "run"), running)
+    running[killed].kill()
+    code, _, err = processes.ended(running, timeout=60)[1 - killed]
     assert code not in (0, None)
     assert "another process was lost" in err or "another task died" in err
 
@@ -238,14 +204,8 @@ def test_flags_are_checked_before_anything_waits(flags, word, main, tmp_path):
 
 
 def test_without_a_scheduler_auto_says_what_to_give(tmp_path):
-    command = [sys.executable, "main.py", commands.DIGITS, f"--workdir={tmp_path}"]
-    done = subprocess.run(
-        [*command, "--coordinator=auto"],
-        capture_output=True,
-        text=True,
-        cwd=commands.ROOT,
-    )
-    result = (done.returncode, done.stdout, done.stderr)
+    flags = (commands.DIGITS, f"--workdir={tmp_path}", "--coordinator=auto")
+    (result,) = processes.ended([processes.start("main.py", *flags)])
     commands.assert_refused(
         result, "finds no Slurm, TPU pod", "Set --coordinator=HOST:PORT"
     )
@@ -254,28 +214,18 @@ def test_without_a_scheduler_auto_says_what_to_give(tmp_path):
 @LONG
 def test_slurm_is_asked_who_is_who(tmp_path):
     """Two tasks on this host, with the variables that Slurm sets."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        job = free.getsockname()[1]  # JAX derives the port from the job's number
-    command = [sys.executable, "main.py", commands.DIGITS, "--coordinator=auto"]
+    command = ["main.py", commands.DIGITS, "--coordinator=auto"]
     command += [f"--workdir={tmp_path}", "--config.method=none", "--config.epochs=1"]
     command += ["--config.student.name=resnet8", "--config.batch_size=256"]
     command += ["--config.baselines=()", "--config.compile_cache="]
-    slurm = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost"}
-    slurm |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
-    processes = [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=commands.ROOT,
-            env=os.environ | slurm | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
-        )
+    # JAX derives the port from the job's number.
+    slurm = {"SLURM_JOB_ID": str(processes.free_port()), "SLURM_NTASKS": "2"}
+    slurm |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1"}
+    running = [
+        processes.start(*command, **slurm, SLURM_PROCID=str(i), SLURM_LOCALID=str(i))
         for i in range(2)
     ]
-    for code, _, err in ended(processes):
-        assert code == 0, err
+    succeeded(running)
     settings = json.loads((tmp_path / "environment.json").read_text())
     assert len(settings["devices"]) == 2
 

@@ -2,24 +2,29 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
+import processes
 import pytest
 
 from lakd_jax.runtime import interrupt
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def _send(number):
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def _handlers():
+    return [signal.getsignal(number) for number in SIGNALS]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_first_signal_sets_the_flag_and_says_so(number, capfd):
     """Promise 11: for both SIGTERM and Ctrl-C."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    before = _handlers()
     with interrupt.Guard() as guard:
         guard.check()
         _send(number)
@@ -29,7 +34,7 @@ def test_first_signal_sets_the_flag_and_says_so(number, capfd):
         with pytest.raises(interrupt.Interrupted):
             with guard.released():
                 pytest.fail("was entered")
-    assert {n: signal.getsignal(n) for n in before} == before
+    assert _handlers() == before
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(signal.Signals(number).name)
     assert "save and stop" in line
@@ -45,13 +50,13 @@ def test_the_same_sigterm_delivered_twice_does_not_kill(capfd):
 
 def test_released_signals_have_their_usual_effect(capfd):
     """Promise 9: the previous handlers during the call, the guard's afterwards."""
-    usual = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    usual = _handlers()
     with interrupt.Guard() as guard:
-        caught = {n: signal.getsignal(n) for n in usual}
+        caught = _handlers()
         with pytest.raises(ZeroDivisionError), guard.released():
-            assert {n: signal.getsignal(n) for n in usual} == usual
+            assert _handlers() == usual
             raise ZeroDivisionError
-        assert {n: signal.getsignal(n) for n in usual} == caught
+        assert _handlers() == caught
         _send(signal.SIGTERM)
         assert guard.requested
     assert capfd.readouterr().err.count("\n") == 1
@@ -63,21 +68,12 @@ def test_without_handlers_nothing_is_released():
     def notebook():
         with interrupt.Guard() as guard, guard.released():
             guard.check()
-            found.append(signal.getsignal(signal.SIGTERM))
+            found.append(_handlers())
 
     thread = threading.Thread(target=notebook)
     thread.start()
     thread.join()
-    assert found == [signal.getsignal(signal.SIGTERM)]
-
-
-def _start(code):
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    assert found == [_handlers()]
 
 
 _COMPILE = """
@@ -103,18 +99,18 @@ cli.end_with(work)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_signal_during_a_compilation_ends_the_process_at_once(number):
     """Promise 9: without waiting for the compiler, also for Ctrl-C."""
-    process = _start(_COMPILE)
+    process = processes.start("-c", _COMPILE)
     try:
         assert process.stdout.readline() == "compiling\n"
         time.sleep(0.2)
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        (result,) = processes.ended([process], timeout=60)
     finally:
         process.kill()  # or a failed test leaves a compiler that takes all memory
-    assert (process.returncode, out, err) == (-number, "", "")  # never "compiled"
+    assert result == (-number, "", "")  # never "compiled"
 
 
 _STUBBORN = """
@@ -128,18 +124,11 @@ with interrupt.Guard() as guard:
 """
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        (signal.SIGINT, signal.SIGINT),
-        (signal.SIGTERM, signal.SIGINT),
-        (signal.SIGTERM, signal.SIGTERM),
-        (signal.SIGINT, signal.SIGTERM),
-    ],
-)
+@pytest.mark.parametrize("first", SIGNALS)
+@pytest.mark.parametrize("second", SIGNALS)
 def test_second_signal_kills(first, second):
     """Promise 11: at once."""
-    process = _start(_STUBBORN)
+    process = processes.start("-c", _STUBBORN)
     process.stdout.readline()
     process.send_signal(first)
     assert "save and stop" in process.stderr.readline()

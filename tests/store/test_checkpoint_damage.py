@@ -30,7 +30,7 @@ FLIPS = [("data", 20), ("other", 8)]
     ("part", "trials"),
     [*FLIPS, *(pytest.param(p, 5 * n, marks=LONG) for p, n in FLIPS)],
 )
-def test_no_flipped_bit_is_restored_silently(two_steps, tmp_path, part, trials):
+def test_no_flipped_bit_is_restored_silently(two_steps, tmp_path, part, trials, caplog):
     """Promise 2: in a hundred trials the restored state is the saved one."""
     rng = random.Random(f"{part} {trials}")
     template, older, newest = map(states.make_state, range(3))
@@ -40,12 +40,12 @@ def test_no_flipped_bit_is_restored_silently(two_steps, tmp_path, part, trials):
         files = sorted(f for f in (folder / "2").rglob("*") if f.is_file())
         files = [f for f in files if (f.parent.name == "d") == (part == "data")]
         _flip(folder, [f for f in files if f.stat().st_size], rng)
-        lines = []
-        with checkpoint.Checkpointer(folder, keep=3, notify=lines.append) as saver:
+        caplog.clear()
+        with checkpoint.Checkpointer(folder, keep=3) as saver:
             step, got, extra = saver.restore(template)
         assert extra == {"epoch": step}
         assert states.is_same(got, newest if step == 2 else older), f"trial {trial}"
-        assert len(lines) == (step == 1)
+        assert len(caplog.messages) == (step == 1)
         assert (folder / "2.broken").is_dir() == (step == 1)
         detected += step == 1
         shutil.rmtree(folder)
@@ -98,11 +98,10 @@ def _swap_step(step):
         _swap_step,
     ],
 )
-def test_damaged_newest_is_set_aside_and_the_older_used(copied, harm, capfd):
+def test_damaged_newest_is_set_aside_and_the_older_used(copied, harm, capfd, caplog):
     """Promise 3: renamed, reported in one line, and the older one restored."""
     harm(copied / "2")
-    lines = []
-    with checkpoint.Checkpointer(copied, keep=3, notify=lines.append) as saver:
+    with checkpoint.Checkpointer(copied, keep=3) as saver:
         step, got, extra = saver.restore(states.make_state())
         assert (step, extra) == (1, {"epoch": 1})
         states.assert_same(got, states.make_state(1))
@@ -110,7 +109,7 @@ def test_damaged_newest_is_set_aside_and_the_older_used(copied, harm, capfd):
         saver.save(2, states.make_state(5), extra={})  # the number is free again
         saver.wait()
         states.assert_same(saver.restore(states.make_state())[1], states.make_state(5))
-    (line,) = lines
+    (line,) = caplog.messages
     assert "\n" not in line and "damaged" in line and "2.broken" in line
     assert len(line) < 400
     assert (copied / "2.broken").is_dir()
@@ -176,7 +175,7 @@ with checkpoint.Checkpointer(sys.argv[1], keep=2) as saver:
 """
 
 
-def test_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
+def test_kill_at_any_moment_leaves_whole_checkpoints(tmp_path, caplog):
     """Promise 1: even if a save is nearly always in progress."""
     rng = random.Random(0)
     folder, last = tmp_path / "checkpoints", 0
@@ -188,11 +187,10 @@ def test_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
         time.sleep(rng.random() * 0.1)
         process.kill()
         process.communicate()
-        lines = []
         template = {"w": np.zeros((300, 1000))}
-        with checkpoint.Checkpointer(folder, keep=2, notify=lines.append) as saver:
+        with checkpoint.Checkpointer(folder, keep=2) as saver:
             step, got, _ = saver.restore(template)
-        assert not lines
+        assert not caplog.messages
         assert (got["w"] == step).all()
         assert step >= max(started - 1, last)
         left = {p.name for p in folder.iterdir() if not p.name.isdecimal()}

@@ -62,8 +62,6 @@ def test_same_config_resumes_and_keeps_the_first_environment(tmp_path):
     with workdir.prepare(tmp_path, CONFIG) as run:
         assert run.resumed
     assert (tmp_path / "environment.json").read_text() == before
-    (line,) = _refusal(tmp_path, CONFIG, allow_resume=False)
-    assert "already has a run" in line
 
 
 def test_other_config_is_refused_field_by_field(tmp_path):

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import test_train_optim as plain_sgd
 import test_train_step as steps
 
 from lakd_jax import config as config_lib
 from lakd_jax.config import check, resolved
 from lakd_jax.distill.base import method
-from lakd_jax.training import dot, optim
+from lakd_jax.training import dot
 
 RNG = np.random.default_rng(0)
 # Whether (task losses, other losses) reach each parameter.
@@ -71,14 +72,7 @@ def test_two_momenta_by_hand():
 
 
 def test_with_delta_zero_it_is_sgd_with_momentum():
-    optimizer = optim.sgd(
-        optax.constant_schedule(0.1),
-        momentum=0.5,
-        nesterov=False,
-        weight_decay=0.01,
-        clip_norm=0.0,
-        labels=dict.fromkeys(START, 0),
-    )
+    optimizer = plain_sgd.sgd(dict.fromkeys(START, 0), momentum=0.5)
     summed = [jax.tree.map(jnp.add, *split(grads)) for grads in STEPS]
     steps.assert_close(trained(dot_sgd(0.0)), trained(optimizer, summed), rtol=1e-5)
 
@@ -99,14 +93,13 @@ def test_losses_separates_task_terms_from_others():
 
 def test_steps_use_split_gradients(tmp_path):
     """The first step equals plain SGD, with momenta still zero; the second differs."""
-    (plain, metrics), (plain_later, _), (ours, our_metrics), (ours_later, _) = (
-        after
-        for delta in (0.0, 0.09)
-        for after in steps.train(
-            steps.small(tmp_path, 1, method="kd", optim__dot_delta=delta),
-            np.arange(32, dtype=np.int32).reshape(2, 16),
-        )
-    )
+
+    def two_steps(delta):
+        setting = steps.small(tmp_path, 1, method="kd", optim__dot_delta=delta)
+        return steps.train(setting, np.arange(32, dtype=np.int32).reshape(2, 16))
+
+    (plain, metrics), (plain_later, _) = two_steps(0.0)
+    (ours, our_metrics), (ours_later, _) = two_steps(0.09)
     steps.assert_same_metrics(our_metrics, metrics, rtol=1e-4)
 
     def distance(x, y):

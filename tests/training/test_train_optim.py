@@ -1,5 +1,6 @@
 """Tests schedules and SGD against values computed by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -31,16 +32,15 @@ def test_schedules_by_hand(kind, warmup, expected):
     np.testing.assert_allclose(found, list(expected.values()), rtol=1e-6, atol=1e-7)
 
 
+def sgd(labels, rate=0.1, **fields):
+    options = {"momentum": 0.9, "weight_decay": 0.01, "clip_norm": 0.0} | fields
+    schedule = optax.constant_schedule(rate)
+    return optim.sgd(schedule, nesterov=False, labels=labels, **options)
+
+
 def test_sgd_matches_pytorch():
     """Checks three steps of v = m v + (g + wd p); p -= lr v."""
-    optimizer = optim.sgd(
-        optax.constant_schedule(0.1),
-        momentum=0.9,
-        nesterov=False,
-        weight_decay=0.01,
-        clip_norm=0.0,
-        labels={"w": 0},
-    )
+    optimizer = sgd({"w": 0})
     params = {"w": jnp.array([1.0, -2.0])}
     state = optimizer.init(params)
     p, v = np.array([1.0, -2.0]), np.zeros(2)
@@ -60,3 +60,18 @@ def test_clipping_is_per_module():
     np.testing.assert_allclose(clipped["a"], [0.6], rtol=1e-6)
     np.testing.assert_allclose(clipped["b"], [0.8], rtol=1e-6)
     np.testing.assert_allclose(clipped["c"], [0.5])  # below the limit: unchanged
+
+
+def test_gates_are_not_decayed():
+    params = {"conv": {"kernel": jnp.ones(3), "vam_gate": jnp.full(2, 5.0)}}
+    labels = jax.tree.map(lambda _: 0, params)
+    optimizer = sgd(labels, 1.0, weight_decay=0.1, clip_norm=1.0)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["conv"]["kernel"], -0.1, rtol=1e-6)
+    np.testing.assert_array_equal(updates["conv"]["vam_gate"], 0.0)
+    kept = optim.decayed(params)
+    np.testing.assert_array_equal(kept["conv"]["vam_gate"], 0.0)
+    assert kept["conv"]["kernel"] is params["conv"]["kernel"]
+    params["conv"]["vam_gate"] = jnp.full(2, jnp.inf)
+    assert np.isnan(optim.decayed(params)["conv"]["vam_gate"]).all()

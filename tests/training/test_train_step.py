@@ -249,18 +249,6 @@ def test_batch_statistics_are_updated_once_per_step(lakd):
     assert_close(got, direct(state, data, rows(1)[0]), atol=1e-6)
 
 
-def test_student_variables_are_the_plain_network(lakd):
-    """Property 18 of LAKD: they include no adapter or other part of the method."""
-    spec, state, _, _ = lakd[0]
-    images = jnp.zeros((1, 8, 8, 3))
-    plain = jax.eval_shape(
-        lambda: spec.student.init(jax.random.key(0), images, train=False)
-    )
-    student = state.variables("student")
-    assert jax.tree.structure(student) == jax.tree.structure(dict(plain))
-    assert state.params["method"]  # there are method parameters to exclude
-
-
 @LONG
 @pytest.mark.parametrize("method", ["afd", "rtk"])
 def test_without_beta_tap_methods_are_kd_with_their_weights(method, tmp_path):

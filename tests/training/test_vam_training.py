@@ -147,28 +147,6 @@ def test_entropy_weights_and_start_epochs_by_hand():
     np.testing.assert_allclose(later[1].total(), 2.0)
 
 
-def test_gates_are_not_decayed():
-    params = {"conv": {"kernel": jnp.ones(3), "vam_gate": jnp.full(2, 5.0)}}
-    labels = jax.tree.map(lambda _: 0, params)
-    optimizer = optim.sgd(
-        optax.constant_schedule(1.0),
-        momentum=0.9,
-        nesterov=False,
-        weight_decay=0.1,
-        clip_norm=1.0,
-        labels=labels,
-    )
-    zero = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zero, optimizer.init(params), params)
-    np.testing.assert_allclose(updates["conv"]["kernel"], -0.1, rtol=1e-6)
-    np.testing.assert_array_equal(updates["conv"]["vam_gate"], 0.0)
-    kept = optim.decayed(params)
-    np.testing.assert_array_equal(kept["conv"]["vam_gate"], 0.0)
-    assert kept["conv"]["kernel"] is params["conv"]["kernel"]
-    params["conv"]["vam_gate"] = jnp.full(2, jnp.inf)
-    assert np.isnan(optim.decayed(params)["conv"]["vam_gate"]).all()
-
-
 def test_gates_belong_to_the_modules_of_their_convolutions(tmp_path):
     spec, state, *_ = make(tmp_path, method="lakd", **VAM)
     labels = cuts.label_tree(state.params, spec.partition, spec.student)
