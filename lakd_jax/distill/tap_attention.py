@@ -193,8 +193,8 @@ class Similarity(nn.Module):
     def _dense(self, name: str, features: int) -> nn.Dense:
         return nn.Dense(features, kernel_init=layers.uniform_fan_in, name=name)
 
-    def _norm(self, name: str, train: bool) -> nn.BatchNorm:
-        return layers.batch_norm(train=train, dtype=jnp.float32, name=name)
+    def _norm(self, name: str, train: bool) -> nn.Module:
+        return layers.norm(layers.Style(jnp.float32), train=train, name=name)
 
 
 def attention_diagnostics(attention: jax.Array, groups: Groups) -> dict[str, jax.Array]:
