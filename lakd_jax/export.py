@@ -83,7 +83,7 @@ def run(
     try:
         path.parent.mkdir(exist_ok=True)
         write()
-        _write_card(directory, path, {**card, "which": which}, settings)
+        _write_card(directory, path, card, settings, which)
     except OSError as error:
         raise errors.WorkdirError(
             f"{path.parent}: cannot be written: {error.strerror or error}\n"
@@ -209,7 +209,11 @@ def student(
 
 
 def _write_card(
-    directory: Path, path: Path, card: dict[str, Any], settings: dict[str, Any]
+    directory: Path,
+    path: Path,
+    card: dict[str, Any],
+    settings: dict[str, Any],
+    which: str,
 ) -> None:
     """Writes the model card next to the file; it also covers earlier exports there."""
     environment = {}
@@ -217,5 +221,5 @@ def _write_card(
         environment = workdir.read_json(directory / workdir.ENVIRONMENT)
     files = [path.with_suffix(ending) for ending in ENDINGS.values()]
     names = [file.name for file in files if file.exists()]
-    text = model_card.render(card, settings, environment, names)
+    text = model_card.render(card, settings, environment, names, which)
     workdir.write_bytes(path.with_suffix(".md"), text.encode())

@@ -73,22 +73,26 @@ logits = network.call(images)  # uint8 (B, {height}, {width}, 3), 0..255, for an
 
 
 def render(
-    card: Facts, settings: Facts, environment: Facts, files: Sequence[str]
+    card: Facts,
+    settings: Facts,
+    environment: Facts,
+    files: Sequence[str],
+    which: str = "last",
 ) -> str:
     """Returns the model card as Markdown.
 
     Args:
-      card: the card stored with a student by `weights.save`, and `which` weights they
-        are, "last" or "best".
+      card: the card stored with a student by `weights.save`.
       settings: the run's configuration, nested.
       environment: contents of the run's environment.json; empty if unknown.
       files: names of the exported files described by the card.
+      which: which weights they have, "last" or "best".
     """
     result = card["result"]
     parts = [
         f"# {card['network']}",
         "A student trained by lakd_jax: the plain network, no teacher or adapters.",
-        _table(_facts(card, settings, environment)),
+        _table(_facts(card, settings, environment, which)),
         "## Images",
         _images(card, settings),
     ]
@@ -103,14 +107,16 @@ def render(
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
-def _facts(card: Facts, settings: Facts, environment: Facts) -> dict[str, str]:
+def _facts(
+    card: Facts, settings: Facts, environment: Facts, which: str
+) -> dict[str, str]:
     result = card["result"]
     options = "".join(f", {k} {v}" for k, v in card["options"].items())
     facts = {
         "network": card["network"] + options,
         "parameters": f"{result['parameters']:,}",
         "classes": str(card["num_classes"]),
-        "test accuracy": _accuracy(card),
+        "test accuracy": _accuracy(result, which),
         "method": result["method"],
     }
     if result["teacher"]:
@@ -127,9 +133,8 @@ def _facts(card: Facts, settings: Facts, environment: Facts) -> dict[str, str]:
     return facts
 
 
-def _accuracy(card: Facts) -> str:
-    result = card["result"]
-    if card["which"] == "last":
+def _accuracy(result: Facts, which: str) -> str:
+    if which == "last":
         return _score(result["test_last"]) + " after the last epoch"
     when = f" after step {result['best_step']:,}, the best on minival"
     return _score(result["test_best_on_minival"]) + when

@@ -47,6 +47,7 @@ def saved_student(path, **changes):
     variables = tiny.variables(model)
     card = {"network": "resnet8", "num_classes": 3, "options": {}, "vam": None}
     card |= {"mean": (0.4,) * 3, "std": (0.3,) * 3, "image_size": 8, "result": {}}
+    card["preparation"] = None
     card |= changes
     interop.save_variables(path, variables, card)
     return path
@@ -80,6 +81,8 @@ def test_reading_a_run_unpickles_nothing_and_starts_nothing(copied, tmp_path):
         {"mean": "abc"},
         {"mean": [0.1]},
         {"std": None},
+        {"preparation": {"height": 8, "run": "x"}},
+        {"preparation": 3},
     ],
 )
 def test_a_made_up_card_is_an_error_in_a_line(changes, tmp_path):
@@ -225,7 +228,7 @@ def test_names_of_classes_and_folders_are_text_in_the_model_card():
     result = {"parameters": 1, "test_last": score, "method": "none", "teacher": None}
     result |= {"data": "0", "epochs": 1, "seed": 0, "class_names": [SCRIPT, "```"]}
     card = {"network": "resnet8", "options": {}, "num_classes": 2, "result": result}
-    card |= {"mean": (0.4,) * 3, "std": (0.3,) * 3}
+    card |= {"mean": (0.4,) * 3, "std": (0.3,) * 3, "preparation": None}
     settings = config.to_dict(config.default())
     settings["data"]["source"] = f"folder:/{SCRIPT}"
     text = model_card.render(card, settings, {}, [])

@@ -129,7 +129,8 @@ def test_export_to_a_bucket(main, here):
     args = ("--mode=export", "--to=gs://bucket/out")
     (line,) = commands.assert_refused(main(*args, "--workdir=run")).splitlines()
     assert line == (
-        "--to is 'gs://bucket/out'; it must be one of safetensors, torch, stablehlo"
+        "--to is 'gs://bucket/out'; it must be one of "
+        "safetensors, torch, stablehlo, onnx"
     )
     lines = commands.assert_refused(
         main(*args, "--workdir=gs://bucket/run")
