@@ -68,21 +68,21 @@ def test_minival_is_taken_from_train_and_keeps_ids():
     np.testing.assert_array_equal(parted.test.images, full.test.images)
 
 
-@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan"), 1e-6, 0.9999])
-def test_impossible_minival_is_refused(fraction):
-    with pytest.raises(errors.DataError, match=r"data\.minival"):
-        data.load("digits", minival=fraction)
-
-
-@pytest.mark.parametrize("source", ["", "folder:"])
-def test_empty_source_is_refused(source):
-    with pytest.raises(errors.DataError, match=r"data\.source"):
-        data.load(source)
-
-
-def test_negative_size_is_refused():
-    with pytest.raises(errors.DataError, match=r"data\.image_size"):
-        data.load("digits", image_size=-1)
+@pytest.mark.parametrize(
+    ("source", "options", "field"),
+    [
+        ("", {}, "data.source"),
+        ("folder:", {}, "data.source"),
+        ("digits", {"image_size": -1}, "data.image_size"),
+        *(
+            ("digits", {"minival": fraction}, "data.minival")
+            for fraction in (-0.1, 1.0, float("nan"), 1e-6, 0.9999)
+        ),
+    ],
+)
+def test_impossible_requests_are_refused(source, options, field):
+    with pytest.raises(errors.DataError, match=field):
+        data.load(source, **options)
 
 
 def test_fingerprint_sees_pixels_labels_classes_and_splits():

@@ -1,27 +1,23 @@
 """tfds data sets that were prepared elsewhere."""
 
-import io
 import pathlib
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import test_data_tfds as cifar
-from PIL import Image
 
 from lakd_jax import data, errors
 from lakd_jax.data.streaming import records
+from lakd_jax.data.tfds import builders
+
+FEATURES = {
+    "image": tfds.features.Image(shape=(6, 6, 1)),
+    "label": tfds.features.ClassLabel(names=["even", "odd"]),
+}
 
 
-def failure(name: str, data_dir: pathlib.Path) -> str:
-    with pytest.raises(errors.DataError) as caught:
-        data.load(name, data_dir=str(data_dir))
-    text = str(caught.value)
-    assert text.count("\n") < 10
-    return text
-
-
-def prepare_own(data_dir: pathlib.Path, features: dict, splits: dict) -> None:
+def prepare_own(data_dir: pathlib.Path, splits: dict, features=FEATURES) -> None:
     """Prepares a data set that is not part of tfds, as a user would."""
     fields = {
         "name": "homemade",
@@ -40,31 +36,23 @@ def prepare_own(data_dir: pathlib.Path, features: dict, splits: dict) -> None:
     cls(data_dir=data_dir, file_format="array_record").download_and_prepare()
 
 
-def png(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def grey_examples(count: int, label: int | None = None) -> list[dict]:
     return [
         {
-            "image": png(np.full((6, 6), 10 * k, np.uint8)),
+            "image": builders.to_png(np.full((6, 6), 10 * k, np.uint8)),
             "label": k % 2 if label is None else label,
         }
         for k in range(count)
     ]
 
 
-FEATURES = {
-    "image": tfds.features.Image(shape=(6, 6, 1)),
-    "label": tfds.features.ClassLabel(names=["even", "odd"]),
-}
+def parts(train: int = 8, test: int = 4) -> dict[str, list[dict]]:
+    """Returns the examples of two splits of these lengths."""
+    return {"train": grey_examples(train), "test": grey_examples(test)}
 
 
 def test_any_prepared_set_is_used_and_grey_becomes_rgb(tmp_path):
-    parts = {"train": grey_examples(8), "test": grey_examples(4)}
-    prepare_own(tmp_path, FEATURES, parts)
+    prepare_own(tmp_path, parts())
     found = data.load("homemade", data_dir=str(tmp_path))
     assert found.classes == ("even", "odd")
     assert found.train.images.shape == (8, 6, 6, 3)
@@ -75,32 +63,31 @@ def test_any_prepared_set_is_used_and_grey_becomes_rgb(tmp_path):
 
 
 def test_validation_replaces_a_test_split_without_labels(tmp_path):
-    parts = {
-        "train": grey_examples(8),
-        "validation": grey_examples(3),
-        "test": grey_examples(5, label=-1),
-    }
-    prepare_own(tmp_path, FEATURES, parts)
+    secret = {"validation": grey_examples(3), "test": grey_examples(5, label=-1)}
+    prepare_own(tmp_path, parts() | secret)
     assert len(data.load("homemade", data_dir=str(tmp_path)).test) == 3
 
 
 def test_sets_without_a_test_split_are_refused(tmp_path):
-    prepare_own(tmp_path, FEATURES, {"train": grey_examples(8)})
-    assert "no labelled test" in failure("homemade", tmp_path)
+    prepare_own(tmp_path, {"train": grey_examples(8)})
+    assert "no labelled test" in cifar.failure("homemade", tmp_path)
 
 
 def test_sets_without_images_and_labels_are_refused(tmp_path):
-    text = {"text": tfds.features.Text()}
-    prepare_own(tmp_path, text, {"train": [{"text": "a"}], "test": [{"text": "b"}]})
-    assert "`image`" in (message := failure("homemade", tmp_path)) and "text" in message
+    splits = {"train": [{"text": "a"}], "test": [{"text": "b"}]}
+    prepare_own(tmp_path, splits, {"text": tfds.features.Text()})
+    assert (
+        "`image`" in (message := cifar.failure("homemade", tmp_path))
+        and "text" in message
+    )
 
 
 def test_undecodable_examples_are_named(tmp_path, capsys):
     """Promise 31: by data set, split and number."""
-    parts = {"train": grey_examples(8), "test": grey_examples(2)}
-    parts["train"][3]["image"] = b"broken"
-    prepare_own(tmp_path, FEATURES, parts)
-    assert "homemade train, example" in failure("homemade", tmp_path)
+    splits = parts()
+    splits["train"][3]["image"] = b"broken"
+    prepare_own(tmp_path, splits)
+    assert "homemade train, example" in cifar.failure("homemade", tmp_path)
     found = data.load("homemade", data_dir=str(tmp_path), max_bad=1)
     assert len(found.train) == 7 and len(set(found.train.ids)) == 7
     assert "1 of 8 images left out (data.max_bad=1)" in capsys.readouterr().err
@@ -108,9 +95,9 @@ def test_undecodable_examples_are_named(tmp_path, capsys):
 
 def test_undecodable_test_images_are_never_left_out(tmp_path):
     """Promise 31: results are for the complete test split."""
-    parts = {"train": grey_examples(8), "test": grey_examples(2)}
-    parts["test"][1]["image"] = b"broken"
-    prepare_own(tmp_path, FEATURES, parts)
+    splits = parts()
+    splits["test"][1]["image"] = b"broken"
+    prepare_own(tmp_path, splits)
     with pytest.raises(errors.DataError, match="homemade test, example"):
         data.load("homemade", data_dir=str(tmp_path), max_bad=5)
 
@@ -118,8 +105,7 @@ def test_undecodable_test_images_are_never_left_out(tmp_path):
 @pytest.mark.parametrize("form", ["array_record", "tfrecord"])
 def test_streamed_sets_lack_no_example(form, tmp_path):
     """Promise 32: the number of examples is that of the preparation."""
-    parts = {"train": grey_examples(8), "test": grey_examples(4)}
-    prepare_own(tmp_path, FEATURES, parts)
+    prepare_own(tmp_path, parts())
     if form == "tfrecord":
         cifar.as_tfrecords(tmp_path)
     records.from_tfds("homemade", str(tmp_path))
@@ -133,8 +119,7 @@ def test_streamed_sets_lack_no_example(form, tmp_path):
 
 def test_a_streamed_shard_cut_short_is_an_error(tmp_path):
     """Promise 32: reported before the first example is read."""
-    parts = {"train": grey_examples(8), "test": grey_examples(4)}
-    prepare_own(tmp_path, FEATURES, parts)
+    prepare_own(tmp_path, parts())
     (shard,) = tmp_path.rglob("homemade-train.array_record*")
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
     for _ in range(2):  # cut short, then lost

@@ -54,10 +54,9 @@ def photos(tmp_path_factory):
     return root
 
 
-def loaded(photos, workers=0, minival=0.1, views=VIEWS):
-    source = f"folder:{photos}"
+def loaded(photos, workers=0, minival=0.1):
     return batches_lib.load(
-        source, views, minival=minival, data_dir="", workers=workers
+        f"folder:{photos}", VIEWS, minival=minival, data_dir="", workers=workers
     )
 
 
@@ -66,6 +65,17 @@ ALONE = batches_lib.Share(0, 1, 1)
 
 def training(split, share=ALONE, steps=30):
     return batches_lib.Training(split, 3, 16, False, steps, share)
+
+
+def mesh_of(devices):
+    return Mesh(np.array(jax.devices()[:devices]), ("data",))
+
+
+def feed_of(split, devices, drop_last=False):
+    """Returns the feed of a run of 60 steps of 16 images, with seed 3."""
+    stream, mesh = feeds.Stream(split, mesh_of(devices)), mesh_of(devices)
+    sizes = {"batch_size": 16, "drop_last": drop_last, "steps": 60}
+    return feeds.feed(feeds.of_run(stream, 3, mesh, print, **sizes))
 
 
 def assert_alike(one, other):
@@ -133,9 +143,8 @@ def test_the_centre_is_cut_as_torchvision_cuts_it(tmp_path):
 def test_a_batch_is_the_same_wherever_reading_starts(photos):
     """Promise 14: step k without the steps before it."""
     batches = training(loaded(photos).train)
-    some = [
-        part.split for part in itertools.islice(batches_lib.read(batches, 0, 0), 12)
-    ]
+    parts = itertools.islice(batches_lib.read(batches, 0, 0), 12)
+    some = [part.split for part in parts]
     assert_alike(next(batches_lib.read(batches, 11, 0)).split, some[11])
     assert len({b.images.tobytes() for b in some}) == len(some)
     seen = np.sort(np.concatenate([b.ids for b in some[:6]]))  # 81 images, 6 batches
@@ -152,10 +161,7 @@ def test_processes_decode_what_threads_decode(photos):
 
 @LONG
 def test_no_process_is_left_behind(photos):
-    split = loaded(photos, workers=2).train
-    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    sizes = {"batch_size": 16, "drop_last": True, "steps": 60}
-    feed = feeds.feed(feeds.of_run(feeds.Stream(split, mesh), 0, mesh, print, **sizes))
+    feed = feed_of(loaded(photos, workers=2).train, 1, drop_last=True)
     before = set(multiprocessing.active_children())
     feed.begin(0)
     feed.next(np.zeros((1, 16), np.int32))
@@ -175,8 +181,10 @@ def test_processes_share_a_batch_and_lose_nothing(photos):
         shares = [part[step] for part in parts]
         assert {share.total for share in shares} == {full[step].total}
         found = [share.split for share in shares]
-        joined = found if full[step].total % 4 else [_joined(found)]
-        for one in joined:
+        if not full[step].total % 4:
+            columns = zip(*map(dataclasses.astuple, found), strict=True)
+            found = [data.Split(*map(np.concatenate, columns))]
+        for one in found:
             assert_alike(one, full[step].split)
 
 
@@ -185,23 +193,16 @@ def test_a_batch_that_devices_cannot_share_is_whole_everywhere(photos):
     share = batches_lib.Share(1, 2, 4)
     part = batches_lib.Training(loaded(photos).train, 3, 6, False, 9, share)[0]
     assert len(part.split) == part.total == 6
-    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    mesh = mesh_of(4)
     keys = mesh_lib.replicate(device.keys(0), mesh)
     batch = feeds.Stream(loaded(photos).train, mesh).put(part, keys)
     assert batch.images.shape[0] == 6 and batch.images.is_fully_replicated
 
 
-def _joined(parts):
-    fields = ("images", "labels", "ids")
-    return data.Split(*(np.concatenate([getattr(p, f) for p in parts]) for f in fields))
-
-
 def test_every_test_image_counts_exactly_once(photos):
     """Promise 27: on streamed input, 21 images in batches of 16."""
-    split = loaded(photos).test
-    mesh = Mesh(np.array(jax.devices()), ("data",))
-    seen = []
-    for held, rows, mask in feeds.testing(feeds.Stream(split, mesh), 16):
+    stream, seen = feeds.Stream(loaded(photos).test, mesh_of(8)), []
+    for held, rows, mask in feeds.testing(stream, 16):
         assert held.whole and len(held.labels) == len(rows) == 16
         seen += [int(i) for i in np.asarray(held.ids)[mask]]
     assert seen == list(range(21))
@@ -230,27 +231,21 @@ def test_an_image_that_cannot_be_read_is_named(photos, tmp_path):
 
 @pytest.mark.parametrize("form", ["array_record", "tfrecord"])
 def test_prepared_sets_are_read_without_tensorflow(form, tmp_path):
-    examples = other.grey_examples(12)
-    splits = {"train": examples, "test": other.grey_examples(5)}
-    other.prepare_own(tmp_path, other.FEATURES, splits)
+    other.prepare_own(tmp_path, other.parts(12, 5))
     if form == "tfrecord":
         cifar.as_tfrecords(tmp_path)
-    views = batches_lib.Views(6, (1.0, 1.0), 6)
-    found = batches_lib.load(
-        "homemade", views, minival=0, data_dir=str(tmp_path), workers=0
-    )
+    views, data_dir = batches_lib.Views(6, (1.0, 1.0), 6), str(tmp_path)
+    found = batches_lib.load("homemade", views, minival=0, data_dir=data_dir, workers=0)
     assert (len(found.train), len(found.test)) == (12, 5)
     assert isinstance(found.train.source.locations, np.ndarray) == (form == "tfrecord")
     split = found.train.take(np.arange(12))
-    in_memory = data.load("homemade", data_dir=str(tmp_path)).train
-    np.testing.assert_array_equal(split.images, in_memory.images)
-    np.testing.assert_array_equal(split.labels, in_memory.labels)
+    in_memory = data.load("homemade", data_dir=data_dir).train
+    assert_alike(split, in_memory)
 
 
 def test_half_a_tfrecord_is_refused_before_training(tmp_path):
     """Promise 32: where records are streamed."""
-    splits = {"train": other.grey_examples(12), "test": other.grey_examples(5)}
-    other.prepare_own(tmp_path, other.FEATURES, splits)
+    other.prepare_own(tmp_path, other.parts(12, 5))
     cifar.as_tfrecords(tmp_path)
     (shard,) = tmp_path.rglob("homemade-train.tfrecord*")
     shard.write_bytes(shard.read_bytes()[:-9])
@@ -335,17 +330,7 @@ def test_a_streamed_split_is_scored_as_one_in_memory(unbroken, lab):
 def test_eight_devices_are_fed_like_one(photos):
     split = loaded(photos).train
     for devices in (1, 8):
-        mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
-        run = feeds.of_run(
-            feeds.Stream(split, mesh),
-            3,
-            mesh,
-            print,
-            batch_size=16,
-            drop_last=False,
-            steps=12,
-        )
-        feed = feeds.feed(run)
+        feed = feed_of(split, devices)
         feed.begin(4)
         for step in (4, 5):  # step 5 has one image, which no devices can share
             rows = np.zeros((1, 16 if step == 4 else 1), np.int32)
@@ -364,9 +349,7 @@ class Slow(batches_lib.Training):
 def test_a_stall_is_told(photos, monkeypatch):
     """Promise 33: once, with the required and the delivered rate."""
     monkeypatch.setattr(feeds, "MEASURED_STEPS", 10)
-    split = loaded(photos).train
-    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    lines = []
+    split, mesh, lines = loaded(photos).train, mesh_of(1), []
     run = feeds.Run(
         feeds.Stream(split, mesh),
         Slow(split, 3, 16, True, 60, ALONE),
