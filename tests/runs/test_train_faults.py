@@ -1,27 +1,25 @@
 """Faults during a run, and things that training must not change."""
 
 import errno
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint
 import pytest
+import test_train_resume as resume
 import tiny
 from jax.sharding import Mesh
 
-from lakd_jax import errors, interop
+from lakd_jax import errors
 from lakd_jax.config import resolved
 from lakd_jax.data import device
-from lakd_jax.interop import weights
-from lakd_jax.report import metrics
 from lakd_jax.runs import single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
 from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.store import checkpoint, workdir
-from lakd_jax.training import evaluate, phase
+from lakd_jax.training import evaluate
 from lakd_jax.training import spec as spec_lib
 
 
@@ -33,12 +31,9 @@ def mesh():
 
 
 def train(directory, *, guard=None, teacher=None, method="none", **fields):
-    config = resolved.resolve(tiny.small(directory, method=method, **fields))
-    environment = single.environment(
-        config, guard or interrupt.Guard(), lambda text: None
-    )
-    with workdir.prepare(directory, config.to_dict()):
-        return single.train_one(phase.first(config), directory, environment, teacher)
+    config = tiny.small(directory, method=method, **fields)
+    guard = guard or interrupt.Guard()
+    return resume.train(config, directory, resume.make_environment, guard, teacher)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +41,7 @@ def unbroken(mesh, tmp_path_factory):
     """The files of an uninterrupted run of `train`: 12 steps, saved every 4."""
     directory = tmp_path_factory.mktemp("unbroken")
     train(directory)
-    return finished(directory)
+    return resume.finished(directory)
 
 
 @pytest.fixture
@@ -55,29 +50,7 @@ def run(mesh, tmp_path):
     return tmp_path / "run"
 
 
-def finished(directory):
-    """Returns everything a run leaves except its timings."""
-    variables, _ = interop.load_variables(directory / workdir.STUDENT)
-    result = json.loads((directory / workdir.RESULT).read_text())
-    for timing in ("seconds", "step_seconds", "images_per_second"):
-        del result[timing]
-    return jax.tree.map(np.ndarray.tobytes, variables), result, metrics.read(directory)
-
-
 # ---------------------------------------------------------- losses not finite
-
-
-def student_of_nan(directory):
-    """Returns a finished run's directory; its student's second stage is NaN."""
-    directory.mkdir()
-    model = tiny.SMALL(num_classes=3)
-    variables = tiny.variables(model)
-    variables["params"]["stage2"]["block1"]["conv"]["kernel"][:] = np.nan
-    network = weights.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
-    result = {"student": tiny.NETWORK}
-    weights.save(directory / workdir.STUDENT, variables, network, result)
-    workdir.write_json(directory / workdir.RESULT, result)
-    return str(directory)
 
 
 def test_learning_rate_too_high_stops_the_run(run):
@@ -105,10 +78,13 @@ def test_learning_rate_too_high_stops_the_run(run):
 
 def test_term_that_is_not_finite_is_named(run, tmp_path, mesh):
     """Promise 25: the term is named, not the totals that it makes infinite."""
-    init = student_of_nan(tmp_path / "init")
-    teacher = tiny.teacher(mesh)
+    model = tiny.SMALL(num_classes=3)
+    changed = tiny.variables(model)
+    changed["params"]["stage2"]["block1"]["conv"]["kernel"][:] = np.nan
+    init = tiny.save_student(tmp_path / "init", model, tiny.NETWORK, changed)
+    fields = {"method": "lakd", "student__init": str(init)}
     with pytest.raises(errors.NonFiniteError) as caught:
-        train(run, teacher=teacher, method="lakd", student__init=init)
+        train(run, teacher=tiny.teacher(mesh), **fields)
     first = str(caught.value).splitlines()[0]
     assert first.startswith("step 1 (window of steps 1 to 1): module2/")
     assert "module2/feature" in first and "module1" not in first
@@ -136,7 +112,7 @@ def test_save_that_fails_ends_the_run_and_the_next_goes_on(run, unbroken, monkey
     assert str(caught.value).count("\n") < 10
     assert checkpoint.list_steps(run / "checkpoints") == [4]
     train(run)
-    assert finished(run) == unbroken
+    resume.assert_equal_runs(resume.finished(run), unbroken)
 
 
 def damage(checkpoint_folder):
@@ -158,7 +134,7 @@ def test_broken_newest_checkpoint_is_set_aside(run, unbroken):
     damage(folder / str(newest))
     train(run)
     assert (folder / f"{newest}.broken").is_dir()
-    assert finished(run) == unbroken
+    resume.assert_equal_runs(resume.finished(run), unbroken)
 
 
 def test_no_usable_checkpoint_is_an_error(run):
@@ -195,13 +171,7 @@ def test_every_example_is_counted_once(batch_size):
     test = tiny.split(45, 2)
     pixels = spec_lib.Pixels((0.4,) * 3, (0.3,) * 3, jnp.float32)
     mesh = Mesh(np.array(jax.devices()), ("data",))  # all eight devices
-    evaluator = evaluate.Evaluator(
-        model,
-        pixels,
-        batch_size,
-        mesh,
-        interrupt.Guard(),
-    )
+    evaluator = evaluate.Evaluator(model, pixels, batch_size, mesh, interrupt.Guard())
     logits = model.apply(variables, pixels(jnp.asarray(test.images)), train=False)
     logits = np.asarray(logits.logits, np.float64)
     test.labels[0] = logits[0].argmax()  # the example that pads the last batch
@@ -246,7 +216,7 @@ def test_floor_of_the_teacher(tmp_path, mesh, classes, floor, right, good):
 
 def made_teacher(directory, **fields):
     config = resolved.resolve(tiny.small(directory, method="kd", **fields))
-    environment = single.environment(config, interrupt.Guard(), lambda text: None)
+    environment = resume.make_environment(config, interrupt.Guard())
     return teacher_lib.make(config, environment)
 
 
@@ -266,13 +236,8 @@ def test_teacher_of_other_images_is_not_taken_from_the_cache(run, monkeypatch):
     trained = []
 
     def write_run(phase, directory, environment, teacher):
-        model = tiny.SMALL(num_classes=3)
-        network = weights.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
-        result = {"student": phase.config.student.name}
-        file = directory / workdir.STUDENT
-        weights.save(file, tiny.variables(model), network, result)
-        workdir.write_json(directory / workdir.RESULT, result)
-        trained.append(directory)
+        name, model = phase.config.student.name, tiny.SMALL(num_classes=3)
+        trained.append(tiny.save_student(directory, model, name))
 
     monkeypatch.setattr(single, "train_one", write_run)
     first = made_teacher(run).network.source

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import shutil
 
-import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -258,25 +257,13 @@ def test_what_outputs_depend_on_is_in_the_key(lakd):
     compute_outputs = computer(made)
     same = key(made, compute_outputs)
     assert key(made, computer(made)) == same
-    others = {
-        "weights": jax.tree.map(lambda x: x + 1e-6, variables),
-        "pad": 2,
-        "flip": False,
-        "views": 3,
-        "preact": True,
-        "teacher_pixels": dataclasses.replace(spec.teacher_pixels, size=4),
-    }
-    for name, value in others.items():
-        if name == "weights":
-            changed = (spec, None, value, None)
-        else:
-            changed = (
-                dataclasses.replace(spec, **{name: value}),
-                None,
-                variables,
-                0,
-            )
-        assert key(changed, compute_outputs) != same, name
+    pixels = dataclasses.replace(spec.teacher_pixels, size=4)
+    fields = {"pad": 2, "flip": False, "views": 3, "preact": True}
+    for name, value in (fields | {"teacher_pixels": pixels}).items():
+        changed = dataclasses.replace(spec, **{name: value})
+        assert key((changed, None, variables, 0), compute_outputs) != same, name
+    weights = jax.tree.map(lambda x: x + 1e-6, variables)
+    assert key((spec, None, weights, 0), compute_outputs) != same
 
 
 # ----------------------------------------------------------------- what is refused
@@ -364,29 +351,6 @@ def test_a_method_that_reads_more_has_no_stored_outputs(fields, tmp_path):
     spec, _, variables = steps.spec_of(tmp_path, 1, tiny.SMALL, **fields)
     with pytest.raises(ValueError, match="only logits, joints are stored"):
         teacher_cache.shapes(spec, variables, (8, 8, 3), 160)
-
-
-# ------------------------------------------------------------- the command line
-
-SMALL = (
-    commands.DIGITS,
-    "--config.epochs=1",
-    "--config.baselines=('kd',)",
-    "--config.teacher.name=resnet8",
-    "--config.teacher.views=1",
-    "--config.teacher.floor=0.01",
-    "--config.compile_cache=",
-    "--config.eval_batch_size=256",
-)
-
-
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-def test_too_little_room_on_the_command_line(main, tmp_path):
-    run, cache = tmp_path / "run", tmp_path / "teachers"
-    folders = f"--workdir={run}", f"--config.teacher.cache={cache}"
-    refused = main(*SMALL, *folders, "--config.teacher.views_mib=1")
-    commands.assert_refused(refused, "teacher.views is 1", "raise teacher.views_mib")
-    assert commands.untouched(run) and not cache.exists()
 
 
 # -------------------------------------------------------------------- full commands

@@ -17,6 +17,7 @@ from lakd_jax.models import chain, vgg
 from lakd_jax.runs import single
 from lakd_jax.runtime import interrupt
 from lakd_jax.runtime import mesh as mesh_lib
+from lakd_jax.store import workdir
 from lakd_jax.training import evaluate
 from lakd_jax.training import spec as spec_lib
 
@@ -107,6 +108,16 @@ def teacher(mesh: Mesh, build=SMALL) -> single.Teacher:
 def quiet():
     """Keyword arguments of what runs a command: nobody stops it, nobody reads it."""
     return {"guard": interrupt.Guard(), "notify": lambda text: None}
+
+
+def save_student(directory, model, name: str, changed=None, **card):
+    """Writes random weights, or `changed`, as a finished run does."""
+    directory.mkdir(exist_ok=True)
+    network = weights.Loaded(model, None, "", (0.4,) * 3, (0.3,) * 3)
+    values, result = changed or variables(model), {"student": name} | card
+    weights.save(directory / workdir.STUDENT, values, network, result)
+    workdir.write_json(directory / workdir.RESULT, result)
+    return directory
 
 
 class StopAfter(interrupt.Guard):
