@@ -1,6 +1,5 @@
 """Weight files: all kinds of PyTorch's, intact and damaged, and our own."""
 
-import functools
 import os
 import pickle
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 import resnet_weights
 import safetensors.numpy
 
-from lakd_jax import errors, interop, models
+from lakd_jax import errors, interop
 
 COUNTER, torch_weights = resnet_weights.COUNTER, resnet_weights.torch_weights
 assert_same_tree = resnet_weights.assert_same_tree
@@ -29,10 +28,7 @@ def test_safetensors_file(tmp_path):
     parallel = {f"module.{key}": value for key, value in torch_weights().items()}
     counter = {f"module.bn1.{COUNTER}": np.asarray(5)}
     safetensors.numpy.save_file(parallel | counter, path, metadata={"format": "pt"})
-    loaded = interop.load_torch_file(path)
-    assert loaded.keys() == torch_weights().keys()
-    for key, value in loaded.items():
-        np.testing.assert_array_equal(value, torch_weights()[key])
+    assert_same_tree(interop.load_torch_file(path), torch_weights())
     assert not interop.is_variables_file(path)
     with pytest.raises(errors.TeacherError, match="load_torch_file"):
         interop.load_variables(path)
@@ -83,10 +79,8 @@ def test_torch_file(torch, tmp_path, zipped, ending):
     content = {"state_dict": parallel, "best_prec1": torch.tensor(91.2), "epoch": 3}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     loaded = interop.load_torch_file(str(path))
-    assert loaded.keys() == torch_weights().keys()
-    for key, value in loaded.items():
-        assert type(value) is np.ndarray
-        np.testing.assert_array_equal(value, torch_weights()[key])
+    assert all(type(value) is np.ndarray for value in loaded.values())
+    assert_same_tree(loaded, torch_weights())
     assert not interop.is_variables_file(path)
 
 
@@ -182,7 +176,7 @@ def test_torch_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(errors.TeacherError, match="pip install torch"):
         interop.load_torch_file(path)
-    with pytest.raises(errors.ExportError, match="pip install torch"):
+    with pytest.raises(errors.ExportError, match="pip install torch.*safetensors"):
         interop.save_torch_file(path, torch_weights())
     assert path.read_bytes() == b""
 
@@ -196,11 +190,6 @@ def test_unreadable_files(tmp_path):
     other.write_bytes(b"")
     with pytest.raises(errors.TeacherError, match="unknown suffix '.h5'"):
         interop.load_torch_file(other)
-    broken = tmp_path / "teacher.safetensors"
-    broken.write_bytes(b"no safetensors at all")
-    for read in (interop.load_torch_file, interop.load_variables):
-        with pytest.raises(errors.TeacherError, match="not a readable safetensors"):
-            read(broken)
 
 
 def test_torch_is_never_imported_by_itself():
@@ -213,7 +202,8 @@ def test_safetensors_cut_short(tmp_path, share):
     path = tmp_path / "teacher.safetensors"
     safetensors.numpy.save_file(torch_weights(), path)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    for read in (interop.load_torch_file, interop.is_variables_file):
+    readers = (interop.load_torch_file, interop.is_variables_file)
+    for read in (*readers, interop.load_variables):
         with pytest.raises(errors.TeacherError, match="safetensors is not a readable"):
             read(path)
 
@@ -228,10 +218,7 @@ def test_what_is_saved_is_read_again(tmp_path, ending):
         torch = pytest.importorskip("torch")
     interop.save_torch_file(path, torch_weights())
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
-    loaded = interop.load_torch_file(path)
-    assert loaded.keys() == torch_weights().keys()
-    for key, value in loaded.items():
-        np.testing.assert_array_equal(value, torch_weights()[key])
+    assert_same_tree(interop.load_torch_file(path), torch_weights())
     if ending == ".safetensors":
         with safetensors.safe_open(path, framework="numpy") as file:
             assert file.metadata() == {"format": "pt"}
@@ -273,23 +260,3 @@ def test_variables_survive_to_the_bit(tmp_path):
     assert_same_tree(loaded, jax.tree.map(np.asarray, variables))
     assert np.signbit(loaded["params"]["head"]["scalar"])
     assert [file.name for file in tmp_path.iterdir()] == ["student.safetensors"]
-
-
-def test_a_saved_network_gives_the_same_logits(tmp_path):
-    model = models.create("resnet8", num_classes=7)
-    variables = interop.from_torch("resnet8", torch_weights())
-    interop.save_variables(tmp_path / "net.safetensors", variables, {})
-    loaded, _ = interop.load_variables(tmp_path / "net.safetensors")
-    images = jnp.ones((1, 8, 8, 3))
-    apply = jax.jit(functools.partial(model.apply, train=False))
-    np.testing.assert_array_equal(
-        apply(loaded, images).logits, apply(variables, images).logits
-    )
-
-
-def test_a_damaged_variables_file_is_reported(tmp_path):
-    path = tmp_path / "student.safetensors"
-    interop.save_variables(path, {"params": {"a": np.ones(100)}}, {})
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(errors.TeacherError, match="student.safetensors"):
-        interop.load_variables(path)

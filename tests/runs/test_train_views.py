@@ -152,10 +152,8 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
             lab.train(tmp_path / "parts", tiny.StopAfter(8 + 4 + 2 + 1), **fields)
         assert resume.saved_steps(tmp_path / "parts") == [4, 6]
         lab.train(tmp_path / "parts", **fields)
-    unbroken, parts = (
-        resume.finished(tmp_path / name) for name in ("unbroken", "parts")
-    )
-    resume.assert_equal_runs(unbroken, parts)
+    ends = [resume.finished(tmp_path / name) for name in ("unbroken", "parts")]
+    resume.assert_equal_runs(*ends)
 
 
 @LONG
@@ -323,6 +321,11 @@ def test_the_room_of_an_experts_tree_is_known(tmp_path, monkeypatch):
         ({"lakd.task": "teacher_suffix"}, "run the teacher's layers on"),
         ({"local.engine": "dispatch"}, "use local.engine=fused"),
         ({"local.engine": "pipeline"}, "use local.engine=fused"),
+        (
+            {"lakd.preact": True, "local.module_input": "teacher"}
+            | {"student.name": config_lib.default().teacher.name},
+            "teacher.views stores the features",
+        ),
     ],
 )
 def test_what_cannot_be_stored_is_refused(fields, message):
@@ -331,16 +334,6 @@ def test_what_cannot_be_stored_is_refused(fields, message):
     c.teacher.views = VIEWS
     (line,) = check.problems(c, 1)
     assert message in line and "teacher.views" in line
-
-
-def test_preact_is_not_what_modules_are_fed():
-    c = config_lib.default()
-    c.student.name = c.teacher.name
-    c.local.module_input, c.lakd.preact = "teacher", True
-    assert check.problems(c, 1) == []
-    c.teacher.views = 1
-    (line,) = check.problems(c, 1)
-    assert line.startswith("teacher.views stores the features")
 
 
 @pytest.mark.parametrize(
