@@ -9,6 +9,7 @@ import numpy as np
 
 from lakd_jax.explain import conflict, similarity, subject
 from lakd_jax.interop import weights
+from lakd_jax.local import cuts
 from lakd_jax.models import chain
 from lakd_jax.report import metrics
 from lakd_jax.runs import pictures
@@ -46,65 +47,57 @@ def over_training(s: subject.Subject, notify: Callable[[str], None]) -> list[Mom
     past, total = list(subject.past(s)), s.steps_per_epoch * s.config.epochs
     if not past or past[-1][0] < total:
         past.append((total, s.student.variables))
-    teacher = _Side.of_teacher(s)
+    parts, teacher = _partition(s), None
+    if s.teacher:
+        network, pixels = s.teacher.network, s.teacher.pixels
+        teacher = _measure(
+            s, network.model, network.variables, pixels, parts.teacher_joints
+        )
     moments = []
     for step, variables in past:
         notify(f"features after step {step:,}")
-        student = _Side.of_student(s, variables)
-        modules = _modules(s, student, teacher)
+        student = _measure(
+            s, s.student.model, variables, s.pixels, parts.student_joints
+        )
+        modules = _modules(parts, student, teacher)
         moments.append(Moment(step, step / s.steps_per_epoch, modules))
     return moments
 
 
 @dataclasses.dataclass(frozen=True)
 class _Side:
-    """Features of one network at the end of each module, and its probes."""
+    """Features of one network on test images at its joints, and their probes."""
 
-    names: tuple[str, ...]
-    joints: tuple[str, ...]
     test: list[np.ndarray]
     probes: list[float]
 
-    @classmethod
-    def of_student(cls, s: subject.Subject, variables: PyTree) -> "_Side":
-        """Measures the student with these variables."""
-        joints = _partition(s).student_joints
-        return cls._of(s, s.student.model, variables, s.pixels, joints)
 
-    @classmethod
-    def of_teacher(cls, s: subject.Subject) -> "_Side | None":
-        """Measures the teacher; None if the run has none."""
-        if s.teacher is None:
-            return None
-        joints = _partition(s).teacher_joints
-        network = s.teacher.network
-        return cls._of(s, network.model, network.variables, s.teacher.pixels, joints)
-
-    @classmethod
-    def _of(
-        cls,
-        s: subject.Subject,
-        model: chain.Chain,
-        variables: PyTree,
-        pixels: Any,
-        joints: tuple[str, ...],
-    ) -> "_Side":
-        (train, train_labels), (test, test_labels) = _probe_images(s)
-        pooled = []
-        for images in (train, test):
-            _, features = subject.observe(model, variables, pixels, images, joints)
-            pooled.append([f.astype(np.float32).mean((1, 2)) for f in features])
-        probes = [
-            similarity.probe_accuracy(a, train_labels, b, test_labels)
-            for a, b in zip(*pooled, strict=True)
-        ]
-        test_features = [f[:IMAGES].astype(np.float32) for f in features]
-        return cls(_partition(s).names, joints, test_features, probes)
+def _measure(
+    s: subject.Subject,
+    model: chain.Chain,
+    variables: PyTree,
+    pixels: Any,
+    joints: tuple[str, ...],
+) -> _Side:
+    (train, train_labels), (test, test_labels) = _probe_images(s)
+    pooled = []
+    for images in (train, test):
+        _, features = subject.observe(model, variables, pixels, images, joints)
+        pooled.append([f.astype(np.float32).mean((1, 2)) for f in features])
+    probes = [
+        similarity.probe_accuracy(a, train_labels, b, test_labels)
+        for a, b in zip(*pooled, strict=True)
+    ]
+    return _Side([f[:IMAGES].astype(np.float32) for f in features], probes)
 
 
-def _modules(s: subject.Subject, student: _Side, teacher: _Side | None) -> list[Module]:
+def _modules(
+    parts: cuts.Partition, student: _Side, teacher: _Side | None
+) -> list[Module]:
     out = []
-    for k, (name, joint) in enumerate(zip(student.names, student.joints, strict=True)):
+    for k, (name, joint) in enumerate(
+        zip(parts.names, parts.student_joints, strict=True)
+    ):
         cka, teacher_probe = None, None
         if teacher:
             cka = similarity.linear_cka(student.test[k], teacher.test[k])
@@ -113,19 +106,15 @@ def _modules(s: subject.Subject, student: _Side, teacher: _Side | None) -> list[
     return out
 
 
-def _partition(s: subject.Subject) -> Any:
+def _partition(s: subject.Subject) -> cuts.Partition:
     teacher = s.teacher.network.model if s.teacher else s.student.model
     return pictures.partition(s.config, s.student.model, teacher)
 
 
 def _probe_images(s: subject.Subject) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns fixed (images, labels) for training and for testing the probes."""
-    splits = (
-        (s.environment.dataset.preview.train, PROBE_TRAIN),
-        (s.environment.dataset.preview.test, PROBE_TEST),
-    )
-    out = []
-    for split, count in splits:
+    preview, out = s.environment.dataset.preview, []
+    for split, count in ((preview.train, PROBE_TRAIN), (preview.test, PROBE_TEST)):
         chosen = np.random.default_rng(0).permutation(len(split))[:count]
         out.append((split.images[chosen], split.labels[chosen]))
     return out

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lakd_jax import errors
 from lakd_jax.data.streaming import batches
-from lakd_jax.data.tfds import imagenet
+from lakd_jax.data.tfds import builders, imagenet
 from lakd_jax.runs import command
 from lakd_jax.runtime import mesh as mesh_lib
 
@@ -104,7 +104,7 @@ def test_names_in_archives_lead_nowhere(tmp_path):
     path = tmp_path / "inner" / "x.tar"
     path.parent.mkdir()
     path.write_bytes(evil)
-    assert len(list(imagenet.members(path.open("rb")))) == 2
+    assert len(list(builders.members(path.open("rb")))) == 2
     assert [p.name for p in tmp_path.rglob("*")] == ["inner", "x.tar"]
 
 

@@ -71,9 +71,10 @@ class Streamed:
     def sample(self, count: int) -> dataset.Split:
         """Returns up to `count` examples, always the same; decodes in threads."""
         rows = np.sort(np.random.default_rng(0).permutation(len(self))[:count])
-        parts = [rows[at : at + 64] for at in range(0, len(rows), 64)]
-        batches = list(_grain(_TestBatches(self, parts), 0, 0))
-        return _split([one for batch in batches for one in batch])
+        chosen = dataclasses.replace(self, chosen=self.chosen[rows])
+        parts = [part.split for part in read(Testing(chosen, 64, _ALL), 0, 0)]
+        columns = zip(*((p.images, p.labels, p.ids) for p in parts), strict=True)
+        return dataset.Split(*(np.concatenate(c)[: len(rows)] for c in columns))
 
 
 def _split(examples: list[tuple[np.ndarray, int, int]]) -> dataset.Split:
@@ -120,6 +121,9 @@ class Share:
             return rows
         part = len(rows) // self.count
         return rows[self.index * part : (self.index + 1) * part]
+
+
+_ALL = Share(index=0, count=1, devices=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,20 +194,6 @@ class Testing:
         rows = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
         rows = np.where(rows < len(self.split), rows, 0)
         return Part(self.split.take(self.share(rows)), len(rows))
-
-
-@dataclasses.dataclass(frozen=True)
-class _TestBatches:
-    """Test views of given rows, in batches."""
-
-    split: Streamed
-    rows: list[np.ndarray]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> list[tuple[np.ndarray, int, int]]:
-        return [_test_example(self.split, int(row)) for row in self.rows[number]]
 
 
 def read(batches: Batches, start: int, workers: int) -> Generator[Any, None, None]:

@@ -70,7 +70,7 @@ class Prepared:
       directory: of the prepared version.
       split: its name.
       locations: for TFRecord, (N, 3) int64: file, offset and length of each record, see
-        `tfrecord_locations`; None for ArrayRecord, which has an index.
+        `source.tfrecord_locations`; None for ArrayRecord, which has an index.
     """
 
     directory: str
@@ -108,7 +108,7 @@ class Prepared:
         if len(record) < length:
             raise EOFError(f"{path} ends within a record")
         features = _builder(self.directory).info.features
-        return features.deserialize_example_np(record, decoders=_raw())
+        return features.deserialize_example_np(record, decoders=source.encoded_images())
 
     def name(self, index: int) -> str:
         """See `Records`."""
@@ -127,13 +127,6 @@ def digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _raw() -> dict[str, Any]:
-    """Returns the decoders with which tfds leaves images encoded."""
-    import tensorflow_datasets as tfds
-
-    return {"image": tfds.decode.SkipDecoding()}
-
-
 @functools.lru_cache(maxsize=4)
 def _builder(directory: str) -> Any:
     import tensorflow_datasets as tfds
@@ -145,7 +138,9 @@ def _builder(directory: str) -> Any:
 def _array_records(directory: str, split: str) -> Any:
     """Opens a split, once per process; reading a record reads one block of a file."""
     builder, file_format = _builder(directory), "array_record"
-    return builder.as_data_source(split, decoders=_raw(), file_format=file_format)
+    return builder.as_data_source(
+        split, decoders=source.encoded_images(), file_format=file_format
+    )
 
 
 def from_folder(path: str) -> tuple[tuple[str, ...], Files, Files]:
@@ -178,15 +173,9 @@ def _prepared(builder: Any, split: str) -> Prepared:
         # Counted in the files, since tfds's source reports the prepared number.
         count = sum(map(_array_record_count, paths))
     else:
-        locations = tfrecord_locations(paths)
+        locations = source.tfrecord_locations(paths)
         count = len(locations)
-    expected = builder.info.splits[split].num_examples
-    if count < max(expected, 1):
-        raise errors.DataError(
-            f"{builder.name} {split}: {count} examples in {builder.data_dir} "
-            f"where {expected} were prepared: the directory is incomplete. Delete it "
-            "and start again."
-        )
+    source.require_complete(builder, split, count)
     return Prepared(str(builder.data_dir), split, locations)
 
 
@@ -200,26 +189,3 @@ def _array_record_count(path: Any) -> int:
     count = reader.num_records()
     reader.close()
     return count
-
-
-def tfrecord_locations(paths: list[Any]) -> np.ndarray:
-    """Returns file, offset and length of every record, (N, 3) int64.
-
-    Reads only the records' lengths: one seek per record, no content.
-    """
-    locations = []
-    for number, path in enumerate(paths):
-        size = path.stat().length
-        with path.open("rb") as file:
-            offset = 0
-            while header := file.read(12):
-                length = int.from_bytes(header[:8], "little")
-                end = offset + 12 + length + 4  # two checksums, see `tfrecords`
-                if len(header) < 12 or end > size:
-                    raise errors.DataError(
-                        f"{path} ends within a record. Delete the directory and "
-                        "prepare the data set again."
-                    )
-                locations.append((number, offset + 12, length))
-                file.seek(offset := end)
-    return np.array(locations, np.int64).reshape(-1, 3)

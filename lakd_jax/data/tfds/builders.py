@@ -146,16 +146,21 @@ def read_members(path: pathlib.Path, names: list[str]) -> dict[str, bytes]:
     Raises:
       DataError: a file is missing from the archive.
     """
-    required, found = set(names), {}
-    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:gz") as archive:
-        for member in archive:
-            if member.name in required and member.isfile():
-                reader = archive.extractfile(member)
-                assert reader is not None  # it is a file
-                found[member.name] = reader.read()
+    required = set(names)
+    found = {name: data for name, data in members(path.open("rb")) if name in required}
     if missing := sorted(required - found.keys()):
         raise errors.DataError(f"{path} lacks {', '.join(missing)}")
     return found
+
+
+def members(file: Any) -> Iterator[tuple[str, bytes]]:
+    """Yields (name, content) of the files in a tar archive, without unpacking it."""
+    with file, tarfile.open(fileobj=file) as archive:
+        for member in archive:
+            if member.isfile():
+                reader = archive.extractfile(member)
+                assert reader is not None  # it is a file
+                yield member.name, reader.read()
 
 
 def to_png(image: np.ndarray) -> bytes:

@@ -40,8 +40,10 @@ class _ImageNet:
         self, path: pathlib.Path, labels: dict[str, str]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yields examples; without `labels` every member is the archive of a class."""
-        for name, content in members(path.open("rb")):
-            inner = [(name, content)] if labels else members(io.BytesIO(content))
+        for name, content in builders.members(path.open("rb")):
+            inner = [(name, content)]
+            if not labels:
+                inner = builders.members(io.BytesIO(content))
             for image, pixels in inner:
                 label = labels[image] if labels else pathlib.PurePath(name).stem
                 record = {"file_name": image, "image": pixels, "label": label}
@@ -59,16 +61,6 @@ def archives(folder: pathlib.Path) -> dict[str, pathlib.Path]:
             f"them into {folder} and start again."
         )
     return paths
-
-
-def members(file: Any) -> Iterator[tuple[str, bytes]]:
-    """Yields (name, content) of the files in a tar archive, without unpacking it."""
-    with file, tarfile.open(fileobj=file, mode="r:") as archive:
-        for member in archive:
-            if member.isfile():
-                reader = archive.extractfile(member)
-                assert reader is not None  # it is a file
-                yield member.name, reader.read()
 
 
 def validation_labels(path: pathlib.Path) -> dict[str, str]:

@@ -3,7 +3,6 @@
 import difflib
 import importlib.util
 import itertools
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -184,13 +183,20 @@ def test_split(builder: Any, name: str) -> str:
     )
 
 
-def _examples(builder: Any, split: str) -> Iterator[dict[str, Any]]:
-    """Yields the examples of a split in stored order, images still encoded."""
+def encoded_images() -> dict[str, Any]:
+    """Returns the decoders with which tfds leaves images encoded.
+
+    The stored bytes are decoded by this package: tfds's decoder depends on whether
+    OpenCV is installed, and has no image_size.
+    """
     import tensorflow_datasets as tfds
 
-    # The stored bytes are decoded by this package: tfds's decoder depends on whether
-    # OpenCV is installed, and has no image_size.
-    raw = {"image": tfds.decode.SkipDecoding()}
+    return {"image": tfds.decode.SkipDecoding()}
+
+
+def _examples(builder: Any, split: str) -> Iterator[dict[str, Any]]:
+    """Yields the examples of a split in stored order, images still encoded."""
+    raw = encoded_images()
     if "array_record" in formats(builder):
         source = builder.as_data_source(split, decoders=raw, file_format="array_record")
         for start in range(0, len(source), _READ_BATCH):
@@ -199,27 +205,52 @@ def _examples(builder: Any, split: str) -> Iterator[dict[str, Any]]:
         return
     features = builder.info.features
     for path in builder.info.splits[split].filepaths:
-        for record in tfrecords(path):
-            yield features.deserialize_example_np(record, decoders=raw)
+        locations = tfrecord_locations([path])
+        with path.open("rb") as file:
+            for _, offset, length in locations.tolist():
+                file.seek(offset)
+                record = file.read(length)
+                yield features.deserialize_example_np(record, decoders=raw)
 
 
-def tfrecords(path: pathlib.Path) -> Iterator[bytes]:
-    """Yields the records of a TFRecord file, for which tfds needs TensorFlow.
+def tfrecord_locations(paths: list[Any]) -> np.ndarray:
+    """Returns file, offset and length of every record, (N, 3) int64.
 
-    A record is its length (8 bytes, little-endian), a checksum of the length (4), the
-    content, and a checksum of the content (4). The checksums (masked CRC-32C, not in
-    the standard library) are not verified.
+    tfds needs TensorFlow to read TFRecord files. A record is its length (8 bytes,
+    little-endian), a checksum of the length (4), the content, and a checksum of the
+    content (4). The checksums (masked CRC-32C, not in the standard library) are not
+    verified. Reads only the lengths: one seek per record, no content.
 
     Raises:
-      EOFError: the file ends within a record.
+      DataError: a file ends within a record.
     """
-    with path.open("rb") as file:
-        while header := file.read(12):
-            length = int.from_bytes(header[:8], "little")
-            record = file.read(length + 4)
-            if len(header) < 12 or len(record) < length + 4:
-                raise EOFError(f"{path} ends within a record")
-            yield record[:length]
+    locations = []
+    for number, path in enumerate(paths):
+        size = path.stat().length
+        with path.open("rb") as file:
+            offset = 0
+            while header := file.read(12):
+                length = int.from_bytes(header[:8], "little")
+                end = offset + 12 + length + 4
+                if len(header) < 12 or end > size:
+                    raise errors.DataError(
+                        f"{path} ends within a record. Delete the directory and "
+                        "prepare the data set again."
+                    )
+                locations.append((number, offset + 12, length))
+                file.seek(offset := end)
+    return np.array(locations, np.int64).reshape(-1, 3)
+
+
+def require_complete(builder: Any, split: str, count: int) -> None:
+    """Raises DataError if `count` is less than the examples prepared, or 0."""
+    expected = builder.info.splits[split].num_examples
+    if count < max(expected, 1):
+        raise errors.DataError(
+            f"{builder.name} {split}: {count} examples in {builder.data_dir} where "
+            f"{expected} were prepared: the directory is incomplete. Delete it and "
+            "start again."
+        )
 
 
 def _read(builder: Any, split: str, image_size: int, max_bad: int = 0) -> dataset.Split:
@@ -231,13 +262,7 @@ def _read(builder: Any, split: str, image_size: int, max_bad: int = 0) -> datase
             f"{', '.join(builder.info.splits)}."
         )
     encoded, labels = _records(builder, split)
-    expected = builder.info.splits[split].num_examples
-    if len(labels) < max(expected, 1):
-        raise errors.DataError(
-            f"{split_name}: {len(labels)} examples in {builder.data_dir} where "
-            f"{expected} were prepared: the directory is incomplete. Delete it and "
-            "start again."
-        )
+    require_complete(builder, split, len(labels))
     pixels, good = images.decode_all(
         encoded,
         lambda i: f"{split_name}, example {i}",
@@ -257,6 +282,8 @@ def _records(
         for example in itertools.islice(_examples(builder, split), limit):
             encoded.append(example["image"])
             labels.append(int(example["label"]))
+    except errors.DataError:
+        raise
     except Exception as error:  # missing, truncated or foreign files
         raise errors.DataError(
             f"{builder.name} {split}: cannot be read from {builder.data_dir} "
