@@ -1,5 +1,6 @@
 """Computes the numbers of a report, per module and over training."""
 
+import collections
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -143,11 +144,10 @@ def right_and_wrong(s: subject.Subject, count: int) -> np.ndarray:
 
 def _spread(places: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
     """Selects up to `count` of `places`, from as many classes as possible."""
-    seen: dict[int, int] = {}
+    seen: collections.Counter[int] = collections.Counter()
     rank = []
-    for place in places:
-        label = int(labels[place])
-        seen[label] = seen.get(label, 0) + 1
+    for label in labels[places].tolist():
+        seen[label] += 1
         rank.append(seen[label])
     return places[np.argsort(rank, kind="stable")[:count]]
 

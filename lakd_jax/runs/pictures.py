@@ -44,15 +44,9 @@ def draw(
     )
     if teacher:
         student = single.load_network("student", config, environment, str(directory))
-        chosen = _one_per_class(environment.dataset.preview.test.labels)
-        attention(
-            directory / "attention.png",
-            config,
-            environment.dataset.preview,
-            student,
-            teacher,
-            chosen,
-        )
+        path, preview = directory / "attention.png", environment.dataset.preview
+        chosen = _one_per_class(preview.test.labels)
+        attention(path, config, preview, student, teacher, chosen)
 
 
 def attention(
@@ -90,11 +84,11 @@ def attention(
         )
     ]
     names = dataset.classes
-    labels = [
-        [names[c] for c in classes]
-        for classes in (test.labels[chosen], _argmax(of_teacher), _argmax(of_student))
+    predicted = [np.asarray(o.logits.argmax(-1)) for o in (of_teacher, of_student)]
+    captions = [
+        pictures.Caption(*(names[c] for c in classes))
+        for classes in zip(test.labels[chosen], *predicted, strict=True)
     ]
-    captions = [pictures.Caption(*texts) for texts in zip(*labels, strict=True)]
     pictures.attention(path, test.images[chosen], captions, modules)
 
 
@@ -131,7 +125,3 @@ def _joints(
     outputs: chain.Outputs, model: chain.Chain, names: Sequence[str]
 ) -> list[jax.Array]:
     return [chain.feature_at(outputs, model, n) for n in names]
-
-
-def _argmax(outputs: chain.Outputs) -> np.ndarray:
-    return np.asarray(outputs.logits.argmax(-1))

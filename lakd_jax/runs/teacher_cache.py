@@ -139,13 +139,12 @@ def require_room(shapes: teacher_outputs.TeacherOutputs, limit: int) -> None:
     fit = limit * 2**20 // (image * examples)
     lower = f"lower teacher.views to at most {fit}" if fit else "set teacher.views to 0"
     listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-    raise errors.ConfigError(
-        [
-            f"teacher.views is {views}: {image:,} bytes per image ({listed}) x "
-            f"{examples:,} images x {views} views = {total / 2**20:,.0f} MiB, more "
-            f"than teacher.views_mib ({limit}): {lower}, or raise teacher.views_mib"
-        ]
+    fault = (
+        f"teacher.views is {views}: {image:,} bytes per image ({listed}) x "
+        f"{examples:,} images x {views} views = {total / 2**20:,.0f} MiB, more than "
+        f"teacher.views_mib ({limit}): {lower}, or raise teacher.views_mib"
     )
+    raise errors.ConfigError([fault])
 
 
 def blank(
@@ -224,11 +223,7 @@ def kept(
         lambda x: np.empty(x.shape, x.dtype), computer.shapes()
     )
     views = range(computer.spec.views)
-    missing = [
-        v
-        for v in views
-        if not _read(_view_folder(folder, v), cached_outputs, v, notify)
-    ]
+    missing = [v for v in views if not _read(folder, cached_outputs, v, notify)]
     if missing:
         notify(f"the teacher's outputs, {len(missing)} of {len(views)} views, {folder}")
         with workdir.prepare(folder, key):
@@ -260,12 +255,13 @@ def _of_view(
 
 
 def _read(
-    view_folder: Path,
+    folder: Path,
     cached_outputs: teacher_outputs.TeacherOutputs,
     view: int,
     notify: Notify,
 ) -> bool:
     """Reads a view from its folder; returns False if it is missing or damaged."""
+    view_folder = _view_folder(folder, view)
     if not (view_folder / _MANIFEST).exists():
         return False
     try:
@@ -303,15 +299,15 @@ def _compute(
                 logged, left = now, (now - began) * (total - done) / done
                 share = f"{done:,} of {total:,} images done"
                 notify(f"{share}, {summary.duration(left)} to go")
-        _write(_view_folder(folder, view), _of_view(cached_outputs, view), view)
+        _write(folder, view, _of_view(cached_outputs, view))
 
 
-def _write(view_folder: Path, parts: dict[str, np.ndarray], view: int) -> None:
+def _write(folder: Path, view: int, parts: dict[str, np.ndarray]) -> None:
+    view_folder = _view_folder(folder, view)
     view_folder.mkdir(exist_ok=True)
     for name, part in parts.items():
-        workdir.write_bytes(
-            _file(view_folder, name), part.reshape(-1).view(np.uint8).data
-        )
+        raw = part.reshape(-1).view(np.uint8).data
+        workdir.write_bytes(_file(view_folder, name), raw)
     workdir.write_json(view_folder / _MANIFEST, manifest.describe(view, parts, {}))
 
 
@@ -333,9 +329,7 @@ def _verify(
     stored = jax.tree.map(lambda x: x[views, rows], cached_outputs)
     tolerance = TOLERANCE[computer.spec.teacher_pixels.dtype.name]
     differences = _differences(stored, live, tolerance)
-    right = [
-        int(np.sum(np.argmax(x.logits, -1) == labels[rows])) for x in (stored, live)
-    ]
+    right = [int(np.sum(x.logits.argmax(-1) == labels[rows])) for x in (stored, live)]
     if 100 * abs(right[0] - right[1]) > POINTS * len(chosen):
         differences.append(
             f"{right[0]} right answers, not {right[1]}, of {len(chosen)}"

@@ -2,7 +2,6 @@
 
 import collections
 import io
-import shutil
 
 import numpy as np
 import pytest
@@ -56,12 +55,8 @@ def loaded(data_dir):
     return batches.load("imagenet2012", test_stream.VIEWS, **arguments)
 
 
-@pytest.fixture(scope="module")
-def found(data_dir):
-    return loaded(data_dir)
-
-
-def test_the_archives_are_prepared_as_tfds_would(found, data_dir):
+def test_the_archives_are_prepared_as_tfds_would(data_dir):
+    found = loaded(data_dir)
     assert (len(found.train), len(found.test)) == (62, 5)
     assert found.classes[:2] == CLASSES[:2] and len(found.classes) == 1000
     stock = tfds.builder("imagenet2012", data_dir=data_dir)
@@ -78,16 +73,6 @@ def test_validation_labels_go_by_the_images_names(data_dir):
     first = file.read_text().split()[:5]
     names = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in (1, 2, 3, 4, 5)]
     assert labels == dict(zip(names, first, strict=True))
-
-
-def test_tfrecords_of_it_are_read_alike(found, data_dir, tmp_path):
-    shutil.copytree(data_dir / "imagenet2012", tmp_path / "imagenet2012")
-    cifar.as_tfrecords(tmp_path)
-    again = loaded(tmp_path)
-    assert again.train.source.locations.shape == (62, 3)
-    test_stream.assert_alike(
-        again.train.take(np.arange(62)), found.train.take(np.arange(62))
-    )
 
 
 def test_missing_archives_are_named(tmp_path):
@@ -110,9 +95,7 @@ def test_names_in_archives_lead_nowhere(tmp_path):
 
 @pytest.mark.parametrize("engine", ["fused", "dispatch", "pipeline"])
 @LONG
-def test_it_is_trained_on_with_every_engine(
-    engine, found, data_dir, tmp_path, monkeypatch
-):
+def test_it_is_trained_on_with_every_engine(engine, data_dir, tmp_path, monkeypatch):
     """Trains four steps and evaluates; repeating the command returns the result."""
     mesh = test_stream.mesh_of(2 if engine == "pipeline" else 1)
     monkeypatch.setattr(mesh_lib, "data_mesh", lambda: mesh)

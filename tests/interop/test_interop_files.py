@@ -52,10 +52,6 @@ def assert_loaded_as(dtype, path):
     assert_same_tree(variables, interop.from_torch("resnet8", rounded))
 
 
-def test_weights_of_one_type_need_no_cast():
-    assert interop.other_types(torch_weights()) == []
-
-
 # Files that torch wrote
 
 

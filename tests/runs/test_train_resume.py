@@ -185,8 +185,3 @@ def test_every_reading_with_state_resumes(tmp_path):
         assert saved_steps(tmp_path / "parts")[-1] == 8
         lab.train(tmp_path / "parts", **fields)
     assert_equal_runs(finished(tmp_path / "unbroken"), finished(tmp_path / "parts"))
-
-
-def test_finished_run_is_not_trained_again(lab, unbroken):
-    first = json.loads((unbroken("none") / workdir.RESULT).read_text())
-    assert lab.train(unbroken("none"), tiny.StopAfter(0), method="none") == first

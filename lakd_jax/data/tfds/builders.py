@@ -6,7 +6,6 @@ and checksums, but read the archives with the standard library and SciPy and yie
 bytes. The resulting ArrayRecord files can be opened by the stock builders.
 """
 
-import contextlib
 import functools
 import io
 import pathlib
@@ -127,17 +126,32 @@ def prepare(name: str, data_dir: str | None) -> None:
     config = tfds.download.DownloadConfig(
         try_download_gcs=False, force_checksums_validation=True
     )
+    manual = builder.data_dir_root / "downloads" / "manual"
+    urls = "\n".join(f"  {url}" for url in URLS[name].values())
+    advice = (
+        f"If the network is the cause, put these files into {manual}\n"
+        f"and start again:\n{urls}"
+    )
+    run(builder, advice, download_config=config)
+
+
+def run(builder: Any, advice: str = "", **options: Any) -> None:
+    """Downloads and prepares a data set by its builder, with these options.
+
+    Raises:
+      DataError: preparing failed; the message ends with `advice`.
+    """
+    from tensorflow_datasets.core.download import downloader as module
+
+    downloader: Any = module  # its constant is typed as a literal
+    before, downloader.MAX_RETRIES = downloader.MAX_RETRIES, _RETRIES
     try:
-        with few_retries():
-            builder.download_and_prepare(download_config=config)
-    except Exception as error:  # requests, tarfile, scipy, OS: all end here
-        manual = builder.data_dir_root / "downloads" / "manual"
-        urls = "\n".join(f"  {url}" for url in URLS[name].values())
-        raise errors.DataError(
-            f"{name}: downloading and preparing failed: {brief(error)}\n"
-            f"If the network is the cause, put these files into {manual}\n"
-            f"and start again:\n{urls}"
-        ) from error
+        builder.download_and_prepare(**options)
+    except Exception as error:  # requests, tarfile, scipy, OS: each fails in its way
+        text = f"{builder.name}: downloading and preparing failed: {brief(error)}"
+        raise errors.DataError(f"{text}\n{advice}".rstrip()) from error
+    finally:
+        downloader.MAX_RETRIES = before
 
 
 def read_members(path: pathlib.Path, names: list[str]) -> dict[str, bytes]:
@@ -174,16 +188,3 @@ def brief(error: Exception) -> str:
     """Returns the error's message in one line of at most 600 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 600 else text[:600] + " ..."
-
-
-@contextlib.contextmanager
-def few_retries() -> Iterator[None]:
-    """Lets tfds's downloads give up after some seconds instead of minutes."""
-    from tensorflow_datasets.core.download import downloader as module
-
-    downloader: Any = module  # its constant is typed as a literal
-    before, downloader.MAX_RETRIES = downloader.MAX_RETRIES, _RETRIES
-    try:
-        yield
-    finally:
-        downloader.MAX_RETRIES = before

@@ -100,10 +100,5 @@ def prepare(data_dir: str | None) -> None:
     folder = pathlib.Path(builder.data_dir_root) / "downloads" / "manual"
     archives(folder)
     config = tfds.download.DownloadConfig(manual_dir=str(folder))
-    try:
-        builder.download_and_prepare(download_config=config)
-    except Exception as error:  # tarfile, tfds, OS: all end here
-        raise errors.DataError(
-            f"{NAME}: preparing failed: {builders.brief(error)}\n"
-            f"Check that the archives in {folder} are complete."
-        ) from error
+    advice = f"Check that the archives in {folder} are complete."
+    builders.run(builder, advice, download_config=config)

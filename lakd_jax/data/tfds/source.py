@@ -120,15 +120,7 @@ def _prepare(builder: Any, name: str, data_dir: str) -> None:
             f"`tfds build {name} --file_format=array_record` and copy that directory."
         )
     config = tfds.download.DownloadConfig(try_download_gcs=False)
-    try:
-        with builders.few_retries():
-            builder.download_and_prepare(
-                download_config=config, file_format="array_record"
-            )
-    except Exception as error:  # each builder fails in its own way
-        raise errors.DataError(
-            f"{name}: preparing failed: {builders.brief(error)}"
-        ) from error
+    builders.run(builder, download_config=config, file_format="array_record")
 
 
 def formats(builder: Any) -> set[str]:
