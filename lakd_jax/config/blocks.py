@@ -46,6 +46,25 @@ def data_source(value: str) -> str:
     return paths.fault(value.removeprefix("folder:").removeprefix("npz:"))
 
 
+def pixel_mean(value: float) -> str:
+    """The mean of pixels in 0..1."""
+    return _of_pixels(value, fields.between(0, 1))
+
+
+def pixel_deviation(value: float) -> str:
+    """The standard deviation of pixels in 0..1."""
+    if value > 1:
+        return _of_pixels(value, fields.between(0, 1))
+    return _POSITIVE(value)
+
+
+def _of_pixels(value: float, check: fields.Check) -> str:
+    fault = check(value)
+    if not fault or not 1 < value <= 255:
+        return fault
+    return f"{fault}: of pixels in 0..1; divide by 255"
+
+
 def cache(value: str) -> str:
     """A path, or a URL: JAX can keep compiled programs in a bucket."""
     return "" if "://" in value else paths.fault(value)
@@ -120,6 +139,13 @@ class Data:
         "share of the training split kept to choose the best epoch",
         fields.between(0, 0.5),
     )
+    test_share: float = field(
+        0.0,
+        "share of the images to test on, for a set without a test split; 0: there is "
+        "one",
+        fields.below(1),
+    )
+    orientation: bool = field(True, "photos are turned as their EXIF tag says")
     max_bad: int = field(
         0,
         "undecodable training images that may be left out; more: an error",
@@ -128,10 +154,12 @@ class Data:
     mean: tuple[float, ...] = field(
         (0.5071, 0.4867, 0.4408),
         "of the pixels in 0..1, per channel",
-        fields.channels(fields.between(0, 1), empty=False),
+        fields.channels(pixel_mean, empty=False),
     )
     std: tuple[float, ...] = field(
-        (0.2675, 0.2565, 0.2761), check=fields.channels(_POSITIVE, empty=False)
+        (0.2675, 0.2565, 0.2761),
+        "above 0, at most 1, per channel",
+        fields.channels(pixel_deviation, empty=False),
     )
     pad: int = field(
         4, "zero pixels around the image before the random crop", _AT_LEAST_0
@@ -203,9 +231,11 @@ class Teacher(Network):
     mean: tuple[float, ...] = field(
         (),
         "its own; empty (size: 0): as its finished run says, or the data's",
-        fields.channels(fields.between(0, 1), empty=True),
+        fields.channels(pixel_mean, empty=True),
     )
-    std: tuple[float, ...] = field((), check=fields.channels(_POSITIVE, empty=True))
+    std: tuple[float, ...] = field(
+        (), check=fields.channels(pixel_deviation, empty=True)
+    )
     epochs: int = field(
         0, "when it is trained here; 0: as many as the student", _AT_LEAST_0
     )

@@ -102,19 +102,45 @@ def stratified_mask(labels: np.ndarray, count: int) -> np.ndarray:
     return mask
 
 
+def mask_of_share(labels: np.ndarray, share: float, field: str) -> np.ndarray:
+    """Selects a share of the examples by `stratified_mask`.
+
+    Args:
+      labels: (N,).
+      share: of the examples, 0 to 1.
+      field: of the config that has the share, for the message.
+
+    Raises:
+      DataError: nothing would be selected, or a class would lose all its images.
+    """
+    count = round(share * len(labels))
+    mask = stratified_mask(labels, count)
+    if not count or len(np.unique(labels[~mask])) < len(np.unique(labels)):
+        raise errors.DataError(
+            f"{field}={share:g} takes {count} of {len(labels)} training images: "
+            "give a fraction that holds out at least one image and leaves one of "
+            "every class."
+        )
+    return mask
+
+
 def hold_out(train: Split, fraction: float) -> tuple[Split, Split]:
     """Splits `train` into (remaining, held-out) examples, stratified by class.
 
     Raises:
       DataError: nothing would be held out, or a class would lose all its images.
     """
-    count = round(fraction * len(train))
-    mask = stratified_mask(train.labels, count)
-    remaining = np.unique(train.labels[~mask])
-    if not count or len(remaining) < len(np.unique(train.labels)):
-        raise errors.DataError(
-            f"data.minival={fraction:g} takes {count} of {len(train)} training images: "
-            "give a fraction that holds out at least one image and leaves one of "
-            "every class."
-        )
+    mask = mask_of_share(train.labels, fraction, "data.minival")
     return train.take(~mask), train.take(mask)
+
+
+def count_repeated(train: Split, other: Split) -> int:
+    """Counts the images of `other` that are in `train`, equal in every pixel."""
+    if train.shape != other.shape:
+        return 0
+    known = {_digest(image) for image in train.images}
+    return sum(_digest(image) in known for image in other.images)
+
+
+def _digest(image: np.ndarray) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()

@@ -15,8 +15,8 @@ DEFAULT_SIZE = 16
 _TEST_EXAMPLES = 360
 
 
-def load(image_size: int) -> tuple[tuple[str, ...], dataset.Split, dataset.Split]:
-    """Returns (classes, train, test): 1,437 and 360 images, the same every time.
+def load(image_size: int) -> dataset.Dataset:
+    """Returns 1,437 training and 360 test images, the same every time.
 
     Args:
       image_size: height and width in pixels, resized bilinearly; 0 means 16.
@@ -31,7 +31,7 @@ def load(image_size: int) -> tuple[tuple[str, ...], dataset.Split, dataset.Split
     classes = tuple(str(name) for name in scans.target_names)
     parts = (everything.take(mask) for mask in (~in_test, in_test))
     train, test = (dataset.new_split(part.images, part.labels) for part in parts)
-    return classes, train, test
+    return dataset.Dataset("digits", classes, train, None, test)
 
 
 def _enlarge(scan: np.ndarray, size: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from lakd_jax import errors
 
@@ -18,19 +18,74 @@ _PATIENCE = 2.0  # seconds before progress is reported
 # Limits the memory that a small file can demand; as RGB this is 192 MiB.
 MAX_PIXELS = 2**26
 # Some of Pillow's readers start other programs (EPS: Ghostscript); these do not.
-_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")
+# MPO is what phones call JPEG files of several pictures; the first one is read.
+_FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "WEBP", "TIFF")
+BACKGROUND = (255, 255, 255)  # what transparent pixels show: white
+_TURNS = {  # how to show what a camera stored, by its EXIF tag
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def to_rgb(image: Image.Image, orient: bool = True) -> Image.Image:
-    """Returns the image as 8-bit RGB; transparency is dropped."""
-    if orient:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's conversion clips
-        grey = np.asarray(image).astype(np.int64) >> 8
-        image = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
-    if image.mode == "P":  # via RGBA, since a transparent palette causes a warning
-        image = image.convert("RGBA")
+    """Returns the image as 8-bit RGB, upright and without transparency.
+
+    Transparent pixels show `BACKGROUND` as far as they are transparent. Grey of 16 bits
+    is scaled by the range that the image uses: 0 to 2**bits - 1, with the fewest bits,
+    at least 8, that hold its brightest pixel, as cameras and scanners store 10, 12 or
+    14 bits in 16.
+
+    Args:
+      image: in any mode of Pillow.
+      orient: whether to turn the image as its EXIF tag says. Pillow itself turns TIFF
+        files, always.
+
+    Raises:
+      ValueError: grey values are negative or fractions, of which no range is known.
+    """
+    image.load()
+    if orient and (turn := _TURNS.get(_orientation(image))):
+        image = image.transpose(turn)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bits(image)
+    if image.has_transparency_data:
+        ground = Image.new("RGBA", image.size, BACKGROUND)
+        image = Image.alpha_composite(ground, image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def upright_size(image: Image.Image, orient: bool = True) -> tuple[int, int]:
+    """Returns (width, height) of what `to_rgb` returns, without reading the pixels."""
+    width, height = image.size
+    turned = orient and _orientation(image) >= 5
+    return (height, width) if turned else (width, height)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Returns the EXIF orientation, 1 to 8, that is left to be applied."""
+    if image.format == "TIFF":  # turned by Pillow when it reads the pixels
+        return 1
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a damaged tag; viewers show such images as they are stored
+        return 1
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scales grey of more than 8 bits, see `to_rgb`; Pillow's conversion clips it."""
+    grey = np.asarray(image)
+    if grey.dtype.kind == "f" or grey.min() < 0:
+        raise ValueError(
+            f"grey values from {grey.min():g} to {grey.max():g} of type {grey.dtype}: "
+            "save the image with 8 bits"
+        )
+    excess = max(int(grey.max()).bit_length() - 8, 0)
+    return Image.fromarray((grey >> excess).astype(np.uint8))
 
 
 def resize(image: Image.Image, size: int) -> Image.Image:
@@ -59,19 +114,22 @@ def open_image(source: str | bytes, name: str) -> Iterator[Image.Image]:
         ) from error
 
 
-def decode(source: str | bytes, image_size: int, name: str) -> np.ndarray:
+def decode(
+    source: str | bytes, image_size: int, name: str, orient: bool = True
+) -> np.ndarray:
     """Decodes one image, given as its path or bytes, to (H, W, 3) uint8.
 
     Args:
       source: path, or the encoded bytes.
       image_size: height and width in pixels; 0 keeps the image's size.
       name: the image's name in error messages.
+      orient: whether to turn it as its EXIF tag says.
 
     Raises:
       DataError: the image cannot be decoded.
     """
     with open_image(source, name) as file:
-        image = to_rgb(file)
+        image = to_rgb(file, orient)
     return np.asarray(resize(image, image_size) if image_size else image)
 
 
@@ -81,6 +139,7 @@ def decode_all(
     image_size: int,
     split_name: str,
     max_bad: int = 0,
+    orient: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decodes many images in threads into one array.
 
@@ -92,6 +151,7 @@ def decode_all(
         after two seconds.
       max_bad: how many undecodable images may be skipped; a line on stderr reports
         their number.
+      orient: as for `decode`.
 
     Returns:
       (N, H, W, 3) uint8, and (N,) the positions of the decoded images in `sources`.
@@ -104,7 +164,7 @@ def decode_all(
 
     def attempt(i: int) -> np.ndarray | None:
         try:
-            return decode(sources[i], image_size, name(i))
+            return decode(sources[i], image_size, name(i), orient)
         except errors.DataError as error:
             bad[i] = str(error)
             if len(bad) > max_bad:

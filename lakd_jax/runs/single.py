@@ -68,12 +68,21 @@ def environment(
 ) -> Environment:
     """Loads the data that `config` names and places it on the devices."""
     d = config.data
-    common = {"minival": d.minival, "data_dir": d.data_dir}
+    common = {
+        "minival": d.minival,
+        "data_dir": d.data_dir,
+        "test_share": d.test_share,
+    }
     load = functools.partial(
-        data.load, d.source, image_size=d.image_size, max_bad=d.max_bad, **common
+        data.load,
+        d.source,
+        image_size=d.image_size,
+        max_bad=d.max_bad,
+        orientation=d.orientation,
+        **common,
     )
     if d.streaming:
-        views = batches.Views(d.image_size, d.crop_scale, d.test_resize)
+        views = batches.Views(d.image_size, d.crop_scale, d.test_resize, d.orientation)
         load = functools.partial(
             batches.load, d.source, views, workers=d.workers, **common
         )

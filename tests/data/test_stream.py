@@ -216,7 +216,7 @@ def test_held_out_images_are_never_trained_on(photos):
 
 
 def test_an_image_that_cannot_be_read_is_named(photos, tmp_path):
-    paths = list(records.from_folder(str(photos))[1].paths)
+    paths = list(records.from_folder(str(photos)).train.paths)
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"not a JPEG")
     paths[7] = str(broken)

@@ -330,7 +330,7 @@ def some_broken(tmp_path):
         for k, name in enumerate(("a", "b")):
             (tmp_path / role / name).mkdir(parents=True)
             for i in range(5):
-                image = Image.new("RGB", (8, 8), (10 * k, i, 0))
+                image = Image.new("RGB", (8, 8), (10 * k, i, 9 * (role == "test")))
                 image.save(tmp_path / role / name / f"{i}.png")
     for name in ("a/1.png", "b/0.png"):
         (tmp_path / "train" / name).write_bytes(b"\x89PNG, no more")

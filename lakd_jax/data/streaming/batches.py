@@ -29,11 +29,13 @@ class Views:
       size: height and width of the result.
       scale: smallest and largest share of the area in a random crop.
       shorter: length of the shorter side after resizing, before the centre crop.
+      orient: whether photos are turned as their EXIF tag says.
     """
 
     size: int
     scale: tuple[float, ...]
     shorter: int
+    orient: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,8 @@ def _test_example(split: Streamed, row: int) -> tuple[np.ndarray, int, int]:
     example, views = int(split.chosen[row]), split.views
     source, label = split.source.read(example)
     name = split.source.name(example)
-    return crops.test_view(source, name, views.size, views.shorter), label, example
+    view = crops.test_view(source, name, views.size, views.shorter, views.orient)
+    return view, label, example
 
 
 def _train_example(
@@ -100,7 +103,7 @@ def _train_example(
     source, label = split.source.read(example)
     rng = crops.generator(seed, epoch, example)
     name = split.source.name(example)
-    view = crops.train_view(source, name, rng, views.size, views.scale)
+    view = crops.train_view(source, name, rng, views.size, views.scale, views.orient)
     return view, label, example
 
 
@@ -258,7 +261,9 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """Returns a hash of the files' names and sizes, the splits and class names."""
-        sources = (self.train.source, self.test.source)
+        sources = [self.train.source, self.test.source]
+        if self.minival and self.minival.source is not self.train.source:
+            sources.append(self.minival.source)
         facts = [self.classes, len(self.train), *(s.fingerprint() for s in sources)]
         return records.digest(repr(facts))
 
@@ -270,6 +275,7 @@ def load(
     minival: float,
     data_dir: str,
     workers: int,
+    test_share: float = 0.0,
 ) -> Dataset:
     """Lists the examples of a data set without decoding any.
 
@@ -277,35 +283,53 @@ def load(
       source: "folder:PATH" or a tfds name, as for `sources.load`.
       views: how images are cropped.
       minival: fraction of the training split held out, the same in every run; not
-        stratified, since labels are known only when records are read.
+        stratified, since labels are known only when records are read. Not used if the
+        source has a minival of its own.
       data_dir: the data directory of tfds.
       workers: number of decoding processes; 0 for threads.
+      test_share: share of the images that is tested on, if the source has no test
+        split; stratified in folders only.
 
     Raises:
       DataError: the data is missing, invalid or incomplete.
     """
     if source.startswith("folder:"):
-        found = records.from_folder(source.removeprefix("folder:"))
+        found = records.from_folder(source.removeprefix("folder:"), test_share)
     elif source == "digits":
         raise errors.DataError(
             "data.source=digits is always in memory: set data.streaming=False"
         )
     else:
-        found = records.from_tfds(source, data_dir)
-    classes, train, test = found
+        found = records.from_tfds(source, data_dir, test_share)
 
     def split(split_records: records.Records, chosen: np.ndarray) -> Streamed:
         return Streamed(split_records, chosen.astype(np.int32), views, workers)
 
+    def complete(split_records: records.Records) -> Streamed:
+        return split(split_records, np.arange(len(split_records)))
+
     # Sorts raw Philox words, as `dataset.stratified_mask` does: stable across versions.
-    words = np.random.Philox(key=0).random_raw(len(train))
-    shuffled = np.argsort(words, kind="stable")
-    count = round(minival * len(train))
-    kept, held_out = np.sort(shuffled[count:]), np.sort(shuffled[:count])
-    return Dataset(
-        source,
-        classes,
-        split(train, kept),
-        split(train, held_out) if count else None,
-        split(test, np.arange(len(test))),
-    )
+    words = np.random.Philox(key=0).random_raw(len(found.train))
+    chosen = np.argsort(words, kind="stable")
+    if found.test is None:
+        count = _count(test_share, chosen, "data.test_share")
+        test, chosen = split(found.train, np.sort(chosen[:count])), chosen[count:]
+    else:
+        test = complete(found.test)
+    held_out = complete(found.minival) if found.minival else None
+    if minival and held_out is None:
+        count = round(minival * len(chosen))
+        if count:
+            held_out = split(found.train, np.sort(chosen[:count]))
+        chosen = chosen[count:]
+    train = split(found.train, np.sort(chosen))
+    return Dataset(source, found.classes, train, held_out, test)
+
+
+def _count(share: float, rows: np.ndarray, field: str) -> int:
+    count = round(share * len(rows))
+    if not 0 < count < len(rows):
+        raise errors.DataError(
+            f"{field}={share:g} takes {count} of {len(rows)} images: give another."
+        )
+    return count

@@ -58,30 +58,33 @@ def train_view(
     rng: np.random.Generator,
     size: int,
     scale: tuple[float, ...],
+    orient: bool = True,
 ) -> np.ndarray:
     """Decodes a random crop of an image to (size, size, 3) uint8; bilinear.
 
     JPEGs are decoded at a half, a quarter or an eighth of their size if the crop still
     has at least `size` pixels, which saves most of the work for large images.
+    The crop is a part of the upright image; with `orient` False, of the stored one.
 
     Raises:
       DataError: the image cannot be decoded.
     """
     with images.open_image(source, name) as image:
-        width, height = image.size
+        width, height = images.upright_size(image, orient)
         box = random_box(rng, width, height, scale)
         shortest = min(box[2] - box[0], box[3] - box[1])
-        if shortest > size:
-            image.draft(
-                "RGB", (width * size // shortest + 1, height * size // shortest + 1)
-            )
-        x, y = image.size[0] / width, image.size[1] / height
+        if shortest > size:  # a draft has the sides of the stored image, not turned
+            least_width, least_height = (s * size // shortest + 1 for s in image.size)
+            image.draft("RGB", (least_width, least_height))
+        rgb = images.to_rgb(image, orient)
+        x, y = rgb.width / width, rgb.height / height
         box = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
-        rgb = images.to_rgb(image)
         return np.asarray(rgb.resize((size, size), Image.Resampling.BILINEAR, box))
 
 
-def test_view(source: str | bytes, name: str, size: int, shorter: int) -> np.ndarray:
+def test_view(
+    source: str | bytes, name: str, size: int, shorter: int, orient: bool = True
+) -> np.ndarray:
     """Decodes the centre of an image to (size, size, 3) uint8.
 
     Args:
@@ -90,12 +93,13 @@ def test_view(source: str | bytes, name: str, size: int, shorter: int) -> np.nda
       size: height and width of the centre crop.
       shorter: length to which the shorter side is resized first (bilinear), at least
         `size`.
+      orient: whether to turn the image as its EXIF tag says.
 
     Raises:
       DataError: the image cannot be decoded.
     """
     with images.open_image(source, name) as image:
-        return centre(images.to_rgb(image), size, shorter)
+        return centre(images.to_rgb(image, orient), size, shorter)
 
 
 def centre(rgb: Image.Image, size: int, shorter: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lakd_jax import errors
-from lakd_jax.data import folder
+from lakd_jax.data import layout as layout_lib
 from lakd_jax.data.tfds import builders, source
 
 
@@ -39,10 +39,11 @@ class Records(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """Image files, each with a label."""
+    """Image files, each with a label; `classes` are the names of the labels."""
 
     paths: tuple[str, ...]
     labels: np.ndarray
+    classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -56,9 +57,13 @@ class Files:
         return self.paths[index]
 
     def fingerprint(self) -> str:
-        """See `Records`; uses only the last two components of every path."""
-        paths = map(pathlib.Path, self.paths)
-        lines = (f"{p.parent.name}/{p.name} {p.stat().st_size}" for p in paths)
+        """See `Records`; uses the last two components of every path, and the class."""
+        lines = []
+        for path, label in zip(map(pathlib.Path, self.paths), self.labels, strict=True):
+            line = f"{path.parent.name}/{path.name} {path.stat().st_size}"
+            if self.classes and self.classes[label] != path.parent.name:
+                line = f"{self.classes[label]}/{line}"
+            lines.append(line)
         return digest("\n".join(lines))
 
 
@@ -143,28 +148,45 @@ def _array_records(directory: str, split: str) -> Any:
     )
 
 
-def from_folder(path: str) -> tuple[tuple[str, ...], Files, Files]:
-    """Returns (classes, train, test) of an image folder, see `lakd_jax.data.folder`."""
-    classes, both_splits = folder.list_files(path)
-    splits = []
-    for files in both_splits:
-        counts = [len(paths) for paths in files.values()]
-        labels = np.repeat(np.arange(len(files)), counts)
-        paths = tuple(str(path) for paths in files.values() for path in paths)
-        splits.append(Files(paths, labels.astype(np.int32)))
-    return classes, splits[0], splits[1]
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The splits of a data set.
+
+    Attributes:
+      test: None if a share of `train` takes its place.
+      minival: None if the data set has none of its own.
+    """
+
+    classes: tuple[str, ...]
+    train: Records
+    test: Records | None
+    minival: Records | None = None
 
 
-def from_tfds(name: str, data_dir: str) -> tuple[tuple[str, ...], Prepared, Prepared]:
-    """Returns (classes, train, test) of a tfds data set, preparing it if needed.
+def from_folder(path: str, test_share: float = 0.0) -> Splits:
+    """Returns the splits of an image folder, see `layout.find`."""
+    found = layout_lib.find(path, test_share)
+
+    def files(split: layout_lib.ByClass) -> Files:
+        paths, labels = found.files(split)
+        names = tuple(str(path) for path in paths)
+        return Files(names, labels.astype(np.int32), found.classes)
+
+    minival = files(found.minival) if found.minival else None
+    return Splits(found.classes, files(found.train), files(found.test), minival)
+
+
+def from_tfds(name: str, data_dir: str, test_share: float = 0.0) -> Splits:
+    """Returns the splits of a tfds data set, preparing it if needed.
 
     Raises:
       DataError: see `lakd_jax.data.tfds.source.load`.
     """
     builder = source.prepared_builder(name, data_dir)
     classes = source.classes(builder, name)
-    test = source.test_split(builder, name)
-    return classes, _prepared(builder, "train"), _prepared(builder, test)
+    test = source.test_split(builder, name, test_share)
+    test_records = _prepared(builder, test) if test else None
+    return Splits(classes, _prepared(builder, "train"), test_records)
 
 
 def _prepared(builder: Any, split: str) -> Prepared:

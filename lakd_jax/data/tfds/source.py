@@ -1,6 +1,8 @@
 """Reads data sets of TensorFlow Datasets without TensorFlow."""
 
+import dataclasses
 import difflib
+import functools
 import importlib.util
 import itertools
 from collections.abc import Iterator
@@ -9,16 +11,22 @@ from typing import Any
 import numpy as np
 
 from lakd_jax import errors, paths
-from lakd_jax.data import dataset, images
+from lakd_jax.data import dataset, images, notes
 from lakd_jax.data.tfds import builders, imagenet
 
 _READ_BATCH = 1024
 
 
 def load(
-    name: str, image_size: int, data_dir: str, max_bad: int = 0
-) -> tuple[tuple[str, ...], dataset.Split, dataset.Split]:
-    """Reads a tfds data set into (classes, train, test), preparing it if needed.
+    name: str,
+    image_size: int,
+    data_dir: str,
+    *,
+    max_bad: int = 0,
+    orient: bool = True,
+    test_share: float = 0.0,
+) -> dataset.Dataset:
+    """Reads a tfds data set, preparing it if needed.
 
     cifar10, cifar100, svhn_cropped and imagenet2012 are prepared by this package;
     others must exist in `data_dir` as ArrayRecord or TFRecord, or TensorFlow must be
@@ -30,6 +38,8 @@ def load(
       image_size: height and width in pixels, 0 to keep the images' size.
       data_dir: tfds's data directory, "" for its default.
       max_bad: how many undecodable training images may be skipped.
+      orient: whether to turn photos as their EXIF tag says.
+      test_share: share of the images that is tested on, of a set with one split.
 
     Raises:
       DataError: the name is unknown, the data set is not prepared and cannot be
@@ -37,15 +47,23 @@ def load(
     """
     builder = prepared_builder(name, data_dir)
     names = classes(builder, name)
-    train = _read(builder, "train", image_size, max_bad)
+    test_name = test_split(builder, name, test_share)
+    decode = functools.partial(_decode, image_size=image_size, orient=orient)
     # No test image may be skipped: results are for the complete test split.
-    test = _read(builder, test_split(builder, name), image_size)
-    if train.images.shape[1:] != test.images.shape[1:]:
+    if test_name:
+        train = decode(_read(builder, "train"), max_bad=max_bad)
+        test = decode(_read(builder, test_name))
+    else:
+        everything = _read(builder, "train")
+        mask = dataset.mask_of_share(everything.labels, test_share, "data.test_share")
+        train = decode(everything, mask=~mask, max_bad=max_bad)
+        test = decode(everything, mask=mask)
+    if train.shape != test.shape:
         raise errors.DataError(
-            f"{name}: training images are {train.images.shape[1:3]} pixels, test "
-            f"images {test.images.shape[1:3]}. Set data.image_size to resize them."
+            f"{name}: training images are {train.shape[:2]} pixels, test "
+            f"images {test.shape[:2]}. Set data.image_size to resize them."
         )
-    return names, train, test
+    return dataset.Dataset(name, names, train, None, test)
 
 
 def prepared_builder(name: str, data_dir: str) -> Any:
@@ -78,6 +96,12 @@ def has_tensorflow() -> bool:
 def _open(name: str, data_dir: str) -> Any:
     import tensorflow_datasets as tfds
 
+    if "[" in name:
+        raise errors.DataError(
+            f"data.source={name!r}: parts of a set cannot be named. Give "
+            f"{name.partition('[')[0]!r}, which is read completely; data.minival holds "
+            "out a share of train, data.test_share a share of a set with one split."
+        )
     try:
         parsed, _ = tfds.core.naming.parse_builder_name_kwargs(name)
         if parsed.namespace:  # tfds would download and run the builder's code
@@ -87,19 +111,44 @@ def _open(name: str, data_dir: str) -> Any:
                 "data.data_dir"
             )
         return tfds.builder(name, data_dir=data_dir or None)
-    except tfds.core.registered.DatasetNotFoundError as error:
-        known = [*tfds.list_builders(with_community_datasets=False), "digits"]
-        near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-        raise errors.DataError(
-            f"data.source={name!r} is no data set of tfds, nor prepared in "
-            f"{data_dir or 'its data directory'}. "
-            + (f"Nearest: {', '.join(near)}. " if near else "")
-            + "For image folders write folder:PATH."
-        ) from error
     except Exception as error:  # a wrong config or version, a damaged info file
-        raise errors.DataError(
-            f"data.source={name!r}: {builders.brief(error)}"
-        ) from error
+        if (near := _same_letters(name)) != name:
+            fault = f"is no data set of tfds; did you mean {near!r}?"
+        elif isinstance(error, tfds.core.registered.DatasetNotFoundError):
+            fault = _unknown(name, data_dir)
+        else:
+            fault = builders.brief(error)
+        raise errors.DataError(f"data.source={name!r}: {fault}") from error
+
+
+def _known() -> list[str]:
+    import tensorflow_datasets as tfds
+
+    return [*tfds.list_builders(with_community_datasets=False), "digits"]
+
+
+def _same_letters(name: str) -> str:
+    """Returns the known set that a name such as CIFAR-10 means; else the name."""
+
+    def plain(text: str) -> str:
+        return "".join(filter(str.isalnum, text)).lower()
+
+    return next((k for k in _known() if plain(k) == plain(name)), name)
+
+
+def _unknown(name: str, data_dir: str) -> str:
+    stem, _, rest = name.partition("/")
+    near = difflib.get_close_matches(name, _known(), n=4, cutoff=0.5)
+    return (
+        f"is no data set of tfds, nor prepared in {data_dir or 'its data directory'}. "
+        + (f"Nearest: {', '.join(near)}. " if near else "")
+        + (
+            f"If {rest} is a split: give {stem!r}, whose train and test are read. "
+            if rest in ("train", "test", "validation")
+            else ""
+        )
+        + "For image folders write folder:PATH."
+    )
 
 
 def _prepare(builder: Any, name: str, data_dir: str) -> None:
@@ -162,17 +211,40 @@ def classes(builder: Any, name: str) -> tuple[str, ...]:
     return tuple(label.names)
 
 
-def test_split(builder: Any, name: str) -> str:
-    """Returns the labelled split to test on, `test` or `validation`, or DataError."""
+def test_split(builder: Any, name: str, test_share: float = 0.0) -> str:
+    """Returns the labelled split to test on, `test` or `validation`.
+
+    Prints which splits are not used.
+
+    Args:
+      builder: of the data set.
+      name: of the data set, for messages.
+      test_share: share of `train` to test on; "" is then returned.
+
+    Raises:
+      DataError: there is no labelled split but `test_share` is 0, or the other way
+        around.
+    """
+    found = ""
     for split in ("test", "validation"):
-        if split in builder.info.splits:
+        if split in builder.info.splits and not found:
             _, labels = _records(builder, split, limit=1)
             if labels and labels[0] >= 0:  # tfds writes -1 if labels are secret
-                return split
-    raise errors.DataError(
-        f"{name} has no labelled test or validation split, only "
-        f"{', '.join(builder.info.splits)}."
-    )
+                found = split
+    if test_share and found:
+        raise errors.DataError(
+            f"data.test_share={test_share:g} is for data without a test split; "
+            f"{name} has {found}: set it to 0."
+        )
+    if not found and not test_share:
+        raise errors.DataError(
+            f"{name} has no labelled test or validation split, only "
+            f"{', '.join(builder.info.splits)}. Set data.test_share, e.g. to 0.2, to "
+            "test on a share of train."
+        )
+    if left := sorted(set(builder.info.splits) - {"train", found}):
+        notes.note(f"{name}: left out its splits {notes.listed(left)}")
+    return found
 
 
 def encoded_images() -> dict[str, Any]:
@@ -245,8 +317,17 @@ def require_complete(builder: Any, split: str, count: int) -> None:
         )
 
 
-def _read(builder: Any, split: str, image_size: int, max_bad: int = 0) -> dataset.Split:
-    """Reads one split into memory."""
+@dataclasses.dataclass(frozen=True)
+class _Encoded:
+    """A split as it is stored: encoded images and their labels (N,)."""
+
+    name: str
+    images: list[bytes]
+    labels: np.ndarray
+
+
+def _read(builder: Any, split: str) -> _Encoded:
+    """Reads the records of one split into memory."""
     split_name = f"{builder.name} {split}"
     if split not in builder.info.splits:
         raise errors.DataError(
@@ -255,14 +336,28 @@ def _read(builder: Any, split: str, image_size: int, max_bad: int = 0) -> datase
         )
     encoded, labels = _records(builder, split)
     require_complete(builder, split, len(labels))
+    return _Encoded(split_name, encoded, np.asarray(labels))
+
+
+def _decode(
+    split: _Encoded,
+    *,
+    image_size: int,
+    orient: bool,
+    mask: np.ndarray | None = None,
+    max_bad: int = 0,
+) -> dataset.Split:
+    """Decodes a split, or those of its examples that `mask` selects."""
+    ids = np.arange(len(split.labels)) if mask is None else np.flatnonzero(mask)
     pixels, good = images.decode_all(
-        encoded,
-        lambda i: f"{split_name}, example {i}",
+        [split.images[i] for i in ids],
+        lambda i: f"{split.name}, example {ids[i]}",
         image_size,
-        split_name,
+        split.name,
         max_bad,
+        orient,
     )
-    return dataset.new_split(pixels, np.asarray(labels)[good], good)
+    return dataset.new_split(pixels, split.labels[ids[good]], ids[good])
 
 
 def _records(
