@@ -172,7 +172,7 @@ def _image_hint(images: np.ndarray) -> str:
             steps.append("values in 0..1: (images * 255).round().astype(np.uint8)")
         else:
             steps.append("values in 0..255: images.round().astype(np.uint8)")
-    return f" {'; '.join(steps).capitalize()}." if steps else ""
+    return f" To do: {'; '.join(steps)}." if steps else ""
 
 
 def _label_hint(labels: np.ndarray, count: int) -> str:

@@ -18,8 +18,8 @@ _PATIENCE = 2.0  # seconds before progress is reported
 # Limits the memory that a small file can demand; as RGB this is 192 MiB.
 MAX_PIXELS = 2**26
 # Some of Pillow's readers start other programs (EPS: Ghostscript); these do not.
-# MPO is what phones call JPEG files of several pictures; the first one is read.
-_FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "WEBP", "TIFF")
+# Phones' JPEG files of several pictures (MPO) are read by JPEG's: the first picture.
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")
 BACKGROUND = (255, 255, 255)  # what transparent pixels show: white
 _TURNS = {  # how to show what a camera stored, by its EXIF tag
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -49,7 +49,8 @@ def to_rgb(image: Image.Image, orient: bool = True) -> Image.Image:
       ValueError: grey values are negative or fractions, of which no range is known.
     """
     image.load()
-    if orient and (turn := _TURNS.get(_orientation(image))):
+    turn = _TURNS.get(_orientation(image)) if orient else None
+    if turn is not None:  # it may be 0
         image = image.transpose(turn)
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(image)

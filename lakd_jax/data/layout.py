@@ -27,6 +27,8 @@ _NAMES = {
 }
 _RUBBISH = ("__MACOSX", "@eaDir")  # left by macOS's zip and Synology; like hidden files
 
+_HIDDEN = "hidden files or folders"
+
 ByClass = dict[str, list[pathlib.Path]]  # {class: its files}, both sorted
 LeftOut = collections.Counter[str]  # {what was left out and why: how many}
 
@@ -174,7 +176,7 @@ def _classes(folder: pathlib.Path, left: LeftOut) -> ByClass:
     for name in sorted(p.name for p in folder.iterdir() if not p.is_dir()):
         if _is_image(name, left):
             left["images in no class folder"] += 1
-    left["hidden"] += sum(p.is_dir() and _is_hidden(p.name) for p in folder.iterdir())
+    left[_HIDDEN] += sum(p.is_dir() and _is_hidden(p.name) for p in folder.iterdir())
     return {sub.name: _image_files(sub, left) for sub in _folders(folder)}
 
 
@@ -230,7 +232,7 @@ def _image_files(folder: pathlib.Path, left: LeftOut) -> list[pathlib.Path]:
             folders.clear()
             continue
         seen.add(real)
-        left["hidden"] += sum(map(_is_hidden, folders))
+        left[_HIDDEN] += sum(map(_is_hidden, folders))
         folders[:] = [name for name in folders if not _is_hidden(name)]
         found += [pathlib.Path(place, name) for name in files if _is_image(name, left)]
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
@@ -244,7 +246,7 @@ def _is_image(name: str, left: LeftOut) -> bool:
     """Returns whether a file is an image by its name; counts it in `left` if not."""
     suffix = pathlib.PurePath(name).suffix.lower()
     if name.startswith("."):
-        left["hidden"] += suffix in SUFFIXES
+        left[_HIDDEN] += suffix in SUFFIXES
         return False
     if suffix not in SUFFIXES:
         left[suffix or "without a suffix"] += 1

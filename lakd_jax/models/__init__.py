@@ -59,6 +59,18 @@ def family(name: str) -> type[chain.Chain]:
     return _builder(name).func
 
 
+def name_of(model: chain.Chain) -> str:
+    """Returns the name of a network that `create` made; else that of its class."""
+    for name in names():
+        build = _builder(name)
+        fields_of = build.keywords.items()
+        if type(model) is build.func and all(
+            getattr(model, k) == v for k, v in fields_of
+        ):
+            return name
+    return type(model).__name__
+
+
 def _builder(name: str) -> Any:
     """Returns the partial that makes the network, also for wide ResNets of any size."""
     if name in _LAZY_FAMILIES:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lakd_jax import fields
-from lakd_jax.models import layers
+from lakd_jax.models import layers, smallest
 from lakd_jax.models import vam as vam_lib
 
 JointFn = collections.abc.Callable[[str, jax.Array], jax.Array]
@@ -212,6 +212,7 @@ class Chain(nn.Module, kw_only=True):
 
         Raises:
             ValueError: `after` or `until` is not the name of a joint.
+            errors.DataError: the network shrinks images as small as these to nothing.
         """
         on_joint = joint if joint is not None else lambda name, h: h
         names = self.unit_names
@@ -245,6 +246,8 @@ class Chain(nn.Module, kw_only=True):
             pooled = jnp.zeros((0, h.shape[-1]), jnp.float32)
             preacts = [] if self.PREACTIVATION else preacts
         else:
+            if done == 0 and 0 in h.shape[1:]:
+                raise smallest.too_small(self, x.shape)
             logits, pooled = self.make_head("head")(h, train=train)
             positive = tuple(blocks)
             if self.PREACTIVATION:

@@ -13,6 +13,7 @@ import jax
 from lakd_jax import config as config_lib
 from lakd_jax import distill, paths
 from lakd_jax.config import check, resolved
+from lakd_jax.data.streaming import workers
 from lakd_jax.report import table
 from lakd_jax.runs import dry_run as dry_run_lib
 from lakd_jax.runs import pictures, rows, seeds, single
@@ -103,6 +104,7 @@ def _begin(
     config: config_lib.ConfigDict, directory: str | Path = ""
 ) -> resolved.Config:
     """Checks the config here and across processes; returns it resolved."""
+    workers.refuse_in_worker()
     hosts.require_connected()
     check.require(config, jax.device_count(), directory)
     backend.prepare(config.compile_cache)

@@ -16,6 +16,7 @@ import numpy as np
 from lakd_jax import errors
 from lakd_jax.data import dataset, order
 from lakd_jax.data.streaming import crops, records
+from lakd_jax.data.streaming import workers as workers_lib
 
 _PREFETCH = 2  # batches buffered per worker
 PREVIEW = 2000  # images of each split that pictures and reports use
@@ -219,8 +220,10 @@ def read(batches: Batches, start: int, workers: int) -> Generator[Any, None, Non
         except errors.LakdError:
             raise
         except Exception as error:  # from another process: only its text is available
-            text = " ".join(str(error).split())
-            raise errors.DataError(f"reading images failed: {text[-600:]}") from error
+            text = " ".join(str(error).split())[-600:]
+            if "terminated unexpectedly" in text:
+                text += f"\nIf they have no other cause, {workers_lib.REMEDY}"
+            raise errors.DataError(f"reading images failed: {text}") from error
         yield batch
 
 
@@ -293,6 +296,8 @@ def load(
     Raises:
       DataError: the data is missing, invalid or incomplete.
     """
+    if workers:
+        workers_lib.require_guard()
     if source.startswith("folder:"):
         found = records.from_folder(source.removeprefix("folder:"), test_share)
     elif source == "digits":
