@@ -127,8 +127,8 @@ def test_a_path_that_is_no_folder(root):
     [
         (["train"], ["train does not exist"]),
         (["test"], ["test does not exist"]),
-        (["test/cat/0.png"], ["test/cat: no images"]),
-        (["train/bird", "train/cat"], ["train: no images", "train/CLASS/"]),
+        (["train/cat/0.png", "train/cat/1.png", "train/cat/2.png"], ["train/cat"]),
+        (["train/bird", "train/cat"], ["train: no images in class folders"]),
         (["train/cat", "test/cat"], ["only one class, 'bird'"]),
         (["train/bird", "test/cat"], ["only in train/: cat", "only in test/: bird"]),
     ],

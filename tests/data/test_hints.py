@@ -71,10 +71,16 @@ def test_arrays_of_one_split_are_shared(tmp_path, capsys):
 # ------------------------------------------------------------------------------ tfds
 
 
+def failure_of(name, data_dir):
+    with pytest.raises(errors.DataError) as caught:
+        data.load(name, data_dir=str(data_dir))
+    return str(caught.value)
+
+
 def test_a_prepared_set_of_one_split_is_shared(tmp_path):
-    other.prepare_own(tmp_path, other.FEATURES, {"train": other.grey_examples(20)})
+    other.prepare_own(tmp_path, {"train": other.grey_examples(20)})
     options = {"data_dir": str(tmp_path), "test_share": 0.2}
-    assert "Set data.test_share" in other.failure("homemade", tmp_path)
+    assert "Set data.test_share" in failure_of("homemade", tmp_path)
     found = data.load("homemade", **options)
     assert len(found.train) == 16 and sorted(found.test.labels) == [0, 0, 1, 1]
     assert not set(found.train.ids) & set(found.test.ids)
@@ -90,7 +96,7 @@ def test_a_prepared_set_of_one_split_is_shared(tmp_path):
 
 def test_splits_that_are_not_used_are_named(tmp_path, capsys):
     splits = {name: other.grey_examples(4) for name in ("train", "test", "extra")}
-    other.prepare_own(tmp_path, other.FEATURES, splits)
+    other.prepare_own(tmp_path, splits)
     data.load("homemade", data_dir=str(tmp_path))
     assert "left out its splits extra" in capsys.readouterr().err
     with pytest.raises(errors.DataError, match="homemade has test: set it to 0"):
@@ -108,7 +114,7 @@ def test_splits_that_are_not_used_are_named(tmp_path, capsys):
     ],
 )
 def test_names_that_are_nearly_right(name, words, tmp_path):
-    assert words in other.failure(name, tmp_path)
+    assert words in failure_of(name, tmp_path)
 
 
 # --------------------------------------------------------------- scripts, sizes, fields
