@@ -193,6 +193,11 @@ class Network:
         "empty: random; a finished run, .safetensors or PyTorch file",
         paths.fault,
     )
+    init_key: str = field(
+        "",
+        "the entry of a PyTorch file that is read, such as state_dict_ema, or a prefix "
+        "of its names; empty: the trained network",
+    )
     shortcut: str = field(
         "projection",
         "projection | identity (option A of He et al.)",

@@ -144,6 +144,16 @@ def _hme_init(c: Config, _: int) -> str | None:
         )
 
 
+@reads("student.init", "student.init_key")
+def _student_key(c: Config, _: int) -> str | None:
+    return _key_without_file("student", c.student)
+
+
+@reads("teacher.init", "teacher.init_key")
+def _teacher_key(c: Config, _: int) -> str | None:
+    return _key_without_file("teacher", c.teacher)
+
+
 @reads(*METHODS, "teacher.name", "teacher.init")
 def _hme_teacher(c: Config, _: int) -> str | None:
     if c.teacher.name == "hme" and not c.teacher.init and needs_teacher(c):
@@ -187,6 +197,14 @@ def _shortcut(field: str, block: Config) -> str | None:
         return (
             f"{field}.shortcut is {block.shortcut!r}, which {block.name} does not "
             "offer: only the CIFAR ResNets of three stages have a choice"
+        )
+
+
+def _key_without_file(field: str, block: Config) -> str | None:
+    if block.init_key and not block.init:
+        return (
+            f"{field}.init_key is {block.init_key!r}, an entry of a PyTorch file: set "
+            f"{field}.init to the file"
         )
 
 

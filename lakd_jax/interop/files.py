@@ -18,31 +18,30 @@ from lakd_jax.interop import torch_pickle
 from lakd_jax.store import workdir
 
 _FORMAT = "lakd_jax"  # identifies our files, as "pt" does PyTorch's
+_DTYPES = frozenset("BOOL U8 I8 U16 I16 U32 I32 U64 I64 F16 BF16 F32 F64".split())
 
 
-def load_torch_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def load_torch_file(path: str | os.PathLike, *, key: str = "") -> dict[str, np.ndarray]:
     """Reads a PyTorch state dictionary, unwrapped, with PyTorch's names and layout.
 
-    .safetensors files have no further requirement; .pt, .pth and .th are read by torch
-    (an optional dependency), with `weights_only=True` so that no code in the file runs.
+    The content of the file decides how it is read, whatever its name: safetensors, or
+    what torch.save writes or wrote before 1.6. Neither needs torch or runs code.
     Values keep their dtype; bfloat16 is that of `jax.numpy`.
+
+    Args:
+        path: the file.
+        key: the entry to read, such as "state_dict_ema", or a prefix of names, such as
+            "teacher"; by default, the usual entry of the trained network.
 
     Raises:
         errors.ConfigError: `path` is not a local path.
-        errors.TeacherError: the file does not exist, has another suffix, cannot be
-            read, would run code or has no tensors, or torch is needed but not
-            installed.
+        errors.TeacherError: the file does not exist, cannot be read, would run code or
+            has no tensors.
     """
     path = _existing_file(path)
-    if path.suffix == ".safetensors":
-        _, tensors = _read_safetensors(path)
-        return state_dicts.plain(tensors)
-    if path.suffix not in torch_pickle.SUFFIXES:
-        raise errors.TeacherError(
-            f"{path}: unknown suffix {path.suffix!r}; expected .safetensors or one of "
-            + ", ".join(torch_pickle.SUFFIXES)
-        )
-    return state_dicts.plain(torch_pickle.load(path))
+    if _is_safetensors(path):
+        return state_dicts.plain(_read_safetensors(path)[1], key)
+    return state_dicts.plain(torch_pickle.load(path), key)
 
 
 def save_torch_file(
@@ -128,7 +127,7 @@ def is_variables_file(path: str | os.PathLike) -> bool:
     Raises errors.TeacherError if it is missing, or a .safetensors file is not valid.
     """
     path = _existing_file(path)
-    if path.suffix != ".safetensors":
+    if not _is_safetensors(path):
         return False
     with _open_safetensors(path) as file:
         return (file.metadata() or {}).get("format") == _FORMAT
@@ -141,10 +140,29 @@ def _existing_file(path: str | os.PathLike) -> pathlib.Path:
     return path
 
 
+def _is_safetensors(path: pathlib.Path) -> bool:
+    """Returns whether a file begins as safetensors do: a length, and JSON.
+
+    A .safetensors file that begins as no other weights is a damaged one.
+    """
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return True
+    return path.suffix == ".safetensors" and start[:1] not in (b"P", b"\x80")
+
+
 def _read_safetensors(
     path: pathlib.Path,
 ) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     with _open_safetensors(path) as file:
+        for key in file.keys():
+            dtype = file.get_slice(key).get_dtype()
+            if dtype not in _DTYPES:
+                raise errors.TeacherError(
+                    f"{path}: {key} holds {dtype}, which is not read; save the weights "
+                    "as float32, float16 or bfloat16"
+                )
         header = file.metadata() or {}
         return header, {key: file.get_tensor(key) for key in file.keys()}
 

@@ -43,7 +43,7 @@ def from_torch(
     original = state_dicts.plain(state_dict)
     tensors, original_keys = _canonical(cls, original)
     found = {key: value.shape for key, value in tensors.items()}
-    table = layout.table(name, layout.options(name, found))
+    table = layout.table(name, _options(name, tensors, original))
     expected = _torch_shapes(table)
     if found != expected:
         raise errors.TeacherError(
@@ -102,8 +102,23 @@ def options_from_torch(
 
     Raises errors.TeacherError if the classifier's weight is missing or not a matrix.
     """
-    tensors, _ = _canonical(models.family(name), state_dicts.plain(state_dict))
-    return layout.options(name, {key: value.shape for key, value in tensors.items()})
+    original = state_dicts.plain(state_dict)
+    return _options(name, _canonical(models.family(name), original)[0], original)
+
+
+def _options(
+    name: str,
+    tensors: collections.abc.Mapping[str, np.ndarray],
+    original: collections.abc.Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+    """Infers the options of network `name`; describes the weights if it cannot."""
+    try:
+        return layout.options(
+            name, {key: value.shape for key, value in tensors.items()}
+        )
+    except errors.TeacherError as error:
+        lines = [str(error), *_description(original)]
+        raise errors.TeacherError("\n".join(lines)) from error
 
 
 def _canonical(
@@ -148,13 +163,41 @@ def _misfit(
         )
     found = {original_keys[key]: shape for key, shape in found.items()}
     expected = {original_keys.get(key, key): shape for key, shape in expected.items()}
-    likely = [other for other in models.names() if _has_similar_depth(other, original)]
-    fitting = [other for other in likely if _fits(other, original)]
-    if fitting:
+    lines = [heading, *layout.faults(expected, found), *_description(original)]
+    return "\n".join(lines)
+
+
+def _description(original: collections.abc.Mapping[str, np.ndarray]) -> list[str]:
+    """Returns lines with the first keys, and the networks that fit or come nearest."""
+    likely = [name for name in models.names() if _has_similar_depth(name, original)]
+    if fitting := [name for name in likely if _fits(name, original)]:
         last = f"they fit {' or '.join(fitting)}: use that network instead"
     else:
-        last = f"no registered network fits them; known: {', '.join(models.names())}"
-    return "\n".join([heading, *layout.faults(expected, found), last])
+        last = f"no registered network fits them; {_nearest(likely, original)}"
+    return [f"  the file's first keys: {state_dicts.listed(original)}", last]
+
+
+def _nearest(
+    names: list[str], original: collections.abc.Mapping[str, np.ndarray]
+) -> str:
+    """Returns the one of `names` that shares the most tensors with the weights."""
+    best, nearest = 0.0, ""
+    for name in names:
+        cls = models.family(name)
+        tensors, _ = _canonical(cls, original)
+        found = {key: value.shape for key, value in tensors.items()}
+        try:
+            options = layout.options(name, found)
+        except errors.TeacherError:  # without a classifier, the rest may fit
+            options = {"num_classes": 1, **cls.tree_options()[0]}
+        expected = _torch_shapes(layout.table(name, options))
+        same = sum(found.get(key) == shape for key, shape in expected.items())
+        if (share := same / max(len(expected), len(found))) > best:
+            best = share
+            nearest = (
+                f"the nearest is {name}: {same} of its {len(expected)} tensors fit"
+            )
+    return nearest or f"known: {', '.join(models.names())}"
 
 
 def _has_similar_depth(

@@ -51,6 +51,7 @@ def load(
     dtype: str,
     num_classes: int,
     options: Mapping[str, str] | None = None,
+    key: str = "",
 ) -> Loaded:
     """Loads the network `name` with the weights at `init`.
 
@@ -63,6 +64,7 @@ def load(
       dtype: compute dtype of the network.
       num_classes: number of classes of the data.
       options: further options of the network, if the weights are random.
+      key: the entry of a PyTorch file that is read; see `interop.load_torch_file`.
 
     Raises:
       errors.TeacherError: `init` does not exist, is for another network, or has
@@ -83,8 +85,15 @@ def load(
     if path.is_dir():
         path = _student_file(field, path)
     try:
-        read = _from_run if interop.is_variables_file(path) else _from_torch
-        loaded = read(name, path, dtype)
+        if not interop.is_variables_file(path):
+            loaded = _from_torch(name, path, dtype, key)
+        elif key:
+            raise errors.TeacherError(
+                f"is a student of a run, which has no entry {key!r}; leave "
+                f"{field}.init_key empty."
+            )
+        else:
+            loaded = _from_run(name, path, dtype)
     except errors.TeacherError as e:
         raise errors.TeacherError(f"{field}.init: {path}\n{e}") from e
     if loaded.model.num_classes != num_classes:
@@ -197,9 +206,9 @@ def _from_run(name: str, path: Path, dtype: str) -> Loaded:
     return loaded
 
 
-def _from_torch(name: str, path: Path, dtype: str) -> Loaded:
+def _from_torch(name: str, path: Path, dtype: str, key: str) -> Loaded:
     """Loads a PyTorch state dictionary into the network `name`."""
-    state = interop.load_torch_file(path)
+    state = interop.load_torch_file(path, key=key)
     options = interop.options_from_torch(name, state)
     model = models.create(name, dtype=jnp.dtype(dtype), **options)
     variables = interop.from_torch(name, state)

@@ -306,6 +306,7 @@ def load_network(
         dtype=config.dtype,
         num_classes=len(environment.dataset.classes),
         options=setup.network_options(config) if part == "student" else {},
+        key="" if init else block.init_key,
     )
     if loaded.remark:
         environment.notify(f"{part}.init: {loaded.source}: {loaded.remark}")

@@ -16,7 +16,9 @@ FREE = {
     "compile_cache",
     "data.data_dir",
     "student.init",
+    "student.init_key",
     "teacher.init",
+    "teacher.init_key",
     "teacher.cache",
     "local.cuts",
 }
@@ -45,7 +47,7 @@ def problems(devices=1, **fields):
 def test_every_number_and_choice_has_a_range():
     fields = config_lib.flat(config_lib.default())
     without = {f for f, v in fields.items() if f not in RANGES and type(v) is not bool}
-    assert without == {"local.cuts"}
+    assert without == {"local.cuts", "student.init_key", "teacher.init_key"}
     assert RANGES.keys() <= fields.keys()
 
 
