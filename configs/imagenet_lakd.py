@@ -10,9 +10,8 @@ SGD at 0.2 for batches of 512 (scaled linearly for others), momentum 0.9, weight
 head of lakd: 0.5 CE + 0.5 KD at T = 1; dkd: T = 1, beta 0.5 (2 for mobilenet_v1), one
 epoch of warm-up.
 
-Teacher: a file of torchvision's or timm's weights (.pth needs the `torch` extra,
-.safetensors does not). It is evaluated first: 73.3 % for ResNet-34, 76.1 % for
-ResNet-50 V1.
+Teacher: a file of torchvision's or timm's weights (.pth or .safetensors). It is
+evaluated first: 73.3 % for ResNet-34, 76.1 % for ResNet-50 V1.
 
 Data: tfds's imagenet2012. Put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into
 TFDS/downloads/manual and run, with the `tf` extra (150 GB, several hours, once):

@@ -145,8 +145,11 @@ def _is_safetensors(path: pathlib.Path) -> bool:
 
     A .safetensors file that begins as no other weights is a damaged one.
     """
-    with open(path, "rb") as file:
-        start = file.read(9)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise errors.TeacherError(f"{path} cannot be read ({error})") from error
     if start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
         return True
     return path.suffix == ".safetensors" and start[:1] not in (b"P", b"\x80")

@@ -130,7 +130,7 @@ class Array(pickles.Buildable):
     def build(self, state: Any) -> None:
         """See `pickles.Buildable`."""
         _, shape, dtype, fortran, content = state
-        if not dtype.code or not isinstance(content, str | bytes):
+        if not dtype.code or not isinstance(content, str | bytes | bytearray):
             self.fault = "a NumPy array of objects"
             return
         buffer, order = bytearray(_bytes(content)), "F" if fortran else "C"
@@ -140,6 +140,13 @@ class Array(pickles.Buildable):
     def array(self) -> np.ndarray:
         """Returns it in the byte order of this machine."""
         return self.numbers.astype(self.numbers.dtype.newbyteorder("="), copy=False)
+
+
+def _array(content: Any, dtype: DType, shape: Any, order: str) -> Array:
+    """Makes an array as pickles of protocol 5 do."""
+    array = Array()
+    array.build((1, shape, dtype, order == "F", content))
+    return array
 
 
 def storage_type(name: str) -> str:
@@ -214,7 +221,7 @@ def _scalar(dtype: DType, content: str | bytes) -> Any:
     return value
 
 
-def _bytes(content: str | bytes, _: str = "") -> bytes:
+def _bytes(content: str | bytes | bytearray, _: str = "") -> bytes | bytearray:
     """Returns bytes as older pickles keep them, in a text."""
     return content.encode("latin-1") if isinstance(content, str) else content
 
@@ -272,4 +279,6 @@ CALLS: dict[str, Callable[..., Any]] = {
             ("_reconstruct", lambda *_: Array()),
         )
     },
+    "numpy.core.numeric._frombuffer": _array,
+    "numpy._core.numeric._frombuffer": _array,
 }

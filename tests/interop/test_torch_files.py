@@ -1,0 +1,466 @@
+"""PyTorch's files, read without torch: all formats and wrappers, and hostile ones."""
+
+import functools
+import pickle
+import struct
+import sys
+import zipfile
+
+import audit
+import ml_dtypes
+import numpy as np
+import pytest
+import resnet_weights
+import safetensors.numpy
+import torch_files
+from torch_files import Call, Name, Reference
+
+import lakd_jax
+from lakd_jax import errors, interop
+from lakd_jax.config import rules
+from lakd_jax.interop import pickles, torch_pickle, torch_tensors, weights
+
+GOLDEN = sorted(torch_files.GOLDEN.glob("*.pth"))
+ONES = np.ones((2, 3), np.float32)
+torch_weights = resnet_weights.torch_weights
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    """A file of weights, where torch is not installed."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    return tmp_path / "weights.pth"
+
+
+def assert_same_arrays(left, right):
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        assert value.dtype == right[key].dtype, key
+        np.testing.assert_array_equal(value, right[key])
+
+
+# What torch wrote
+
+
+def test_the_golden_files_are_there():
+    assert [file.name for file in GOLDEN] == ["older.pth", "zip.pth"]
+
+
+@pytest.mark.parametrize("file", GOLDEN, ids=lambda file: file.stem)
+def test_tensors_of_torch_are_read_to_the_bit(file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with audit.without(*audit.CODE):
+        loaded = interop.load_torch_file(file)
+    assert_same_arrays(loaded, torch_files.plain())
+    loaded["view"] += 1  # is the caller's
+
+
+@pytest.mark.parametrize("file", GOLDEN, ids=lambda file: file.stem)
+def test_what_lies_beside_the_weights(file):
+    content = torch_pickle.load(file)
+    assert (content["epoch"], content["lr"], content["big"]) == (3, 0.1, 2**70)
+    assert content["names"] == ("a", ["b", None, True], b"bytes")
+    assert content["best"] == 69.5 and content["best"].dtype == np.float64
+    assert content["dtype"].numpy() == np.float32
+    assert content["array"].array().tolist() == [0, 1, 2]
+    assert content["args"].name == "argparse.Namespace"
+    assert content["path"].name == "pathlib.PurePosixPath"
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"_use_new_zipfile_serialization": False},
+        {"pickle_protocol": 4},
+        {"pickle_protocol": 5, "_use_new_zipfile_serialization": False},
+    ],
+    ids=str,
+)
+def test_as_torch_reads(how, tmp_path):
+    torch = pytest.importorskip("torch")
+    shared = torch.arange(12.0)
+    named = torch.nn.Parameter(shared[4:10].view(2, 3))
+    named.note = "an attribute"
+    content = torch_files.checkpoint(torch)
+    content["state_dict"] |= {"shared": shared, "part": shared[2::3], "named": named}
+    content["state_dict"]["buffer"] = torch.nn.Buffer(torch.ones(2, 2).t())
+    if how.get("_use_new_zipfile_serialization", True):  # torch reads it there only
+        content["state_dict"]["unsigned"] = torch.ones(3, dtype=torch.uint16)
+    torch.save(content, tmp_path / "file", **how)
+    theirs = torch.load(tmp_path / "file", weights_only=False)
+    ours = torch_pickle.load(tmp_path / "file")
+    assert ours.keys() == theirs.keys()
+    assert_same(ours, theirs)
+
+
+def assert_same(ours, theirs):
+    if isinstance(ours, torch_tensors.Tensor):
+        assert f"torch.{ours.dtype}" == str(theirs.dtype)
+        shown = theirs.detach()
+        if ours.dtype == "bfloat16":
+            shown = shown.float()
+        np.testing.assert_array_equal(ours.array(), shown.numpy())
+    elif isinstance(ours, torch_tensors.Array):
+        np.testing.assert_array_equal(ours.array(), theirs)
+    elif isinstance(ours, torch_tensors.DType):
+        assert ours.numpy() == theirs
+    elif isinstance(ours, pickles.Placeholder):
+        assert ours.name == f"{type(theirs).__module__}.{type(theirs).__qualname__}"
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_same(ours[key], theirs[key])
+    else:
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_reads_what_the_tests_write(zipped, tmp_path):
+    torch = pytest.importorskip("torch")
+    torch_files.save(tmp_path / "file", {"a": ONES, "epoch": 3}, zipped)
+    read = torch.load(tmp_path / "file", weights_only=True)
+    assert read["epoch"] == 3 and read["a"].numpy().tolist() == ONES.tolist()
+
+
+# The content decides
+
+
+@pytest.mark.parametrize("name", ["a.pth.tar", "A.PTH", "a.bin", "a.safetensors", "a"])
+@pytest.mark.parametrize("kind", ["zip", "older", "safetensors", "pickle"])
+def test_the_suffix_means_nothing(kind, name, path):
+    path = path.with_name(name)
+    if kind == "safetensors":
+        safetensors.numpy.save_file({"a": ONES}, path)
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps({"a": ONES}))
+    else:
+        torch_files.save(path, {"a": ONES}, kind == "zip")
+    assert not interop.is_variables_file(path)
+    assert_same_arrays(interop.load_torch_file(path), {"a": ONES})
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"<!DOCTYPE html>", "download the file itself"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"\x1f\x8b\x08", "gzip"),
+        (b"\x89HDF\r\n", "HDF5"),
+        (b"\0" * 257 + b"ustar", "unpack it"),
+        (b"", "it is empty"),
+        (b"x" * 99, "neither an archive nor a pickle"),
+    ],
+)
+def test_what_is_mistaken_for_weights(content, words, path):
+    path.write_bytes(content)
+    with pytest.raises(errors.TeacherError, match=words):
+        interop.load_torch_file(path)
+
+
+# Wrappers
+
+
+def prefixed(prefix, **more):
+    return {prefix + key: value for key, value in torch_weights().items()} | more
+
+
+OPTIMIZER = {"state": {0: {"momentum_buffer": ONES}}, "param_groups": [{"lr": 0.1}]}
+AVERAGES = np.asarray(3)
+WRAPPED = {
+    "bare": torch_weights(),
+    "compiled and parallel": prefixed("_orig_mod.module."),
+    "kuangliu": {"net": prefixed("module."), "acc": 95.1, "epoch": 199},
+    "tutorial": {"model_state_dict": torch_weights(), "loss": np.asarray(0.4)},
+    "optimizer first": {"optimizer": OPTIMIZER, "state_dict": prefixed("module.")},
+    "timm": {"state_dict": torch_weights(), "state_dict_ema": prefixed("x.")},
+    "averaged": prefixed("module.", n_averaged=AVERAGES),
+    "Lightning": {"state_dict": prefixed("model.")},
+    "a loss's buffers": {"state_dict": prefixed("model.", **{"loss.weight": ONES[0]})},
+    "backbone": {"state_dict": prefixed("backbone.")},
+    "student": {"student": torch_weights(), "teacher": prefixed("x.")},
+    "no tensors in model": {"model": {"name": "x"}, "net": torch_weights()},
+    "twice": {"model": {"state_dict": torch_weights()}},
+}
+
+
+@pytest.mark.parametrize("how", list(WRAPPED))
+def test_every_wrapper(how):
+    assert_loads(WRAPPED[how], torch_weights())
+
+
+def assert_loads(content, expected, **options):
+    loaded = interop.from_torch("resnet8", content, **options)
+    resnet_weights.assert_same_tree(loaded, interop.from_torch("resnet8", expected))
+
+
+def test_a_head_beside_the_backbone_is_not_left_out():
+    weights = prefixed("backbone.", **{"head.weight": ONES})
+    with pytest.raises(errors.TeacherError, match="first keys: backbone.conv1.weight"):
+        interop.from_torch("resnet8", weights)
+
+
+def averaged():
+    return {key: value + 1 for key, value in torch_weights().items()}
+
+
+@pytest.mark.parametrize("key", ["state_dict_ema", "teacher", "model.teacher"])
+def test_an_entry_is_chosen(key, path):
+    content = {"state_dict_ema": {f"module.{k}": v for k, v in averaged().items()}}
+    prefix = "model.teacher." if key == "model.teacher" else "teacher."
+    both = prefixed("student.") | {prefix + k: v for k, v in averaged().items()}
+    torch_files.save(path, content | {"state_dict": both})
+    assert_same_arrays(interop.load_torch_file(path, key=key), averaged())
+
+
+def load(file, key, part="teacher"):
+    classes = {"num_classes": 7, "shortcut": "projection", "dtype": "float32"}
+    return weights.load(part, "resnet8", str(file), key=key, **classes)
+
+
+def test_the_field_that_chooses_an_entry(path):
+    torch_files.save(path, {"model": torch_weights(), "model_ema": averaged()})
+    bias = [load(path, key).variables for key in ("", "model_ema")]
+    kernels = [v["params"]["head"]["dense"]["bias"] for v in bias]
+    np.testing.assert_array_equal(kernels[1], kernels[0] + 1)
+    with pytest.raises(errors.TeacherError, match="no entry 'ema' .*'model', 'model_e"):
+        load(path, "ema")
+    interop.save_variables(path, {"params": {}}, {})
+    with pytest.raises(errors.TeacherError, match="leave student.init_key empty"):
+        load(path, "ema", "student")
+    c = lakd_jax.config.default()
+    c.teacher.init_key = "ema"
+    faults = [rule(c, 1) for _, rule in rules.TABLE]
+    assert any("set teacher.init to the file" in fault for fault in faults)
+
+
+# Errors
+
+
+def test_nothing_found_names_the_entries(path):
+    torch_files.save(path, {"epoch": 1, "generator": {"a": ONES}, "b": 2, "c": 3})
+    with pytest.raises(errors.TeacherError) as caught:
+        interop.load_torch_file(path)
+    assert "'epoch', 'generator', 'b', 'c'" in str(caught.value)
+    assert "tensors are in 'generator': name the entry in teacher" in str(caught.value)
+
+
+def test_a_misfit_shows_the_first_keys_and_the_nearest_network():
+    shown = dict(torch_weights("resnet14"))
+    del shown["fc.weight"]
+    for read in (interop.from_torch, interop.options_from_torch):
+        with pytest.raises(errors.TeacherError) as caught:
+            read("resnet8", shown)
+        first = "conv1.weight, bn1.weight, bn1.bias, bn1.running_mean, bn1.running_var,"
+        assert f"first keys: {first} ..." in str(caught.value)
+        fits = len(shown) - 1  # all but the head, whose size is not known
+        assert f"the nearest is resnet14: {fits} of its {fits + 2}" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "tensor"])
+def test_float8_is_refused_clearly(kind, path):
+    name = "F8_E4M3" if kind == "safetensors" else "torch.float8_e4m3fn"
+    eight = ONES.astype(ml_dtypes.float8_e4m3fn)
+    if kind == "safetensors":
+        safetensors.numpy.save_file({"a.weight": eight.view("u1")}, path)
+        data = path.read_bytes()
+        header = data[8:].replace(b'"U8"', b'"F8_E4M3"')
+        (size,) = struct.unpack("<Q", data[:8])
+        path.write_bytes(struct.pack("<Q", size + len(header) - len(data) + 8) + header)
+    else:
+        storage = ("storage", Name("torch.storage", "UntypedStorage"), "0", "cpu", 6)
+        hooks = Call(Name("collections", "OrderedDict"), ())
+        kind = Name("torch", "float8_e4m3fn")
+        arguments = (Reference(storage), 0, (2, 3), (3, 1), False, hooks, kind)
+        value = Call(Name("torch._utils", "_rebuild_tensor_v3"), arguments)
+        content = torch_files.pickled({"a.weight": value})
+        torch_files.archive(path, content, {"0": eight.tobytes()})
+    with pytest.raises(errors.TeacherError, match=f"a.weight holds {name}, .*float32"):
+        interop.load_torch_file(path)
+
+
+# Code
+
+
+def assert_refused(path, *words):
+    with audit.without(*audit.CODE), pytest.raises(errors.TeacherError) as caught:
+        interop.load_torch_file(path)
+    for word in ("would run code", "save(model.state_dict(), FILE)", *words):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "name", ["posix.system", "builtins.eval", "__builtin__.getattr", "runpy.run_path"]
+)
+def test_functions_that_run_code_are_refused_by_name(name, zipped, path):
+    harm = Call(Name(*name.split(".")), ("1",))
+    torch_files.save(path, {"state_dict": {"a": ONES}, "more": [harm]}, zipped)
+    assert_refused(path, f"it calls {name.replace('__builtin__', 'builtins')}")
+
+
+def test_unknown_objects_beside_the_weights_are_inert(path):
+    options = Call(Name("omegaconf.dictconfig", "DictConfig"), (), {"a": 1})
+    torch_files.save(path, {"state_dict": {"a": ONES}, "config": options, "b": 1})
+    with audit.without(*audit.CODE):
+        assert_same_arrays(interop.load_torch_file(path), {"a": ONES})
+
+
+def test_a_pickled_module_is_refused_with_what_to_do(path):
+    module = Call(Name("__main__", "Net"), (), {"_parameters": {"weight": ONES}})
+    path.write_bytes(torch_files.pickled({"model": module, "epoch": 3}))
+    words = "'model' is a pickled __main__.Net, .* save model.state_dict"
+    with pytest.raises(errors.TeacherError, match=words):
+        interop.load_torch_file(path)
+    torch_files.archive(path, torch_files.pickled(module), {})
+    assert_refused(path, "it is a pickled __main__.Net")
+    torch_files.archive(path, b"", {}, **{"constants.pkl": b""})
+    assert_refused(path, "it is a TorchScript program")
+
+
+# Damaged and hostile files
+
+
+def archive(path, value=None, storages=None, **options):
+    value = torch_files.tensor(ONES, "0") if value is None else value
+    storages = {"0": ONES.tobytes()} if storages is None else storages
+    content = torch_files.pickled({"a": value})
+    torch_files.archive(path, content, storages, **options)
+
+
+def tensor(path, **changes):
+    archive(path, torch_files.tensor(ONES, changes.pop("key", "0"), **changes))
+
+
+def raw(path, *, content):
+    path.write_bytes(b"\x80\x02" + content)
+
+
+def overlapping(path):
+    """Many members of an archive that are the same bytes: an archive that grows."""
+    big, count = np.zeros(2**16, np.float32), 50
+    value = {str(k): torch_files.tensor(big, str(k)) for k in range(count)}
+    archive(path, value, {"0": big.tobytes()})
+    with zipfile.ZipFile(path, "a") as file:
+        (only,) = (m for m in file.infolist() if m.filename.endswith("data/0"))
+        for k in range(1, count):
+            member = zipfile.ZipInfo(f"archive/data/{k}")
+            member.header_offset, member.CRC = only.header_offset, only.CRC
+            member.file_size = member.compress_size = only.file_size
+            file.filelist.append(member)
+        file._didModify = True
+
+
+def flipped(path):
+    archive(path)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(ONES.tobytes(), ONES.tobytes()[:-1] + b"\0"))
+
+
+def lacking(path):
+    value = torch_files.pickled({"a": torch_files.tensor(ONES, "0", older=True)})
+    torch_files.older(path, value, {})
+
+
+def looped(path):
+    """{"model": itself}: every wrapper leads to another one."""
+    raw(path, content=b"}q\0(X\5\0\0\0modelh\0X\3\0\0\0neth\0u.")
+
+
+DOUBLED = b")" + b"2\x86" * 60  # 2**60 tuples, in 60 steps
+HOSTILE = {
+    "a bomb": (functools.partial(archive, compression=zipfile.ZIP_DEFLATED), "compres"),
+    "overlapping members": (overlapping, "larger than the file"),
+    "a key outside": (functools.partial(tensor, key="../../etc"), "not in the archive"),
+    "a larger storage": (functools.partial(tensor, count=9), "24 bytes instead of 36"),
+    "an enormous storage": (functools.partial(tensor, count=2**40), "larger than the"),
+    "a negative storage": (functools.partial(tensor, count=-1), "no valid size"),
+    "a larger tensor": (functools.partial(tensor, shape=(3, 3)), "larger than what"),
+    "a later tensor": (functools.partial(tensor, offset=1), "larger than what is"),
+    "negative strides": (functools.partial(tensor, strides=(-3, 1)), "no valid shape"),
+    "missing strides": (functools.partial(tensor, strides=(3,)), "no valid strides"),
+    "one number for all": (
+        functools.partial(tensor, shape=(2**30, 2**30), strides=(0, 0)),
+        "repeats its numbers",
+    ),
+    "a flipped bit": (flipped, "damaged"),
+    "two pickles": (
+        functools.partial(archive, **{"more/data.pkl": b""}),
+        "without a data.pkl",
+    ),
+    "other bytes": (functools.partial(archive, byteorder=b"big"), "byte order"),
+    "a storage left out": (lacking, "storages that it does not hold"),
+    "a wrapper of itself": (looped, "no tensors found"),
+    "a key that takes ages": (
+        functools.partial(raw, content=b"}" + DOUBLED + b"Ns."),
+        "no tensors found",
+    ),
+    "a storage that takes ages": (
+        functools.partial(raw, content=b"(X\7\0\0\0storageN" + DOUBLED + b"NK\1tQ."),
+        "no storage",
+    ),
+    "a large memo": (
+        functools.partial(raw, content=b"}r\xff\xff\xff\xff."),
+        "no tensors found",
+    ),
+    "a long text": (
+        functools.partial(raw, content=b"X\xff\xff\xff\x7fabc."),
+        "too early",
+    ),
+    "a long number": (
+        functools.partial(raw, content=b"\x8b\xff\xff\xff\x7fabc."),
+        "too early",
+    ),
+    "an extension": (functools.partial(raw, content=b"\x82\1."), "EXT1"),
+    "no objects": (functools.partial(raw, content=b"0."), "not a readable"),
+    "large numbers": (
+        functools.partial(
+            raw,
+            content=torch_files.pickled(
+                Call(Name("numpy.core.multiarray", "scalar"), (1, b"x"))
+            )[2:],
+        ),
+        "not a readable",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", list(HOSTILE))
+def test_a_hostile_file_is_an_error_in_a_few_lines(how, path):
+    write, words = HOSTILE[how]
+    write(path)
+    with audit.without(*audit.CODE), pytest.raises(errors.TeacherError) as caught:
+        interop.load_torch_file(path)
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+def test_too_many_steps(path, monkeypatch):
+    monkeypatch.setattr(pickles, "MOST_STEPS", 9)
+    raw(path, content=b"}" + b"N0" * 10 + b".")
+    with pytest.raises(errors.TeacherError, match="more than 9 steps"):
+        interop.load_torch_file(path)
+
+
+@pytest.mark.parametrize("file", GOLDEN, ids=lambda file: file.stem)
+def test_a_file_cut_anywhere_is_an_error(file, path):
+    data = file.read_bytes()
+    for end in range(0, len(data), 97):
+        path.write_bytes(data[:end])
+        with pytest.raises(errors.TeacherError, match="not a readable PyTorch file"):
+            interop.load_torch_file(path)
+
+
+@pytest.mark.parametrize("file", GOLDEN, ids=lambda file: file.stem)
+def test_a_changed_byte_is_an_error_or_harmless(file, path):
+    data, rng = bytearray(file.read_bytes()), np.random.default_rng(0)
+    with audit.without(*audit.CODE):
+        for _ in range(200):
+            place = int(rng.integers(len(data)))
+            changed = data.copy()
+            changed[place] ^= int(rng.integers(1, 256))
+            path.write_bytes(changed)
+            try:
+                interop.load_torch_file(path)
+            except errors.TeacherError:
+                pass  # any other exception fails the test
