@@ -11,7 +11,7 @@ import numpy as np
 from lakd_jax import config as config_lib
 from lakd_jax import distill, errors, export, paths
 from lakd_jax.config import check, resolved
-from lakd_jax.data import folder
+from lakd_jax.data import layout
 from lakd_jax.report import evaluation as scores
 from lakd_jax.report import pictures, summary
 from lakd_jax.runs import single
@@ -87,7 +87,7 @@ def run(
 def _of_folder(directory: Path, root: Path) -> _Answers:
     network, card, _ = export.student(directory)
     classes = card["result"]["class_names"]
-    files = folder.image_files(root)
+    files = layout.image_files(root)
     if not files:
         raise errors.DataError(f"--images {root}: holds no images.")
     above = [file.relative_to(root).parts[0] for file in files]

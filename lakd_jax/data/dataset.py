@@ -17,11 +17,13 @@ class Split:
       labels: (N,) int32, indices into `Dataset.classes`.
       ids: (N,) int32, each example's index in the split of its source, which it keeps
         when a part of the split is held out.
+      names: (N,) names of the examples, such as those of their files; None without.
     """
 
     images: np.ndarray
     labels: np.ndarray
     ids: np.ndarray
+    names: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -33,11 +35,15 @@ class Split:
 
     def name(self, index: int) -> str:
         """Returns the name of an example in messages and tables."""
+        if self.names is not None:
+            return str(self.names[index])
         return f"example {self.ids[index]}"
 
     def take(self, chosen: np.ndarray) -> "Split":
         """Returns the examples that `chosen`, a mask or indices, selects."""
-        return Split(self.images[chosen], self.labels[chosen], self.ids[chosen])
+        names = None if self.names is None else self.names[chosen]
+        arrays = self.images[chosen], self.labels[chosen], self.ids[chosen]
+        return Split(*arrays, names)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """Reads image folders into memory; `layout` says where their images are."""
 
+import dataclasses
 import pathlib
+
+import numpy as np
 
 from lakd_jax import errors
 from lakd_jax.data import dataset, images
@@ -41,7 +44,8 @@ def load(
         pixels, good = images.decode_all(
             names, names.__getitem__, image_size, f"{path} {role}", max_bad, orient
         )
-        return dataset.new_split(pixels, labels[good], good)
+        split = dataset.new_split(pixels, labels[good], good)
+        return dataclasses.replace(split, names=np.array(names)[good])
 
     train = read("train", max_bad)
     # No test image may be skipped: results are for the complete test split.

@@ -90,6 +90,19 @@ def find(path: str, test_share: float = 0.0) -> Layout:
     return layout
 
 
+def image_files(root: pathlib.Path) -> list[pathlib.Path]:
+    """Returns all images below a folder; a line counts the other files.
+
+    Raises:
+      DataError: it is not a folder.
+    """
+    _require_folder(root, "a folder of images is needed")
+    left: LeftOut = collections.Counter()
+    found = _image_files(root, left)
+    _report_left_out(root, left)
+    return found
+
+
 def _split_folders(root: pathlib.Path, left: LeftOut) -> dict[str, pathlib.Path]:
     """Returns the folders of the splits by "train", "val" and "test"."""
     found: dict[str, pathlib.Path] = {}
@@ -269,9 +282,7 @@ def _folders(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def _report(root: pathlib.Path, layout: Layout, left: LeftOut) -> None:
     """Prints what was left out, which classes lack test images, and an odd order."""
-    if counts := _counted(left):
-        kinds = ", ".join(SUFFIXES)
-        notes.note(f"{root}: left out {notes.listed(counts, 8)} (images are {kinds})")
+    _report_left_out(root, left)
     for role in ("test", "minival"):
         if (split := getattr(layout, role)) is not None:
             labels = set(layout.files(split)[1].tolist())
@@ -282,6 +293,12 @@ def _report(root: pathlib.Path, layout: Layout, left: LeftOut) -> None:
                 f"{root}: classes are sorted as text, not as numbers: labels 0, 1, 2, "
                 f"... are {notes.listed(list(layout.classes))}"
             )
+
+
+def _report_left_out(root: pathlib.Path, left: LeftOut) -> None:
+    if counts := _counted(left):
+        kinds = ", ".join(SUFFIXES)
+        notes.note(f"{root}: left out {notes.listed(counts, 8)} (images are {kinds})")
 
 
 def _counted(left: LeftOut) -> list[str]:

@@ -46,7 +46,7 @@ def preparation(
     """Returns how test images become arrays of `image_shape` (H, W, 3)."""
     height, width, _ = image_shape
     shorter = config.data.test_resize if config.data.streaming else 0
-    return preparation_lib.Preparation(height, width, shorter)
+    return preparation_lib.Preparation(height, width, shorter, config.data.orientation)
 
 
 def spec(
