@@ -127,7 +127,7 @@ def test_a_script_without_a_guard_is_refused_before_it_runs_again(
     monkeypatch.setitem(
         sys.modules, "__main__", types.SimpleNamespace(__file__=str(script))
     )
-    script.write_text("import lakd_jax\nlakd_jax.train(config, 'r')\n")
+    script.write_text("print(__name__)\nlakd_jax.train(config, 'r')\n")
     views = batches.Views(8, (1.0, 1.0), 8)
     options = {"minival": 0, "data_dir": "", "workers": 1}
     with pytest.raises(errors.DataError, match=r"data\.workers: .*script\.py") as found:

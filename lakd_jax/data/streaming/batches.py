@@ -222,7 +222,9 @@ def read(batches: Batches, start: int, workers: int) -> Generator[Any, None, Non
         except Exception as error:  # from another process: only its text is available
             text = " ".join(str(error).split())[-600:]
             if "terminated unexpectedly" in text:
-                text += f"\nIf they have no other cause, {workers_lib.REMEDY}"
+                text += (
+                    f"\nIf the lines above show no other cause, {workers_lib.REMEDY}"
+                )
             raise errors.DataError(f"reading images failed: {text}") from error
         yield batch
 

@@ -4,6 +4,7 @@ A new process imports the script that was started, so a script that trains outsi
 `if __name__ == "__main__":` would train again in each of them.
 """
 
+import ast
 import multiprocessing
 import pathlib
 import sys
@@ -23,10 +24,12 @@ def require_guard() -> None:
     if not file:  # a notebook or a prompt, which new processes do not import
         return
     try:
-        source = pathlib.Path(file).read_text("utf-8")
-    except (OSError, UnicodeDecodeError):  # not a script: a zip file, a binary
+        parsed = ast.parse(pathlib.Path(file).read_bytes())
+    except (OSError, SyntaxError, ValueError):  # not a script: a zip file, a binary
         return
-    if "__name__" not in source:
+    compared = (n for n in ast.walk(parsed) if isinstance(n, ast.Compare))
+    names = (n for c in compared for n in ast.walk(c) if isinstance(n, ast.Name))
+    if not any(name.id == "__name__" for name in names):
         raise errors.DataError(
             f"data.workers: each process that decodes images imports {file}, which "
             f"would train again there:\n{REMEDY}"

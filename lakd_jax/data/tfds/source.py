@@ -113,12 +113,12 @@ def _open(name: str, data_dir: str) -> Any:
         return tfds.builder(name, data_dir=data_dir or None)
     except Exception as error:  # a wrong config or version, a damaged info file
         if (near := _same_letters(name)) != name:
-            fault = f"is no data set of tfds; did you mean {near!r}?"
+            fault = f" is no data set of tfds; did you mean {near!r}?"
         elif isinstance(error, tfds.core.registered.DatasetNotFoundError):
             fault = _unknown(name, data_dir)
         else:
-            fault = builders.brief(error)
-        raise errors.DataError(f"data.source={name!r}: {fault}") from error
+            fault = f": {builders.brief(error)}"
+        raise errors.DataError(f"data.source={name!r}{fault}") from error
 
 
 def _known() -> list[str]:
@@ -140,7 +140,7 @@ def _unknown(name: str, data_dir: str) -> str:
     stem, _, rest = name.partition("/")
     near = difflib.get_close_matches(name, _known(), n=4, cutoff=0.5)
     return (
-        f"is no data set of tfds, nor prepared in {data_dir or 'its data directory'}. "
+        f" is no data set of tfds, nor prepared in {data_dir or 'its data directory'}. "
         + (f"Nearest: {', '.join(near)}. " if near else "")
         + (
             f"If {rest} is a split: give {stem!r}, whose train and test are read. "
