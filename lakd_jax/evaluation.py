@@ -109,14 +109,15 @@ def _of_test_split(
     given = config_lib.changed(recorded, changes)
     check.require(given, jax.device_count())
     config = resolved.resolve(given)
-    environment = single.environment(config, guard, notify)
+    folder = Path() if "data.source" in changes else workdir.folder(directory)
+    environment = single.environment(config, guard, notify, folder)
     student = single.load_network("student", config, environment, str(directory))
     predicted = single.evaluator(
         config, student, setup.pixels(config), environment
     ).predict(student.variables, environment.test)
     teacher = None
     if distill.facts(config.method).needs_teacher:
-        teacher = teacher_lib.make(config, environment).answers
+        teacher = _of_teacher(directory, config, environment, notify)
     dataset = environment.dataset
     names = [dataset.test.name(i) for i in range(len(predicted.labels))]
     return _Answers(
@@ -127,6 +128,25 @@ def _of_test_split(
         predicted.labels,
         teacher,
     )
+
+
+def _of_teacher(
+    directory: Path,
+    config: resolved.Config,
+    environment: single.Environment,
+    notify: Callable[[str], None],
+) -> np.ndarray | None:
+    """Returns the classes that the run's teacher answers; None without the teacher."""
+    try:
+        teacher = teacher_lib.load_recorded(directory, config, environment)
+    except errors.TeacherError as error:
+        notify(f"agreement with the teacher is left out: {error}")
+        return None
+    if teacher.network.difference:
+        return None
+    evaluator = single.evaluator(config, teacher.network, teacher.pixels, environment)
+    predicted = evaluator.predict(teacher.network.variables, environment.test)
+    return predicted.logits.argmax(-1)
 
 
 def _written(

@@ -37,3 +37,14 @@ def local(path: str | os.PathLike, name: str) -> pathlib.Path:
     if found := fault(path):
         raise errors.ConfigError([f"{name} {found}"])
     return pathlib.Path(os.path.expanduser(path))
+
+
+def within(folder: pathlib.Path, path: str, name: str) -> str:
+    """Returns a user's path, which starts in `folder` if it is relative.
+
+    It is returned as it is if it is empty, or if `folder` is `pathlib.Path()`, the
+    current one. For `name` and errors see `local`.
+    """
+    if not path or folder == pathlib.Path():
+        return path
+    return str(folder / local(path, name))

@@ -227,6 +227,17 @@ class Vam(vam.Options, _Switch):
 
 
 @dataclasses.dataclass(frozen=True)
+class Student(Network):
+    """The student."""
+
+    new_head: bool = field(
+        False,
+        "load student.init without its classifier, which is drawn from the seed: for "
+        "weights of other classes",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Teacher(Network):
     """The teacher, and how it is trained where it has no weights yet."""
 
@@ -264,7 +275,11 @@ class Teacher(Network):
         2048, "most that this may take, on disk and on each device", _AT_LEAST_1
     )
     floor: float = field(
-        0.0, "lowest accuracy accepted, in 0..1; 0: twice chance", fields.between(0, 1)
+        0.0,
+        "lowest accuracy on the test split that is accepted, in 0..1; 0: twice chance "
+        "(at most 0.75), and more than the share of the most frequent class, which "
+        "always answering that class would get. Not of a teacher of other classes.",
+        fields.between(0, 1),
     )
 
 
@@ -416,7 +431,7 @@ class Block(NamedTuple):
 CLASSES: dict[str, type] = {
     "": Run,
     "data": Data,
-    "student": Network,
+    "student": Student,
     "student.vam": Vam,
     "teacher": Teacher,
     "optim": Optim,

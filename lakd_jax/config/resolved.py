@@ -12,7 +12,7 @@ from lakd_jax.distill.base import registry
 
 
 @dataclasses.dataclass(frozen=True)
-class Student(blocks.Network):
+class Student(blocks.Student):
     """The student."""
 
     vam: blocks.Vam = blocks.Vam()

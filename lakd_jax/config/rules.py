@@ -154,6 +154,16 @@ def _teacher_key(c: Config, _: int) -> str | None:
     return _key_without_file("teacher", c.teacher)
 
 
+@reads("student.init", "student.new_head")
+def _new_head(c: Config, _: int) -> str:
+    if c.student.init or not c.student.new_head:
+        return ""
+    return (
+        "student.new_head replaces the classifier of the weights in student.init, "
+        "which is empty: set student.init, or student.new_head to False"
+    )
+
+
 @reads(*METHODS, "teacher.name", "teacher.init")
 def _hme_teacher(c: Config, _: int) -> str | None:
     if c.teacher.name == "hme" and not c.teacher.init and needs_teacher(c):

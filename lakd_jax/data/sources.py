@@ -1,12 +1,13 @@
 """Loads data sets by the name of their source."""
 
 import dataclasses
+import pathlib
 import re
 from collections.abc import Callable
 
 import numpy as np
 
-from lakd_jax import errors
+from lakd_jax import errors, paths
 from lakd_jax.data import dataset, notes
 
 _FOLDER = "folder:"
@@ -99,6 +100,17 @@ def _report_repeated(source: str, found: dataset.Dataset) -> None:
                 "too, equal in every pixel: the accuracy on them says nothing about "
                 "new images"
             )
+
+
+def located(source: str, folder: pathlib.Path) -> str:
+    """Returns the source with its path, if it has a relative one, below `folder`.
+
+    What follows the name of a registered source is left to its function.
+    """
+    prefix, _, path = source.partition(":")
+    if is_added(source) or f"{prefix}:" not in (_FOLDER, _ARRAYS):
+        return source
+    return f"{prefix}:{paths.within(folder, path, 'data.source')}"
 
 
 def _added(source: str, image_size: int) -> dataset.Dataset:

@@ -23,6 +23,11 @@ class Facts:
     least_batch: int
     teacher_reads: tuple[str, ...]
 
+    @property
+    def reads_classes(self) -> bool:
+        """Whether it reads logits of the teacher, so that its classes matter."""
+        return not {"logits", "head"}.isdisjoint(self.teacher_reads)
+
 
 def names() -> list[str]:
     """Returns all methods; `none` is plain training without a teacher."""

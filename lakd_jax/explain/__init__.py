@@ -72,7 +72,8 @@ def _summary(s: subject.Subject) -> list[str]:
     ]
     if s.teacher:
         score = s.teacher.score
-        name = f"{result['teacher']}, {_percent(score.accuracy)}"
+        accuracy = _percent(score.accuracy) if score else "of other classes"
+        name = f"{result['teacher']}, {accuracy}"
         rows.insert(2, ["teacher", name])
     parts = [page.table(["", ""], rows)]
     curves = s.directory / "curves.png"

@@ -71,11 +71,12 @@ def load(
         config = resolved.resolve(config_lib.from_dict(settings))
     except ValueError as error:
         raise errors.ExportError(f"{directory / workdir.CONFIG}: {error}") from error
-    environment = single.environment(config, guard, notify)
+    folder = workdir.folder(directory)
+    environment = single.environment(config, guard, notify, folder)
     student = single.load_network("student", config, environment, str(directory))
     teacher = None
     if distill.facts(config.method).needs_teacher:
-        teacher = teacher_lib.make(config, environment)
+        teacher = teacher_lib.load_recorded(directory, config, environment)
     result = workdir.read_json(directory / workdir.RESULT)
     pixels = setup.pixels(config)
     return Subject(directory, config, environment, student, pixels, teacher, result)

@@ -1,7 +1,7 @@
 """Loads a network with its weights from a run, a safetensors or a PyTorch file."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import numpy as np
 
 from lakd_jax import errors, interop, models, paths
 from lakd_jax.data import preparation as preparation_lib
-from lakd_jax.models import chain, folding, vam
-from lakd_jax.store import workdir
+from lakd_jax.interop import classes as classes_lib
+from lakd_jax.models import chain, folding, heads, vam
+from lakd_jax.store import manifest, workdir
 
 PyTree = Any
 
@@ -29,7 +30,10 @@ class Loaded:
     `mean`, `std` and `size` (height and width of its images, 0 for any) are those it
     was trained with, and `preparation` is that of its test images, if the source has
     them; `remark` describes a change made to the weights when they were read, "" for
-    none.
+    none. `classes` are the names of its classes, in the order of the logits; () if
+    unknown. `difference` describes how its classes differ from the data's, "" for the
+    same. `digest` is of the variables as the source has them, before anything was
+    changed.
     """
 
     model: chain.Chain
@@ -40,6 +44,9 @@ class Loaded:
     size: int = 0
     preparation: preparation_lib.Preparation | None = None
     remark: str = ""
+    classes: tuple[str, ...] = ()
+    difference: str = ""
+    digest: str = ""
 
 
 def load(
@@ -52,8 +59,14 @@ def load(
     num_classes: int,
     options: Mapping[str, str] | None = None,
     key: str = "",
+    classes: Sequence[str] = (),
+    new_head: bool = False,
+    any_classes: bool = False,
 ) -> Loaded:
     """Loads the network `name` with the weights at `init`.
+
+    If both sides know the names of their classes, the network's are put into the order
+    of the data's.
 
     Args:
       field: "student" or "teacher", for error messages.
@@ -65,10 +78,15 @@ def load(
       num_classes: number of classes of the data.
       options: further options of the network, if the weights are random.
       key: the entry of a PyTorch file that is read; see `interop.load_torch_file`.
+      classes: names of the data's classes, in order; () if unknown.
+      new_head: whether to leave out the classifier (see `heads.removed`); the network
+        then has the data's classes, and its variables lack those arrays.
+      any_classes: whether weights of other classes than the data's are loaded as they
+        are, with `Loaded.difference`.
 
     Raises:
       errors.TeacherError: `init` does not exist, is for another network, or has
-        another number of classes than the data.
+        other classes than the data.
     """
     if not init:
         kwargs: dict[str, Any] = {"dtype": jnp.dtype(dtype), **(options or {})}
@@ -94,14 +112,53 @@ def load(
             )
         else:
             loaded = _from_run(name, path, dtype)
+        loaded = dataclasses.replace(loaded, digest=manifest.digest(loaded.variables))
+        if new_head:
+            return _without_head(loaded, num_classes, tuple(classes))
+        loaded = _in_order(loaded, num_classes, tuple(classes))
     except errors.TeacherError as e:
         raise errors.TeacherError(f"{field}.init: {path}\n{e}") from e
-    if loaded.model.num_classes != num_classes:
-        raise errors.TeacherError(
-            f"{field}.init: {path} has {loaded.model.num_classes} classes, "
-            f"the data has {num_classes}; use weights trained on the same classes."
-        )
+    if loaded.difference and not any_classes:
+        raise errors.TeacherError(other_classes(field, loaded))
     return loaded
+
+
+def other_classes(field: str, loaded: Loaded) -> str:
+    """Returns the message about weights whose classes differ from the data's."""
+    remedy = "Use weights trained on the same classes"
+    if field == "student":
+        remedy += ", or set student.new_head to load all but the classifier"
+    return f"{field}.init: {loaded.source} has {loaded.difference}\n{remedy}."
+
+
+def _in_order(loaded: Loaded, num_classes: int, names: tuple[str, ...]) -> Loaded:
+    """Returns the network with its classes in the order of `names`, if it has these."""
+    order = classes_lib.order(loaded.classes, names)
+    if order is None:
+        counts = loaded.model.num_classes, num_classes
+        found = classes_lib.difference(loaded.classes, names, *counts)
+        return dataclasses.replace(loaded, difference=found)
+    if loaded.classes == names:
+        return loaded
+    remark = f"its {len(names)} classes were put into the order of the data's"
+    return dataclasses.replace(
+        loaded,
+        variables=heads.reordered(loaded.model, loaded.variables, order),
+        classes=names,
+        remark="; ".join(filter(None, [loaded.remark, remark])),
+    )
+
+
+def _without_head(loaded: Loaded, num_classes: int, names: tuple[str, ...]) -> Loaded:
+    """Returns the network without its classifier, for other classes."""
+    remark = "its classifier is drawn anew (student.new_head)"
+    return dataclasses.replace(
+        loaded,
+        model=loaded.model.clone(num_classes=num_classes),
+        variables=heads.removed(loaded.model, loaded.variables),
+        classes=names,
+        remark="; ".join(filter(None, [loaded.remark, remark])),
+    )
 
 
 def save(path: Path, variables: PyTree, network: Loaded, result: dict) -> None:
@@ -174,6 +231,7 @@ def student(path: Path, dtype: str) -> tuple[Loaded, dict[str, Any]]:
         mean, std = (_channels(card[name]) for name in ("mean", "std"))
         steps = card["preparation"]
         preparation = preparation_lib.Preparation(**steps) if steps else None
+        names = _class_names(card)
     except (ValueError, TypeError, AttributeError) as error:  # an invalid card
         raise errors.TeacherError(f"is not a student of a run: {error}") from error
     remark = _remark(flax.traverse_util.flatten_dict(variables, sep="/"))
@@ -187,12 +245,19 @@ def student(path: Path, dtype: str) -> tuple[Loaded, dict[str, Any]]:
         card["image_size"],
         preparation,
         remark,
+        names,
     ), card
 
 
 def _channels(values: list[float]) -> tuple[float, ...]:
     red, green, blue = map(float, values)
     return red, green, blue
+
+
+def _class_names(card: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the names in a card; () if it has none, or the same one twice."""
+    names = tuple(map(str, card.get("result", {}).get("class_names", ())))
+    return names if len(set(names)) == card["num_classes"] else ()
 
 
 def _from_run(name: str, path: Path, dtype: str) -> Loaded:

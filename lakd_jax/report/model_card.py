@@ -120,8 +120,8 @@ def _facts(
         "method": result["method"],
     }
     if result["teacher"]:
-        score = _score(result["teacher_test"])
-        facts["teacher"] = f"{result['teacher']}, {score}"
+        score = result["teacher_test"]  # None for a teacher of other classes
+        facts["teacher"] = result["teacher"] + (f", {_score(score)}" if score else "")
     source = html.escape(settings["data"]["source"])
     facts["data"] = f"{source}, fingerprint {result['data']}"
     facts["epochs"], facts["seed"] = str(result["epochs"]), str(result["seed"])

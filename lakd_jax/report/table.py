@@ -15,7 +15,8 @@ class Row:
 
     Attributes:
       name: network and method, e.g. "resnet20, LAKD".
-      test_last: test accuracy of the last checkpoint.
+      test_last: test accuracy of the last checkpoint; None for a teacher of other
+        classes.
       test_best: test accuracy of the checkpoint that was best on minival.
       examples: number of test images.
       parameters: number of trainable parameters of the deployed network.
@@ -25,7 +26,7 @@ class Row:
     """
 
     name: str
-    test_last: float
+    test_last: float | None
     test_best: float | None
     examples: int
     parameters: int

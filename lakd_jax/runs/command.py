@@ -36,7 +36,8 @@ def run(
     student. A second call with the same directory resumes a stopped run, and reports
     the result again if the run had finished. With `config.seeds` each seed has its
     own run directory in `directory`, and the table shows means; seeds may be added
-    later.
+    later. Relative paths start in the folder in which the run was first started, also
+    if it is resumed from another.
 
     Args:
       config: as a file in `configs/` returns it, not yet resolved.
@@ -56,10 +57,15 @@ def run(
     with contextlib.ExitStack() as stack:
         guard = guard or stack.enter_context(hosts.guard())
         stack.enter_context(_claimed(directory, c))
+        folder = workdir.folder(directory)
+        if folder != Path():
+            notify(f"relative paths start in {folder}, where this run was started")
         runs = seeds.of_config(c, directory)
         for seed_run in runs if c.seeds else ():
-            stack.enter_context(single.prepare(seed_run.directory, seed_run.config))
-        environment = single.environment(c, guard, notify)
+            stack.enter_context(
+                single.prepare(seed_run.directory, seed_run.config, folder=folder)
+            )
+        environment = single.environment(c, guard, notify, folder)
         notify(_describe_data(environment))
         methods = [*c.baselines, c.method]
         teacher = None
@@ -150,7 +156,11 @@ def _train_baseline(
     ]
     with contextlib.ExitStack() as stack:
         for baseline in baselines:
-            stack.enter_context(single.prepare(baseline.directory, baseline.config))
+            stack.enter_context(
+                single.prepare(
+                    baseline.directory, baseline.config, folder=environment.folder
+                )
+            )
         return seeds.train(baselines, environment, teacher)
 
 

@@ -34,7 +34,7 @@ def train(
     folder = directory / workdir.STAGE1
     if not hosts.first((folder / workdir.RESULT).exists):
         environment.notify(f"stage 1 of 2, weights and gates, in {folder}")
-    with single.prepare(folder, config):
+    with single.prepare(folder, config, folder=environment.folder):
         result = single.train_one(phase, folder, environment, teacher)
     kept, _ = weights.student(folder / workdir.STUDENT, config.dtype)
     environment.notify(

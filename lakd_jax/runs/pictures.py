@@ -40,7 +40,7 @@ def draw(
     pictures.curves(
         directory / "curves.png",
         records,
-        teacher_accuracy=teacher.score.accuracy if teacher else None,
+        teacher_accuracy=teacher.score.accuracy if teacher and teacher.score else None,
     )
     if teacher:
         student = single.load_network("student", config, environment, str(directory))
@@ -84,10 +84,11 @@ def attention(
         )
     ]
     names = dataset.classes
-    predicted = [np.asarray(o.logits.argmax(-1)) for o in (of_teacher, of_student)]
+    answers = [np.asarray(o.logits.argmax(-1)) for o in (of_teacher, of_student)]
+    of_its_own = _names(teacher.network, names)
     captions = [
-        pictures.Caption(*(names[c] for c in classes))
-        for classes in zip(test.labels[chosen], *predicted, strict=True)
+        pictures.Caption(names[label], of_its_own[theirs], names[ours])
+        for label, theirs, ours in zip(test.labels[chosen], *answers, strict=True)
     ]
     pictures.attention(path, test.images[chosen], captions, modules)
 
@@ -119,6 +120,13 @@ def _forward(network: weights.Loaded, inputs: jax.Array) -> chain.Outputs:
     forward = jax.jit(lambda v, x: network.model.apply(v, x, train=False))
     # A single process cannot run a program on the devices of all processes.
     return forward(mesh_lib.on_one_device(network.variables), inputs)
+
+
+def _names(teacher: weights.Loaded, of_data: Sequence[str]) -> Sequence[str]:
+    """Returns the names of the teacher's classes, numbers if it has unknown ones."""
+    if not teacher.difference:
+        return of_data
+    return teacher.classes or [f"class {k}" for k in range(teacher.model.num_classes)]
 
 
 def _joints(

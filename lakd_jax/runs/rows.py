@@ -22,12 +22,13 @@ def row(result: dict[str, Any], name: str) -> table.Row:
 
 
 def teacher_row(config: resolved.Config, teacher: single.Teacher) -> table.Row:
-    """Returns the row of the teacher."""
+    """Returns the row of the teacher; without accuracy if it has other classes."""
+    score = teacher.score
     return table.Row(
         name=f"{config.teacher.name}, teacher",
-        test_last=teacher.score.accuracy,
+        test_last=score.accuracy if score else None,
         test_best=None,
-        examples=teacher.score.examples,
+        examples=score.examples if score else 0,
         parameters=teacher.parameters,
         seconds=None,
         images_per_second=None,

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lakd_jax import data, distill, errors
+from lakd_jax import data, distill, errors, paths
 from lakd_jax.config import resolved
-from lakd_jax.data import device, order
+from lakd_jax.data import device, order, sources
 from lakd_jax.data.streaming import batches
 from lakd_jax.interop import weights
 from lakd_jax.models import chain
@@ -40,6 +40,7 @@ class Environment:
     Attributes:
       train, minival, test: the splits of `dataset` on the devices of `mesh`, or
         streams that load them batch by batch.
+      folder: where relative paths of the config start, see `workdir.folder`.
     """
 
     dataset: data.Dataset | batches.Dataset
@@ -49,33 +50,49 @@ class Environment:
     mesh: jax.sharding.Mesh
     guard: interrupt.Guard
     notify: Notify
+    folder: Path = Path()
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A frozen teacher, already evaluated on the test split."""
+    """A frozen teacher, already evaluated on the test split.
 
-    network: weights.Loaded  # variables replicated over the devices
+    Attributes:
+      network: its variables are replicated over the devices.
+      score: None if its classes are not those of the data, so that it has none.
+      parameters: counted before its batch norms were folded.
+      digest: of its variables as their source has them.
+      answers: (N,) the classes it predicts on the test split; None without a score.
+    """
+
+    network: weights.Loaded
     pixels: spec_lib.Pixels
-    score: evaluate.Score
-    parameters: int  # counted before its batch norms were folded
-    digest: str = ""  # of its variables before folding
-    answers: np.ndarray | None = None  # (N,) classes, of the test split
+    score: evaluate.Score | None
+    parameters: int
+    digest: str = ""
+    answers: np.ndarray | None = None
 
 
 def environment(
-    config: resolved.Config, guard: interrupt.Guard, notify: Notify
+    config: resolved.Config,
+    guard: interrupt.Guard,
+    notify: Notify,
+    folder: Path = Path(),
 ) -> Environment:
-    """Loads the data that `config` names and places it on the devices."""
+    """Loads the data that `config` names and places it on the devices.
+
+    Relative paths start in `folder`, see `workdir.folder`.
+    """
     d = config.data
+    source = sources.located(d.source, folder)
     common = {
         "minival": d.minival,
-        "data_dir": d.data_dir,
+        "data_dir": paths.within(folder, d.data_dir, "data.data_dir"),
         "test_share": d.test_share,
     }
     load = functools.partial(
         data.load,
-        d.source,
+        source,
         image_size=d.image_size,
         max_bad=d.max_bad,
         orientation=d.orientation,
@@ -84,7 +101,7 @@ def environment(
     if d.streaming:
         views = batches.Views(d.image_size, d.crop_scale, d.test_resize, d.orientation)
         load = functools.partial(
-            batches.load, d.source, views, workers=d.workers, **common
+            batches.load, source, views, workers=d.workers, **common
         )
     # A download may take long, and two processes must not write one folder at once.
     with guard.released():
@@ -95,7 +112,8 @@ def environment(
             f"data.source {d.source}: {len(dataset.train)} training images "
             f"do not fill one batch; lower batch_size ({config.batch_size})."
         )
-    return on_mesh(dataset, mesh_lib.data_mesh(), guard, notify)
+    loaded = on_mesh(dataset, mesh_lib.data_mesh(), guard, notify)
+    return dataclasses.replace(loaded, folder=folder)
 
 
 def on_mesh(
@@ -266,6 +284,7 @@ def training_job(
         environment.dataset,
         guard=environment.guard,
         notify=environment.notify,
+        folder=environment.folder,
         dry=dry,
     )
     return TrainingJob(
@@ -296,17 +315,24 @@ def load_network(
     Args:
       part: "student" or "teacher".
       init: where its weights are; "" for where the config says.
+
+    Raises:
+      errors.TeacherError: see `weights.load`. A teacher may have other classes than
+        the data; what follows from that is up to the caller.
     """
-    block = getattr(config, part)
+    block, is_student = getattr(config, part), part == "student"
     loaded = weights.load(
         part,
         block.name,
-        init or block.init,
+        init or paths.within(environment.folder, block.init, f"{part}.init"),
         shortcut=block.shortcut,
         dtype=config.dtype,
         num_classes=len(environment.dataset.classes),
-        options=setup.network_options(config) if part == "student" else {},
+        options=setup.network_options(config) if is_student else {},
         key="" if init else block.init_key,
+        classes=environment.dataset.classes,
+        new_head=is_student and not init and config.student.new_head,
+        any_classes=not is_student,
     )
     if loaded.remark:
         environment.notify(f"{part}.init: {loaded.source}: {loaded.remark}")
@@ -408,7 +434,7 @@ def _result(
         ],
         "test_best_on_minival": _counts(best) if best else None,
         "best_step": progress.best_step,
-        "teacher_test": _counts(teacher.score) if teacher else None,
+        "teacher_test": _counts(teacher.score) if teacher and teacher.score else None,
         "parameters": state_lib.parameter_count(trained.last["params"]),
         "seconds": progress.seconds,
         "step_seconds": progress.step_seconds,

@@ -1,4 +1,7 @@
-"""Makes the teacher of a run: loads or trains it, folds it, and tests it."""
+"""Makes the teacher of a run: loads or trains it, folds it, and tests it.
+
+`load_recorded` loads the teacher of a finished run again.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -7,14 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lakd_jax import errors, paths
+from lakd_jax import distill, errors, paths
 from lakd_jax.config import resolved
 from lakd_jax.interop import weights
 from lakd_jax.models import folding
-from lakd_jax.runs import single, teacher_source
+from lakd_jax.report import evaluation
+from lakd_jax.runs import single, teacher_floor, teacher_source
 from lakd_jax.runtime import hosts
 from lakd_jax.runtime import mesh as mesh_lib
-from lakd_jax.store import manifest, workdir
+from lakd_jax.store import workdir
 from lakd_jax.training import evaluate, phase, setup
 from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
@@ -23,12 +27,16 @@ from lakd_jax.training import state as state_lib
 def make(config: resolved.Config, environment: single.Environment) -> single.Teacher:
     """Loads the teacher from `teacher.init` or the cache, or trains it; then tests it.
 
+    A teacher of other classes than the data's is not tested, and serves only methods
+    that read none of its logits.
+
     Raises:
-      errors.TeacherError: it cannot be loaded, or its accuracy on the test split
-        is below `teacher.floor` (0: twice chance).
+      errors.TeacherError: it cannot be loaded, its accuracy on the test split is below
+        `teacher.floor`, or a method needs it to have the data's classes.
       errors.ConfigError: its stored outputs would exceed `teacher.views_mib`.
     """
     loaded = single.load_network("teacher", config, environment)
+    _require_classes(config, loaded)
     pixels = _pixels(config, loaded)
     teacher_source.require_room(
         config, loaded, pixels, environment.dataset, environment.mesh
@@ -37,17 +45,120 @@ def make(config: resolved.Config, environment: single.Environment) -> single.Tea
         _train_teacher(config, environment)
         cached = str(_cached(config, environment))
         loaded = single.load_network("teacher", config, environment, cached)
-    pixels, digest = _pixels(config, loaded), manifest.digest(loaded.variables)
+        pixels = _pixels(config, loaded)
     loaded, parameters = _frozen(config, loaded, environment)
+    score, answers = None, None
+    if loaded.difference:
+        environment.notify(
+            f"teacher {config.teacher.name} from {loaded.source} has other classes "
+            "than the data: it is not tested, and only its features are compared"
+        )
+    else:
+        predicted = _tested(config, environment, loaded, pixels)
+        score, answers = predicted.score, predicted.logits.argmax(-1)
+    return single.Teacher(loaded, pixels, score, parameters, loaded.digest, answers)
+
+
+def _tested(
+    config: resolved.Config,
+    environment: single.Environment,
+    loaded: weights.Loaded,
+    pixels: spec_lib.Pixels,
+) -> evaluate.Predictions:
+    """Tests the teacher on the test split; raises TeacherError below the floor."""
     evaluator = single.evaluator(config, loaded, pixels, environment)
     predicted = evaluator.predict(loaded.variables, environment.test)
-    score, answers = predicted.score, predicted.logits.argmax(-1)
+    score = predicted.score
     environment.notify(
         f"teacher {config.teacher.name} from {loaded.source}: {score.right} of "
         f"{score.examples} test images right ({100 * score.accuracy:.2f} %)"
     )
-    _check_floor(config, environment, loaded, pixels, score)
-    return single.Teacher(loaded, pixels, score, parameters, digest, answers)
+    classes = environment.dataset.classes
+    confusion = evaluation.confusion(predicted.logits, predicted.labels)
+    if fault := teacher_floor.fault(config.teacher.floor, confusion):
+        raise errors.TeacherError(
+            f"teacher.init: {loaded.source} gets {score.right} of {score.examples} "
+            f"test images right ({100 * score.accuracy:.2f} %), {fault}.\n"
+            f"It was fed images with mean {_short(pixels.mean)} and deviation "
+            f"{_short(pixels.std)}; if it was trained with others, set teacher.mean "
+            f"and teacher.std.{teacher_floor.other_order(confusion, classes)}"
+        )
+    return predicted
+
+
+def _require_classes(config: resolved.Config, loaded: weights.Loaded) -> None:
+    """Raises TeacherError if a method reads the logits of a teacher of other classes.
+
+    Methods that read only its features can use it.
+    """
+    methods = (config.method, *config.baselines)
+    readers = [m for m in methods if distill.facts(m).reads_classes]
+    if not (loaded.difference and readers):
+        return
+    others = [
+        name
+        for name in distill.names()
+        if distill.facts(name).needs_teacher and not distill.facts(name).reads_classes
+    ]
+    raise errors.TeacherError(
+        f"{weights.other_classes('teacher', loaded)}\n"
+        f"Method {readers[0]} reads the teacher's logits, which are of those classes. "
+        f"Methods that read only features can use it: {', '.join(others)}."
+    )
+
+
+def load_recorded(
+    directory: Path, config: resolved.Config, environment: single.Environment
+) -> single.Teacher:
+    """Loads the teacher that a run recorded; trains, evaluates and writes nothing.
+
+    Its score is the recorded one.
+
+    Args:
+      directory: of the finished run, or of one of its seeds or baselines.
+      config: of that run.
+      environment: made with `workdir.folder(directory)`.
+
+    Raises:
+      errors.TeacherError: there is no record, or the teacher is missing or has other
+        weights.
+    """
+    file = _record_of(directory)
+    then = workdir.read_json(file)
+    path = workdir.folder(file.parent) / then["source"]
+    if not path.exists():
+        again = "restore it"
+        if not config.teacher.init:
+            again += ", or train it again by repeating the run's command"
+        raise errors.TeacherError(
+            f"{file}: the teacher of this run, {path} (weights {then['weights']}), "
+            f"does not exist; {again}."
+        )
+    loaded = single.load_network("teacher", config, environment, str(path))
+    if loaded.digest != then["weights"]:
+        raise errors.TeacherError(
+            f"{file}: the teacher of this run has the weights {then['weights']}, but "
+            f"{path} now has others ({loaded.digest}); restore the old file."
+        )
+    pixels = _pixels(config, loaded)
+    loaded, parameters = _frozen(config, loaded, environment)
+    result = workdir.read_json(directory / workdir.RESULT)["teacher_test"]
+    score = None
+    if result and not loaded.difference:
+        names = ("right", "examples", "loss")
+        score = evaluate.Score(**{name: result[name] for name in names})
+    return single.Teacher(loaded, pixels, score, parameters, loaded.digest)
+
+
+def _record_of(directory: Path) -> Path:
+    """Returns the teacher.json of a run; seeds and baselines have their command's."""
+    for folder in (directory, *directory.absolute().parents[:2]):
+        if (folder / workdir.TEACHER).exists():
+            return folder / workdir.TEACHER
+    raise errors.TeacherError(
+        f"{directory}: has no {workdir.TEACHER}, which says where its teacher is; "
+        "repeat the run's command, which writes it."
+    )
 
 
 def require_same(directory: Path, teacher: single.Teacher) -> None:
@@ -122,7 +233,7 @@ def _cached(config: resolved.Config, environment: single.Environment) -> Path:
     key = resolved.of_teacher(config).digest()
     # The images of a folder may have changed.
     images = environment.dataset.fingerprint()[:6]
-    cache = paths.local(config.teacher.cache, "teacher.cache")
+    cache = environment.folder / paths.local(config.teacher.cache, "teacher.cache")
     return cache / f"{config.teacher.name}-{key}-{images}"
 
 
@@ -133,29 +244,8 @@ def _train_teacher(config: resolved.Config, environment: single.Environment) -> 
     if hosts.first((directory / workdir.RESULT).exists):
         return
     environment.notify(f"{config.teacher.name}, the teacher, in {directory}")
-    with single.prepare(directory, teacher_config):
+    with single.prepare(directory, teacher_config, folder=environment.folder):
         single.train_one(phase.Phase(teacher_config), directory, environment, None)
-
-
-def _check_floor(
-    config: resolved.Config,
-    environment: single.Environment,
-    loaded: weights.Loaded,
-    pixels: spec_lib.Pixels,
-    score: evaluate.Score,
-) -> None:
-    # With two classes, twice chance would be 100 %.
-    floor = config.teacher.floor or min(2 / len(environment.dataset.classes), 0.75)
-    if score.accuracy >= floor:
-        return
-    raise errors.TeacherError(
-        f"teacher.init: {loaded.source} gets {score.right} of {score.examples} test "
-        f"images right ({100 * score.accuracy:.2f} %), less than the "
-        f"{100 * floor:.2f} % required (teacher.floor, or twice chance).\n"
-        f"It was fed images with mean {_short(pixels.mean)} and deviation "
-        f"{_short(pixels.std)}; if it was trained with others, set teacher.mean and "
-        "teacher.std."
-    )
 
 
 def _short(values: tuple[float, ...]) -> str:

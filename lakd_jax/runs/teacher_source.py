@@ -1,6 +1,7 @@
 """Applies a config's `teacher.views`: chooses the source of teacher outputs."""
 
 import dataclasses
+import pathlib
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ def source(
     *,
     guard: interrupt.Guard,
     notify: teacher_cache.Notify,
+    folder: pathlib.Path = pathlib.Path(),
     dry: bool,
 ) -> teacher_outputs.Source:
     """Returns the source of teacher outputs: the teacher itself, or stored outputs.
@@ -40,6 +42,7 @@ def source(
       dataset: whose `train` these images are.
       guard: is checked for interruptions.
       notify: receives lines of console output.
+      folder: where a relative `teacher.cache` starts.
       dry: zeros replace stored outputs, and nothing is written.
 
     Raises:
@@ -67,7 +70,7 @@ def source(
         data=dataset.fingerprint(),
         seed=config.seed,
     )
-    cache = paths.local(config.teacher.cache, "teacher.cache")
+    cache = folder / paths.local(config.teacher.cache, "teacher.cache")
     return teacher_cache.kept(cache, computer, key, dataset.train.labels, notify)
 
 

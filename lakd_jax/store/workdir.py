@@ -70,6 +70,7 @@ def prepare(
     config: Mapping[str, Any],
     *,
     may_change: Collection[str] = (),
+    folder: pathlib.Path = pathlib.Path(),
 ) -> Workdir:
     """Creates, checks and locks the directory of a run, before step 1.
 
@@ -79,6 +80,7 @@ def prepare(
       workdir: local path; created if absent.
       config: the resolved configuration, nested, JSON-serialisable.
       may_change: dotted fields in which the existing run may differ from `config`.
+      folder: where the relative paths of `config` start; by default the current folder.
 
     Returns:
       The directory; its `resumed` is True if it already had a run.
@@ -93,7 +95,7 @@ def prepare(
     prepared = Workdir(path, resumed=False, lock=-1)
 
     def claim() -> bool:
-        prepared.lock, resumed = _claim(path, config, may_change)
+        prepared.lock, resumed = _claim(path, config, may_change, folder)
         return resumed
 
     prepared.resumed = hosts.first(claim)
@@ -106,7 +108,10 @@ def prepare(
 
 
 def _claim(
-    path: pathlib.Path, config: Mapping[str, Any], may_change: Collection[str]
+    path: pathlib.Path,
+    config: Mapping[str, Any],
+    may_change: Collection[str],
+    folder: pathlib.Path,
 ) -> tuple[int, bool]:
     """Returns the lock, and whether the directory already had a run; see `prepare`."""
     with contextlib.ExitStack() as undo:
@@ -116,7 +121,7 @@ def _claim(
             lock = _lock(path)
             undo.callback(os.close, lock)
             resumed = _check_config(path, config, may_change)
-            _record(path, config, resumed)
+            _record(path, config, resumed, folder)
         except OSError as error:
             raise errors.WorkdirError(
                 f"{path}: cannot be written: {error.strerror or error}\n"
@@ -155,6 +160,20 @@ def settings(directory: pathlib.Path) -> dict[str, Any]:
         ) from error
 
 
+def folder(directory: pathlib.Path) -> pathlib.Path:
+    """Returns where the relative paths in the record of a run start.
+
+    This is the folder in which the run was started. `pathlib.Path()`, which stands for
+    the current one, is returned if that is the same, if it was not recorded, or if it
+    no longer exists: then the project was moved, as a whole.
+    """
+    try:
+        found = pathlib.Path(read_json(directory / ENVIRONMENT)["folder"])
+    except (FileNotFoundError, ValueError, KeyError):
+        return pathlib.Path()
+    return found if found.is_dir() and found != pathlib.Path.cwd() else pathlib.Path()
+
+
 def seeds_hint(directory: pathlib.Path) -> str:
     """Returns a line that names one of the seeds in `directory`; "" without seeds."""
     found = sorted(directory.glob(f"seed*/{RESULT}"))
@@ -178,8 +197,11 @@ def write_bytes(path: str | os.PathLike, data: bytes | memoryview) -> None:
     os.replace(temporary, path)
 
 
-def environment() -> dict[str, Any]:
-    """Describes the environment: versions, commit, devices, command and start time."""
+def environment(folder: pathlib.Path = pathlib.Path()) -> dict[str, Any]:
+    """Describes the environment: versions, commit, devices, command and start time.
+
+    `folder` is where the relative paths of the command start.
+    """
     return {
         **code(),
         "devices": [f"{d.id}: {d.platform} {d.device_kind}" for d in jax.devices()],
@@ -187,6 +209,7 @@ def environment() -> dict[str, Any]:
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "command": shlex.join(sys.orig_argv),
+        "folder": str(folder.absolute()),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -276,8 +299,10 @@ def _require_version(path: pathlib.Path) -> None:
         )
 
 
-def _record(path: pathlib.Path, config: Mapping[str, Any], resumed: bool) -> None:
-    now = environment()
+def _record(
+    path: pathlib.Path, config: Mapping[str, Any], resumed: bool, folder: pathlib.Path
+) -> None:
+    now = environment(folder)
     then = _recorded(path) if resumed else {}
     if then:
         for change in _changes(_flat(then), _flat(now), ()):

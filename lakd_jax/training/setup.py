@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import optax
@@ -211,6 +212,14 @@ def _zeros(teacher: weights.Loaded | None) -> PyTree:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), teacher.variables)
 
 
+def _completed(given: PyTree, drawn: PyTree) -> PyTree:
+    """Returns `given` with what it lacks, gates or a new classifier, from `drawn`."""
+    arrays = flax.traverse_util.flatten_dict(drawn)
+    return flax.traverse_util.unflatten_dict(
+        arrays | flax.traverse_util.flatten_dict(given)
+    )
+
+
 def _first_state(
     spec: spec_lib.StepSpec,
     init: Callable[[], tuple[PyTree, PyTree]],
@@ -224,9 +233,8 @@ def _first_state(
     state = state_lib.TrainState(jnp.int32(0), params, collections, ())
     student = state.variables("student")
     if student_variables is not None:
-        given = student_variables["params"]
-        student |= student_variables
-        student["params"] = vam_lib.completed(given, params["student"])
+        for kind, given in student_variables.items():
+            student[kind] = _completed(given, student.get(kind, {}))
     for kind, tree in phase.first_variables(student).items():
         (params if kind == "params" else collections[kind])["student"] = tree
     state = dataclasses.replace(state, opt_state=spec.optimizer.init(params))

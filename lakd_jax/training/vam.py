@@ -66,11 +66,3 @@ def deployed(model: chain.Chain, variables: PyTree) -> tuple[chain.Chain, PyTree
     if model.vam is None or not model.vam.foldable:
         return model, variables
     return folding.fold_gates(model, variables)
-
-
-def completed(given: PyTree, initial: PyTree) -> PyTree:
-    """Returns the `given` parameters, with missing gates taken from `initial`."""
-    drawn: dict[tuple[str, ...], Any] = flax.traverse_util.flatten_dict(initial)
-    existing: dict[tuple[str, ...], Any] = flax.traverse_util.flatten_dict(given)
-    gates = {path: x for path, x in drawn.items() if vam.is_gate(path)}
-    return flax.traverse_util.unflatten_dict({**gates, **existing})

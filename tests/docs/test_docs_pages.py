@@ -89,6 +89,7 @@ def test_every_section_with_code_is_known():
         ("quickstart.md", "From the command line"),
         ("quickstart.md", "From Python"),
         ("your_own.md", "Your own data"),
+        ("your_own.md", "Weights of other classes"),
         ("your_own.md", "Your own network"),
         ("your_own.md", "Your own method"),
         ("deploy.md", "Python with lakd_jax"),

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from lakd_jax import errors
 from lakd_jax.config import resolved
 from lakd_jax.data import device
-from lakd_jax.runs import single
+from lakd_jax.runs import single, teacher_floor
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
 from lakd_jax.runtime import mesh as mesh_lib
@@ -198,20 +198,13 @@ def test_every_example_is_counted_once(batch_size):
         (2, 1.0, 99, False),
     ],
 )
-def test_floor_of_the_teacher(tmp_path, mesh, classes, floor, right, good):
+def test_floor_of_the_teacher(classes, floor, right, good):
     """Promise 15: accuracy at the floor is accepted, one answer less is not."""
-    config = tiny.config(tmp_path, teacher__floor=floor)
-    teacher = tiny.teacher(mesh)
-    dataset = tiny.dataset()
-    object.__setattr__(dataset, "classes", tuple(map(str, range(classes))))
-    environment = single.Environment(dataset, *[None] * 4, interrupt.Guard(), print)
-    score = evaluate.Score(right, 100, 1.0)
-    arguments = (config, environment, teacher.network, teacher.pixels, score)
-    if good:
-        teacher_lib._check_floor(*arguments)
-        return
-    with pytest.raises(errors.TeacherError, match=f"{right} of 100 .*{right}.00 %"):
-        teacher_lib._check_floor(*arguments)
+    # Every class has a hundredth; what is wrong is answered by another.
+    confusion = np.eye(classes, dtype=int) * right
+    np.fill_diagonal(confusion[:, 1:], 100 - right)
+    confusion[-1, 0] += 100 - right
+    assert (teacher_floor.fault(floor, confusion) == "") == good
 
 
 def made_teacher(directory, **fields):

@@ -1,5 +1,6 @@
 """Loading a network with its weights from the user's files."""
 
+import pathlib
 import types
 
 import jax
@@ -52,7 +53,9 @@ def test_the_remark_is_on_the_console(tmp_path, part):
     config = resolved.resolve(tiny.config(tmp_path, **{f"{part}__init": str(path)}))
     lines = []
     dataset = types.SimpleNamespace(classes=tuple("abcdefg"))
-    environment = types.SimpleNamespace(dataset=dataset, notify=lines.append)
+    environment = types.SimpleNamespace(
+        dataset=dataset, notify=lines.append, folder=pathlib.Path()
+    )
     for name in ("teacher", "student"):
         single.load_network(name, config, environment)
     assert lines == [f"{part}.init: {path}: float16 weights cast to float32"]

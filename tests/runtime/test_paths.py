@@ -273,7 +273,7 @@ def test_home_in_init(home, field):
 
 def test_home_in_teacher_cache(home):
     """The config, and with it the name of the teacher's folder, do not change."""
-    environment = types.SimpleNamespace(dataset=tiny.dataset())
+    environment = types.SimpleNamespace(dataset=tiny.dataset(), folder=pathlib.Path())
     given = tiny.config(home, teacher__cache="~/teachers")
     plain, config = map(resolved.resolve, (tiny.config(home), given))
     name = teacher._cached(plain, environment).name
