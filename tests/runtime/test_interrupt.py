@@ -81,6 +81,7 @@ import time
 import jax
 import jax.numpy as jnp
 from lakd_jax import cli
+from lakd_jax.runtime import backend
 
 def slow(x):
     for i in range(1500):
@@ -91,8 +92,7 @@ lowered = jax.jit(slow).lower(jnp.ones(64))
 
 def work(guard):
     print("compiling", flush=True)
-    with guard.released():
-        lowered.compile()
+    backend.compiled(lowered, guard)
     print("compiled", flush=True)
 
 cli.end_with(work)
