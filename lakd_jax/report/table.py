@@ -81,7 +81,8 @@ def _render(
         left.append(len(header))
         header.append("note")
         body = [[*line, g[0].note] for line, g in zip(body, groups, strict=True)]
-    counts = sorted({row.examples for group in groups for row in group})
+    tested = [row for group in groups for row in group if row.test_last is not None]
+    counts = sorted({row.examples for row in tested})
     text = grid(header, body, left)
     if not counts:
         return text

@@ -183,6 +183,8 @@ def test_processes_share_a_batch_and_lose_nothing(photos):
         found = [share.split for share in shares]
         if not full[step].total % 4:
             columns = zip(*map(dataclasses.astuple, found), strict=True)
+            arrays = [(one.images, one.labels, one.ids) for one in found]
+            columns = zip(*arrays, strict=True)
             found = [data.Split(*map(np.concatenate, columns))]
         for one in found:
             assert_alike(one, full[step].split)
