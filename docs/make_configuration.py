@@ -8,7 +8,7 @@ All of it is declared in `lakd_jax.config.blocks` and by the methods.
 import pathlib
 
 from lakd_jax import fields
-from lakd_jax.config import blocks as blocks_lib
+from lakd_jax.config import listing
 from lakd_jax.distill.base import registry, term
 
 PAGE = pathlib.Path(__file__).with_name("configuration.md")
@@ -47,7 +47,7 @@ as dkd+at the cross-entropy has the first one's weight.
 
 def render() -> str:
     """Returns the page."""
-    found = blocks_lib.every()
+    found = listing.every()
     more = [block for block in found if block.method and _is_term(block.name)]
     first = [block for block in found if block not in more]
     return "\n".join(
@@ -74,7 +74,7 @@ def _title(block: str) -> str:
     return block or "the run"
 
 
-def section(level: str, block: blocks_lib.Block) -> str:
+def section(level: str, block: listing.Block) -> str:
     """Returns the heading, the note and the table of one block."""
     lines = [f"{level} {_title(block.name)}", ""]
     if note := block.about:

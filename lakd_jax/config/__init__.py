@@ -19,10 +19,10 @@ ConfigDict = ml_collections.ConfigDict
 
 def default() -> ConfigDict:
     """Returns every field with its default: LAKD under the usual CIFAR protocol."""
-    from lakd_jax.config import blocks  # not above: it imports JAX
+    from lakd_jax.config import listing  # not above: it imports JAX
 
     c = ConfigDict()
-    for block in blocks.every():
+    for block in listing.every():
         *above, name = block.name.split(".")
         values = ConfigDict({option.name: option.default for option in block.options})
         if name:

@@ -6,11 +6,10 @@ by the methods, in `lakd_jax.distill`.
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from lakd_jax import distill, fields, models, paths
 from lakd_jax.data import sources
-from lakd_jax.distill.base import registry
 from lakd_jax.local import cuts as cuts_lib
 from lakd_jax.models import vam
 
@@ -410,60 +409,3 @@ class Checkpoint:
 
     every_steps: int = field(0, "0: at the end of every epoch", _AT_LEAST_0)
     keep: int = field(2, check=_AT_LEAST_1)
-
-
-class Block(NamedTuple):
-    """A block of the config, of a method or not.
-
-    Attributes:
-      name: for example "student.vam"; "" for the fields outside of any block.
-      options: its fields, in order.
-      about: a note on all of it; may be "".
-      method: whether it is a method's.
-    """
-
-    name: str
-    options: tuple[fields.Option, ...]
-    about: str
-    method: bool = False
-
-
-CLASSES: dict[str, type] = {
-    "": Run,
-    "data": Data,
-    "student": Student,
-    "student.vam": Vam,
-    "teacher": Teacher,
-    "optim": Optim,
-    "hme": Hme,
-    "local": Local,
-    "checkpoint": Checkpoint,
-}
-
-
-def every() -> list[Block]:
-    """Returns all blocks, in the order in which the config has them."""
-    found = [
-        Block(name, fields.options(cls), vars(cls).get("about", ""))
-        for name, cls in CLASSES.items()
-    ]
-    after = list(CLASSES).index("hme")
-    return [*found[:after], *of_methods(), *found[after:]]
-
-
-def of_methods() -> list[Block]:
-    """Returns the blocks of the methods that have options of their own."""
-    return [
-        Block(name, entry.block, entry.fact("about", ""), method=True)
-        for name, entry in registry.TABLE.items()
-        if entry.block
-    ]
-
-
-def options() -> dict[str, fields.Option]:
-    """Returns every field of the config by its name, such as "data.pad"."""
-    return {
-        f"{block.name}.{option.name}".lstrip("."): option
-        for block in every()
-        for option in block.options
-    }

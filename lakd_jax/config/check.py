@@ -6,7 +6,7 @@ from typing import Any
 
 from lakd_jax import config as config_lib
 from lakd_jax import errors, fields, paths
-from lakd_jax.config import blocks, rules, rules_of_runs
+from lakd_jax.config import listing, rules, rules_of_runs
 from lakd_jax.distill.base import registry
 
 
@@ -20,7 +20,7 @@ def problems(
       devices: how many the batch will be split over.
       skip: fields that are known to be wrong and are not reported again.
     """
-    options = blocks.options()
+    options = listing.options()
     faults = {field: "" for field in skip} | _structure(config, options)
     values = config_lib.flat(config)
     for field, option in options.items():

@@ -9,7 +9,7 @@ import fnmatch
 import math
 
 from lakd_jax import config as config_lib
-from lakd_jax.config import blocks
+from lakd_jax.config import listing
 from lakd_jax.distill.base import registry
 
 EPOCHS = 240  # what the methods' warm-ups are counted in
@@ -69,7 +69,7 @@ def shortened(config: config_lib.ConfigDict, epochs: int) -> dict[str, object]:
         "optim.milestones": tuple(m * share for m in config.optim.milestones),
         "optim.warmup_epochs": config.optim.warmup_epochs * share,
     }
-    for block in blocks.of_methods():
+    for block in listing.of_methods():
         for name, value in config[block.name].items():
             if name.endswith("_epochs"):
                 fields[f"{block.name}.{name}"] = _scaled(value, epochs / EPOCHS)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lakd_jax import config as config_lib
 from lakd_jax import distill, fields
-from lakd_jax.config import blocks
+from lakd_jax.config import blocks, listing
 from lakd_jax.distill.base import registry
 
 
@@ -83,12 +83,12 @@ def resolve(config: config_lib.ConfigDict) -> Config:
     unused = set(registry.added()) - named
     methods = {
         block.name: _values_of(block.options, values, block.name)
-        for block in blocks.of_methods()
+        for block in listing.of_methods()
         if block.name not in unused
     }
     parts = {
         name: cls(**_values_of(fields.options(cls), values, name))
-        for name, cls in blocks.CLASSES.items()
+        for name, cls in listing.CLASSES.items()
         if name and "." not in name
     }
     vam = blocks.Vam(**_values_of(fields.options(blocks.Vam), values, "student.vam"))

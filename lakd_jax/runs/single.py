@@ -1,4 +1,4 @@
-"""Trains one phase of a run from its config and writes the files of the run."""
+"""Makes what one phase of a run needs, from its config: data, networks, step, loop."""
 
 import dataclasses
 import functools
@@ -15,17 +15,15 @@ from lakd_jax.data import device, order, sources
 from lakd_jax.data.streaming import batches
 from lakd_jax.interop import weights
 from lakd_jax.models import chain
-from lakd_jax.report import evaluation
 from lakd_jax.runs import teacher_source
 from lakd_jax.runtime import backend, hosts, interrupt
 from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.store import workdir
 from lakd_jax.training import engine as engine_lib
-from lakd_jax.training import evaluate, feeds, loop, setup, teacher_outputs, vam
+from lakd_jax.training import evaluate, feeds, loop, setup, teacher_outputs
 from lakd_jax.training import phase as phase_lib
 from lakd_jax.training import record as record_lib
 from lakd_jax.training import spec as spec_lib
-from lakd_jax.training import state as state_lib
 
 PyTree = Any
 Notify = Callable[[str], None]
@@ -161,74 +159,6 @@ def prepare(
 ) -> workdir.Workdir:
     """Locks the directory of a run of `config`; see `workdir.prepare`."""
     return workdir.prepare(directory, config.to_dict(), **options)
-
-
-def train_one(
-    phase: phase_lib.Phase,
-    directory: Path,
-    environment: Environment,
-    teacher: Teacher | None,
-) -> dict[str, Any]:
-    """Trains a phase's student in `directory`, or resumes; returns its result.
-
-    A finished run is not trained again: its stored result is returned.
-
-    `directory` must have been prepared for this config (`prepare`). The run writes
-    `metrics.jsonl`, `checkpoints/`, `student.safetensors` (the plain student of the
-    last epoch, or of the epoch that the phase keeps) and `result.json` there.
-    """
-    done = directory / workdir.RESULT
-    if hosts.first(done.exists):
-        return hosts.first(lambda: workdir.read_json(done))
-    job = training_job(phase, directory, environment, teacher)
-    trained = fit(job, environment).run()
-    return conclude(job, environment, teacher, trained)
-
-
-def conclude(
-    job: TrainingJob,
-    environment: Environment,
-    teacher: Teacher | None,
-    trained: record_lib.Trained,
-) -> dict[str, Any]:
-    """Tests the trained student, writes its weights and result; returns the result."""
-    directory = job.record.directory
-    student, trained = _deployed(job.student, trained)
-    result = _result(job, environment, teacher, student, trained)
-    kept = trained.last
-    result |= job.phase.facts
-    if job.phase.keeps_best:
-        result["kept_step"] = job.record.plan.total_steps
-        if trained.best is not None:
-            kept, result["kept_step"] = trained.best, result["best_step"]
-    pixels = setup.pixels(job.config)
-    height, width, _ = environment.dataset.train.shape
-    network = dataclasses.replace(
-        student,
-        mean=pixels.mean,
-        std=pixels.std,
-        size=pixels.size or (height if height == width else 0),
-        preparation=setup.preparation(job.config, environment.dataset.train.shape),
-    )
-
-    def write() -> dict[str, Any]:
-        weights.save(directory / workdir.STUDENT, kept, network, result)
-        if trained.best is not None:
-            weights.save(directory / workdir.BEST, trained.best, network, result)
-        workdir.write_json(directory / workdir.RESULT, result)
-        return result
-
-    return hosts.first(write)
-
-
-def _deployed(
-    student: weights.Loaded, trained: record_lib.Trained
-) -> tuple[weights.Loaded, record_lib.Trained]:
-    """Returns both as `vam.deployed` does: the tested network is the exported one."""
-    model, last = vam.deployed(student.model, trained.last)
-    best = trained.best and vam.deployed(student.model, trained.best)[1]
-    student = dataclasses.replace(student, model=model)
-    return student, dataclasses.replace(trained, last=last, best=best)
 
 
 def training_job(
@@ -392,61 +322,3 @@ def _plan(config: resolved.Config, examples: int) -> record_lib.Plan:
         steps_per_dispatch=config.steps_per_dispatch or default,
         keep=config.checkpoint.keep,
     )
-
-
-def _result(
-    job: TrainingJob,
-    environment: Environment,
-    teacher: Teacher | None,
-    student: weights.Loaded,
-    trained: record_lib.Trained,
-) -> dict[str, Any]:
-    """Returns the content of result.json; only this function uses the test split."""
-    config, progress = job.config, trained.progress
-    score = evaluator(
-        config, student, setup.pixels(config), environment, job.spec.student_at
-    )
-    last = score.predict(
-        trained.last, environment.test, job.record.plan.total_steps - 1
-    )
-    answers = teacher.answers if teacher else None
-    names = environment.dataset.classes
-    best = None
-    if trained.best:
-        best = score(trained.best, environment.test, progress.best_step - 1)
-    return {
-        "method": config.method,
-        "student": config.student.name,
-        "teacher": config.teacher.name if teacher else None,
-        "classes": len(names),
-        "class_names": list(names),
-        "image_shape": list(environment.dataset.train.shape),
-        "data": environment.dataset.fingerprint(),
-        "seed": config.seed,
-        "epochs": config.epochs,
-        "test_last": _counts(last.score)
-        | evaluation.summary(last.logits, last.labels, answers),
-        "confused": [
-            [names[true], names[answer], count]
-            for true, answer, count in evaluation.confused(
-                evaluation.confusion(last.logits, last.labels)
-            )
-        ],
-        "test_best_on_minival": _counts(best) if best else None,
-        "best_step": progress.best_step,
-        "teacher_test": _counts(teacher.score) if teacher and teacher.score else None,
-        "parameters": state_lib.parameter_count(trained.last["params"]),
-        "seconds": progress.seconds,
-        "step_seconds": progress.step_seconds,
-        "images_per_second": trained.images_per_second,
-        "device": jax.devices()[0].device_kind,
-    }
-
-
-def _counts(score: evaluate.Score) -> dict[str, Any]:
-    return {
-        "right": score.right,
-        "examples": score.examples,
-        "accuracy": score.accuracy,
-        "loss": score.loss,
-    }

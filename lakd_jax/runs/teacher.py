@@ -15,7 +15,7 @@ from lakd_jax.config import resolved
 from lakd_jax.interop import weights
 from lakd_jax.models import folding
 from lakd_jax.report import evaluation
-from lakd_jax.runs import single, teacher_floor, teacher_source
+from lakd_jax.runs import phase_run, single, teacher_floor, teacher_source
 from lakd_jax.runtime import hosts
 from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.store import workdir
@@ -245,7 +245,7 @@ def _train_teacher(config: resolved.Config, environment: single.Environment) -> 
         return
     environment.notify(f"{config.teacher.name}, the teacher, in {directory}")
     with single.prepare(directory, teacher_config, folder=environment.folder):
-        single.train_one(phase.Phase(teacher_config), directory, environment, None)
+        phase_run.train_one(phase.Phase(teacher_config), directory, environment, None)
 
 
 def _short(values: tuple[float, ...]) -> str:

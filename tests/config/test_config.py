@@ -4,7 +4,7 @@ import pytest
 
 from lakd_jax import config as config_lib
 from lakd_jax import errors, models
-from lakd_jax.config import blocks, check, resolved
+from lakd_jax.config import check, listing, resolved
 from lakd_jax.distill import lakd
 
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
@@ -22,7 +22,7 @@ FREE = {
     "teacher.cache",
     "local.cuts",
 }
-RANGES = {name: o.check for name, o in blocks.options().items() if o.check}
+RANGES = {name: o.check for name, o in listing.options().items() if o.check}
 
 
 def changed(**fields):

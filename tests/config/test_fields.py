@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from lakd_jax import fields
-from lakd_jax.config import blocks
+from lakd_jax.config import listing
 
 
 class Base(nn.Module, kw_only=True):
@@ -85,5 +85,5 @@ def test_ranges(check, fine, wrong, fault):
 
 
 def test_no_two_blocks_have_one_name():
-    names = [block.name for block in blocks.every()]
-    assert len(names) == len(set(names)) and not set(names) & set(blocks.options())
+    names = [block.name for block in listing.every()]
+    assert len(names) == len(set(names)) and not set(names) & set(listing.options())

@@ -15,7 +15,7 @@ import tiny
 
 from lakd_jax import config as config_lib
 from lakd_jax import data, distill, errors, interop, models, register
-from lakd_jax.config import blocks, check, recipes, resolved
+from lakd_jax.config import check, listing, recipes, resolved
 from lakd_jax.data import sources
 from lakd_jax.distill.base import registry, term
 from lakd_jax.models import vgg
@@ -201,7 +201,7 @@ def test_a_users_method_has_all_that_a_built_in_one_has(twin, monkeypatch, tmp_p
 
     def seen(name):
         config = tiny.config(tmp_path, method=name, student__name="resnet20")
-        found = {b.name: b for b in blocks.of_methods()}
+        found = {b.name: b for b in listing.of_methods()}
         facts = distill.facts(f"{name}+dkd")
         wrong = [
             check.problems(config_lib.changed(config, fields), 1)

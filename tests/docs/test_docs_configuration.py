@@ -6,7 +6,7 @@ import pytest
 
 from lakd_jax import config as config_lib
 from lakd_jax import fields
-from lakd_jax.config import blocks
+from lakd_jax.config import listing
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -31,6 +31,6 @@ def test_every_field_is_in_the_page_once(maker):
 
 def test_a_row_has_default_and_meaning_and_a_block_its_note(maker):
     option = fields.Option("kind", "a", str, "a | b: of which kind")
-    text = maker.section("##", blocks.Block("data", (option,), "of all images."))
+    text = maker.section("##", listing.Block("data", (option,), "of all images."))
     assert "| `data.kind` | `'a'` | a \\| b: of which kind |" in text
     assert text.startswith("## data\n\nOf all images.\n\n| field")

@@ -13,7 +13,7 @@ from lakd_jax.config import resolved
 from lakd_jax.data import sources
 from lakd_jax.explain import subject
 from lakd_jax.interop import weights
-from lakd_jax.runs import command, rows, single
+from lakd_jax.runs import command, phase_run, rows, single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
 from lakd_jax.runtime import mesh as mesh_lib
@@ -79,7 +79,7 @@ def network(monkeypatch):
 def test_explain_finds_data_and_teacher_from_any_folder(started, monkeypatch):
     """It trains and evaluates nothing, and leaves nothing in the current folder."""
     run, _ = started
-    monkeypatch.setattr(single, "train_one", None)
+    monkeypatch.setattr(phase_run, "train_one", None)
     monkeypatch.setattr(single, "evaluator", None)
     found = subject.load(run, interrupt.Guard(), lambda line: None)
     assert found.teacher.score.right == 40

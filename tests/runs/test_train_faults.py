@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from lakd_jax import errors
 from lakd_jax.config import resolved
 from lakd_jax.data import device
-from lakd_jax.runs import single, teacher_floor
+from lakd_jax.runs import phase_run, single, teacher_floor
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
 from lakd_jax.runtime import mesh as mesh_lib
@@ -232,7 +232,7 @@ def test_teacher_of_other_images_is_not_taken_from_the_cache(run, monkeypatch):
         name, model = phase.config.student.name, tiny.SMALL(num_classes=3)
         trained.append(tiny.save_student(directory, model, name))
 
-    monkeypatch.setattr(single, "train_one", write_run)
+    monkeypatch.setattr(phase_run, "train_one", write_run)
     first = made_teacher(run).network.source
     assert made_teacher(run).network.source == first and len(trained) == 1
     other = tiny.dataset(train=48)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from lakd_jax import interop
 from lakd_jax.config import resolved
 from lakd_jax.report import metrics
-from lakd_jax.runs import single
+from lakd_jax.runs import phase_run, single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
 from lakd_jax.runtime import mesh as mesh_lib
@@ -50,7 +50,7 @@ def train(config, directory, environment, guard, teacher):
         changed = dataclasses.replace(config.teacher, cache=str(teacher))
         teacher = teacher_lib.make(dataclasses.replace(config, teacher=changed), shared)
     with workdir.prepare(directory, config.to_dict()):
-        return single.train_one(
+        return phase_run.train_one(
             phase.first(config),
             directory,
             dataclasses.replace(shared, guard=guard),
