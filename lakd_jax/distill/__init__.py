@@ -88,6 +88,35 @@ def option_sources(name: str) -> dict[str, str]:
     return {o.name: o.source or f"{name}.{o.name}" for o in options}
 
 
+def with_two_classes(name: str, options: Mapping[str, Any]) -> tuple[str, str]:
+    """Describes what of a single method cannot teach when there are two classes.
+
+    Args:
+      name: of the method.
+      options: all of its options.
+
+    Returns:
+      (fault, remark): a fault if nothing of the method's own can teach, else a remark
+      if a part of it cannot; both may be "".
+    """
+    sources, weight = option_sources(name), registry.get(name).cls.two_classes
+    if options.get("standardise"):
+        return (
+            f"{sources['standardise']} is True, but with two classes z-scores of "
+            f"logits are always 1 and -1, so that method {name} learns nothing from "
+            "the teacher: set it to False"
+        ), ""
+    if weight is None:
+        return "", ""
+    if weight and not options[weight]:
+        return (
+            f"{sources[weight]} is 0, but with two classes only what it weighs can "
+            f"teach in method {name}: the rest is constant"
+        ), ""
+    of = f"the one that {sources[weight]} weighs" if weight else "the label's"
+    return "", f"two classes: of the losses of {name} only {of} can teach"
+
+
 def create(name: str, options: Mapping[str, Any]) -> method.Method:
     """Makes the method `name`; its parameters come from `init` with `Signals`.
 

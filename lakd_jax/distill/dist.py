@@ -74,6 +74,7 @@ class DIST(term.LogitTerm):
     temperature: float = fields.field(4.0, check=fields.above(0))
     standardise: bool = fields.field(False)
 
+    two_classes: ClassVar[str | None] = "gamma"  # two logits always correlate by 1
     least_batch: ClassVar[int] = 2  # one example has no correlation within a class
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:

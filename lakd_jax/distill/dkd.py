@@ -86,6 +86,7 @@ class DKD(term.LogitTerm):
         False, "z-scores of the logits; then temperature=2, weight=9"
     )
 
+    two_classes: ClassVar[str | None] = "alpha"
     pairs: ClassVar[method.Pairs] = {  # beta is 8 elsewhere
         ("vgg*", "*"): {"beta": 6.0},
         ("*", "vgg*"): {"beta": 6.0},

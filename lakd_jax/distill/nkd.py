@@ -6,7 +6,7 @@ temperature at the label and no warm-up.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,8 @@ class NKD(term.LogitTerm):
     )
     temperature: float = fields.field(1.0, "of the same", fields.above(0))
     standardise: bool = fields.field(False)
+
+    two_classes: ClassVar[str | None] = ""
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
         """Returns the term `nkd`."""

@@ -179,6 +179,7 @@ def training_job(
     student = load_network("student", config, environment)
     student = weights.gated(student, setup.vam_options(config))
     _check_last_batch(config, len(environment.dataset.train))
+    _check_two_classes(config, environment)
     plan = _plan(config, len(environment.dataset.train))
     spec, first_state = setup.spec(
         config,
@@ -303,6 +304,22 @@ def _check_last_batch(config: resolved.Config, examples: int) -> None:
             f"needs at least {least}: set data.drop_last, or another batch_size"
         ]
     )
+
+
+def _check_two_classes(config: resolved.Config, environment: Environment) -> None:
+    """Raises ConfigError if a method learns nothing from the teacher with two classes.
+
+    The number of classes is known with the data only. A part that cannot teach is
+    reported.
+    """
+    if len(environment.dataset.classes) != 2:
+        return
+    for name in distill.parts(config.method):
+        fault, remark = distill.with_two_classes(name, config.method_options(name))
+        if fault:
+            raise errors.ConfigError([fault])
+        if remark:
+            environment.notify(remark)
 
 
 def _plan(config: resolved.Config, examples: int) -> record_lib.Plan:

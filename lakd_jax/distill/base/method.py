@@ -109,6 +109,10 @@ class Method(nn.Module):
     the options are one object. `rules` are checked before a run.
     """
 
+    # The option that weighs the only part of the losses that can teach with two
+    # classes, "" if nothing weighs it; None if all parts can.
+    two_classes: ClassVar[str | None] = None
+
     title: ClassVar[str] = ""
     about: ClassVar[str] = ""
     pairs: ClassVar[Pairs] = {}
