@@ -5,6 +5,7 @@ by the methods, in `lakd_jax.distill`.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -72,6 +73,18 @@ def cache(value: str) -> str:
 def share_or_method(value: float) -> str:
     """A share of the gradient, or -1 where the method decides."""
     return "" if value == -1 else fields.between(0, 1)(value)
+
+
+def class_weights(value: str) -> str:
+    """Empty, "balanced", or a positive number per class, separated by commas."""
+    if value in ("", "balanced"):
+        return ""
+    try:
+        if all(0 < float(weight) < math.inf for weight in value.split(",")):
+            return ""
+    except ValueError:
+        pass
+    return f"must be balanced, or positive numbers such as 1,2.5, is {value!r}"
 
 
 def _hme_option(name: str) -> fields.Check:
@@ -313,6 +326,12 @@ class Optim:
     )
     decay: float = field(0.1, "factor at each milestone", fields.between(0, 1))
     warmup_epochs: float = field(0.0, "linear, from 0", _AT_LEAST_0)
+    class_weights: str = field(
+        "",
+        "of the labels' cross-entropy: balanced (by the inverse of a class's number of "
+        "images), or a number per class, such as 1,2.5; empty: all alike",
+        class_weights,
+    )
     clip_norm: float = field(
         0.0, "largest gradient norm of a module; 0: no clipping", _AT_LEAST_0
     )

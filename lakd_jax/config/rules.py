@@ -136,6 +136,18 @@ def _binary(c: Config, _: int) -> str | None:
         return "hme.loss=binary does not support label_smoothing: set it to 0"
 
 
+@reads("student.name", "hme.loss", "label_smoothing", "optim.class_weights")
+def _class_weights(c: Config, _: int) -> str | None:
+    if not c.optim.class_weights:
+        return None
+    other = ""
+    if c.label_smoothing:
+        other = f"label_smoothing={c.label_smoothing:g}: set one of them to its default"
+    if c.student.name == "hme" and c.hme.loss == "binary":
+        other = "hme.loss=binary, which has hme.positive_weight: set it to empty"
+    return other and f"optim.class_weights does not go with {other}"
+
+
 @reads("student.name", "student.init")
 def _hme_init(c: Config, _: int) -> str | None:
     if c.student.name == "hme" and c.student.init:

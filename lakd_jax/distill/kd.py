@@ -16,20 +16,28 @@ from lakd_jax import fields
 from lakd_jax.distill.base import method, numerics
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None
+) -> jax.Array:
     """Mean over the batch of -log softmax(logits)[label], scalar float32 >= 0.
 
     Args:
       logits: (B, classes), any floating type.
       labels: (B,) integers.
+      weights: (B,) float32 of a weighted mean, as of PyTorch's `weight` per class.
     """
     logits = logits.astype(jnp.float32)
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return jnp.mean(losses)
+    if weights is None:
+        return jnp.mean(losses)
+    return jnp.sum(weights * losses) / jnp.sum(weights)
 
 
 def smoothed_cross_entropy(
-    logits: jax.Array, labels: jax.Array, smoothing: float
+    logits: jax.Array,
+    labels: jax.Array,
+    smoothing: float,
+    weights: jax.Array | None = None,
 ) -> jax.Array:
     """Cross-entropy with (1 - smoothing) of the label and the rest shared by all.
 
@@ -40,11 +48,12 @@ def smoothed_cross_entropy(
       logits: (B, classes), any floating type.
       labels: (B,) integers.
       smoothing: in [0, 1).
+      weights: see `cross_entropy`; only without smoothing.
 
     Returns:
       Scalar float32, never negative.
     """
-    hard = cross_entropy(logits, labels)
+    hard = cross_entropy(logits, labels, weights)
     if not smoothing:
         return hard
     spread = -jnp.mean(jax.nn.log_softmax(logits.astype(jnp.float32)))
@@ -109,7 +118,7 @@ def head_terms(
       `head_ce` and `head_kd`, scalars float32, and the two weights by these names.
     """
     logits, target = signals.student.logits, signals.teacher.logits
-    terms = {"head_ce": cross_entropy(logits, signals.labels)}
+    terms = {"head_ce": cross_entropy(logits, signals.labels, signals.label_weights)}
     if standardise:
         logits, target = standardised(logits), standardised(target)
     terms["head_kd"] = kd_loss(logits, target, temperature)
@@ -131,7 +140,8 @@ class Plain(method.Method):
     ) -> tuple[method.ModuleLoss, ...]:
         """Returns one `ModuleLoss` with the term `head_ce`."""
         logits, smoothing = signals.student.logits, self.label_smoothing
-        terms = {"head_ce": smoothed_cross_entropy(logits, signals.labels, smoothing)}
+        hard = (signals.labels, smoothing, signals.label_weights)
+        terms = {"head_ce": smoothed_cross_entropy(logits, *hard)}
         return (
             method.ModuleLoss(terms=terms, weights={"head_ce": 1.0}, diagnostics={}),
         )

@@ -281,7 +281,8 @@ def _head_loss(
 ) -> Weighted:
     """L_h of `logits` (B, classes) as terms and weights named after `prefix`."""
     ce = f"{prefix}_ce"
-    terms = {ce: kd.cross_entropy(logits, signals.labels)}
+    hard = kd.cross_entropy(logits, signals.labels, signals.label_weights)
+    terms = {ce: hard}
     if options.head_loss == "ce":
         return terms, {ce: weight}
     divergence = f"{prefix}_kd"

@@ -190,6 +190,9 @@ def training_job(
         steps_per_epoch=plan.steps_per_epoch,
         examples=len(environment.dataset.train),
         mesh=environment.mesh,
+        class_weights=setup.class_weights(
+            config, environment.dataset.train.labels, len(environment.dataset.classes)
+        ),
         phase=phase,
     )
     if found := spec_lib.mismatched_joints(spec, environment.dataset.train.shape[0]):

@@ -8,9 +8,10 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from lakd_jax import distill
+from lakd_jax import distill, errors
 from lakd_jax.config import resolved
 from lakd_jax.data import device
 from lakd_jax.data import preparation as preparation_lib
@@ -50,6 +51,39 @@ def preparation(
     return preparation_lib.Preparation(height, width, shorter, config.data.orientation)
 
 
+def class_weights(
+    config: resolved.Config, labels: np.ndarray | None, classes: int
+) -> tuple[float, ...]:
+    """Returns the weights of `optim.class_weights`, with a mean of 1 over the images.
+
+    "balanced" weighs a class by the inverse of its number of images.
+
+    Args:
+      config: of the run.
+      labels: (N,) of the training split; None if they are not known.
+      classes: how many there are.
+
+    Raises:
+      errors.ConfigError: the number of weights is another, or labels are needed.
+    """
+    given = config.optim.class_weights
+    if given != "balanced":
+        weights = tuple(float(w) for w in given.split(",") if w)
+        if weights and len(weights) != classes:
+            fault = f"has {len(weights)} weights for {classes} classes"
+            raise errors.ConfigError([f"optim.class_weights {fault}"])
+        return weights
+    if labels is None:
+        raise errors.ConfigError(
+            [
+                "optim.class_weights=balanced needs the labels of all training images, "
+                "which are not known before they are read from this data: give numbers"
+            ]
+        )
+    counts = np.maximum(np.bincount(labels, minlength=classes), 1)
+    return tuple((len(labels) / (classes * counts)).tolist())
+
+
 def spec(
     config: resolved.Config,
     student: weights.Loaded,
@@ -60,6 +94,7 @@ def spec(
     steps_per_epoch: int,
     examples: int,
     mesh: jax.sharding.Mesh,
+    class_weights: tuple[float, ...] = (),
     phase: phase_lib.Phase | None = None,
 ) -> tuple[spec_lib.StepSpec, Callable[[], state_lib.TrainState]]:
     """Returns the step's constants and a function that makes the first state.
@@ -68,6 +103,7 @@ def spec(
       config: the resolved config.
       image_shape: the shape (H, W, 3) of the training images.
       examples: the number of training images.
+      class_weights: see `class_weights`.
       phase: the training phase; None for the first or only one.
     """
     phase = phase or phase_lib.first(config)
@@ -112,6 +148,7 @@ def spec(
         labels=None,
         mesh=mesh,
         split_gradients=config.optim.dot_delta > 0,
+        class_weights=class_weights,
         student_at=phase.student_at(student.model, steps_per_epoch),
         regularise=gates if student.model.vam else None,
     )

@@ -237,6 +237,9 @@ def observe(
         teacher_joints=_pad(joints, segment, teacher_pass.features)
         if teacher_pass
         else (),
+        label_weights=jnp.asarray(spec.class_weights, jnp.float32)[batch.labels]
+        if spec.class_weights
+        else None,
         examples=batch.examples,
         count=spec.examples,
         key=batch.noise,

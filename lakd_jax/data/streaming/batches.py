@@ -63,6 +63,13 @@ class Streamed:
         """The shape (H, W, 3) of an image."""
         return self.views.size, self.views.size, 3
 
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Labels (N,); None where they are part of records, read on demand."""
+        if isinstance(self.source, records.Files):
+            return self.source.labels[self.chosen]
+        return None
+
     def name(self, row: int) -> str:
         """Returns the name of an example in messages and tables."""
         return self.source.name(int(self.chosen[row]))

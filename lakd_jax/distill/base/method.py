@@ -59,6 +59,7 @@ class Signals:
         and moves no statistics. For methods with `needs_heads`; else ValueError.
       student_preacts, teacher_preacts: the K joints before the next ReLU, for methods
         with `needs_preacts`; else ().
+      label_weights: (B,) float32, of the labels' cross-entropy; None weighs them alike.
       examples: (B,) int32, the rows of the training split that the batch is made of.
       count: how many rows that has.
       key: of what the method draws in this step.
@@ -82,6 +83,7 @@ class Signals:
     )
     student_preacts: tuple[jax.Array, ...] = ()
     teacher_preacts: tuple[jax.Array, ...] = ()
+    label_weights: jax.Array | None = None
     examples: jax.Array | None = None
     count: int = flax.struct.field(pytree_node=False, default=0)
     key: jax.Array | None = None

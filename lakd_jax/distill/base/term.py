@@ -66,7 +66,9 @@ class Term(method.Method, kw_only=True):
         hard, weight = self.weigh(signals)
         weights = [dict.fromkeys(terms, weight) for terms in own]
         logits = signals.student.logits
-        own[-1]["head_ce"] = kd.cross_entropy(logits, signals.labels)
+        own[-1]["head_ce"] = kd.cross_entropy(
+            logits, signals.labels, signals.label_weights
+        )
         weights[-1]["head_ce"] = hard
         return tuple(
             method.ModuleLoss(terms=t, weights=w, diagnostics={})
