@@ -59,6 +59,7 @@ def _scores(s: subject.Subject) -> list[list[str]]:
     return [*rows, ["calibration error (ECE)", f"{last['calibration_error']:.3f}"]]
 
 
+@canvas.any_script()
 def _draw(path: Path, lines: list[tuple[str, np.ndarray]]) -> None:
     """Draws a row of images under each title."""
     height = _SIDE + _TITLE

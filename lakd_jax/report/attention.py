@@ -79,6 +79,7 @@ class Layout:
         return width, self.y(self.images - 1) + self.tile + self.bottom
 
 
+@canvas.any_script()
 def attention(
     path: canvas.Path,
     images: np.ndarray,

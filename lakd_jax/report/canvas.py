@@ -3,8 +3,16 @@
 Uses matplotlib's objects rather than pyplot: no global state, no display.
 """
 
+import contextlib
 import os
+import warnings
+from collections.abc import Iterator
 from typing import Any
+
+# Fonts of systems and distributions with signs that matplotlib's own lacks.
+_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans", "Source Han Sans")
+_FONTS += ("IPAGothic", "WenQuanYi Zen Hei", "Hiragino Sans", "PingFang SC")
+_FONTS += ("Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS", "Noto Sans Arabic")
 
 DPI = 150
 INK = "#222222"
@@ -18,6 +26,23 @@ def cut(text: str, length: int) -> str:
     if len(text) <= length:
         return text
     return text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+@contextlib.contextmanager
+def any_script() -> Iterator[None]:
+    """Draws names in any script, with the fonts that there are; a decorator, too.
+
+    Signs that no font has are boxes, without a warning.
+    """
+    import matplotlib
+    from matplotlib import font_manager
+
+    known = set(font_manager.get_font_names())
+    families = ["DejaVu Sans", *(name for name in _FONTS if name in known)]
+    settings: Any = {"font.family": families}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        yield
 
 
 def text_width(figure: Any, text: str, **style: Any) -> float:

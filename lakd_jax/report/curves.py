@@ -30,6 +30,7 @@ class _End:
     pattern: str
 
 
+@canvas.any_script()
 def curves(
     path: canvas.Path,
     runs: Mapping[str, Sequence[Mapping[str, Any]]],
@@ -67,6 +68,7 @@ def curves(
     _save(path, figure, [(top, ends), (below, ends_below)], top=0.97, bottom=0.075)
 
 
+@canvas.any_script()
 def lines(path: canvas.Path, series: Mapping[str, Points], *, label: str) -> None:
     """Draws one panel of lines over epochs, each labelled at its end.
 

@@ -12,6 +12,7 @@ _DRAWN = 60  # classes of a confusion matrix
 _NODE = 150  # spacing of a tree's nodes
 
 
+@canvas.any_script()
 def matrices(
     path: canvas.Path,
     panels: Sequence[tuple[str, np.ndarray]],
@@ -81,6 +82,7 @@ def _ticks(axis: Any, rows: Sequence[str], columns: Sequence[str]) -> None:
         text.set_parse_math(False)
 
 
+@canvas.any_script()
 def tree(
     path: canvas.Path,
     levels: Sequence[Sequence[tuple[str, int | None, float]]],

@@ -52,7 +52,8 @@ def run(
     Raises:
       errors.LakdError: one of its subclasses, see `lakd_jax.errors`.
     """
-    c, notify = _begin(config, directory), hosts.notifier(notify)
+    notify = hosts.notifier(notify)
+    c = _begin(config, directory, notify)
     directory = paths.local(directory, "--workdir")
     with contextlib.ExitStack() as stack:
         guard = guard or stack.enter_context(hosts.guard())
@@ -107,13 +108,16 @@ def _describe_files(runs: Sequence[seeds.SeedRun], directory: Path) -> str:
 
 
 def _begin(
-    config: config_lib.ConfigDict, directory: str | Path = ""
+    config: config_lib.ConfigDict,
+    directory: str | Path = "",
+    notify: Callable[[str], None] = print,
 ) -> resolved.Config:
     """Checks the config here and across processes; returns it resolved."""
     workers.refuse_in_worker()
     hosts.require_connected()
     check.require(config, jax.device_count(), directory)
-    backend.prepare(config.compile_cache)
+    if remark := backend.prepare(config.compile_cache):
+        notify(remark)
     code = workdir.code()
     versions = {**code["versions"], "commit of the code": code["commit"]}
     hosts.agree({**config_lib.flat(config), **versions})
@@ -181,7 +185,7 @@ def dry_run(
     replaced by one with random weights.
     """
     notify = hosts.notifier(notify)
-    c = seeds.of_config(_begin(config), Path())[0].config
+    c = seeds.of_config(_begin(config, notify=notify), Path())[0].config
     environment = single.environment(c, guard, notify)
     notify(_describe_data(environment))
     teacher = None

@@ -3,6 +3,7 @@
 `load_recorded` loads the teacher of a finished run again.
 """
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -244,7 +245,17 @@ def _train_teacher(config: resolved.Config, environment: single.Environment) -> 
     if hosts.first((directory / workdir.RESULT).exists):
         return
     environment.notify(f"{config.teacher.name}, the teacher, in {directory}")
-    with single.prepare(directory, teacher_config, folder=environment.folder):
+    with contextlib.ExitStack() as stack:
+        try:
+            prepared = single.prepare(
+                directory, teacher_config, folder=environment.folder
+            )
+        except errors.WorkdirError as error:
+            raise errors.WorkdirError(
+                f"teacher.cache: {str(error).splitlines()[0]}\nThe teacher is trained "
+                "first and kept there: set teacher.cache to another folder."
+            ) from error
+        stack.enter_context(prepared)
         phase_run.train_one(phase.Phase(teacher_config), directory, environment, None)
 
 

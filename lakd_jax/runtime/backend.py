@@ -7,6 +7,7 @@ import ctypes
 import functools
 import os
 import platform
+import tempfile
 from typing import Any
 
 import jax
@@ -32,22 +33,41 @@ def on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def prepare(cache: str) -> None:
+def prepare(cache: str) -> str:
     """Applies the settings of the process; initialises JAX.
 
     Args:
       cache: directory in which compiled programs are kept between runs, created if
         absent; "" for none; a URL is passed to JAX. A directory that is already
         configured (JAX_COMPILATION_CACHE_DIR) takes precedence.
+
+    Returns:
+      A remark if programs cannot be kept there, "" otherwise.
     """
     settings: Any = jax.config
+    remark = ""
     if cache and not settings.jax_compilation_cache_dir:
         if "://" not in cache:
             # Absolute, since a relative path would depend on the current directory.
             cache = os.path.abspath(paths.local(cache, "compile_cache"))
-        jax.config.update("jax_compilation_cache_dir", cache)
+            remark = _unwritable(cache)
+        if not remark:
+            jax.config.update("jax_compilation_cache_dir", cache)
     if on_cpu():
         _keep_memory()
+    return remark
+
+
+def _unwritable(folder: str) -> str:
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return (
+            f"compile_cache: {folder} cannot be written ({error.strerror}), so that "
+            "compiled programs are not kept: set it to another folder, or to empty"
+        )
 
 
 @functools.cache

@@ -182,3 +182,13 @@ def test_a_teacher_of_other_classes_serves_methods_without_logits(started, metho
     row = rows.teacher_row(c, teacher)
     assert "| - " in " ".join(command.table.render([row]).split())
     assert "images" not in command.table.render([row]).splitlines()[-1]
+
+
+def test_a_cache_that_cannot_be_written_names_its_field(tmp_path):
+    (tmp_path / "file").write_text("")
+    fields = {"method": "kd", "teacher__cache": str(tmp_path / "file")}
+    config = resolved.resolve(tiny.small(tmp_path, **fields))
+    with tiny.environment():
+        environment = single.environment(config, interrupt.Guard(), lambda line: None)
+        with pytest.raises(errors.WorkdirError, match=r"^teacher.cache: .*\n.*another"):
+            teacher_lib.make(config, environment)

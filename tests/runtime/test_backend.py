@@ -72,3 +72,10 @@ def test_programs_are_kept_in_the_cache(tmp_path, cache):
     command = [sys.executable, "-c", START, cache]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=120)
     assert bool(list(tmp_path.rglob("*-cache"))) == bool(cache)
+
+
+def test_a_cache_that_cannot_be_written_is_reported(tmp_path):
+    (tmp_path / "file").write_text("")
+    remark = backend._unwritable(str(tmp_path / "file" / "cache"))
+    assert remark.startswith("compile_cache: ") and "set it to another" in remark
+    assert backend._unwritable(str(tmp_path / "new" / "cache")) == ""
