@@ -92,6 +92,23 @@ def test_its_terms_alone_train_the_student_and_never_the_teacher(name):
     assert not apart.nonzero((grads.theirs, grads.teacher))
 
 
+@pytest.mark.parametrize("what", ["equal", "dead"])
+@pytest.mark.parametrize("name", METHODS)
+def test_blank_pages_stay_finite(name, what):
+    """Half of the batch is one image, or one at which no unit responds."""
+
+    def blank(x):
+        half = len(x) // 2
+        page = np.zeros_like(x[:1]) if what == "dead" else x[:1]
+        return np.concatenate([np.repeat(page, half, 0), x[half:]])
+
+    made = compiled(name)
+    ours, theirs, _ = jax.tree.map(blank, jax.device_get(networks(name).see()))
+    value, losses, _, grads = made(made.args(ours, theirs))
+    assert np.isfinite(value) and apart.finite([loss.terms for loss in losses])
+    assert apart.finite(grads)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_variable_of_it_belongs_to_a_module(name):
     made = compiled(name)
