@@ -282,6 +282,7 @@ def test_the_report_is_whole_fetches_nothing_and_runs_nothing(finished):
     headings = re.findall("<h2>(.*?)</h2>", text)
     assert headings == [
         "The run",
+        "Where it errs",
         "Where the networks look",
         "What each module has learnt",
         "Feature error in training",
@@ -291,7 +292,7 @@ def test_the_report_is_whole_fetches_nothing_and_runs_nothing(finished):
     assert len(re.findall("<td>module[123]</td>", text)) == 6
     assert "<th>lakd</th><th>none</th>" in text
     seen = Page(text)
-    assert seen.is_self_contained() and len(seen.pictures) == 3
+    assert seen.is_self_contained() and len(seen.pictures) == 4
     for address in seen.pictures:
         data = base64.b64decode(address.removeprefix("data:image/png;base64,"))
         pixels = picture(io.BytesIO(data))
