@@ -20,7 +20,7 @@ PyTree = Any
 
 # Required entries of the card of a student's file.
 _CARD = frozenset({"network", "num_classes", "options", "vam"})
-_CARD |= {"mean", "std", "image_size", "preparation"}
+_CARD |= {"mean", "std", "image_size"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +229,7 @@ def student(path: Path, dtype: str) -> tuple[Loaded, dict[str, Any]]:
         if card["vam"]:  # dynamic gates, which are not folded
             model = model.clone(vam=vam.Options(**card["vam"]))
         mean, std = (_channels(card[name]) for name in ("mean", "std"))
-        steps = card["preparation"]
+        steps = card.get("preparation")  # files of others have none
         preparation = preparation_lib.Preparation(**steps) if steps else None
         names = _class_names(card)
     except (ValueError, TypeError, AttributeError) as error:  # an invalid card

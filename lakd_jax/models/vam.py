@@ -140,7 +140,7 @@ def scaled_inputs(x: jax.Array, scale: jax.Array) -> jax.Array:
     Returns:
         x s A in the shape and dtype of x.
     """
-    scale = scale.astype(x.dtype).reshape(len(x), -1)
+    scale = scale.astype(x.dtype).reshape(x.shape[0], -1)
     scale = jnp.repeat(scale, x.shape[-1] // scale.shape[-1], 1)
     return x * scale[:, None, None, :]
 

@@ -148,7 +148,7 @@ def _score(score: Facts) -> str:
 def _images(card: Facts, settings: Facts) -> str:
     mean, std = (_numbers(card[name]) for name in ("mean", "std"))
     size, steps = "of a size that was not recorded", {}
-    if card["preparation"]:
+    if card.get("preparation"):
         prepared = preparation.Preparation(**card["preparation"])
         size, steps = prepared.describe(), dict(card["preparation"])
     steps |= {"mean": card["mean"], "std": card["std"]}
