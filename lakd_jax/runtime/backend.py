@@ -7,7 +7,6 @@ import ctypes
 import functools
 import os
 import platform
-import tempfile
 from typing import Any
 
 import jax
@@ -59,15 +58,16 @@ def prepare(cache: str) -> str:
 
 
 def _unwritable(folder: str) -> str:
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return ""
-    except OSError as error:
-        return (
-            f"compile_cache: {folder} cannot be written ({error.strerror}), so that "
-            "compiled programs are not kept: set it to another folder, or to empty"
-        )
+    """Describes why a folder cannot be made or written; "" if it can."""
+    existing = folder
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    if os.path.isdir(existing) and os.access(existing, os.W_OK):
+        return ""
+    return (
+        f"compile_cache: {folder} cannot be written, so that compiled programs are not "
+        "kept: set it to another folder, or to empty"
+    )
 
 
 @functools.cache
