@@ -35,7 +35,7 @@ lint: setup
 	$(BIN)/lint-imports --no-cache
 
 types: setup
-	$(BIN)/pyrefly check
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 unit: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(LONG),,-m "not long") $(PYTEST_ARGS)
