@@ -64,7 +64,8 @@ def test_least_where_student_is_teacher(name):
     elsewhere, (slope, _) = answer(name)
     assert value < elsewhere
     assert abs(value) < 1e-6 * max(1, elsewhere)
-    assert length(grad) < 1e-4 * length(slope)
+    if name != "ft_factor":  # absolute values have no gradient at their minimum
+        assert length(grad) < 1e-4 * length(slope)
 
 
 @pytest.mark.parametrize("name", CASES)
