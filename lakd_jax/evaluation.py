@@ -174,12 +174,11 @@ def _scores(answers: _Answers, matrix: np.ndarray) -> dict[str, Any]:
     classes, logits, labels = answers.classes, answers.logits, answers.labels
     assert labels is not None
     of_class = scores.per_class(matrix)
-    pairs = scores.confused(matrix)
     return {
-        "accuracy": scores.top_accuracy(logits, labels, 1),
+        "accuracy": float(np.mean(logits.argmax(-1) == labels)),
         **scores.summary(logits, labels, answers.teacher),
         "per_class": dict(zip(classes, of_class, strict=True)),
-        "confused": [[classes[t], classes[a], count] for t, a, count in pairs],
+        "confused": scores.confused_names(matrix, classes),
         "confusion": matrix.tolist(),
     }
 

@@ -16,6 +16,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
 import jax  # noqa: E402
 import pytest  # noqa: E402
 import states  # noqa: E402
+import tiny  # noqa: E402
 
 from lakd_jax import cli  # noqa: E402
 from lakd_jax.store import checkpoint  # noqa: E402
@@ -39,6 +40,13 @@ def two_steps(tmp_path_factory):
         saver.save(1, states.make_state(1), extra={"epoch": 1})
         saver.save(2, states.make_state(2), extra={"epoch": 2})
     return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_data():
+    """Runs of the module find `tiny.dataset`, on one device."""
+    with tiny.environment():
+        yield
 
 
 @pytest.fixture

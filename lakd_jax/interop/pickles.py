@@ -59,12 +59,14 @@ class _Bounded:
         self.file, self.left = file, left
 
     def read(self, count: int) -> bytes:
+        """Returns the next `count` bytes; raises ValueError if there are fewer."""
         if count > self.left:
             raise ValueError("it ends too early")
         self.left -= count
         return self.file.read(count)
 
     def readline(self) -> bytes:
+        """Returns the rest of the line, at most `left` bytes."""
         line = self.file.readline(self.left)
         self.left -= len(line)
         return line
@@ -116,32 +118,40 @@ class _Machine:
         self.calls, self.persistent = calls, persistent
 
     def push(self, value: Any) -> None:
+        """Puts a value on the stack."""
         self.stack.append(value)
 
     def mark(self, _: Any) -> None:
+        """Marks the top of the stack."""
         self.marks.append(len(self.stack))
 
     def pop(self, _: Any = None) -> Any:
+        """Removes the top of the stack, or the mark that lies there."""
         if self.marks and self.marks[-1] == len(self.stack):
             return self.marks.pop()
         return self.stack.pop()
 
     def since_mark(self, _: Any = None) -> list[Any]:
+        """Removes and returns everything above the last mark."""
         start = self.marks.pop()
         items = self.stack[start:]
         del self.stack[start:]
         return items
 
     def last(self, count: int) -> list[Any]:
+        """Removes and returns the last values, the top one last."""
         return [self.stack.pop() for _ in range(count)][::-1]
 
     def put(self, index: int | None) -> None:
+        """Remembers the top of the stack; None takes the next free number."""
         self.memo[len(self.memo) if index is None else index] = self.stack[-1]
 
     def get(self, index: int) -> None:
+        """Pushes what was remembered."""
         self.push(self.memo[index])
 
     def extend(self, items: list[Any]) -> None:
+        """Appends to the list on top; a placeholder ignores it."""
         target = self.stack[-1]
         if type(target) is list:
             target.extend(items)
@@ -149,6 +159,7 @@ class _Machine:
             raise ValueError("it appends to what is no list")
 
     def update(self, items: list[Any]) -> None:
+        """Adds keys and values, by turns, to the dictionary on top."""
         target = self.stack[-1]
         pairs = zip(items[::2], items[1::2], strict=True)
         if type(target) is dict:
@@ -157,15 +168,16 @@ class _Machine:
             raise ValueError("it adds entries to what is no dictionary")
 
     def dictionary(self, _: Any) -> None:
+        """Pushes a dictionary of the keys and values since the mark."""
         items = self.since_mark()
         self.push({})
         self.update(items)
 
     def build(self, _: Any) -> None:
+        """Gives the state on top to the object below it."""
         state = self.stack.pop()
-        if isinstance(
-            self.stack[-1], Buildable
-        ):  # attributes of others hold no weights
+        # The attributes of other objects hold no weights.
+        if isinstance(self.stack[-1], Buildable):
             self.stack[-1].build(state)
 
     def name(self, argument: str) -> None:
@@ -174,9 +186,11 @@ class _Machine:
         self.push(Global(f"{_FORMER_MODULES.get(module, module)}.{name}"))
 
     def stack_name(self, _: Any) -> None:
+        """Pushes what the module and the name on top mean."""
         self.name(" ".join(self.last(2)))
 
     def call(self, function: Any, arguments: Any) -> None:
+        """Pushes the result of a call, by our own table of functions."""
         if isinstance(function, Global):
             self.push(self._called(function.name, arguments))
         elif isinstance(function, Placeholder):

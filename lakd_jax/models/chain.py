@@ -10,6 +10,7 @@ head are made; naming, recording, cutting and restarting are all implemented her
 """
 
 import collections.abc
+import dataclasses
 import functools
 import itertools
 import operator
@@ -240,30 +241,38 @@ class Chain(nn.Module, kw_only=True):
             features.append(outs[-1])
             preacts.append(preact)
             blocks.append(outs)
-        taps = ()
-        if until:
-            logits = jnp.zeros((0, self.num_classes))
-            pooled = jnp.zeros((0, h.shape[-1]), jnp.float32)
-            preacts = [] if self.PREACTIVATION else preacts
-        else:
-            if done == 0 and 0 in h.shape[1:]:
-                raise smallest.too_small(self, x.shape)
-            logits, pooled = self.make_head("head")(h, train=train)
-            positive = tuple(blocks)
-            if self.PREACTIVATION:
-                normed = self._entry_norms(blocks, train, isolated=joint is not None)
-                ends = [stage[-1] for stage in normed if stage]
-                preacts = preacts[: len(preacts) - len(ends)] + ends
-                positive = jax.tree.map(nn.relu, normed)
-            taps = self._taps(positive)
-        return Outputs(
-            logits=logits.astype(jnp.float32),
+        outputs = Outputs(
+            logits=jnp.zeros((0, self.num_classes), jnp.float32),
             stem=stem,
             features=tuple(features),
-            preacts=tuple(preacts),
+            preacts=() if until and self.PREACTIVATION else tuple(preacts),
             blocks=tuple(blocks),
+            pooled=jnp.zeros((0, h.shape[-1]), jnp.float32),
+            taps=(),
+        )
+        if until:
+            return outputs
+        if done == 0 and 0 in h.shape[1:]:
+            raise smallest.too_small(self, x.shape)
+        return self._with_head(outputs, h, train, isolated=joint is not None)
+
+    def _with_head(
+        self, outputs: Outputs, h: jax.Array, train: bool, *, isolated: bool
+    ) -> Outputs:
+        """Completes the outputs of a pass that ran all stages, of which `h` came."""
+        logits, pooled = self.make_head("head")(h, train=train)
+        positive, preacts = outputs.blocks, outputs.preacts
+        if self.PREACTIVATION:
+            normed = self._entry_norms(outputs.blocks, train, isolated=isolated)
+            ends = tuple(stage[-1] for stage in normed if stage)
+            preacts = preacts[: len(preacts) - len(ends)] + ends
+            positive = jax.tree.map(nn.relu, normed)
+        return dataclasses.replace(
+            outputs,
+            logits=logits.astype(jnp.float32),
+            preacts=preacts,
             pooled=pooled,
-            taps=taps,
+            taps=self._taps(positive),
         )
 
     def _taps(self, blocks: tuple[tuple[jax.Array, ...], ...]) -> tuple[jax.Array, ...]:
@@ -276,7 +285,7 @@ class Chain(nn.Module, kw_only=True):
         return tuple(taps)
 
     def _entry_norms(
-        self, blocks: list[tuple[jax.Array, ...]], train: bool, isolated: bool
+        self, blocks: tuple[tuple[jax.Array, ...], ...], train: bool, isolated: bool
     ) -> tuple[tuple[jax.Array, ...], ...]:
         """Applies the next unit's entry norm to every block's output, by stage.
 

@@ -42,7 +42,8 @@ def summary(
 def top_accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
     """Returns the share of examples whose label is among the `k` largest logits."""
     of_label = np.take_along_axis(logits, labels[:, None].astype(np.int64), 1)
-    return float(np.mean((logits > of_label).sum(-1) < k))
+    # Written so that an answer of NaN is not right.
+    return float(np.mean((~(logits <= of_label)).sum(-1) < k))
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
@@ -58,7 +59,8 @@ def calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
     equation 3: the mean distance of confidence and accuracy in a bin, weighted by the
     number of its examples.
     """
-    confidence = probabilities(logits).max(-1)
+    shifted = logits - logits.max(-1, keepdims=True)
+    confidence = 1 / np.exp(shifted).sum(-1, dtype=np.float64)
     right = logits.argmax(-1) == labels
     bins = np.minimum((confidence * _BINS).astype(np.int64), _BINS - 1)
     gaps = np.bincount(bins, confidence - right, _BINS)
@@ -94,6 +96,11 @@ def confused(matrix: np.ndarray) -> list[tuple[int, int, int]]:
     order = np.argsort(-errors, axis=None, kind="stable")[:_CONFUSED]
     pairs = (np.unravel_index(place, errors.shape) for place in order)
     return [(int(t), int(a), int(errors[t, a])) for t, a in pairs if errors[t, a]]
+
+
+def confused_names(matrix: np.ndarray, classes: Sequence[str]) -> list[list[Any]]:
+    """Returns `confused` with the names of the classes."""
+    return [[classes[t], classes[a], count] for t, a, count in confused(matrix)]
 
 
 def predictions(

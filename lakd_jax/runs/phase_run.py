@@ -117,12 +117,9 @@ def _result(
         "epochs": config.epochs,
         "test_last": _counts(last.score)
         | evaluation.summary(last.logits, last.labels, answers),
-        "confused": [
-            [names[true], names[answer], count]
-            for true, answer, count in evaluation.confused(
-                evaluation.confusion(last.logits, last.labels)
-            )
-        ],
+        "confused": evaluation.confused_names(
+            evaluation.confusion(last.logits, last.labels), names
+        ),
         "test_best_on_minival": _counts(best) if best else None,
         "best_step": progress.best_step,
         "teacher_test": _counts(teacher.score) if teacher and teacher.score else None,

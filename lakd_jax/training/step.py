@@ -244,16 +244,30 @@ def observe(
         count=spec.examples,
         key=batch.noise,
     )
-    optional: dict[str, Any] = {}
     if spec.uncut:
         # The values are identical; the compiler merges the two forward passes.
-        optional["student_uncut"] = features(run(1.0)[0])
+        uncut = features(run(1.0)[0])
+        signals = dataclasses.replace(signals, student_uncut=uncut)
+    return _with_optional(spec, signals, state, teacher_pass), collections
+
+
+def _with_optional(
+    spec: spec_lib.StepSpec,
+    signals: method_lib.Signals,
+    state: state_lib.TrainState,
+    teacher_pass: teacher_outputs.TeacherPass | None,
+) -> method_lib.Signals:
+    """Adds heads, pre-activations and the teacher's suffix if the method reads them."""
+    optional: dict[str, Any] = {}
     if spec.facts.needs_heads:
+        mutable = [*state.collections, _SOWN]
         optional["student_head"] = functools.partial(
-            _head, spec, variables, [*state.collections, _SOWN]
+            _head, spec, state.variables("student"), mutable
         )
     if spec.facts.needs_preacts:
-        optional["student_preacts"] = spec_lib.preacts(spec.student, student, joints)
+        joints = spec.partition.student_joints
+        preacts = spec_lib.preacts(spec.student, signals.student, joints)
+        optional["student_preacts"] = preacts
     if teacher_pass is not None:
         teacher = teacher_pass.teacher
         optional["teacher_suffix"] = teacher.suffix
@@ -261,7 +275,7 @@ def observe(
             optional["teacher_head"] = teacher.head
         if spec.facts.needs_preacts:
             optional["teacher_preacts"] = teacher.preacts(teacher_pass.outputs)
-    return dataclasses.replace(signals, **optional), collections
+    return dataclasses.replace(signals, **optional)
 
 
 def first_signals(

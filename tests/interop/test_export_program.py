@@ -12,16 +12,11 @@ from lakd_jax import errors, export
 from lakd_jax.interop import weights
 from lakd_jax.store import workdir
 
-
-@pytest.fixture(autouse=True, scope="module")
-def small():
-    """The tiny data set on one device."""
-    with tiny.environment():
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_data")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, tiny_data):
     folder = tmp_path_factory.mktemp("export")
     return lakd_jax.train(tiny.small(folder, epochs=2, method="none"), folder / "r")
 

@@ -18,23 +18,9 @@ from lakd_jax import errors, interop
 from lakd_jax.config import rules
 from lakd_jax.interop import pickles, torch_pickle, torch_tensors, weights
 
-GOLDEN = sorted(torch_files.GOLDEN.glob("*.pth"))
+GOLDEN = torch_files.GOLDEN_FILES
 ONES = np.ones((2, 3), np.float32)
 torch_weights = resnet_weights.torch_weights
-
-
-@pytest.fixture
-def path(tmp_path, monkeypatch):
-    """A file of weights, where torch is not installed."""
-    monkeypatch.setitem(sys.modules, "torch", None)
-    return tmp_path / "weights.pth"
-
-
-def assert_same_arrays(left, right):
-    assert left.keys() == right.keys()
-    for key, value in left.items():
-        assert value.dtype == right[key].dtype, key
-        np.testing.assert_array_equal(value, right[key])
 
 
 # What torch wrote
@@ -49,7 +35,7 @@ def test_tensors_of_torch_are_read_to_the_bit(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with audit.without(*audit.CODE):
         loaded = interop.load_torch_file(file)
-    assert_same_arrays(loaded, torch_files.plain())
+    torch_files.assert_same_arrays(loaded, torch_files.plain())
     loaded["view"] += 1  # is the caller's
 
 
@@ -135,7 +121,7 @@ def test_the_suffix_means_nothing(kind, name, path):
     else:
         torch_files.save(path, {"a": ONES}, kind == "zip")
     assert not interop.is_variables_file(path)
-    assert_same_arrays(interop.load_torch_file(path), {"a": ONES})
+    torch_files.assert_same_arrays(interop.load_torch_file(path), {"a": ONES})
 
 
 @pytest.mark.parametrize(
@@ -208,7 +194,7 @@ def test_an_entry_is_chosen(key, path):
     prefix = "model.teacher." if key == "model.teacher" else "teacher."
     both = prefixed("student.") | {prefix + k: v for k, v in averaged().items()}
     torch_files.save(path, content | {"state_dict": both})
-    assert_same_arrays(interop.load_torch_file(path, key=key), averaged())
+    torch_files.assert_same_arrays(interop.load_torch_file(path, key=key), averaged())
 
 
 def load(file, key, part="teacher"):

@@ -1,7 +1,6 @@
 """Files that are no weights but code, damaged or hostile: errors in a few lines."""
 
 import functools
-import sys
 import zipfile
 
 import audit
@@ -14,23 +13,9 @@ from torch_files import Call, Name
 from lakd_jax import errors, interop
 from lakd_jax.interop import pickles
 
-GOLDEN = sorted(torch_files.GOLDEN.glob("*.pth"))
+GOLDEN = torch_files.GOLDEN_FILES
 ONES = np.ones((2, 3), np.float32)
 torch_weights = resnet_weights.torch_weights
-
-
-@pytest.fixture
-def path(tmp_path, monkeypatch):
-    """A file of weights, where torch is not installed."""
-    monkeypatch.setitem(sys.modules, "torch", None)
-    return tmp_path / "weights.pth"
-
-
-def assert_same_arrays(left, right):
-    assert left.keys() == right.keys()
-    for key, value in left.items():
-        assert value.dtype == right[key].dtype, key
-        np.testing.assert_array_equal(value, right[key])
 
 
 # Code
@@ -57,7 +42,7 @@ def test_unknown_objects_beside_the_weights_are_inert(path):
     options = Call(Name("omegaconf.dictconfig", "DictConfig"), (), {"a": 1})
     torch_files.save(path, {"state_dict": {"a": ONES}, "config": options, "b": 1})
     with audit.without(*audit.CODE):
-        assert_same_arrays(interop.load_torch_file(path), {"a": ONES})
+        torch_files.assert_same_arrays(interop.load_torch_file(path), {"a": ONES})
 
 
 def test_a_pickled_module_is_refused_with_what_to_do(path):
@@ -208,6 +193,7 @@ def test_a_file_cut_anywhere_is_an_error(file, path):
 @pytest.mark.parametrize("file", GOLDEN, ids=lambda file: file.stem)
 def test_a_changed_byte_is_an_error_or_harmless(file, path):
     data, rng = bytearray(file.read_bytes()), np.random.default_rng(0)
+    refused = 0
     with audit.without(*audit.CODE):
         for _ in range(200):
             place = int(rng.integers(len(data)))
@@ -216,5 +202,6 @@ def test_a_changed_byte_is_an_error_or_harmless(file, path):
             path.write_bytes(changed)
             try:
                 interop.load_torch_file(path)
-            except errors.TeacherError:
-                pass  # any other exception fails the test
+            except errors.TeacherError:  # any other exception fails the test
+                refused += 1
+    assert 0 < refused < 200

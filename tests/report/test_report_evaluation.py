@@ -46,6 +46,7 @@ def test_classes_that_do_not_occur_do_not_count():
 def test_top_k_counts_labels_among_the_largest():
     assert evaluation.top_accuracy(LOGITS, LABELS, 1) == 0.6
     assert evaluation.top_accuracy(LOGITS, LABELS, 2) == 1.0
+    assert evaluation.top_accuracy(np.full((2, 3), np.nan), LABELS[:2], 1) == 0.0
     many = np.eye(6, dtype=np.float32)
     assert evaluation.summary(many, np.arange(6))["top5"] == 1.0
 

@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lakd_jax.report import canvas, grids, pictures
 
@@ -17,10 +18,14 @@ def test_names_in_any_script(tmp_path):
     grids.tree(tmp_path / "tree.png", [[(name, None, 0.5) for name in NAMES]])
     series = {name: [(0.0, 1.0), (1.0, k)] for k, name in enumerate(NAMES)}
     pictures.lines(tmp_path / "lines.png", series, label="x")
+    for name in ("confusion.png", "tree.png", "lines.png"):
+        with Image.open(tmp_path / name) as image:
+            assert np.asarray(image).std() > 1  # not empty
 
 
 def test_only_drawing_is_quiet():
     figure = canvas.new_figure(50, 50)
     with pytest.warns(UserWarning, match="Glyph .* missing"):
         warnings.simplefilter("always")
-        canvas.text_width(figure, NAMES[-1])
+        width = canvas.text_width(figure, NAMES[-1])
+    assert width > 0

@@ -16,7 +16,10 @@ from lakd_jax import errors
 from lakd_jax.runs import command as command_lib
 
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
+    pytest.mark.usefixtures("tiny_data"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +32,8 @@ def config(folder):
     return tiny.small(folder, epochs=2, method="none")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small():
-    """The tiny data set on one device."""
-    with tiny.environment():
-        yield
-
-
 @pytest.fixture(scope="module")
-def run(folder, config):
+def run(folder, config, tiny_data):
     return lakd_jax.train(config, folder / "run")
 
 

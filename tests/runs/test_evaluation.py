@@ -13,19 +13,15 @@ from lakd_jax import cli, errors, evaluation
 from lakd_jax.runtime import interrupt
 
 # How ml_collections loads a config file is deprecated from Python 3.12 on.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
+    pytest.mark.usefixtures("tiny_data"),
+]
 TEST = tiny.split(45, 2)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small():
-    """The tiny data set on one device."""
-    with tiny.environment():
-        yield
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, tiny_data):
     folder = tmp_path_factory.mktemp("evaluation")
     config = tiny.small(folder, epochs=2, method="kd", student__image_size=12)
     return lakd_jax.train(config, folder / "run")

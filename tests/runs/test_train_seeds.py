@@ -13,14 +13,9 @@ from lakd_jax.runs import command, teacher
 from lakd_jax.runs import single as single_lib
 from lakd_jax.runtime import interrupt
 
+pytestmark = pytest.mark.usefixtures("tiny_data")
+
 LONG = pytest.mark.long
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small():
-    """The small data set, on one device."""
-    with tiny.environment():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "torch"
+GOLDEN_FILES = sorted(GOLDEN.glob("*.pth"))
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
 STORAGES = {"f4": "Float", "f8": "Double", "f2": "Half", "i8": "Long", "i1": "Char"}
 
@@ -41,6 +42,13 @@ class Reference(NamedTuple):
     """A persistent id."""
 
     value: tuple
+
+
+def assert_same_arrays(left, right):
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        assert value.dtype == right[key].dtype, key
+        np.testing.assert_array_equal(value, right[key])
 
 
 def pickled(value: Any) -> bytes:
