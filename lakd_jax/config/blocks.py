@@ -89,7 +89,7 @@ def class_weights(value: str) -> str:
 
 def _hme_option(name: str) -> fields.Check:
     """One of what HMEs offer; that module is imported when this is first called."""
-    return lambda value: fields.fault(value, models.family("hme").OPTIONS[name])
+    return lambda value: models.option_fault("hme", name, value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -214,8 +214,8 @@ def _cuts(c: Config, _: int) -> str | None:
 
 
 def _shortcut(field: str, block: Config) -> str | None:
-    offered = models.family(block.name).OPTIONS.get("shortcut", ("projection",))
-    if block.shortcut not in offered:
+    has_choice = "shortcut" in models.family(block.name).OPTIONS
+    if block.shortcut != "projection" and not has_choice:
         return (
             f"{field}.shortcut is {block.shortcut!r}, which {block.name} does not "
             "offer: only the CIFAR ResNets of three stages have a choice"

@@ -11,14 +11,6 @@ from lakd_jax import errors, models
 from lakd_jax.models import chain
 
 LISTED = 10  # keys named in an error message
-_LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "logits": "logits",  # of HME's gates
-    "mean": "running_mean",
-    "var": "running_var",
-}
 Path = tuple[str, ...]
 Shape = tuple[int, ...]
 Shapes = collections.abc.Mapping[str, Shape]
@@ -104,6 +96,6 @@ def _traced(
     variables = chain.variable_shapes(model)
     leaves: dict[Path, Any] = flax.traverse_util.flatten_dict(variables)
     return {
-        f"{model.torch_name(path[1:-1])}.{_LEAVES[path[-1]]}": (path, leaf.shape)
+        model.torch_key(path[1:], model.NAMINGS[0]): (path, leaf.shape)
         for path, leaf in leaves.items()
     }

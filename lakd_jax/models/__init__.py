@@ -106,9 +106,16 @@ def create(name: str, *, num_classes: int, **options: Any) -> chain.Chain:
     options["dtype"] = _float_dtype(options["dtype"])
     for option, value in options.items():
         fields.check(f"option of {name}", option, [*allowed, *common])
-        if option in allowed:
-            fields.check(f"{option} of {name}", value, list(allowed[option]))
+        if option in allowed and (fault := option_fault(name, option, value)):
+            raise ValueError(f"{option} of {name} {fault}")
     return _builder(name)(num_classes=num_classes, **options)
+
+
+def option_fault(name: str, option: str, value: Any) -> str:
+    """Returns what is wrong with the value of an option of network `name`, or ""."""
+    allowed = family(name).OPTIONS[option]
+    check = fields.one_of(allowed) if isinstance(allowed, tuple) else allowed
+    return check(value)
 
 
 def _float_dtype(dtype: Any) -> jnp.dtype:

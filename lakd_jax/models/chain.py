@@ -12,7 +12,6 @@ head are made; naming, recording, cutting and restarting are all implemented her
 import collections.abc
 import dataclasses
 import functools
-import itertools
 import operator
 from typing import Any, ClassVar
 
@@ -22,10 +21,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lakd_jax import fields
-from lakd_jax.models import layers, smallest
+from lakd_jax.models import layers, smallest, torch_names
 from lakd_jax.models import vam as vam_lib
 
 JointFn = collections.abc.Callable[[str, jax.Array], jax.Array]
+Mapping = collections.abc.Mapping
+
+_ANY_SIDE = 32  # of images, for shapes that do not depend on it
 
 
 @flax.struct.dataclass
@@ -34,19 +36,25 @@ class Outputs:
 
     Attributes:
         logits: (B, classes) float32.
-        stem: the stem's activation; None if the pass started after it.
+        stem: the stem's activation, as it is passed on to the first block; None if the
+            pass started after it.
         features: the stem's activation (if the family includes it), then one per
             stage; each (B, H, W, C).
         preacts: the same before the ReLU, except that the stem's entry repeats its
             activation. In networks with a norm at the entry of a unit: the stage's
             output after the next unit's norm.
-        blocks: for each stage (without the stem), every block's activation.
+        blocks: for each stage (without the stem), every block's activation, as it is
+            passed on to the next; `Chain.as_map` makes it a feature map.
         pooled: (B, C) float32, the mean over positions that the classifier receives.
         taps: the activation after the ReLU of every `Chain.tap_every`-th block of all
             stages (without the stem), which AFD compares. In networks with a norm at
             the entry of a unit: ReLU of the next unit's norm of the block's output, at
             the block's resolution. Linear bottlenecks (MobileNet 2) are recorded as
             they are, signed, since no ReLU follows them.
+        tokens: of transformers, for each entry of `features` the tokens beside its map,
+            (B, n, C): class and distillation token; else ().
+        head_logits: of networks with several heads, the logits (B, classes) float32 of
+            each, of which `logits` is the mean; else ().
     """
 
     logits: jax.Array
@@ -56,13 +64,16 @@ class Outputs:
     blocks: tuple[tuple[jax.Array, ...], ...]
     pooled: jax.Array
     taps: tuple[jax.Array, ...] = ()
+    tokens: tuple[jax.Array, ...] = ()
+    head_logits: tuple[jax.Array, ...] = ()
 
 
-class Chain(nn.Module, kw_only=True):
+class Chain(torch_names.TorchNames, nn.Module, kw_only=True):
     """A stem, stages of blocks and a head, applied in order.
 
     The stem and every block are modules called as `unit(x, train=...)` that return
-    the pair (activation, pre-activation). The head returns (logits, pooled).
+    the pair (activation, pre-activation). The head returns (logits, pooled), and, if it
+    has several classifiers, a third entry with the logits of each.
     The variable tree has one subtree per unit: "stem", "stage1"/"block1", ..., "head".
 
     Attributes:
@@ -84,29 +95,22 @@ class Chain(nn.Module, kw_only=True):
     vam: vam_lib.Options | None = None
     tap_every: int = 1
 
-    # Options that `create` accepts besides num_classes and dtype, with their values.
-    OPTIONS: ClassVar[dict[str, tuple[str, ...]]] = {}
     # Image size (height and width) that the family's networks are published for.
     IMAGE_SIZE: ClassVar[int] = 32
     # Whether `features` and `preacts` start with the stem.
     STEM_IN_FEATURES: ClassVar[bool] = True
     # Whether units, and the head, start with a batch norm of their input ("entry_bn").
     PREACTIVATION: ClassVar[bool] = False
+    # Whether the network can be applied to the map at a joint, `after` it: those with
+    # tokens beside the map need these as well.
+    RESUMABLE: ClassVar[bool] = True
     # Module with the phases of its training; "" for the usual one.
     PHASES: ClassVar[str] = ""
     # Whether the family supports `vam`.
     GATED: ClassVar[bool] = True
     KERNEL_INIT: ClassVar[collections.abc.Callable] = layers.he_normal_fan_out
     # Arguments of `layers.Head` besides the number of classes and the style.
-    HEAD: ClassVar[collections.abc.Mapping[str, Any]] = {}
-    # PyTorch's names of the classifier and, by path, of the stem's and head's layers.
-    CLASSIFIER: ClassVar[str] = "fc"
-    TORCH_NAMES: ClassVar[collections.abc.Mapping[tuple[str, ...], str]] = {
-        ("stem", "conv"): "conv1",
-        ("stem", "bn"): "bn1",
-    }
-    # (pattern, replacement) pairs from other PyTorch names to the reference's.
-    TORCH_ALIASES: ClassVar[tuple[tuple[str, str], ...]] = ()
+    HEAD: ClassVar[Mapping[str, Any]] = {}
 
     @property
     def style(self) -> layers.Style:
@@ -129,45 +133,21 @@ class Chain(nn.Module, kw_only=True):
         """Makes the module that maps the last joint to (logits, pooled)."""
         return layers.Head(self.num_classes, self.style, **self.HEAD, name=name)
 
-    @nn.nowrap
-    def torch_name(self, path: tuple[str, ...]) -> str:
-        """Returns the published PyTorch name of the layer at `path` in our tree."""
-        if path == ("head", "dense"):
-            return self.CLASSIFIER
-        if path in self.TORCH_NAMES:
-            return self.TORCH_NAMES[path]
-        if path[0] in ("stem", "head"):
-            return ".".join(path)  # of a family that is not published
-        stage, index = _stage_and_index(".".join(path[:2]))
-        return self.torch_block_name(stage, index, ".".join(path[2:]))
+    @property
+    def fixed_side(self) -> int:
+        """The only size (height and width) of images that it takes; 0 for any."""
+        return 0
 
     @nn.nowrap
-    def torch_block_name(self, stage: int, index: int, layer: str) -> str:
-        """Returns the PyTorch name of a layer of a block; both numbers count from 0.
+    def as_map(self, h: jax.Array) -> jax.Array:
+        """Returns the feature map (B, H, W, C) of what a unit passes on."""
+        return h
 
-        Defaults to our own name, for families not published under others.
-        """
-        return f"stage{stage + 1}.block{index + 1}.{layer}"
-
-    @classmethod
-    def tree_options(cls) -> list[dict[str, str]]:
-        """Returns options (see `OPTIONS`) that together cover every possible array."""
-        values = itertools.product(*cls.OPTIONS.values())
-        return [dict(zip(cls.OPTIONS, chosen, strict=True)) for chosen in values]
-
-    @classmethod
-    def options_from_torch(
-        cls, shapes: collections.abc.Mapping[str, tuple[int, ...]]
-    ) -> dict[str, Any]:
-        """Infers `num_classes` and the family's options from PyTorch keys and shapes.
-
-        Raises KeyError naming the required key that is missing or has the wrong shape.
-        """
-        key = f"{cls.CLASSIFIER}.weight"
-        shape = shapes.get(key, ())
-        if len(shape) != 2 or shape[0] < 1:
-            raise KeyError(key)
-        return {"num_classes": shape[0]}
+    @nn.nowrap
+    def tokens_of(self, h: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns a unit's tokens (B, n, C) beside its map; () if it has none."""
+        del h
+        return ()
 
     @property
     def unit_names(self) -> tuple[str, ...]:
@@ -192,8 +172,8 @@ class Chain(nn.Module, kw_only=True):
         """Applies the network, or the part of it between two joints.
 
         Args:
-            x: normalised images (B, H, W, 3) of any size the strides allow; with
-                `after`, the activation at that joint.
+            x: normalised images (B, H, W, 3) of any size the strides allow, or of
+                `fixed_side`; with `after`, what the unit there passes on.
             train: whether to normalise with the batch's statistics and update the
                 running ones (the collection "batch_stats" must then be mutable).
             joint: called at the end of every unit that runs, with the unit's name
@@ -213,19 +193,23 @@ class Chain(nn.Module, kw_only=True):
 
         Raises:
             ValueError: `after` or `until` is not the name of a joint.
-            errors.DataError: the network shrinks images as small as these to nothing.
+            errors.DataError: the network shrinks images as small as these to nothing,
+                or takes only those of another size.
         """
+        if self.fixed_side and not after:
+            smallest.require_side(self, x.shape)
         on_joint = joint if joint is not None else lambda name, h: h
         names = self.unit_names
         done = names.index(resolve_joint(self, after)) + 1 if after else 0
         stop = names.index(resolve_joint(self, until)) + 1 if until else len(names)
-        stem, features, preacts, blocks = None, [], [], []
+        stem, features, preacts, blocks, tokens = None, [], [], [], []
         h = x
         if done == 0:
             stem, _ = self.make_stem("stem")(h, train=train)
             if self.STEM_IN_FEATURES:
-                features.append(stem)
-                preacts.append(stem)
+                features.append(self.as_map(stem))
+                preacts.append(self.as_map(stem))
+                tokens += self.tokens_of(stem)
             h = on_joint("stem", stem)
         before = 1  # units before the stage
         for stage, size in enumerate(self.stage_sizes):
@@ -238,8 +222,9 @@ class Chain(nn.Module, kw_only=True):
             h, outs, preact = module(
                 h, self.make_block, stage, first, last, train, on_joint
             )
-            features.append(outs[-1])
-            preacts.append(preact)
+            features.append(self.as_map(outs[-1]))
+            preacts.append(self.as_map(preact))
+            tokens += self.tokens_of(outs[-1])
             blocks.append(outs)
         outputs = Outputs(
             logits=jnp.zeros((0, self.num_classes), jnp.float32),
@@ -248,7 +233,7 @@ class Chain(nn.Module, kw_only=True):
             preacts=() if until and self.PREACTIVATION else tuple(preacts),
             blocks=tuple(blocks),
             pooled=jnp.zeros((0, h.shape[-1]), jnp.float32),
-            taps=(),
+            tokens=tuple(tokens),
         )
         if until:
             return outputs
@@ -260,19 +245,21 @@ class Chain(nn.Module, kw_only=True):
         self, outputs: Outputs, h: jax.Array, train: bool, *, isolated: bool
     ) -> Outputs:
         """Completes the outputs of a pass that ran all stages, of which `h` came."""
-        logits, pooled = self.make_head("head")(h, train=train)
+        logits, pooled, *head_logits = self.make_head("head")(h, train=train)
         positive, preacts = outputs.blocks, outputs.preacts
         if self.PREACTIVATION:
             normed = self._entry_norms(outputs.blocks, train, isolated=isolated)
             ends = tuple(stage[-1] for stage in normed if stage)
             preacts = preacts[: len(preacts) - len(ends)] + ends
             positive = jax.tree.map(nn.relu, normed)
+        positive = jax.tree.map(self.as_map, positive)
         return dataclasses.replace(
             outputs,
             logits=logits.astype(jnp.float32),
             preacts=preacts,
             pooled=pooled,
             taps=self._taps(positive),
+            head_logits=tuple(*head_logits),
         )
 
     def _taps(self, blocks: tuple[tuple[jax.Array, ...], ...]) -> tuple[jax.Array, ...]:
@@ -384,25 +371,20 @@ def feature_at(
         return outputs.preacts[recorded.index(name)]
     if name == "stem":
         assert outputs.stem is not None  # recorded in every full pass
-        return outputs.stem
-    stage, index = _stage_and_index(name)
-    return outputs.blocks[stage][index]
+        return model.as_map(outputs.stem)
+    stage, index = torch_names.stage_and_index(name)
+    return model.as_map(outputs.blocks[stage][index])
 
 
-def _stage_and_index(unit: str) -> tuple[int, int]:
-    """Returns a block's stage and index in it, from 0: "stage2.block1" -> (1, 0)."""
-    stage, block = unit.split(".")
-    return int(stage.removeprefix("stage")) - 1, int(block.removeprefix("block")) - 1
-
-
-def variable_shapes(model: Chain, side: int = 32) -> Any:
+def variable_shapes(model: Chain, side: int = 0) -> Any:
     """Returns the network's variables as `jax.ShapeDtypeStruct`s; computes nothing.
 
     Args:
         model: the network.
-        side: image size, which does not matter to most networks; 32 can be halved five
-            times.
+        side: image size, which does not matter to most networks; 0 for the only one, or
+            32, which can be halved five times.
     """
+    side = side or model.fixed_side or _ANY_SIDE
     images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     return jax.eval_shape(
         lambda x: model.init(jax.random.key(0), x, train=False), images
@@ -410,9 +392,13 @@ def variable_shapes(model: Chain, side: int = 32) -> Any:
 
 
 def joint_shapes(
-    model: Chain, joints: collections.abc.Sequence[str], side: int = 32
+    model: Chain, joints: collections.abc.Sequence[str], side: int = 0
 ) -> list[tuple[int, ...]]:
-    """Returns the shape (1, H, W, C) at each joint for images of size `side`."""
+    """Returns the shape (1, H, W, C) at each joint for images of size `side`.
+
+    0 is the only size that the network takes, or 32.
+    """
+    side = side or model.fixed_side or _ANY_SIDE
 
     def run(images: jax.Array) -> list[jax.Array]:
         outputs, _ = model.init_with_output(jax.random.key(0), images, train=False)

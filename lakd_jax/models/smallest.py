@@ -1,4 +1,7 @@
-"""The least image size of a network: poolings shrink smaller images to nothing."""
+"""The image sizes that a network takes.
+
+Poolings shrink images below the least size to nothing; position embeddings fix it.
+"""
 
 import itertools
 from typing import Any
@@ -20,6 +23,22 @@ def too_small(model: Any, shape: tuple[int, ...]) -> errors.DataError:
         f"these are {height}x{width}: set data.image_size, or the image_size of "
         f"student or teacher, to {least} or more, or take another network."
     )
+
+
+def require_side(model: Any, shape: tuple[int, ...]) -> None:
+    """Raises DataError unless images (B, H, W, 3) are as large as a network takes."""
+    from lakd_jax import models  # which imports the module that calls this
+
+    height, width = shape[1:3]
+    side = model.fixed_side
+    if (height, width) != (side, side):
+        name = models.name_of(model.clone(parent=None))
+        found = max(height, width)
+        raise errors.DataError(
+            f"this {name} was made for images of {side}x{side} pixels, these are "
+            f"{height}x{width}: make it with image_size={found}, or resize them (set "
+            f"the image_size of student or teacher to {side})."
+        )
 
 
 def least_side(model: Any, side: int) -> int:
