@@ -125,9 +125,10 @@ def _network(config: resolved.Config, part: str) -> weights.Loaded:
         part,
         network.name,
         "",
-        shortcut=network.shortcut,
         dtype=config.dtype,
         num_classes=CLASSES,
+        options=setup.network_options(config, part),
+        data_size=32,
     )
 
 

@@ -87,6 +87,11 @@ def class_weights(value: str) -> str:
     return f"must be balanced, or positive numbers such as 1,2.5, is {value!r}"
 
 
+def _scale_or_published(value: float) -> str:
+    """A number from 0 on, or -1 where the network decides."""
+    return "" if value == -1 else _AT_LEAST_0(value)
+
+
 def _hme_option(name: str) -> fields.Check:
     """One of what HMEs offer; that module is imported when this is first called."""
     return lambda value: models.option_fault("hme", name, value)
@@ -215,8 +220,31 @@ class Network:
         "projection | identity (option A of He et al.)",
         fields.one_of(("projection", "identity")),
     )
+    patch: int = field(
+        0,
+        "side of the patches of ViTs (16) and of ConvNeXt's stem (4), in pixels; 0: "
+        "these. On CIFAR 4 and 2. A file has its own.",
+        _AT_LEAST_0,
+    )
+    dropout: float = field(
+        0.0, "before the classifier of the networks since 2019", fields.below(1)
+    )
+    drop_path: float = field(
+        0.0,
+        "stochastic depth of these: the rate in the last block, smaller before",
+        fields.below(1),
+    )
+    layer_scale: float = field(
+        -1.0,
+        "first value of the factors on the branches of ViTs and ConvNeXts; 0: none, "
+        "-1: as published (none, 1e-6)",
+        _scale_or_published,
+    )
     image_size: int = field(
-        0, "images are resized to this for it; 0: as the data has them", _AT_LEAST_0
+        0,
+        "images are resized to this for it; 0: as the data has them. Transformers are "
+        "made for it: position embeddings of a file for another are interpolated.",
+        _AT_LEAST_0,
     )
 
 

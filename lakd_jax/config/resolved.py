@@ -120,7 +120,7 @@ def of_teacher(config: Config) -> Config:
         "optim.lr": t.lr or config.optim.lr,
         "optim.dot_delta": 0.0,  # there is one loss only
         "student.name": t.name,
-        "student.shortcut": t.shortcut,
-        "student.image_size": t.image_size,
     }
+    same = ("shortcut", "patch", "dropout", "drop_path", "layer_scale", "image_size")
+    kept |= {f"student.{name}": getattr(t, name) for name in same}
     return resolve(config_lib.changed(config_lib.default(), kept))

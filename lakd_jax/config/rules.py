@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from lakd_jax import config as config_lib
-from lakd_jax import distill, models
+from lakd_jax import distill, fields, models
+from lakd_jax.config import blocks
 from lakd_jax.distill.base import registry
 from lakd_jax.distill.base import rules as rules_lib
 from lakd_jax.local import cuts
@@ -23,9 +24,15 @@ Relation = Callable[[Config, int], str | None]  # (config, devices) -> the fault
 TABLE: list[tuple[tuple[str, ...], Relation]] = []
 
 METHODS = ("method", "baselines")
+_SMOOTHING = ("none", "kd", "deit")  # methods that take smoothed labels
+_PATCHES = 8  # along an image of a size that is not known yet
 _CUTS = (
     "student.name",
+    "student.patch",
+    "student.image_size",
     "teacher.name",
+    "teacher.patch",
+    "teacher.image_size",
     "local.granularity",
     "local.cuts",
     "local.modules",
@@ -107,11 +114,12 @@ def _preacts(c: Config, _: int) -> str | None:
 
 @reads(*METHODS, "label_smoothing")
 def _smoothing(c: Config, _: int) -> str | None:
-    others = [m for m in methods(c) if m not in ("none", "kd")]
+    others = [m for m in methods(c) if m not in _SMOOTHING]
     if c.label_smoothing and others:
         return (
             f"label_smoothing is {c.label_smoothing:g}, but method {others[0]} needs "
-            "hard labels: set it to 0, or method (and baselines) to none or kd"
+            "hard labels: set it to 0, or method (and baselines) to "
+            f"{' or '.join(_SMOOTHING)}"
         )
 
 
@@ -185,9 +193,12 @@ def _hme_teacher(c: Config, _: int) -> str | None:
         )
 
 
-@reads("student.name", "student.shortcut")
-def _student_shortcut(c: Config, _: int) -> str | None:
-    return _shortcut("student", c.student)
+_OPTIONS = ("shortcut", "patch", "dropout", "drop_path", "layer_scale")
+
+
+@reads("student.name", "student.image_size", *(f"student.{o}" for o in _OPTIONS))
+def _student_options(c: Config, _: int) -> str | None:
+    return _network_options("student", c)
 
 
 @reads("student.name", "student.vam.enabled")
@@ -199,9 +210,9 @@ def _gates(c: Config, _: int) -> str | None:
         )
 
 
-@reads("teacher.name", "teacher.shortcut")
-def _teacher_shortcut(c: Config, _: int) -> str | None:
-    return _shortcut("teacher", c.teacher)
+@reads("teacher.name", "teacher.image_size", *(f"teacher.{o}" for o in _OPTIONS))
+def _teacher_options(c: Config, _: int) -> str | None:
+    return _network_options("teacher", c)
 
 
 @reads(*METHODS, *_CUTS)
@@ -213,12 +224,25 @@ def _cuts(c: Config, _: int) -> str | None:
             return str(e)
 
 
-def _shortcut(field: str, block: Config) -> str | None:
-    has_choice = "shortcut" in models.family(block.name).OPTIONS
-    if block.shortcut != "projection" and not has_choice:
+def _network_options(part: str, c: Config) -> str | None:
+    """Returns the fault of an option that the network does not have, if any."""
+    block, offered = getattr(c, part), models.family(getattr(c, part).name).OPTIONS
+    defaults = {
+        option.name: option.default for option in fields.options(blocks.Network)
+    }
+    for option in _OPTIONS:
+        value = getattr(block, option)
+        if value != defaults[option] and option not in offered:
+            having = [n for n in models.names() if option in models.family(n).OPTIONS]
+            return (
+                f"{part}.{option} is {value!r}, which {block.name} does not offer: "
+                f"leave it at {defaults[option]!r}, or choose another network "
+                f"({', '.join(having[:4])}, ...)"
+            )
+    if "image_size" in offered and block.image_size % (block.patch or 1):
         return (
-            f"{field}.shortcut is {block.shortcut!r}, which {block.name} does not "
-            "offer: only the CIFAR ResNets of three stages have a choice"
+            f"{part}.patch is {block.patch}, which does not divide {part}.image_size "
+            f"({block.image_size})"
         )
 
 
@@ -335,9 +359,21 @@ def of_methods(config: Config, faults: Mapping[str, str]) -> list[str]:
     return found
 
 
+def _network(part: str, c: Config) -> chain.Chain:
+    """Returns a network as far as its joints are known before data and weights."""
+    block = getattr(c, part)
+    options = {"patch": block.patch, "image_size": block.image_size}
+    if "image_size" in models.family(block.name).OPTIONS and block.patch:
+        options["image_size"] = block.image_size or c.data.image_size
+        if options["image_size"] % block.patch or not options["image_size"]:
+            options["image_size"] = _PATCHES * block.patch
+    offered = models.family(block.name).OPTIONS
+    options = {k: v for k, v in options.items() if k in offered and v}
+    return models.create(block.name, num_classes=2, **options)
+
+
 def _partition(c: Config) -> tuple[chain.Chain, chain.Chain, cuts.Partition]:
     """Returns both networks and their cuts; raises ValueError if there are none."""
-    student = models.create(c.student.name, num_classes=2)
-    teacher = models.create(c.teacher.name, num_classes=2)
+    student, teacher = _network("student", c), _network("teacher", c)
     at = (c.local.granularity, c.local.cuts, c.local.modules)
     return student, teacher, cuts.modules(student, teacher, *at)

@@ -48,7 +48,7 @@ def keys(name: str) -> dict[Path, str]:
 
 def torch_shape(shape: Shape) -> Shape:
     """Permutes a shape HWIO -> OIHW or IO -> OI; vectors are unchanged."""
-    return (*shape[:-3:-1], *shape[:-2])
+    return shape if len(shape) == 3 else (*shape[:-3:-1], *shape[:-2])
 
 
 def to_flax(array: np.ndarray) -> np.ndarray:

@@ -13,11 +13,13 @@ import numpy as np
 from lakd_jax import errors, interop, models, paths
 from lakd_jax.data import preparation as preparation_lib
 from lakd_jax.interop import classes as classes_lib
-from lakd_jax.models import chain, folding, heads, vam
+from lakd_jax.models import chain, folding, heads, vam, vit
 from lakd_jax.store import manifest, workdir
 
 PyTree = Any
 
+# Options of networks that matter to training only.
+_WITHOUT_ARRAYS = frozenset({"dropout", "drop_path"})
 # Required entries of the card of a student's file.
 _CARD = frozenset({"network", "num_classes", "options", "vam"})
 _CARD |= {"mean", "std", "image_size"}
@@ -54,10 +56,11 @@ def load(
     name: str,
     init: str,
     *,
-    shortcut: str,
     dtype: str,
     num_classes: int,
-    options: Mapping[str, str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    image_size: int = 0,
+    data_size: int = 0,
     key: str = "",
     classes: Sequence[str] = (),
     new_head: bool = False,
@@ -72,11 +75,15 @@ def load(
       field: "student" or "teacher", for error messages.
       name: one of `models.names()`.
       init: "" (random weights), the directory of a finished run, a `.safetensors`
-        file or a PyTorch file, from which class count and shortcut are then inferred.
-      shortcut: kind of shortcut, if the weights are random and the family has it.
+        file or a PyTorch file, which then say its classes and the shapes of its arrays.
       dtype: compute dtype of the network.
       num_classes: number of classes of the data.
-      options: further options of the network, if the weights are random.
+      options: those of `models.create`; of weights from a file only dropout and
+        stochastic depth, which have no arrays.
+      image_size: height and width of the network's images, 0 for those of `data_size`
+        (a teacher from a run: of that run), the data's. They matter to networks that
+        take one size; those of a file are interpolated to it.
+      data_size: see `image_size`; 0 if unknown.
       key: the entry of a PyTorch file that is read; see `interop.load_torch_file`.
       classes: names of the data's classes, in order; () if unknown.
       new_head: whether to leave out the classifier (see `heads.removed`); the network
@@ -90,9 +97,12 @@ def load(
     """
     if not init:
         kwargs: dict[str, Any] = {"dtype": jnp.dtype(dtype), **(options or {})}
-        if "shortcut" in models.family(name).OPTIONS:  # else there is only one kind
-            kwargs["shortcut"] = shortcut
-        model = models.create(name, num_classes=num_classes, **kwargs)
+        if "image_size" in models.family(name).OPTIONS and (image_size or data_size):
+            kwargs["image_size"] = image_size or data_size
+        try:
+            model = models.create(name, num_classes=num_classes, **kwargs)
+        except ValueError as e:
+            raise errors.ConfigError([f"{field}.{e}"]) from e
         return Loaded(model, None, "random weights")
     path = paths.local(init, f"{field}.init")
     if not path.exists():
@@ -113,6 +123,8 @@ def load(
         else:
             loaded = _from_run(name, path, dtype)
         loaded = dataclasses.replace(loaded, digest=manifest.digest(loaded.variables))
+        of_run = loaded.size if field == "teacher" else 0
+        loaded = _as_wanted(loaded, options or {}, image_size or of_run or data_size)
         if new_head:
             return _without_head(loaded, num_classes, tuple(classes))
         loaded = _in_order(loaded, num_classes, tuple(classes))
@@ -121,6 +133,36 @@ def load(
     if loaded.difference and not any_classes:
         raise errors.TeacherError(other_classes(field, loaded))
     return loaded
+
+
+def _as_wanted(loaded: Loaded, options: Mapping[str, Any], side: int) -> Loaded:
+    """Returns the network with the options that have no arrays, for images of `side`.
+
+    Raises:
+      errors.TeacherError: its patches do not fill images of that size.
+    """
+    free = {k: v for k, v in options.items() if k in _WITHOUT_ARRAYS}
+    model, variables = loaded.model.clone(**free), loaded.variables
+    before = model.fixed_side
+    if not before or side in (0, before):
+        return dataclasses.replace(loaded, model=model)
+    assert isinstance(model, vit.ViT)  # the only family with a fixed size
+    if side % model.patch:
+        raise errors.TeacherError(
+            f"has patches of {model.patch}x{model.patch} pixels, which do not fill "
+            f"images of {side}x{side}: set its image_size to a multiple."
+        )
+    model, variables = vit.resized(variables, model, side)
+    remark = (
+        f"position embeddings interpolated from images of {before}x{before} to "
+        f"{side}x{side}"
+    )
+    return dataclasses.replace(
+        loaded,
+        model=model,
+        variables=variables,
+        remark="; ".join(filter(None, [loaded.remark, remark])),
+    )
 
 
 def other_classes(field: str, loaded: Loaded) -> str:

@@ -369,11 +369,16 @@ def feature_at(
                 "stages, such as 'stage1', and at the stem of most networks"
             )
         return outputs.preacts[recorded.index(name)]
-    if name == "stem":
+    return model.as_map(passed_on(outputs, name))
+
+
+def passed_on(outputs: Outputs, unit: str) -> jax.Array:
+    """Returns what `unit` passes on to the next, of a full pass."""
+    if unit == "stem":
         assert outputs.stem is not None  # recorded in every full pass
-        return model.as_map(outputs.stem)
-    stage, index = torch_names.stage_and_index(name)
-    return model.as_map(outputs.blocks[stage][index])
+        return outputs.stem
+    stage, index = torch_names.stage_and_index(unit)
+    return outputs.blocks[stage][index]
 
 
 def variable_shapes(model: Chain, side: int = 0) -> Any:

@@ -223,3 +223,17 @@ class Head(nn.Module):
             name="dense",
         )
         return dense(pooled), pooled
+
+
+gelu = functools.partial(jax.nn.gelu, approximate=False)
+
+
+def layer_norm(style: Style, *, name: str) -> nn.LayerNorm:
+    """Makes a layer norm over channels, with statistics in float32 and epsilon 1e-6."""
+    return nn.LayerNorm(epsilon=1e-6, dtype=style.dtype, name=name)
+
+
+def drop_path(x: jax.Array, rate: float, *, train: bool) -> jax.Array:
+    """Drops whole examples of a branch in training, and scales the rest (B, ...)."""
+    axes = tuple(range(1, x.ndim))
+    return nn.Dropout(rate, broadcast_dims=axes, deterministic=not train)(x)

@@ -95,7 +95,7 @@ def require_room(
             continue
         spec, _ = setup.spec(
             dataclasses.replace(config, method=method),
-            _any_student(config, len(dataset.classes)),
+            _any_student(config, len(dataset.classes), max(image_shape[:2])),
             dataclasses.replace(teacher, variables=variable_shapes),
             teacher_pixels=pixels,
             image_shape=image_shape,
@@ -109,14 +109,17 @@ def require_room(
         teacher_cache.require_room(shapes, config.teacher.views_mib)
 
 
-def _any_student(config: resolved.Config, classes: int) -> weights.Loaded:
+def _any_student(
+    config: resolved.Config, classes: int, data_size: int
+) -> weights.Loaded:
     """Returns the config's student without weights, which do not affect its cuts."""
     return weights.load(
         "student",
         config.student.name,
         "",
-        shortcut=config.student.shortcut,
         dtype=config.dtype,
         num_classes=classes,
         options=setup.network_options(config),
+        image_size=config.student.image_size,
+        data_size=data_size,
     )

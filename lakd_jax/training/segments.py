@@ -47,9 +47,10 @@ class Segment:
 
 @flax.struct.dataclass
 class Boundary:
-    """The activations (B, H, W, C) passed to the next segment, without gradients.
+    """The activations passed to the next segment, without gradients.
 
-    For the first segment both are the networks' input images.
+    These are (B, H, W, C), or tokens (B, N, C). For the first segment both are the
+    networks' input images.
     """
 
     student: jax.Array
@@ -135,12 +136,22 @@ def features(
     """
     if len(segment.modules) == len(joints):
         return tuple(chain.feature_at(outputs, model, n, preact=preact) for n in joints)
-    joint = joints[segment.last]
-    return (outputs.preacts[-1] if preact else end_activation(outputs, joint),)
+    if preact:
+        return (outputs.preacts[-1],)
+    return (model.as_map(end_activation(outputs, joints[segment.last])),)
+
+
+def activations(
+    outputs: chain.Outputs, joints: tuple[str, ...], segment: Segment
+) -> tuple[jax.Array, ...]:
+    """Returns what the last unit of each module of a segment passes on."""
+    if len(segment.modules) == len(joints):
+        return tuple(chain.passed_on(outputs, name) for name in joints)
+    return (end_activation(outputs, joints[segment.last]),)
 
 
 def end_activation(outputs: chain.Outputs, joint: str) -> jax.Array:
-    """Returns the activation (B, H, W, C) at `joint`, where the pass ended."""
+    """Returns what the unit at `joint`, where the pass ended, passes on."""
     if joint == "stem":
         assert outputs.stem is not None
         return outputs.stem

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lakd_jax import distill, errors
+from lakd_jax import distill, errors, models
 from lakd_jax.config import resolved
 from lakd_jax.data import device
 from lakd_jax.data import preparation as preparation_lib
@@ -189,10 +189,22 @@ def _method(config: resolved.Config) -> method_lib.Method:
     return distill.create(config.method, options[config.method])
 
 
-def network_options(config: resolved.Config) -> dict[str, Any]:
-    """Returns the options of `models.create` that are specific to the student."""
-    module = phase_lib.module_of(config.student.name)
-    return module.network_options(config) if module else {}
+def network_options(config: resolved.Config, part: str = "student") -> dict[str, Any]:
+    """Returns the options of `models.create` that the family of a network offers.
+
+    All but the size of images, which may depend on the data.
+    """
+    block = getattr(config, part)
+    names = ("shortcut", "dropout", "drop_path")
+    options: dict[str, Any] = {name: getattr(block, name) for name in names}
+    if block.patch:
+        options["patch"] = block.patch
+    if block.layer_scale >= 0:
+        options["layer_scale"] = block.layer_scale
+    if module := phase_lib.module_of(block.name) if part == "student" else None:
+        options |= module.network_options(config)
+    offered = models.family(block.name).OPTIONS
+    return {name: value for name, value in options.items() if name in offered}
 
 
 def vam_options(config: resolved.Config) -> vam.Options | None:

@@ -260,9 +260,10 @@ def _with_optional(
     """Adds heads, pre-activations and the teacher's suffix if the method reads them."""
     optional: dict[str, Any] = {}
     if spec.facts.needs_heads:
+        noise: Any = signals.key  # of a step, which always has one
         mutable = [*state.collections, _SOWN]
         optional["student_head"] = functools.partial(
-            _head, spec, state.variables("student"), mutable
+            _head, spec, state.variables("student"), mutable, noise
         )
     if spec.facts.needs_preacts:
         joints = spec.partition.student_joints
@@ -309,6 +310,7 @@ def _head(
     spec: spec_lib.StepSpec,
     variables: PyTree,
     mutable: list[str],
+    noise: jax.Array,
     activation: jax.Array,
 ) -> jax.Array:
     """Returns the student's logits (N, classes) for a last activation (N, H, W, C)."""
@@ -318,6 +320,7 @@ def _head(
         train=True,
         after=spec.student.unit_names[-1],
         mutable=mutable,
+        rngs={"dropout": noise},
     )
     return outputs.logits
 

@@ -30,7 +30,7 @@ class TeacherPass:
       teacher: what the results come from: a network, or a batch of stored outputs.
       outputs: an object with `logits`, which are valid for the last segment only.
       features: the features (B, H, W, C) that the method compares at each module's end.
-      activations: the activations (B, H, W, C) at the same places.
+      activations: what the teacher's units there pass on.
     """
 
     teacher: "Live | TeacherOutputs"
@@ -60,10 +60,9 @@ class Live:
             self.variables, below, train=False, after=after, until=until
         )
         outputs = jax.lax.stop_gradient(outputs)
-        at_ends = functools.partial(segments.features, model, outputs, names, segment)
-        return TeacherPass(
-            self, outputs, at_ends(preact=spec.preact), at_ends(preact=False)
-        )
+        features = segments.features(model, outputs, names, segment, preact=spec.preact)
+        passed_on = segments.activations(outputs, names, segment)
+        return TeacherPass(self, outputs, features, passed_on)
 
     def suffix(self, k: int, activation: jax.Array) -> jax.Array:
         """Returns logits (B, classes), resuming from an activation after module `k`.

@@ -75,6 +75,6 @@ def test_options_of_networks_and_methods(tmp_path):
     assert setup.network_options(plain) == split
     binary = config(**HME, hme__loss="binary")
     assert setup.network_options(binary)["output"] == "odds"
-    assert setup.network_options(config()) == {}
+    assert setup.network_options(config()) == {"shortcut": "projection"}
     smooth = config(label_smoothing=0.1)
     assert smooth.method_options("kd")["label_smoothing"] == 0.1

@@ -98,7 +98,6 @@ def test_the_student_is_the_hard_tree(unbroken):
         "student",
         "hme",
         str(unbroken),
-        shortcut="projection",
         dtype="float32",
         num_classes=3,
     )

@@ -35,7 +35,6 @@ def load(file, names, field="student", **options):
         field,
         "resnet8",
         str(file),
-        shortcut="projection",
         dtype="float32",
         num_classes=len(names),
         classes=names,

@@ -91,7 +91,7 @@ def test_safetensors(finished, capsys):
     expected = interop.to_torch("resnet8", variables())
     resnet_weights.assert_same_tree(interop.load_torch_file(path), expected)
     # It can be loaded as a teacher.
-    options = {"shortcut": "projection", "dtype": "float32", "num_classes": 3}
+    options = {"dtype": "float32", "num_classes": 3}
     loaded = weights_lib.load("teacher", "resnet8", str(path), **options)
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables())
 

@@ -198,7 +198,7 @@ def test_an_entry_is_chosen(key, path):
 
 
 def load(file, key, part="teacher"):
-    classes = {"num_classes": 7, "shortcut": "projection", "dtype": "float32"}
+    classes = {"num_classes": 7, "dtype": "float32"}
     return weights.load(part, "resnet8", str(file), key=key, **classes)
 
 

@@ -57,7 +57,6 @@ def started(tmp_path, monkeypatch):
         "teacher",
         tiny.NETWORK,
         str(teacher),
-        shortcut="projection",
         dtype="float32",
         num_classes=3,
     ).digest

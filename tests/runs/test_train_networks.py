@@ -17,7 +17,7 @@ from lakd_jax.interop import weights as weights_lib
 from lakd_jax.runs import single
 from lakd_jax.store import workdir
 
-OPTIONS = {"shortcut": "projection", "dtype": "float32", "num_classes": 7}
+OPTIONS = {"dtype": "float32", "num_classes": 7}
 
 
 def torch_file(folder, dtype):

@@ -265,7 +265,7 @@ def test_home_in_data_dir(home, monkeypatch):
 
 @pytest.mark.parametrize("field", ["student", "teacher"])
 def test_home_in_init(home, field):
-    options = {"shortcut": "projection", "dtype": "float32", "num_classes": 3}
+    options = {"dtype": "float32", "num_classes": 3}
     words = f"{field}.init: {home / 'run'} does not exist"
     with pytest.raises(errors.TeacherError, match=words):
         weights_lib.load(field, "resnet8", "~/run", **options)

@@ -36,6 +36,7 @@ _NEEDS = {
     "review": {"review.warmup_epochs": 2.0},
     # Other widths than the teacher's, as it has its layer and dropout only then.
     "kdpp": {"student.name": "resnet8x4", "kdpp.kd_warmup_epochs": 2.0},
+    "deit": {"student.name": "deit_tiny_distilled", "student.patch": 8},
     "fam": {"fam.warmup_epochs": 2.0},
     "cd": {"cd.alone_epochs": 1.0, "cd.decay_epochs": (3,)},
 }

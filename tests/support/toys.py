@@ -54,12 +54,15 @@ class Unit(nn.Module):
 
 
 class Head(nn.Module):
+    """Two heads that agree, for the methods that read both."""
+
     classes: int
 
     @nn.compact
     def __call__(self, x, *, train):
         pooled = jnp.mean(x, axis=(1, 2))
-        return nn.Dense(self.classes, name="dense")(pooled), pooled
+        logits = nn.Dense(self.classes, name="dense")(pooled)
+        return logits, pooled, (logits, logits)
 
 
 class Toy(chain.Chain, kw_only=True):

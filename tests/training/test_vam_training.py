@@ -176,7 +176,7 @@ def train_in(folder, name, **fields):
 
 
 def loaded(path):
-    options = {"shortcut": "projection", "dtype": "float32", "num_classes": 3}
+    options = {"dtype": "float32", "num_classes": 3}
     return weights.load("teacher", tiny.NETWORK, str(path), **options)
 
 

@@ -53,6 +53,11 @@ class Term(method.Method, kw_only=True):
         """
         raise NotImplementedError
 
+    def hard_loss(self, signals: method.Signals) -> jax.Array:
+        """Returns the cross-entropy with the labels, scalar float32."""
+        logits = signals.student.logits
+        return kd.cross_entropy(logits, signals.labels, signals.label_weights)
+
     def weigh(self, signals: method.Signals) -> tuple[Any, Any]:
         """Returns the weights of cross-entropy and of the losses in this step."""
         return self.ce_weight, self.weight * ramp(signals.epoch, self.warmup_epochs)
@@ -65,10 +70,7 @@ class Term(method.Method, kw_only=True):
         own = [dict(terms) for terms in self.losses(signals, train=train)]
         hard, weight = self.weigh(signals)
         weights = [dict.fromkeys(terms, weight) for terms in own]
-        logits = signals.student.logits
-        own[-1]["head_ce"] = kd.cross_entropy(
-            logits, signals.labels, signals.label_weights
-        )
+        own[-1]["head_ce"] = self.hard_loss(signals)
         weights[-1]["head_ce"] = hard
         return tuple(
             method.ModuleLoss(terms=t, weights=w, diagnostics={})
