@@ -80,6 +80,22 @@ _SWEEP = (
     "lakd.adapter=shape",
 )
 
+# Networks of today under AdamW, as users train them on small images.
+_ADAMW = (
+    "epochs=8",
+    "optim.name=adamw",
+    "optim.lr=0.001",
+    "optim.weight_decay=0.05",
+    "optim.decay_mask=True",
+)
+
+
+def _adamw(student: str, patch: int) -> Plan:
+    arms = {"alone": "none", "KD": "kd", "LAKD cut": "lakd"}
+    made = _cifar10(arms, 1, *_ADAMW, f"student.patch={patch}")
+    return dataclasses.replace(made, pair=f"resnet20,{student}")
+
+
 # Stage 1's gates are compared after equally many epochs: nothing is kept apart to
 # choose an epoch by, and stage 2, which trains no tree, is one epoch.
 _EXPERTS = Plan(
@@ -145,6 +161,8 @@ PLANS = {
         arms={"plain, no decay": "none", "KD, no decay": "kd"},
         overrides=(*_EXPERTS.overrides, "optim.weight_decay=0"),
     ),
+    "vit_tiny": _adamw("vit_tiny", 4),
+    "convnext_atto": _adamw("convnext_atto", 2),
     # As long as the literature trains.
     "converged": _cifar10(
         {"KD": "kd", "LAKD cut": "lakd", "alone": "none", "DKD": "dkd"}, 3, "epochs=100"
