@@ -2,13 +2,13 @@
 
 import collections.abc
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import numpy as np
 
-from lakd_jax import errors, models
-from lakd_jax.models import chain
+from lakd_jax import errors, fields, models
+from lakd_jax.models import chain, torch_names
 
 LISTED = 10  # keys named in an error message
 Path = tuple[str, ...]
@@ -30,36 +30,108 @@ def options(name: str, shapes: Shapes) -> dict[str, Any]:
         ) from error
 
 
+class Entry(NamedTuple):
+    """Where an array of a network is, with us and in PyTorch.
+
+    Attributes:
+        path: in our tree.
+        shape: in our layout.
+        torch_shape: in PyTorch's.
+    """
+
+    path: Path
+    shape: Shape
+    torch_shape: Shape
+
+
+Table = collections.abc.Mapping[str, Entry]
+
+
+def naming(name: str, chosen: str) -> str:
+    """Returns the naming `chosen` of network `name`; "" is the reference's.
+
+    Raises ValueError if the network's weights are not published under that naming.
+    """
+    known = models.family(name).NAMINGS
+    if chosen and (fault := fields.fault(chosen, filter(None, known))):
+        if known == ("",):
+            raise ValueError(f"naming is {chosen!r}, but {name} has only one: ''")
+        raise ValueError(f"naming of {name} {fault}")
+    return chosen or known[0]
+
+
 def table(
-    name: str, options: collections.abc.Mapping[str, Any]
-) -> dict[str, tuple[Path, Shape]]:
-    """Returns PyTorch key -> (path in our tree, our shape) for a network's arrays."""
-    return _traced(name, tuple(sorted(options.items())))
+    name: str, options: collections.abc.Mapping[str, Any], naming: str = ""
+) -> dict[str, Entry]:
+    """Returns PyTorch key -> `Entry` of a network's arrays, by the names of `naming`.
+
+    "" is the reference's naming.
+    """
+    model, shapes = _traced(name, tuple(sorted(options.items())))
+    entries = {}
+    for path, shape in shapes.items():
+        key = model.torch_key(path[1:], naming or model.NAMINGS[0])
+        there = torch_shape(path, shape, model.torch_ones(key))
+        entries[key] = Entry(path, shape, there)
+    return entries
 
 
-def keys(name: str) -> dict[Path, str]:
-    """Returns path in our tree -> PyTorch key, for all options of network `name`."""
-    result: dict[Path, str] = {}
+def nearest_table(
+    name: str,
+    options: collections.abc.Mapping[str, Any],
+    found: collections.abc.Collection[str],
+) -> dict[str, Entry]:
+    """Returns the table of the naming that shares the most keys with `found`."""
+    namings = models.family(name).NAMINGS
+    tables = (table(name, options, naming) for naming in namings)
+    return max(tables, key=lambda entries: sum(key in entries for key in found))
+
+
+def keys(name: str, naming: str) -> dict[Path, tuple[str, int]]:
+    """Returns path in our tree -> (PyTorch key, axes of length 1 at its end).
+
+    Covers all options of network `name`.
+    """
+    result: dict[Path, tuple[str, int]] = {}
     for chosen in models.family(name).tree_options():
-        traced = table(name, {"num_classes": 1, **chosen})
-        result |= {path: key for key, (path, _) in traced.items()}
+        for key, entry in table(name, {"num_classes": 1, **chosen}, naming).items():
+            ones = len(entry.torch_shape) - len(entry.shape)
+            result[entry.path] = (key, ones)
     return result
 
 
-def torch_shape(shape: Shape) -> Shape:
-    """Permutes a shape HWIO -> OIHW or IO -> OI; vectors are unchanged."""
-    return shape if len(shape) == 3 else (*shape[:-3:-1], *shape[:-2])
+def torch_shape(path: Path, shape: Shape, ones: int = 0) -> Shape:
+    """Returns PyTorch's shape of the array at `path`: HWIO -> OIHW, IO -> OI.
+
+    Arrays of no layer, such as position embeddings, have the same axes there.
+
+    Args:
+        path: in our tree.
+        shape: in our layout.
+        ones: number of axes of length 1 that PyTorch's array has at its end.
+    """
+    if _of_layer(path):
+        shape = (*shape[:-3:-1], *shape[:-2])
+    return (*shape, *(1,) * ones)
 
 
-def to_flax(array: np.ndarray) -> np.ndarray:
-    """Transposes OIHW -> HWIO or OI -> IO; vectors are unchanged."""
+def to_flax(array: np.ndarray, entry: Entry) -> np.ndarray:
+    """Transposes OIHW -> HWIO or OI -> IO; inverts `to_torch`."""
+    array = array.reshape(array.shape[: len(entry.shape)])  # without axes of length 1
+    if not _of_layer(entry.path):
+        return array
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
 
 
-def to_torch(array: np.ndarray) -> np.ndarray:
-    """Transposes HWIO -> OIHW or IO -> OI; vectors are unchanged."""
-    transposed = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-    return np.ascontiguousarray(transposed)
+def to_torch(array: np.ndarray, entry: Entry) -> np.ndarray:
+    """Transposes HWIO -> OIHW or IO -> OI, and adds PyTorch's axes of length 1."""
+    if _of_layer(entry.path):
+        array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+    return np.ascontiguousarray(array).reshape(entry.torch_shape)
+
+
+def _of_layer(path: Path) -> bool:
+    return path[-1] in torch_names.LEAVES
 
 
 def faults(expected: Shapes, found: Shapes) -> list[str]:
@@ -91,11 +163,9 @@ def clear_cache() -> None:
 @functools.cache  # tracing a deep network takes up to a second
 def _traced(
     name: str, options: tuple[tuple[str, Any], ...]
-) -> dict[str, tuple[Path, Shape]]:
+) -> tuple[chain.Chain, dict[Path, Shape]]:
+    """Makes a network; also returns the shape of every array by path."""
     model = models.create(name, **dict(options))
     variables = chain.variable_shapes(model)
     leaves: dict[Path, Any] = flax.traverse_util.flatten_dict(variables)
-    return {
-        model.torch_key(path[1:], model.NAMINGS[0]): (path, leaf.shape)
-        for path, leaf in leaves.items()
-    }
+    return model, {path: leaf.shape for path, leaf in leaves.items()}

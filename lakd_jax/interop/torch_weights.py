@@ -27,8 +27,8 @@ def from_torch(
     Args:
         name: one of `models.names()`.
         state_dict: key to NumPy array or torch tensor, bare or as checkpoints wrap it
-            (see `state_dict.plain`); names other than the reference's are translated
-            by the family's `TORCH_ALIASES`.
+            (see `state_dict.plain`), with the names of any of the family's `NAMINGS`
+            (such as timm's or torchvision's) or `TORCH_ALIASES`.
         dtype: of the returned arrays.
 
     Returns:
@@ -43,7 +43,7 @@ def from_torch(
     original = state_dicts.plain(state_dict)
     tensors, original_keys = _canonical(cls, original)
     found = {key: value.shape for key, value in tensors.items()}
-    table = layout.table(name, _options(name, tensors, original))
+    table = layout.nearest_table(name, _options(name, tensors, original), found)
     expected = _torch_shapes(table)
     if found != expected:
         raise errors.TeacherError(
@@ -51,14 +51,14 @@ def from_torch(
         )
     _check_values(name, tensors, original_keys)
     leaves = {
-        path: layout.to_flax(tensors[key]).astype(dtype)
-        for key, (path, _) in table.items()
+        entry.path: layout.to_flax(tensors[key], entry).astype(dtype)
+        for key, entry in table.items()
     }
     return flax.traverse_util.unflatten_dict(leaves)
 
 
 def to_torch(
-    name: str, variables: collections.abc.Mapping[str, Any]
+    name: str, variables: collections.abc.Mapping[str, Any], naming: str = ""
 ) -> dict[str, np.ndarray]:
     """Converts variables to a PyTorch state dictionary; inverts `from_torch` exactly.
 
@@ -66,39 +66,43 @@ def to_torch(
         name: one of `models.names()`.
         variables: {"params": ..., "batch_stats": ...} of arrays, from `from_torch` or
             training; the class count and the options are inferred from them.
+        naming: whose names to use, one of `models.family(name).NAMINGS`, such as
+            "timm"; "" for the first of them, the reference.
 
     Returns:
-        Reference key to float32 array in PyTorch's layout (OIHW, OI), without the
+        PyTorch key to float32 array in PyTorch's layout (OIHW, OI), without the
         counters `num_batches_tracked`, which our networks do not have.
 
     Raises:
-        ValueError: unknown name, or variables of another network (lists ten keys).
+        ValueError: unknown name or naming, or variables of another network (lists ten
+            keys).
     """
     leaves: dict[layout.Path, Any] = flax.traverse_util.flatten_dict(dict(variables))
-    keys = layout.keys(name)
+    naming = layout.naming(name, naming)
+    keys = layout.keys(name, naming)
     shapes = {
-        keys[path]: layout.torch_shape(leaf.shape)
+        keys[path][0]: layout.torch_shape(path, leaf.shape, keys[path][1])
         for path, leaf in leaves.items()
         if path in keys
     }
     try:
-        table = layout.table(name, layout.options(name, shapes))
+        table = layout.table(name, layout.options(name, shapes), naming)
     except errors.TeacherError as error:
         raise ValueError(str(error)) from error
-    expected = {"/".join(path): shape for path, shape in table.values()}
+    expected = {"/".join(entry.path): entry.shape for entry in table.values()}
     found = {"/".join(path): tuple(leaf.shape) for path, leaf in leaves.items()}
     if lines := layout.faults(expected, found):
         raise ValueError("\n".join([f"the variables are not those of {name}:", *lines]))
     return {
-        key: layout.to_torch(np.asarray(leaves[path], np.float32))
-        for key, (path, _) in table.items()
+        key: layout.to_torch(np.asarray(leaves[entry.path], np.float32), entry)
+        for key, entry in table.items()
     }
 
 
 def options_from_torch(
     name: str, state_dict: collections.abc.Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Infers the arguments of `models.create` for these weights: classes and shortcut.
+    """Infers the arguments of `models.create` for these weights, such as classes.
 
     Raises errors.TeacherError if the classifier's weight is missing or not a matrix.
     """
@@ -139,10 +143,8 @@ def _canonical(
     return result, original_keys
 
 
-def _torch_shapes(
-    table: collections.abc.Mapping[str, tuple[layout.Path, layout.Shape]],
-) -> dict[str, layout.Shape]:
-    return {key: layout.torch_shape(shape) for key, (_, shape) in table.items()}
+def _torch_shapes(table: layout.Table) -> dict[str, layout.Shape]:
+    return {key: entry.torch_shape for key, entry in table.items()}
 
 
 def _misfit(
@@ -156,7 +158,9 @@ def _misfit(
     heading = f"the weights do not fit {name}:"
     transposed = {key: value.T for key, value in original.items() if value.ndim == 2}
     if _fits(name, {**original, **transposed}):
-        what = ", ".join(f"{key} {original[key].shape}" for key in transposed)
+        shown = [f"{key} {original[key].shape}" for key in transposed]
+        more = len(shown) - layout.LISTED
+        what = ", ".join(shown[: layout.LISTED]) + (f" and {more} more" * (more > 0))
         return (
             f"{heading}\n  {what} looks transposed: PyTorch keeps (outputs, inputs); "
             "save its transpose"
@@ -190,7 +194,7 @@ def _nearest(
             options = layout.options(name, found)
         except errors.TeacherError:  # without a classifier, the rest may fit
             options = {"num_classes": 1, **cls.tree_options()[0]}
-        expected = _torch_shapes(layout.table(name, options))
+        expected = _torch_shapes(layout.nearest_table(name, options, found))
         same = sum(found.get(key) == shape for key, shape in expected.items())
         if (share := same / max(len(expected), len(found))) > best:
             best = share
@@ -203,9 +207,12 @@ def _nearest(
 def _has_similar_depth(
     name: str, original: collections.abc.Mapping[str, np.ndarray]
 ) -> bool:
-    """Returns whether `name` may fit by its number of kernels; cheaper than tracing."""
+    """Returns whether `name` may fit by its number of kernels; cheaper than tracing.
+
+    Kernels are those of convolutions and matrices.
+    """
     units = len(models.create(name, num_classes=1).unit_names)
-    kernels = sum(value.ndim == 4 for value in original.values())
+    kernels = sum(value.ndim in (2, 4) for value in original.values())
     return units <= kernels <= 6 * units
 
 
@@ -216,7 +223,7 @@ def _fits(name: str, original: collections.abc.Mapping[str, np.ndarray]) -> bool
         options = layout.options(name, found)
     except errors.TeacherError:
         return False
-    return _torch_shapes(layout.table(name, options)) == found
+    return _torch_shapes(layout.nearest_table(name, options, found)) == found
 
 
 def _check_values(

@@ -1,4 +1,4 @@
-"""Layers with PyTorch's padding, initialisation and batch-norm constants."""
+"""Layers with PyTorch's padding, initialisation and constants of norms."""
 
 import dataclasses
 import functools
@@ -21,6 +21,12 @@ uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 # For the linear layers of VGG, MobileNetV2 and HME.
 small_normal = nn.initializers.normal(0.01)
+
+# For transformers and ConvNeXt: PyTorch's truncated normal, which is cut off only at
+# +-2, a hundred deviations away.
+token_normal = nn.initializers.normal(0.02)
+
+gelu = functools.partial(jax.nn.gelu, approximate=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +81,22 @@ def conv(
     )
 
 
+def patches(features: int, size: int, style: Style, *, name: str) -> nn.Conv:
+    """Makes a convolution of squares that do not overlap: kernel = stride, no padding.
+
+    Pixels beyond the last whole square are not read.
+    """
+    return nn.Conv(
+        features,
+        (size, size),
+        strides=(size, size),
+        padding="VALID",
+        dtype=style.dtype,
+        kernel_init=style.kernel_init,
+        name=name,
+    )
+
+
 def conv_norm(
     x: jax.Array,
     features: int,
@@ -122,6 +144,40 @@ def norm(style: Style, *, train: bool, name: str | None) -> nn.Module:
         name=name,
         **options,
     )
+
+
+def layer_norm(style: Style, *, name: str) -> nn.Module:
+    """Makes a layer norm over channels, with statistics in float32.
+
+    Epsilon is 1e-6, as in the published transformers and ConvNeXts, where PyTorch's
+    default is 1e-5.
+    """
+    return nn.LayerNorm(
+        epsilon=1e-6, dtype=style.dtype, use_fast_variance=False, name=name
+    )
+
+
+def drop_path(
+    x: jax.Array, rate: float, *, train: bool, name: str | None = None
+) -> jax.Array:
+    """Applies stochastic depth (Huang et al. 2016, arXiv 1603.09382) to a branch.
+
+    In training the branch is zero for a share `rate` of the examples, and scaled by
+    1 / (1 - rate) for the others. For use in a compact method; reads the random numbers
+    "dropout" unless the rate is 0.
+    """
+    if rate == 0 or not train:
+        return x
+    axes = tuple(range(1, x.ndim))
+    return nn.Dropout(rate, broadcast_dims=axes, name=name)(x, deterministic=False)
+
+
+def share_of_depth(rate: float, unit: int, steps: int) -> float:
+    """Returns a unit's rate of `drop_path`: 0 at unit 0, growing to `rate` at `steps`.
+
+    Zero if there is nothing to grow over.
+    """
+    return rate * unit / steps if steps else 0.0
 
 
 class Affine(nn.Module):
@@ -192,6 +248,8 @@ class Head(nn.Module):
         activation: applied after that convolution.
         entry_norm: whether a batch norm and ReLU come first, as pre-activation networks
             need.
+        pooled_norm: whether a layer norm follows the pool, before the classifier.
+        dropout: share of the pooled channels that are dropped in training.
     """
 
     num_classes: int
@@ -201,6 +259,8 @@ class Head(nn.Module):
     conv_features: int = 0
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     entry_norm: bool = False
+    pooled_norm: bool = False
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
@@ -211,7 +271,11 @@ class Head(nn.Module):
             size = (self.conv_features, 1, 1)
             layer = functools.partial(conv_norm, train=train, name="conv", gated=True)
             x = self.activation(layer(x, *size, self.style))
-        pooled = jnp.mean(x, (1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        pooled = jnp.mean(x, (1, 2), dtype=dtype)
+        if self.pooled_norm:
+            style = dataclasses.replace(self.style, dtype=dtype)
+            pooled = layer_norm(style, name="norm")(pooled)
         bound = 0.0 if self.zero_bias else 1 / math.sqrt(pooled.shape[-1])
         dense = nn.Dense(
             self.num_classes,
@@ -222,18 +286,7 @@ class Head(nn.Module):
             ),
             name="dense",
         )
-        return dense(pooled), pooled
-
-
-gelu = functools.partial(jax.nn.gelu, approximate=False)
-
-
-def layer_norm(style: Style, *, name: str) -> nn.LayerNorm:
-    """Makes a layer norm over channels, with statistics in float32 and epsilon 1e-6."""
-    return nn.LayerNorm(epsilon=1e-6, dtype=style.dtype, name=name)
-
-
-def drop_path(x: jax.Array, rate: float, *, train: bool) -> jax.Array:
-    """Drops whole examples of a branch in training, and scales the rest (B, ...)."""
-    axes = tuple(range(1, x.ndim))
-    return nn.Dropout(rate, broadcast_dims=axes, deterministic=not train)(x)
+        if not (self.dropout and train):
+            return dense(pooled), pooled
+        drop = nn.Dropout(self.dropout, deterministic=False, name="dropout")
+        return dense(drop(pooled)), pooled

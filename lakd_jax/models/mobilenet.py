@@ -11,9 +11,10 @@ import functools
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
-from lakd_jax.models import chain, layers
+from lakd_jax.models import chain, layers, torch_names
 
 Activation = collections.abc.Callable[[jax.Array], jax.Array]
 
@@ -42,7 +43,7 @@ class SeparableBlock(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, depthwise 3x3 and linear 1x1; returns the bottleneck.
+    """1x1 expansion, depthwise and linear 1x1 convolution; returns the bottleneck.
 
     Attributes:
         features: number of output channels.
@@ -50,6 +51,10 @@ class InvertedResidual(nn.Module):
         expansion: factor on the input's channels; 0 omits the first convolution.
         activation: applied after the first two convolutions.
         style: settings shared by the network's layers.
+        kernel: size of the depthwise convolution.
+        squeeze: whether channels are weighted before the last convolution.
+        drop_path: share of examples without the branch in training, if the input is
+            added.
     """
 
     features: int
@@ -57,6 +62,9 @@ class InvertedResidual(nn.Module):
     expansion: int
     activation: Activation
     style: layers.Style
+    kernel: int = 3
+    squeeze: bool = False
+    drop_path: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
@@ -65,12 +73,23 @@ class InvertedResidual(nn.Module):
         h, width = x, x.shape[-1] * max(self.expansion, 1)
         if self.expansion:
             h = self.activation(conv(h, width, 1, 1, name="conv1", gated=True))
-        h = conv(h, width, 3, self.stride, groups=width, name="conv2")
+        h = conv(h, width, self.kernel, self.stride, groups=width, name="conv2")
         h = self.activation(h)
+        if self.squeeze:
+            h = h * self._weights(h, x.shape[-1] // 4)
         h = conv(h, self.features, 1, 1, name="conv3", gated=True)
         if self.stride == 1 and x.shape[-1] == self.features:
+            h = layers.drop_path(h, self.drop_path, train=train, name="drop_path")
             h = h + x.astype(h.dtype)
         return h, h
+
+    def _weights(self, h: jax.Array, width: int) -> jax.Array:
+        """Computes a weight per image and channel (Hu et al., arXiv 1709.01507)."""
+        layer = functools.partial(layers.conv, style=self.style, bias=True)
+        dtype = jnp.promote_types(h.dtype, jnp.float32)
+        pooled = jnp.mean(h, (1, 2), keepdims=True, dtype=dtype)
+        hidden = self.activation(layer(width, 1, 1, name="squeeze")(pooled))
+        return nn.sigmoid(layer(h.shape[-1], 1, 1, name="excite")(hidden))
 
 
 class MobileNetV1(chain.Chain, kw_only=True):
@@ -104,6 +123,8 @@ class MobileNetV1(chain.Chain, kw_only=True):
         unit = 1 + sum(self.stage_sizes[:stage]) + index
         return f"model.{unit}.{positions[layer]}"
 
+
+TIMM_CLASSIFIER = "classifier"
 
 # (group, index in it) of every block, by stage: version 2's paper has seven groups, and
 # the literature takes features after groups 2, 3, 5 and 7.
@@ -172,26 +193,39 @@ class MobileNetV2(chain.Chain, kw_only=True):
         return f"blocks.{group}.{index}.conv.{position}"
 
 
-def _timm_aliases() -> tuple[tuple[str, str], ...]:
-    """Returns patterns from timm's names of the ImageNet network to torchvision's."""
-    layers_of_first = {"conv_dw": "0.0", "bn1": "0.1", "conv_pw": "1", "bn2": "2"}
-    layers_of_others = {"conv_pw": "0.0", "bn1": "0.1", "conv_dw": "1.0"}
-    layers_of_others |= {"bn2": "1.1", "conv_pwl": "2", "bn3": "3"}
-    outside = {"conv_stem": "features.0.0", "bn1": "features.0.1"}
-    outside |= {"conv_head": "features.18.0", "bn2": "features.18.1"}
-    aliases = [(rf"^{old}\.", f"{new}.") for old, new in outside.items()]
-    aliases.append((r"^classifier\.(weight|bias)$", r"classifier.1.\1"))
-    for group, table in (("0", layers_of_first), ("[1-6]", layers_of_others)):
-        aliases += [
-            (rf"^(blocks\.{group}\.\d)\.{old}\.", rf"\1.conv.{new}.")
-            for old, new in table.items()
-        ]
-    blocks = [block for stage in _GROUP_AND_INDEX for block in stage]
-    aliases += [
-        (rf"^blocks\.{group}\.{index}\.", f"features.{number}.")
-        for number, (group, index) in enumerate(blocks, 1)
-    ]
-    return tuple(aliases)
+# timm's names, which number the norms of a block by their order.
+_TIMM: dict[tuple[str, ...], str] = {
+    ("stem", "conv"): "conv_stem",
+    ("stem", "bn"): "bn1",
+    ("head", "conv"): "conv_head",
+    ("head", "bn"): "bn2",
+    ("head", "dense"): TIMM_CLASSIFIER,
+}
+_TIMM_SQUEEZE = {"squeeze": "se.conv_reduce", "excite": "se.conv_expand"}
+_TIMM_EXPANDED = {
+    **{"conv1": "conv_pw", "conv2": "conv_dw", "conv3": "conv_pwl"},
+    **{"bn1": "bn1", "bn2": "bn2", "bn3": "bn3"},
+    **_TIMM_SQUEEZE,
+}
+_TIMM_PLAIN = {
+    **{"conv2": "conv_dw", "conv3": "conv_pw", "bn2": "bn1", "bn3": "bn2"},
+    **_TIMM_SQUEEZE,
+}
+
+
+def timm_key(path: tuple[str, ...], group: int, index: int, expanded: bool) -> str:
+    """Returns timm's key of an array of a network of inverted residuals.
+
+    Args:
+        path: of the array in our tree.
+        group, index: number of the block's group and of the block in it, from 0.
+        expanded: whether the block has its first convolution.
+    """
+    leaf = torch_names.LEAVES[path[-1]]
+    if path[0] in ("stem", "head"):
+        return f"{_TIMM[path[:-1]]}.{leaf}"
+    names = _TIMM_EXPANDED if expanded else _TIMM_PLAIN
+    return f"blocks.{group}.{index}.{names[path[2]]}.{leaf}"
 
 
 class ImageNetMobileNetV2(MobileNetV2, kw_only=True):
@@ -214,7 +248,19 @@ class ImageNetMobileNetV2(MobileNetV2, kw_only=True):
         ("head", "conv"): "features.18.0",
         ("head", "bn"): "features.18.1",
     }
-    TORCH_ALIASES: ClassVar[tuple[tuple[str, str], ...]] = _timm_aliases()
+    NAMINGS: ClassVar[tuple[str, ...]] = ("torchvision", "timm")
+    OTHER_CLASSIFIERS: ClassVar[tuple[str, ...]] = (TIMM_CLASSIFIER,)
+
+    @nn.nowrap
+    def torch_key(self, path: tuple[str, ...], naming: str) -> str:
+        """See `chain.Chain`."""
+        if naming != "timm":
+            return super().torch_key(path, naming)
+        group, index = 0, 0
+        if path[0] not in ("stem", "head"):
+            stage, index = torch_names.stage_and_index(".".join(path[:2]))
+            group, index = _GROUP_AND_INDEX[stage][index]
+        return timm_key(path, group, index, expanded=group > 0)
 
     @nn.nowrap
     def torch_block_name(self, stage: int, index: int, layer: str) -> str:

@@ -8,8 +8,8 @@ from lakd_jax import fields
 
 Mapping = collections.abc.Mapping
 
-# PyTorch's names of the arrays of a layer.
-_LEAVES = {
+# Our names of the arrays of a layer -> PyTorch's.
+LEAVES = {
     "kernel": "weight",
     "scale": "weight",
     "bias": "bias",
@@ -27,8 +27,10 @@ class TorchNames:
     OPTIONS: ClassVar[Mapping[str, tuple[str, ...] | fields.Check]] = {}
     # The names under which its weights are published; the first is the reference.
     NAMINGS: ClassVar[tuple[str, ...]] = ("",)
-    # PyTorch's names of the classifier and, by path, of the stem's and head's layers.
+    # PyTorch's names of the classifier (by the reference, and by the other `NAMINGS`)
+    # and, by path, of the stem's and head's layers.
     CLASSIFIER: ClassVar[str] = "fc"
+    OTHER_CLASSIFIERS: ClassVar[tuple[str, ...]] = ()
     TORCH_NAMES: ClassVar[Mapping[tuple[str, ...], str]] = {
         ("stem", "conv"): "conv1",
         ("stem", "bn"): "bn1",
@@ -42,7 +44,7 @@ class TorchNames:
         `naming` is one of `NAMINGS`.
         """
         del naming
-        return f"{self.torch_name(path[:-1])}.{_LEAVES[path[-1]]}"
+        return f"{self.torch_name(path[:-1])}.{LEAVES[path[-1]]}"
 
     def torch_ones(self, key: str) -> int:
         """Returns how many axes of length 1 the array `key` has at the end there."""
@@ -80,9 +82,12 @@ class TorchNames:
     ) -> dict[str, Any]:
         """Infers `num_classes` and the family's options from PyTorch keys and shapes.
 
-        Raises KeyError naming the required key that is missing or has the wrong shape.
+        The keys may have the names of any of the `NAMINGS`. Raises KeyError naming the
+        required key that is missing or has the wrong shape.
         """
-        key = f"{cls.CLASSIFIER}.weight"
+        classifiers = (cls.CLASSIFIER, *cls.OTHER_CLASSIFIERS)
+        names = [f"{name}.weight" for name in classifiers]
+        key = next((name for name in names if name in shapes), names[0])
         shape = shapes.get(key, ())
         if len(shape) != 2 or shape[0] < 1:
             raise KeyError(key)

@@ -25,6 +25,7 @@ GOLDEN = sorted(p.stem for p in (golden_weights.FOLDER / "models").glob("*.json"
 SOME = ["resnet8", "resnet110", "resnet8x4", "cifar_resnet18", "resnet18", "resnet50"]
 SOME += ["wrn_16_1", "wrn_16_2", "vgg8", "mobilenet_v1", "mobilenet_v2"]
 SOME += ["mobilenet_v2_imagenet", "shuffle_v1", "shuffle_v2", "hme"]
+SOME += ["convnext_atto", "efficientnet_b0"]
 
 
 def others_long(names, quick):
@@ -195,21 +196,34 @@ def test_every_tensor_of_timm_finds_its_place(arch):
 # to_torch
 
 
+def numbered(table):
+    """Variables of a network of which every number is another."""
+    leaves = {
+        entry.path: np.arange(math.prod(entry.shape), dtype=np.float32).reshape(
+            entry.shape
+        )
+        + index
+        for index, entry in enumerate(table.values())
+    }
+    return flax.traverse_util.unflatten_dict(leaves)
+
+
 @pytest.mark.parametrize("name", others_long(models.names(), SOME))
 def test_every_network_goes_there_and_back(name):
-    options = {key: values[0] for key, values in models.family(name).OPTIONS.items()}
+    family = models.family(name)
+    choices = {k: v for k, v in family.OPTIONS.items() if isinstance(v, tuple)}
+    options = {key: values[0] for key, values in choices.items()}
     # With the number of classes of the golden weights, if any: traced already.
     classes = golden_weights.classes(name) if name in GOLDEN else 1
     options = {"num_classes": classes, **options}
-    variables = {
-        path: np.arange(math.prod(shape), dtype=np.float32).reshape(shape) + index
-        for index, (path, shape) in enumerate(layout.table(name, options).values())
-    }
-    variables = flax.traverse_util.unflatten_dict(variables)
-    weights = interop.to_torch(name, variables)
-    assert all(value.flags.c_contiguous for value in weights.values())
-    assert interop.options_from_torch(name, weights) == options
-    assert_same_tree(interop.from_torch(name, weights), variables)
+    variables = numbered(layout.table(name, options))
+    for naming in family.NAMINGS:
+        weights = interop.to_torch(name, variables, naming)
+        assert all(value.flags.c_contiguous for value in weights.values())
+        found = interop.options_from_torch(name, weights)
+        assert options.items() <= found.items()
+        assert models.create(name, **found) == models.create(name, **options)
+        assert_same_tree(interop.from_torch(name, weights), variables)
     if name in GOLDEN:  # in the names and shapes of the public implementation
         golden = golden_weights.state_dict(name)
         assert_same_tree(
