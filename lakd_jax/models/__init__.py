@@ -13,9 +13,19 @@ from typing import Any
 import jax.numpy as jnp
 
 from lakd_jax import fields
-from lakd_jax.models import chain, mobilenet, resnet, shufflenet, vgg, vit, wrn
+from lakd_jax.models import (
+    chain,
+    convnext,
+    efficientnet,
+    mobilenet,
+    resnet,
+    shufflenet,
+    vgg,
+    vit,
+    wrn,
+)
 
-_FAMILIES = (resnet, wrn, vgg, mobilenet, shufflenet, vit)
+_FAMILIES = (resnet, wrn, vgg, mobilenet, shufflenet, convnext, efficientnet, vit)
 _LAZY_FAMILIES = {"hme": "lakd_jax.hme.network"}  # network -> module, imported on use
 _NETWORKS: dict[str, Any] = {  # partials of Chain classes
     name: build for family in _FAMILIES for name, build in family.NETWORKS.items()

@@ -15,6 +15,10 @@ from lakd_jax.models import describe
 IDENTITY = {"shortcut": "identity"}
 
 
+def long(*values):
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
 def test_registry_names():
     assert models.names() == [
         *(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110)),
@@ -25,6 +29,8 @@ def test_registry_names():
         *(f"vgg{depth}" for depth in (8, 11, 13, 16, 19)),
         *("mobilenet_v2", "mobilenet_v1", "mobilenet_v2_imagenet"),
         *("shuffle_v1", "shuffle_v2"),
+        *(f"convnext_{size}" for size in ("atto", "pico", "nano", "tiny", "small")),
+        *(f"efficientnet_b{number}" for number in range(5)),
         "hme",
     ]
 
@@ -39,6 +45,11 @@ def test_registry_names():
         ({"name": "wrn_16"}, "did you mean 'wrn_16_2'"),
         ({"name": "vgg8", "shortcut": "identity"}, "option of vgg8 is 'shortcut'"),
         ({"shortcutt": "identity"}, "did you mean 'shortcut'"),
+        ({"name": "convnext_atto", "patch": 0}, "patch of convnext_atto must be at"),
+        ({"name": "convnext_atto", "drop_path": 1.0}, "from 0 to below 1, is 1"),
+        ({"name": "convnext_atto", "layer_scale": -1.0}, "must be at least 0"),
+        ({"name": "convnext_atto", "vam": None}, "option of convnext_atto is 'vam'"),
+        ({"name": "efficientnet_b0", "patch": 2}, "option of efficientnet_b0 is"),
         ({"shortcut": "B"}, "must be one of projection, identity"),
         ({"dtype": "int8"}, "floating type"),
         ({"dtype": "float33"}, "unknown dtype"),
@@ -56,11 +67,19 @@ def test_create_rejects(arguments, message):
     ("name", "options", "classes", "parameters", "macs"),
     [
         # Published: 25.56 M and 4.09 G; 3.50 M and 0.30 G; 11.69 M and 1.81 G.
-        pytest.param(
-            *("resnet50", {}, 1000, 25_557_032, 4_089_184_256), marks=pytest.mark.long
-        ),
+        long("resnet50", {}, 1000, 25_557_032, 4_089_184_256),
         ("mobilenet_v2_imagenet", {}, 1000, 3_504_872, 300_774_272),
         ("resnet18", {}, 1000, 11_689_512, 1_814_073_344),
+        # The reference's own counts.
+        ("convnext_pico", {}, 1000, 9_045_672, 1_367_055_360),
+        long("convnext_tiny", {}, 1000, 28_589_128, 4_455_531_264),
+        long("efficientnet_b0", {}, 1000, 5_288_548, 385_814_752),
+        # Published.
+        long("convnext_small", {}, 1000, 50_223_688, None),
+        long("efficientnet_b1", {}, 1000, 7_794_184, None),
+        long("efficientnet_b2", {}, 1000, 9_109_994, None),
+        long("efficientnet_b3", {}, 1000, 12_233_232, None),
+        long("efficientnet_b4", {}, 1000, 19_341_616, None),
         # By hand: 3x3x3x16 at 32x32, then per stage, then 64 x 100.
         ("resnet8", {}, 100, 83_892, 12_507_392),
         # 269,722 and 1,727,962 are what the authors of the public checkpoints state.

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import pathlib
+import re
 import zlib
 
 import numpy as np
@@ -16,15 +17,22 @@ import numpy as np
 FOLDER = pathlib.Path(__file__).parents[1] / "golden"
 
 
-def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The float32 tensor called `name`, in PyTorch's layout."""
+def tensor(name: str, shape: tuple[int, ...], gain: float = 0.5) -> np.ndarray:
+    """The float32 tensor called `name`, in PyTorch's layout.
+
+    `gain` is the share of the variance that kernels and matrices pass on.
+    """
     generator = np.random.default_rng(zlib.crc32(name.encode("ascii")))
     noise = generator.standard_normal(shape)
-    if len(shape) > 1:  # kernel of a convolution, matrix of a linear layer
-        values = noise * np.sqrt(0.5 / math.prod(shape[1:]))
+    if name.endswith(("cls_token", "dist_token", "pos_embed")):  # as patches are
+        values = 0.5 * noise
+    elif name.endswith(("gamma", "layer_scale")):  # of a branch, not as small as usual
+        values = 0.5 + 0.1 * noise
+    elif len(shape) > 1:  # kernel of a convolution, matrix of a linear layer
+        values = noise * np.sqrt(gain / math.prod(shape[1:]))
     elif name.endswith("running_var"):
         values = np.exp(0.1 * noise)
-    elif name.endswith("weight"):  # scale of a batch norm
+    elif name.endswith("weight"):  # scale of a norm
         values = 1.0 + 0.1 * noise
     else:
         values = 0.1 * noise
@@ -46,10 +54,16 @@ def norm(name: str, width: int) -> dict[str, np.ndarray]:
     return {"scale": tensor(f"{name}.weight", (width,)), **bias(name, width)}
 
 
+def spec(name: str) -> dict:
+    """What is known of the golden network `name` besides its results."""
+    return json.loads((FOLDER / "models" / f"{name}.json").read_text())
+
+
 def state_dict(name: str) -> dict[str, np.ndarray]:
     """All weights of the golden network `name`."""
-    spec = json.loads((FOLDER / "models" / f"{name}.json").read_text())
-    return {key: tensor(key, tuple(shape)) for key, shape in spec["state_dict"]}
+    found = spec(name)
+    gain = found.get("gain", 0.5)
+    return {key: tensor(key, tuple(shape), gain) for key, shape in found["state_dict"]}
 
 
 def outputs(name: str) -> dict[str, np.ndarray]:
@@ -60,14 +74,15 @@ def outputs(name: str) -> dict[str, np.ndarray]:
 
 def images(name: str) -> np.ndarray:
     """The input (B, side, side, 3) of the golden network `name`, NHWC."""
-    batch, side = (1, 224) if classes(name) == 1000 else (2, 32)
+    shape = re.search(r"\((\d+), 3, (\d+), \2\)", spec(name)["input"])
+    batch, side = map(int, shape.groups())
     nchw = np.random.default_rng(7).standard_normal((batch, 3, side, side))
     return nchw.astype(np.float32).transpose(0, 2, 3, 1)
 
 
 def classes(name: str) -> int:
     """Width of the logits of the golden network `name`."""
-    return json.loads((FOLDER / "models" / f"{name}.json").read_text())["num_classes"]
+    return spec(name)["num_classes"]
 
 
 @functools.cache
