@@ -12,6 +12,7 @@ head are made; naming, recording, cutting and restarting are all implemented her
 import collections.abc
 import dataclasses
 import functools
+import itertools
 import operator
 from typing import Any, ClassVar
 
@@ -55,6 +56,8 @@ class Outputs:
             (B, n, C): class and distillation token; else ().
         head_logits: of networks with several heads, the logits (B, classes) float32 of
             each, of which `logits` is the mean; else ().
+        block_preacts: what `preacts` has for the ends of stages, for every block of
+            `blocks`; () where `preacts` is.
     """
 
     logits: jax.Array
@@ -66,6 +69,7 @@ class Outputs:
     taps: tuple[jax.Array, ...] = ()
     tokens: tuple[jax.Array, ...] = ()
     head_logits: tuple[jax.Array, ...] = ()
+    block_preacts: tuple[tuple[jax.Array, ...], ...] = ()
 
 
 class Chain(torch_names.TorchNames, nn.Module, kw_only=True):
@@ -202,38 +206,35 @@ class Chain(torch_names.TorchNames, nn.Module, kw_only=True):
         names = self.unit_names
         done = names.index(resolve_joint(self, after)) + 1 if after else 0
         stop = names.index(resolve_joint(self, until)) + 1 if until else len(names)
-        stem, features, preacts, blocks, tokens = None, [], [], [], []
-        h = x
+        stem, blocks, preacts, h = None, [], [], x
         if done == 0:
             stem, _ = self.make_stem("stem")(h, train=train)
-            if self.STEM_IN_FEATURES:
-                features.append(self.as_map(stem))
-                preacts.append(self.as_map(stem))
-                tokens += self.tokens_of(stem)
             h = on_joint("stem", stem)
         before = 1  # units before the stage
         for stage, size in enumerate(self.stage_sizes):
             first, last = (min(max(n - before, 0), size) for n in (done, stop))
             before += size
-            if first >= last:
-                blocks.append(())
-                continue
-            module = _Stage(name=f"stage{stage + 1}")
-            h, outs, preact = module(
-                h, self.make_block, stage, first, last, train, on_joint
-            )
-            features.append(self.as_map(outs[-1]))
-            preacts.append(self.as_map(preact))
-            tokens += self.tokens_of(outs[-1])
+            outs, before_relu = (), ()
+            if first < last:
+                module = _Stage(name=f"stage{stage + 1}")
+                h, outs, before_relu = module(
+                    h, self.make_block, stage, first, last, train, on_joint
+                )
             blocks.append(outs)
+            preacts.append(before_relu)
+        recorded = (stem,) if stem is not None and self.STEM_IN_FEATURES else ()
+        ends = (*recorded, *(stage[-1] for stage in blocks if stage))
+        preact_ends = (*recorded, *(stage[-1] for stage in preacts if stage))
+        unknown = bool(until) and self.PREACTIVATION  # without the next unit's norm
         outputs = Outputs(
             logits=jnp.zeros((0, self.num_classes), jnp.float32),
             stem=stem,
-            features=tuple(features),
-            preacts=() if until and self.PREACTIVATION else tuple(preacts),
+            features=tuple(map(self.as_map, ends)),
+            preacts=() if unknown else tuple(map(self.as_map, preact_ends)),
             blocks=tuple(blocks),
             pooled=jnp.zeros((0, h.shape[-1]), jnp.float32),
-            tokens=tuple(tokens),
+            tokens=tuple(itertools.chain(*map(self.tokens_of, ends))),
+            block_preacts=() if unknown else jax.tree.map(self.as_map, tuple(preacts)),
         )
         if until:
             return outputs
@@ -247,11 +248,12 @@ class Chain(torch_names.TorchNames, nn.Module, kw_only=True):
         """Completes the outputs of a pass that ran all stages, of which `h` came."""
         logits, pooled, *head_logits = self.make_head("head")(h, train=train)
         positive, preacts = outputs.blocks, outputs.preacts
+        block_preacts = outputs.block_preacts
         if self.PREACTIVATION:
-            normed = self._entry_norms(outputs.blocks, train, isolated=isolated)
-            ends = tuple(stage[-1] for stage in normed if stage)
+            block_preacts = self._entry_norms(outputs.blocks, train, isolated=isolated)
+            ends = tuple(stage[-1] for stage in block_preacts if stage)
             preacts = preacts[: len(preacts) - len(ends)] + ends
-            positive = jax.tree.map(nn.relu, normed)
+            positive = jax.tree.map(nn.relu, block_preacts)
         positive = jax.tree.map(self.as_map, positive)
         return dataclasses.replace(
             outputs,
@@ -260,6 +262,7 @@ class Chain(torch_names.TorchNames, nn.Module, kw_only=True):
             pooled=pooled,
             taps=self._taps(positive),
             head_logits=tuple(*head_logits),
+            block_preacts=block_preacts,
         )
 
     def _taps(self, blocks: tuple[tuple[jax.Array, ...], ...]) -> tuple[jax.Array, ...]:
@@ -317,16 +320,17 @@ class _Stage(nn.Module):
         last: int,
         train: bool,
         on_joint: JointFn,
-    ) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
-        """Runs blocks first..last-1; returns (h, activations, last pre-activation)."""
-        outputs, preact = [], h  # at least one block runs and replaces `preact`
+    ) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        """Runs blocks first..last-1; returns (h, activations, pre-activations)."""
+        outputs, preacts = [], []
         for index in range(first, last):
             # make_block is not wrapped by Linen, so the block lands in this scope.
             name = f"block{index + 1}"
             activation, preact = make_block(stage, index, name)(h, train=train)
             outputs.append(activation)
+            preacts.append(preact)
             h = on_joint(f"{self.name}.{name}", activation)
-        return h, tuple(outputs), preact
+        return h, tuple(outputs), tuple(preacts)
 
 
 def resolve_joint(model: Chain, joint: str) -> str:
@@ -352,24 +356,21 @@ def feature_at(
         outputs: of a full pass (without `after`).
         model: the network that computed them.
         joint: a name that `resolve_joint` accepts.
-        preact: whether to return the value before the last ReLU instead, which is
-            recorded only for the stem and the ends of stages.
+        preact: whether to return the value before the last ReLU instead.
 
     Raises:
-        ValueError: unknown joint, or `preact` inside a stage.
+        ValueError: unknown joint, or `preact` at the stem of a network that does not
+            have it in `features`.
     """
     name = resolve_joint(model, joint)
-    if preact:
-        stages = range(1, len(model.stage_sizes) + 1)
-        ends = [resolve_joint(model, f"stage{s}") for s in stages]
-        recorded = ["stem", *ends] if model.STEM_IN_FEATURES else ends
-        if name not in recorded:
-            raise ValueError(
-                f"no pre-activation is recorded at {name!r}: only at the ends of "
-                "stages, such as 'stage1', and at the stem of most networks"
-            )
-        return outputs.preacts[recorded.index(name)]
-    return model.as_map(passed_on(outputs, name))
+    if not preact:
+        return model.as_map(passed_on(outputs, name))
+    if name == "stem":
+        if not model.STEM_IN_FEATURES:
+            raise ValueError(f"no pre-activation is recorded at {name!r}")
+        return outputs.preacts[0]
+    stage, index = torch_names.stage_and_index(name)
+    return outputs.block_preacts[stage][index]
 
 
 def passed_on(outputs: Outputs, unit: str) -> jax.Array:
