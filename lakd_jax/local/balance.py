@@ -20,7 +20,9 @@ KINDS = ("bytes", "flops")
 
 
 def unit_costs(model: chain.Chain, kind: str) -> tuple[float, ...]:
-    """Computes the cost of each unit for one image of the family's `IMAGE_SIZE`.
+    """Computes the cost of each unit for one image.
+
+    Its size is the one that the network is made for, else the family's `IMAGE_SIZE`.
 
     Args:
       model: the network.
@@ -36,7 +38,7 @@ def unit_costs(model: chain.Chain, kind: str) -> tuple[float, ...]:
 
 @functools.cache
 def _unit_costs(model: Any, kind: str) -> tuple[float, ...]:
-    side = model.IMAGE_SIZE
+    side = getattr(model, "fixed_side", 0) or model.IMAGE_SIZE
     variables = chain.variable_shapes(model, side)
     x = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     costs, cache = [], {}  # most blocks of a stage are alike, and tracing takes time

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from lakd_jax import fields
-from lakd_jax.local import balance
+from lakd_jax.local import balance, pairing
 from lakd_jax.models import chain
 
 PyTree = Any
@@ -46,8 +46,9 @@ def modules(
 ) -> Partition:
     """Partitions a student, and pairs a joint of the teacher with every cut.
 
-    The teacher's joint is in the same stage, after the same fraction of its blocks (the
-    end of a stage is paired with the end of a stage, the stem with the stem).
+    The teacher's joint is the one nearest to the same share of depth: of the stage if
+    both networks have as many stages, else of all blocks (see `local.pairing`). The
+    last joints are always paired, and the stem with the stem.
 
     Args:
       student: the network to be cut.
@@ -130,32 +131,26 @@ def _counterparts(
 ) -> tuple[str, ...]:
     """Returns the teacher's joint for each of the student's."""
     field = "local.cuts" if granularity == "list" else "local.granularity"
-    ours, theirs = student.stage_sizes, teacher.stage_sizes
-    paired = _pairs(student, teacher, field)
+    paired = pairing.of_joints(student, teacher)
+    valid = f"cuts can be made at {', '.join(list(paired)[:-1])}"
+    if granularity == "stage":
+        stages, blocks = len(student.stage_sizes), len(teacher.unit_names) - 1
+        if stages > blocks:
+            raise ValueError(
+                f"{field}: the student has {stages} stages and the teacher {blocks} "
+                "blocks, too few to pair with; use local.granularity=none, or list: "
+                f"{valid}"
+            )
+        paired = pairing.of_stages(student, teacher)
     for joint in joints:
         if joint not in paired:
             raise ValueError(
-                f"{field}: no joint of the teacher lies as far through its stage as "
-                f"{joint!r} does, since its stages have {theirs} blocks and the "
-                f"student's {ours}; cuts can be made at {', '.join(paired)}"
+                f"{field}: no joint of the teacher is left for {joint!r}: the one "
+                "nearest to its share of depth belongs to a nearer joint, since the "
+                f"teacher's stages have {teacher.stage_sizes} blocks and the student's "
+                f"{student.stage_sizes}; {valid}"
             )
     return tuple(paired[j] for j in joints)
-
-
-def _pairs(student: chain.Chain, teacher: chain.Chain, field: str) -> dict[str, str]:
-    """Returns student joint -> teacher joint, for all joints with a counterpart."""
-    ours, theirs = student.stage_sizes, teacher.stage_sizes
-    if len(ours) != len(theirs):
-        raise ValueError(
-            f"{field}: the student has {len(ours)} stages and the teacher "
-            f"{len(theirs)}, so their joints do not pair; use local.granularity=none"
-        )
-    paired = {"stem": "stem"}
-    for s, (n, m) in enumerate(zip(ours, theirs, strict=True), 1):
-        for b in range(1, n + 1):
-            if b * m % n == 0:
-                paired[f"stage{s}.block{b}"] = f"stage{s}.block{b * m // n}"
-    return paired
 
 
 def _balanced(
@@ -165,7 +160,9 @@ def _balanced(
     names = student.unit_names
     paired = dict(zip(names, names, strict=True))
     if teacher is not None:
-        paired = _pairs(student, teacher, "local.granularity")
+        paired = pairing.of_exact_joints(student, teacher)
+        if count >= len(paired):  # the stem ends no module
+            paired = pairing.of_joints(student, teacher)
     costs = list(balance.unit_costs(student, kind))
     if kind == "flops":
         # A backward pass costs two forward passes; a frozen teacher runs forward only.

@@ -183,7 +183,7 @@ def test_all_faults_at_once():
             "local.cuts: joint is 'stage4'; did you mean 'stage",
         ),
         (
-            {"local__granularity": "block", "teacher__name": "resnet32"},
+            {"local__granularity": "block", "teacher__name": "resnet8"},
             "local.granularity: no joint of the teacher",
         ),
         (
@@ -203,7 +203,7 @@ def test_all_faults_at_once():
             "student.shortcut is 'identity', which vgg8 does not offer",
         ),
         (
-            {"student__name": "vgg8"},
+            {"student__name": "vgg8", "teacher__name": "resnet8"},
             "local.granularity: the student has 4 stages and the teacher 3",
         ),
     ],

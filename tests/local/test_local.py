@@ -69,12 +69,12 @@ FOUR = toys.Toy(stage_sizes=(1, 1, 1, 1))
 @pytest.mark.parametrize(
     ("student", "teacher", "granularity", "points", "message"),
     [
-        ("resnet32", "resnet56", "block", (), r"local\.granularity.*stage1\.block1"),
+        ("resnet56", "resnet32", "block", (), r"local\.granularity.*stage1\.block1"),
         (
-            *("resnet32", "resnet56", "list", ("stage1.block2",)),
-            r"local\.cuts.*stage1\.block2.*stage1\.block5",
+            *("resnet56", "resnet32", "list", ("stage1.block3",)),
+            r"local\.cuts.*stage1\.block3.*stage1\.block9",
         ),
-        (toys.Toy(), FOUR, "stage", (), "3 stages and the teacher 4"),
+        (FOUR, toys.Toy(), "stage", (), "4 stages and the teacher 3"),
         (toys.Toy(), None, "stages", (), "did you mean 'stage'"),
         (toys.Toy(), None, "stage", ("stage1",), "local.cuts goes with"),
     ],
