@@ -107,8 +107,8 @@ def _preacts(c: Config, _: int) -> str | None:
     found = [m for m in methods(c) if distill.facts(m).needs_preacts]
     if found and c.local.granularity not in ("stage", "none"):
         return (
-            f"method {found[0]} reads pre-activations, which are recorded at the ends "
-            "of stages: it needs local.granularity=stage or none"
+            f"method {found[0]} compares the ends of stages before their ReLU: it "
+            "needs local.granularity=stage or none"
         )
 
 
@@ -314,8 +314,8 @@ class _Run:
         """Returns the joints at the ends of the modules, with both networks' shapes."""
         student, teacher, partition = self._partition
         shapes = (
-            chain.joint_shapes(student, partition.student_joints),
-            chain.joint_shapes(teacher, partition.teacher_joints),
+            chain.joint_shapes(student, partition.student_joints, _side(student)),
+            chain.joint_shapes(teacher, partition.teacher_joints, _side(teacher)),
         )
         joints = zip(partition.student_joints, *shapes, strict=True)
         return tuple(rules_lib.Joint(*joint) for joint in joints)
@@ -328,6 +328,11 @@ class _Run:
             return _partition(self._config)
         except ValueError as e:  # reported by `_cuts`
             raise _Unreadable(*_CUTS) from e
+
+
+def _side(model: chain.Chain) -> int:
+    """Returns a size of images that the network takes."""
+    return getattr(model, "fixed_side", 0) or 32
 
 
 class _Options:

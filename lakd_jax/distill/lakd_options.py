@@ -232,12 +232,17 @@ def _module_input(options: Any, run: rules_lib.Run) -> str:
     if run["local.module_input"] == "student":
         return ""
     for joint in run.joints[:-1]:  # the last one feeds no module
-        if joint.student != joint.teacher:
-            return (
-                f"local.module_input=teacher: at {joint.name!r} the student has "
-                f"{joint.student[-1]} channels and the teacher {joint.teacher[-1]}; "
-                "use local.module_input=student"
-            )
+        if joint.student == joint.teacher:
+            continue
+        ours, theirs = joint.student[-1], joint.teacher[-1]
+        has = f"{ours} channels and the teacher {theirs}"
+        if ours == theirs:
+            sizes = ["x".join(map(str, s[1:3])) for s in (joint.student, joint.teacher)]
+            has = f"maps of {sizes[0]} and the teacher of {sizes[1]}"
+        return (
+            f"local.module_input=teacher: at {joint.name!r} the student has {has}; use "
+            "local.module_input=student"
+        )
     return ""
 
 

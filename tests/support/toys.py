@@ -87,6 +87,30 @@ class Toy(chain.Chain, kw_only=True):
         return Head(self.num_classes, name=name)
 
 
+class Flat(Toy, kw_only=True):
+    """Two stages whose maps have one size, 3x3 of 8x8 images, and are signed."""
+
+    stage_sizes: tuple[int, ...] = (3, 2)
+
+    @nn.nowrap
+    def make_stem(self, name):
+        return Signed(self.width, 3, name=name)
+
+    @nn.nowrap
+    def make_block(self, stage, index, name):
+        del stage, index
+        return Signed(self.width, 1, name=name)
+
+
+class Signed(Unit):
+    """A `Unit` without a ReLU: what it passes on is its pre-activation."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        _, x = Unit.__call__(self, x, train=train)
+        return x, x
+
+
 def images():
     """Eight random images of 8x8 pixels, and labels."""
     key = jax.random.key(0)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import test_train_step as steps
 import tiny
+import toys
 
 from lakd_jax.training import segments
 
@@ -22,6 +23,7 @@ VARIANTS = {
     "preact_fed": {"lakd.preact": True, "local.module_input": "teacher"},
     "clipped": {"optim.clip_norm": 0.1},
     "late": {"local.module_start_epochs": (0.0, 0.05, 0.1)},
+    "unlike": {"teacher_network": toys.Flat, "lakd.preact": True},
     "several": {
         "lakd.preact": True,
         "local.module_input": "teacher",

@@ -7,6 +7,7 @@ import jax
 import pytest
 import test_train_step as steps
 import tiny
+import toys
 
 from lakd_jax import config as config_lib
 from lakd_jax.runtime import interrupt
@@ -24,6 +25,8 @@ SHAPES = {
     # Modules 2 and 3 have equal variables, but only the third pools its input.
     "pooled": {"network": POOLED, "local__granularity": "block"},
     "fed": {"local__module_input": "teacher"},
+    # The teacher's modules end inside its stages.
+    "unlike": {"teacher_network": toys.Flat},
 }
 
 
@@ -71,9 +74,11 @@ def trained(tmp_path_factory):
         ("dispatch", "stages", 1),
         ("dispatch", "blocks", 1),
         ("dispatch", "pooled", 1),
+        ("dispatch", "unlike", 1),
         pytest.param("dispatch", "fed", 1, marks=LONG),
         pytest.param("pipeline", "blocks", 3, marks=LONG),
         pytest.param("pipeline", "fed", 3, marks=LONG),
+        pytest.param("pipeline", "unlike", 3, marks=LONG),
     ],
 )
 def test_engines_train_alike(kind, shape, devices, trained):

@@ -23,16 +23,20 @@ from lakd_jax.training import spec as spec_lib
 LONG = pytest.mark.long
 
 
-def spec_of(tmp_path, devices=8, network=tiny.SMALL, **fields):
-    """Returns (spec, a function for its first state, the teacher's variables)."""
+def spec_of(tmp_path, devices=8, network=tiny.SMALL, teacher_network=None, **fields):
+    """Returns (spec, a function for its first state, the teacher's variables).
+
+    The teacher is another `network` unless it has one of its own.
+    """
     config = resolved.resolve(tiny.config(tmp_path, **fields))
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
     model = network(num_classes=3, dtype=jnp.dtype(config.dtype))
     student = weights.Loaded(model, None, "random weights")
     teacher = None
     if config.method != "none":
-        variables = mesh_lib.replicate(tiny.variables(model), mesh)
-        teacher = dataclasses.replace(student, variables=variables)
+        theirs = (teacher_network or network)(num_classes=3, dtype=model.dtype)
+        variables = mesh_lib.replicate(tiny.variables(theirs), mesh)
+        teacher = weights.Loaded(theirs, variables, "random weights")
     spec, first = setup.spec(
         config,
         weights.gated(student, setup.vam_options(config)),
