@@ -1,5 +1,6 @@
 """Draws the pictures at the end of a run: accuracy curves and attention maps."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -99,14 +100,17 @@ def partition(
     """Returns the modules to compare: the run's own if its method trains by modules.
 
     Other methods get a single module, the whole network, where the two networks
-    differ in their number of stages.
+    differ in their number of stages, or do not pair at the cuts of the config, which
+    these methods do not use.
     """
-    granularity, at = config.local.granularity, config.local.cuts
-    count = config.local.modules
-    stages_differ = len(student.stage_sizes) != len(teacher.stage_sizes)
-    if stages_differ and not distill.facts(config.method).staged:
-        granularity, at, count = "none", (), 0
-    return cuts.modules(student, teacher, granularity, at, count)
+    local, stages = config.local, (len(student.stage_sizes), len(teacher.stage_sizes))
+    cut_at = (local.granularity, local.cuts, local.modules)
+    if distill.facts(config.method).staged:
+        return cuts.modules(student, teacher, *cut_at)
+    if stages[0] == stages[1]:
+        with contextlib.suppress(ValueError):
+            return cuts.modules(student, teacher, *cut_at)
+    return cuts.modules(student, teacher, "none", ())
 
 
 def _one_per_class(labels: np.ndarray) -> np.ndarray:

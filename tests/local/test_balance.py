@@ -3,9 +3,11 @@
 import itertools
 
 import pytest
+import toys
+from flax import linen as nn
 
 from lakd_jax import models
-from lakd_jax.local import balance, cuts
+from lakd_jax.local import balance, cuts, pairing
 
 
 def net(name):
@@ -69,3 +71,55 @@ def test_balanced_cuts_are_where_theory_puts_them():
     work = cuts.modules(student, student, "flops", (), 3)
     assert max(shares(student, work, "flops")) < 0.37
     assert len(work.names) == len(work.teacher_joints) == 3
+
+
+class Posted(toys.Toy, kw_only=True):
+    """A toy whose images must have eight pixels on a side."""
+
+    fixed_side: int = 8
+
+    @nn.nowrap
+    def make_stem(self, name):
+        return Posts(self.width, 1, name=name)
+
+
+class Posts(toys.Unit):
+    @nn.compact
+    def __call__(self, x, *, train):
+        assert x.shape[1:] == (8, 8, 3)
+        return toys.Unit.__call__(self, x, train=train)
+
+
+@pytest.mark.parametrize("kind", balance.KINDS)
+def test_costs_are_of_images_of_the_networks_size(kind):
+    fixed = balance.unit_costs(Posted(), kind)
+    larger = balance.unit_costs(toys.Toy(), kind)  # IMAGE_SIZE, 32
+    assert len(fixed) == len(larger) == 4
+    for small, large in zip(fixed, larger, strict=True):
+        assert 8 < large / small < 25  # 16 times the pixels, and borders
+
+
+@pytest.mark.parametrize("kind", balance.KINDS)
+def test_unlike_networks_are_cut_where_the_largest_module_is_smallest(kind):
+    """With `flops`, a teacher's run with the module that is compared with them."""
+    student, teacher = toys.Toy(stage_sizes=(2, 2, 2)), toys.Flat(stage_sizes=(4, 4))
+    ours = balance.unit_costs(student, kind)
+    theirs = balance.unit_costs(teacher, kind) if kind == "flops" else [0.0] * 9
+    pairs = [
+        (student.unit_names.index(a) + 1, teacher.unit_names.index(b) + 1)
+        for a, b in pairing.of_joints(student, teacher).items()
+    ]
+
+    def largest(ends):
+        between = itertools.pairwise([(0, 0), *ends])
+        parts = [3 * sum(ours[a:c]) + sum(theirs[b:d]) for (a, b), (c, d) in between]
+        return max(parts)
+
+    every = [(*inner, pairs[-1]) for inner in itertools.combinations(pairs[1:-1], 2)]
+    parts = cuts.modules(student, teacher, kind, (), 3)
+    joints = zip(parts.student_joints, parts.teacher_joints, strict=True)
+    chosen = tuple(
+        (student.unit_names.index(a) + 1, teacher.unit_names.index(b) + 1)
+        for a, b in joints
+    )
+    assert chosen in every and largest(chosen) == min(map(largest, every))
