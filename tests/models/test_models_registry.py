@@ -31,6 +31,8 @@ def test_registry_names():
         *("shuffle_v1", "shuffle_v2"),
         *(f"convnext_{size}" for size in ("atto", "pico", "nano", "tiny", "small")),
         *(f"efficientnet_b{number}" for number in range(5)),
+        *(f"{kind}_{s}" for kind in ("vit", "deit") for s in ("tiny", "small", "base")),
+        *(f"deit_{size}_distilled" for size in ("tiny", "small", "base")),
         "hme",
     ]
 
