@@ -16,6 +16,7 @@ from lakd_jax.models import vam
 
 field = fields.field
 
+OPTIMISERS = ("sgd", "adamw", "adam", "lamb", "lion")
 SEEDS = 2**32  # of a larger one JAX would take the lower 32 bits
 _SEED = fields.between(0, SEEDS - 1)
 _AT_LEAST_0, _AT_LEAST_1 = fields.at_least(0), fields.at_least(1)
@@ -327,20 +328,49 @@ class Teacher(Network):
 class Optim:
     """The optimiser."""
 
+    about: ClassVar[str] = (
+        "[optimisers.md](optimisers.md) has recipes, and what accumulation and "
+        "averaging do"
+    )
+
+    name: str = field(
+        "sgd", "sgd | adamw | adam | lamb | lion", fields.one_of(OPTIMISERS)
+    )
     lr: float = field(0.05, check=_POSITIVE)
     lr_batch: int = field(
-        0, "the batch_size that lr is for, others in proportion; 0: any", _AT_LEAST_0
+        0,
+        "the batch_size that lr, lr_start and lr_floor are for, others in proportion; "
+        "0: any",
+        _AT_LEAST_0,
     )
-    momentum: float = field(0.9, check=fields.between(0, 1))
-    nesterov: bool = field(False)
+    momentum: float = field(0.9, "sgd", fields.between(0, 1))
+    nesterov: bool = field(False, "sgd")
     dot_delta: float = field(
         0.0,
         "DOT: momentum - this for the labels' losses, momentum + this for all others, "
         "such as 0.075 on CIFAR and 0.09 on ImageNet; 0: one momentum for all.",
         fields.below(1),
     )
+    beta1: float = field(0.9, "all but sgd: of the mean gradient", fields.below(1))
+    beta2: float = field(
+        0.999,
+        "adamw, adam, lamb: of the mean square; lion: of its momentum, 0.99 in the "
+        "paper",
+        fields.below(1),
+    )
+    eps: float = field(
+        1e-8, "adamw, adam, lamb (1e-6 in the paper): of the denominator", _POSITIVE
+    )
     weight_decay: float = field(
-        5e-4, "on every parameter, as the literature does", _AT_LEAST_0
+        5e-4,
+        "on every parameter, as the literature does, see decay_mask; part of the "
+        "gradient (sgd, adam) or of the update (adamw, lamb, lion)",
+        _AT_LEAST_0,
+    )
+    decay_mask: bool = field(
+        False,
+        "no decay of vectors (biases, scales of norms, layer scales), position "
+        "embeddings and class tokens, as is usual with adamw",
     )
     schedule: str = field(
         "step",
@@ -353,7 +383,19 @@ class Optim:
         fields.each(_POSITIVE),
     )
     decay: float = field(0.1, "factor at each milestone", fields.between(0, 1))
-    warmup_epochs: float = field(0.0, "linear, from 0", _AT_LEAST_0)
+    lr_floor: float = field(0.0, "what cosine ends at", _AT_LEAST_0)
+    cosine_from: str = field(
+        "warmup",
+        "where cosine is counted from: warmup (its end) | start (of the training, as "
+        "DeiT does)",
+        fields.one_of(("warmup", "start")),
+    )
+    warmup_epochs: float = field(0.0, "linear, from lr_start", _AT_LEAST_0)
+    lr_start: float = field(
+        0.0,
+        "of the first step of a warm-up; 0: lr by the number of its steps",
+        _AT_LEAST_0,
+    )
     class_weights: str = field(
         "",
         "of the labels' cross-entropy: balanced (by the inverse of a class's number of "

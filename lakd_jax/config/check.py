@@ -6,7 +6,9 @@ from typing import Any
 
 from lakd_jax import config as config_lib
 from lakd_jax import errors, fields, paths
-from lakd_jax.config import listing, rules, rules_of_runs
+
+# Importing the last two adds their relations to `rules.TABLE`.
+from lakd_jax.config import listing, rules, rules_of_optim, rules_of_runs  # noqa: F401
 from lakd_jax.distill.base import registry
 
 
@@ -28,7 +30,7 @@ def problems(
         if check and field not in faults and (fault := check(values[field])):
             faults[field] = f"{field} {fault}"
     found = [fault for fault in faults.values() if fault]
-    for reads, relation in rules_of_runs.TABLE:
+    for reads, relation in rules.TABLE:
         # A relation that reads a field which is wrong by itself would report it twice.
         if faults.keys().isdisjoint(reads):
             found += filter(None, [relation(config, devices)])

@@ -1,8 +1,8 @@
 """Checks relations between config fields about how a run is executed.
 
-They concern engines, seeds, streams, processes, optimisers and stored outputs of the
-teacher. `TABLE` has all relations: these and those of `lakd_jax.config.rules` and
-`lakd_jax.config.rules_of_pairs`.
+They concern engines, seeds, streams, processes and stored outputs of the teacher.
+`TABLE` has all relations: these, and those of `rules`, `rules_of_pairs` and
+`rules_of_optim`.
 """
 
 from lakd_jax import distill, models
@@ -113,44 +113,6 @@ def _streaming_views(c: rules.Config, _: int) -> str | None:
             "teacher.views is for data in memory: set it to 0, or data.streaming to "
             "False"
         )
-
-
-@rules.reads("optim.dot_delta", "optim.momentum")
-def _dot_momenta(c: rules.Config, _: int) -> str | None:
-    delta, momentum = c.optim.dot_delta, c.optim.momentum
-    if delta and (delta > momentum or momentum + delta >= 1):
-        return (
-            f"optim.dot_delta is {delta:g}: the momenta {momentum - delta:g} and "
-            f"{momentum + delta:g} must be at least 0 and below 1"
-        )
-
-
-@rules.reads(
-    *rules.METHODS,
-    "optim.dot_delta",
-    "optim.nesterov",
-    "optim.clip_norm",
-    "student.name",
-    "local.engine",
-    "local.cut_scale",
-)
-def _dot(c: rules.Config, _: int) -> str | None:
-    if not c.optim.dot_delta:
-        return None
-    cut = [m for m in rules.methods(c) if distill.facts(m).local]
-    refused = {
-        "method none has no loss but that of the labels": c.method == "none",
-        "student.name=hme has its own optimisers": c.student.name == "hme",
-        f"local.engine={c.local.engine} trains modules separately": c.local.engine
-        != "fused",
-        f"method {''.join(cut[:1])} trains modules separately unless local.cut_scale "
-        "is above 0": cut and c.local.cut_scale <= 0,
-        "it does not support optim.nesterov": c.optim.nesterov,
-        "it does not support optim.clip_norm": c.optim.clip_norm > 0,
-    }
-    found = [reason for reason, holds in refused.items() if holds]
-    if found:
-        return f"optim.dot_delta is {c.optim.dot_delta:g}, but {found[0]}: set it to 0"
 
 
 @rules.reads("seeds")

@@ -48,7 +48,12 @@ def losses(module_losses: Sequence[method.ModuleLoss]) -> tuple[jax.Array, jax.A
 
 
 def sgd(
-    learning_rate: optax.Schedule, *, momentum: float, delta: float, weight_decay: float
+    learning_rate: optax.Schedule,
+    *,
+    momentum: float,
+    delta: float,
+    weight_decay: float,
+    decay_mask: bool = False,
 ) -> optax.GradientTransformation:
     """Returns SGD that steps along the sum of two momentum buffers.
 
@@ -85,7 +90,8 @@ def sgd(
                 (momentum + shift) * others_buffer + others,
             )
 
-        pairs = jax.tree.map(leaf, *updates, *state, optim.decayed(params))
+        decayed = optim.decayed(params, masked=decay_mask)
+        pairs = jax.tree.map(leaf, *updates, *state, decayed)
         buffers = jax.tree.transpose(jax.tree.structure(params), None, pairs)
         return jax.tree.map(jnp.add, *buffers), buffers
 

@@ -43,6 +43,9 @@ class Phase:
         return optim.schedule(
             o.schedule,
             o.lr * scale,
+            floor=o.lr_floor * scale,
+            start=o.lr_start * scale,
+            cosine_from=o.cosine_from,
             epochs=self.config.epochs,
             steps_per_epoch=steps_per_epoch,
             milestones=o.milestones,
@@ -53,7 +56,7 @@ class Phase:
     def optimizer(
         self, steps_per_epoch: int, labels: PyTree
     ) -> optax.GradientTransformation:
-        """Returns the optimiser for parameters with these labels, see `optim.sgd`."""
+        """Returns the optimiser for parameters with these labels."""
         o, rate = self.config.optim, self.learning_rate(steps_per_epoch)
         if o.dot_delta:
             return dot.sgd(
@@ -61,15 +64,9 @@ class Phase:
                 momentum=o.momentum,
                 delta=o.dot_delta,
                 weight_decay=o.weight_decay,
+                decay_mask=o.decay_mask,
             )
-        return optim.sgd(
-            rate,
-            momentum=o.momentum,
-            nesterov=o.nesterov,
-            weight_decay=o.weight_decay,
-            clip_norm=o.clip_norm,
-            labels=labels,
-        )
+        return optim.create(o, rate, labels)
 
     def student_at(
         self, student: chain.Chain, steps_per_epoch: int

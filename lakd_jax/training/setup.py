@@ -148,6 +148,7 @@ def spec(
         labels=None,
         mesh=mesh,
         split_gradients=config.optim.dot_delta > 0,
+        decay_mask=config.optim.decay_mask,
         class_weights=class_weights,
         student_at=phase.student_at(student.model, steps_per_epoch),
         regularise=gates if student.model.vam else None,

@@ -64,6 +64,7 @@ class StepSpec:
         of that part; `optimizer` is the one for all parameters.
       split_gradients: whether the optimiser takes the gradient of the task losses and
         that of all others separately, see `dot`.
+      decay_mask: whether weight decay leaves out some parameters, see `optim.decays`.
       class_weights: of the labels' cross-entropy, per class; () weighs them alike.
       student_at: returns the student in effect in a step, counted from 0; None if it
         never changes.
@@ -95,6 +96,7 @@ class StepSpec:
     mesh: Mesh
     optimizer_of: Callable[[PyTree], optax.GradientTransformation]
     split_gradients: bool = False
+    decay_mask: bool = False
     class_weights: tuple[float, ...] = ()
     student_at: Callable[[Any], chain.Chain] | None = None
     regularise: Callable[..., tuple[method_lib.ModuleLoss, ...]] | None = None

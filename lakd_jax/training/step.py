@@ -342,7 +342,8 @@ def _metrics(
     metrics = [loss.terms | loss.diagnostics for loss in losses]
     for k, norm in optim.module_norms(grads, labels).items():
         metrics[k - segment.first]["grad_norm"] = norm
-    for k, norm in optim.module_norms(optim.decayed(params), labels).items():
+    decayed = optim.decayed(params, masked=spec.decay_mask)
+    for k, norm in optim.module_norms(decayed, labels).items():
         metrics[k - segment.first]["decay_norm"] = spec.weight_decay * norm
     return {"loss": method_lib.total(losses)}, tuple(metrics)
 

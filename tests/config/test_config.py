@@ -206,6 +206,32 @@ def test_all_faults_at_once():
             {"student__name": "vgg8", "teacher__name": "resnet8"},
             "local.granularity: the student has 4 stages and the teacher 3",
         ),
+        *(
+            ({"method": "kd", "optim__name": name, f"optim__{field}": value}, says)
+            for name, field, value, says in (
+                ("adamw", "momentum", 0.8, "optim.momentum is 0.8, which optim.name="),
+                ("lion", "nesterov", True, "optim.nesterov is True, which"),
+                ("adam", "dot_delta", 0.05, "optim.dot_delta is 0.05, which"),
+                ("sgd", "beta2", 0.99, "not have, only adamw, adam, lamb, lion: set"),
+                ("lion", "eps", 1e-6, "optim.eps is 1e-06, which"),
+                (
+                    "sgd",
+                    "lr_floor",
+                    1e-5,
+                    "schedule=cosine has it, not step",
+                ),
+                ("sgd", "cosine_from", "start", "optim.cosine_from is start, but only"),
+                ("sgd", "lr_start", 1e-5, "set optim.warmup_epochs"),
+            )
+        ),
+        (
+            {"optim__schedule": "cosine", "optim__lr_floor": 0.04, "teacher__lr": 0.03},
+            "optim.lr_floor is 0.04, more than teacher.lr (0.03)",
+        ),
+        (
+            {"method": "kd", "student__name": "hme", "optim__name": "adamw"},
+            "optim.name is adamw, but student.name=hme has its own optimisers",
+        ),
     ],
 )
 def test_relation_between_fields(fields, says):

@@ -1,0 +1,116 @@
+"""Checks relations between config fields about the optimiser."""
+
+from typing import Any
+
+from lakd_jax import distill
+from lakd_jax.config import blocks, rules
+
+_DEFAULTS = blocks.Optim()
+
+# The fields that only some optimisers have, and which.
+_ADAMS = ("adamw", "adam", "lamb")
+_OWNERS = {
+    "momentum": ("sgd",),
+    "nesterov": ("sgd",),
+    "dot_delta": ("sgd",),
+    "beta1": (*_ADAMS, "lion"),
+    "beta2": (*_ADAMS, "lion"),
+    "eps": _ADAMS,
+}
+
+
+def _default(field: str) -> Any:
+    return getattr(_DEFAULTS, field)
+
+
+def _is_default(c: rules.Config, field: str) -> bool:
+    return c.optim[field] == _default(field)
+
+
+@rules.reads("optim.name", *(f"optim.{field}" for field in _OWNERS))
+def _owners(c: rules.Config, _: int) -> str | None:
+    for field, owners in _OWNERS.items():
+        if c.optim.name not in owners and not _is_default(c, field):
+            return (
+                f"optim.{field} is {c.optim[field]}, which optim.name={c.optim.name} "
+                f"does not have, only {', '.join(owners)}: set it to "
+                f"{_default(field)}"
+            )
+
+
+@rules.reads("optim.schedule", "optim.lr_floor", "optim.cosine_from")
+def _of_cosine(c: rules.Config, _: int) -> str | None:
+    for field in ("lr_floor", "cosine_from"):
+        if c.optim.schedule != "cosine" and not _is_default(c, field):
+            return (
+                f"optim.{field} is {c.optim[field]}, but only optim.schedule=cosine "
+                f"has it, not {c.optim.schedule}"
+            )
+
+
+@rules.reads("optim.lr", "optim.lr_floor", "optim.lr_start", "teacher.lr")
+def _rates(c: rules.Config, _: int) -> str | None:
+    highest = min(c.optim.lr, c.teacher.lr or c.optim.lr)
+    name = "optim.lr" if highest == c.optim.lr else "teacher.lr"
+    for field in ("lr_floor", "lr_start"):
+        if c.optim[field] > highest:
+            return (
+                f"optim.{field} is {c.optim[field]:g}, more than {name} ({highest:g})"
+            )
+
+
+@rules.reads("optim.lr_start", "optim.warmup_epochs")
+def _start(c: rules.Config, _: int) -> str | None:
+    if c.optim.lr_start and not c.optim.warmup_epochs:
+        return "optim.lr_start begins a warm-up: set optim.warmup_epochs, or it to 0"
+
+
+_NOT_OF_HME = ("name", "decay_mask")
+
+
+@rules.reads("student.name", *(f"optim.{field}" for field in _NOT_OF_HME))
+def _hme(c: rules.Config, _: int) -> str | None:
+    for field in _NOT_OF_HME:
+        if c.student.name == "hme" and not _is_default(c, field):
+            return (
+                f"optim.{field} is {c.optim[field]}, but student.name=hme has its own "
+                f"optimisers: set it to {_default(field)}"
+            )
+
+
+@rules.reads("optim.dot_delta", "optim.momentum")
+def _dot_momenta(c: rules.Config, _: int) -> str | None:
+    delta, momentum = c.optim.dot_delta, c.optim.momentum
+    if delta and (delta > momentum or momentum + delta >= 1):
+        return (
+            f"optim.dot_delta is {delta:g}: the momenta {momentum - delta:g} and "
+            f"{momentum + delta:g} must be at least 0 and below 1"
+        )
+
+
+@rules.reads(
+    *rules.METHODS,
+    "optim.dot_delta",
+    "optim.nesterov",
+    "optim.clip_norm",
+    "student.name",
+    "local.engine",
+    "local.cut_scale",
+)
+def _dot(c: rules.Config, _: int) -> str | None:
+    if not c.optim.dot_delta:
+        return None
+    cut = [m for m in rules.methods(c) if distill.facts(m).local]
+    refused = {
+        "method none has no loss but that of the labels": c.method == "none",
+        "student.name=hme has its own optimisers": c.student.name == "hme",
+        f"local.engine={c.local.engine} trains modules separately": c.local.engine
+        != "fused",
+        f"method {''.join(cut[:1])} trains modules separately unless local.cut_scale "
+        "is above 0": cut and c.local.cut_scale <= 0,
+        "it does not support optim.nesterov": c.optim.nesterov,
+        "it does not support optim.clip_norm": c.optim.clip_norm > 0,
+    }
+    found = [reason for reason, holds in refused.items() if holds]
+    if found:
+        return f"optim.dot_delta is {c.optim.dot_delta:g}, but {found[0]}: set it to 0"
