@@ -10,8 +10,6 @@ from lakd_jax import config as config_lib
 from lakd_jax import distill, models
 from lakd_jax.config import rules
 
-TABLE = rules.TABLE
-
 # Why a network that is not `RESUMABLE` cannot do something.
 _LACKS = (
     "but a map of {} lacks the class token, without which the rest of the network "

@@ -1,18 +1,14 @@
 """Checks relations between config fields about how a run is executed.
 
 They concern engines, seeds, streams, processes and stored outputs of the teacher.
-`TABLE` has all relations: these, and those of `rules`, `rules_of_pairs` and
-`rules_of_optim`.
 """
 
 from lakd_jax import distill, models
-from lakd_jax.config import rules, rules_of_pairs
+from lakd_jax.config import rules
 from lakd_jax.data import sources
 from lakd_jax.distill import lakd
 from lakd_jax.distill.base import method
 from lakd_jax.runtime import hosts
-
-TABLE = rules_of_pairs.TABLE
 
 
 @rules.reads("local.engine", only_lakd=True)
