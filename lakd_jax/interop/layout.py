@@ -26,7 +26,7 @@ def options(name: str, shapes: Shapes) -> dict[str, Any]:
     except KeyError as error:
         raise errors.TeacherError(
             f"the weights do not fit {name}: no usable {error.args[0]!r}, from which "
-            "the number of classes is read; check that the file holds a classifier"
+            "classes and options are read; check that the file holds the whole network"
         ) from error
 
 

@@ -183,6 +183,11 @@ class ViT(chain.Chain, kw_only=True):
     EXTRA: ClassVar[tuple[str, ...]] = ("cls_token",)
     HEADS: ClassVar[tuple[str, ...]] = ("head",)
     NAMINGS: ClassVar[tuple[str, ...]] = ("timm", "torchvision")
+    # Of torchvision's first published files.
+    TORCH_ALIASES: ClassVar[tuple[tuple[str, str], ...]] = (
+        (r"\.mlp\.linear_1\.", ".mlp.0."),
+        (r"\.mlp\.linear_2\.", ".mlp.3."),
+    )
 
     def __post_init__(self) -> None:
         """Raises ValueError if the patches do not fill the image."""

@@ -94,7 +94,9 @@ def variables(model):
         noise = rng.standard_normal(leaf.shape) * math.sqrt(2 / fan_in)
         return noise.astype(np.float32) if leaf.ndim > 1 else 0 * noise.astype("f4")
 
-    return jax.tree_util.tree_map_with_path(draw, chain.variable_shapes(model, 8))
+    return jax.tree_util.tree_map_with_path(
+        draw, chain.variable_shapes(model, model.fixed_side or 8)
+    )
 
 
 def teacher(mesh: Mesh, build=SMALL) -> single.Teacher:
