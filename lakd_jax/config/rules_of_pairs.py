@@ -51,9 +51,19 @@ def _module_input(c: rules.Config, _: int) -> str | None:
         )
 
 
+@rules.reads("teacher.name", "teacher.views", "local.module_input", only_lakd=True)
+def _stored_input(c: rules.Config, _: int) -> str | None:
+    fed = c.local.module_input == "teacher" and c.teacher.views
+    if fed and not _resumable(c.teacher.name):
+        return (
+            "teacher.views stores maps, but local.module_input=teacher feeds the "
+            f"tokens of {c.teacher.name}, too: set teacher.views to 0"
+        )
+
+
 def _resumable(name: str) -> bool:
     """Returns whether a network can be run on from a feature map alone."""
-    return getattr(models.family(name), "RESUMABLE", True)
+    return models.family(name).RESUMABLE
 
 
 def _what_resumes(c: rules.Config, method: str) -> str:

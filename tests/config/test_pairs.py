@@ -59,6 +59,11 @@ LOGITS = {"lakd__attention": "logits"}
         ("tokens", "toy", {"method": "kd+catkd"}, "kd+catkd applies both"),
         ("toy", "tokens", {"local__module_input": "teacher"}, "units of tokens pass"),
         ("tokens", "toy", {"local__module_input": "teacher"}, "units of tokens pass"),
+        (
+            *("tokens", "tokens"),
+            {"local__module_input": "teacher", "teacher__views": 2},
+            "teacher.views stores maps",
+        ),
     ],
 )
 def test_a_map_without_its_class_token_resumes_nothing(

@@ -3,13 +3,15 @@
 import functools
 
 import jax
+import marks
 import numpy as np
 import pytest
 import test_train_engines as engines
 import test_train_resume as resume
 import test_train_step as steps
+import tiny
 
-from lakd_jax import export, interop, models
+from lakd_jax import distill, export, interop, models
 from lakd_jax.models import vit
 from lakd_jax.training import segments
 
@@ -67,6 +69,38 @@ def test_both_heads_learn(method, tmp_path):
     for part, name in (("head", "head"), ("head", "head_dist"), ("stem", "dist_token")):
         one, other = (jax.tree.leaves(p[part][name]) for p in params)
         assert np.any(np.asarray(one[0]) != np.asarray(other[0])), name
+
+
+PAIRED = ("lakd", "at", "fitnet", "nst", "vid", "review", "afd", "ofd", "crd", "ab")
+CNN = functools.partial(tiny.SMALL, stage_sizes=(2, 1), widths=(4, 6))
+
+
+QUICK = (("review", "from_cnn"), ("at", "to_cnn"))
+CELLS = [(method, way) for method in PAIRED for way in ("from_cnn", "to_cnn")]
+
+
+@pytest.mark.parametrize("cell", marks.others_long(CELLS, QUICK))
+def test_cut_students_learn_from_the_other_kind(cell, tmp_path):
+    """A CNN of two stages and a transformer of three; every module of theirs moves."""
+    method, direction = cell
+    student, teacher = (VIT, CNN) if direction == "from_cnn" else (CNN, VIT)
+    fields = {"crd__negatives": 8} if method == "crd" else {}
+    setting = steps.small(
+        *(tmp_path, 1, student),
+        teacher_network=teacher,
+        method=method,
+        local__granularity="list",
+        local__cuts=("stage1",),
+        local__cut_scale=0.0,
+        **fields,
+    )
+    ((after, metrics),) = steps.train(setting, steps.rows(1))
+    assert np.isfinite(metrics["loss"])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
+    norms = [float(v) for k, v in metrics.items() if k.endswith("grad_norm")]
+    assert len(norms) == (2 if distill.facts(method).staged else 1)
+    idle = method == "fitnet"  # the other module has the hint, or the labels
+    assert sum(norm > 0 for norm in norms) >= len(norms) - idle
 
 
 @pytest.fixture
