@@ -28,8 +28,6 @@ from lakd_jax.models import vam as vam_lib
 JointFn = collections.abc.Callable[[str, jax.Array], jax.Array]
 Mapping = collections.abc.Mapping
 
-_ANY_SIDE = 32  # of images, for shapes that do not depend on it
-
 
 @flax.struct.dataclass
 class Outputs:
@@ -141,6 +139,11 @@ class Chain(torch_names.TorchNames, nn.Module, kw_only=True):
     def fixed_side(self) -> int:
         """The only size (height and width) of images that it takes; 0 for any."""
         return 0
+
+    @property
+    def any_side(self) -> int:
+        """A size of images of which it leaves a pixel, where the size is no matter."""
+        return 32
 
     @nn.nowrap
     def as_map(self, h: jax.Array) -> jax.Array:
@@ -388,9 +391,9 @@ def variable_shapes(model: Chain, side: int = 0) -> Any:
     Args:
         model: the network.
         side: image size, which does not matter to most networks; 0 for the only one, or
-            32, which can be halved five times.
+            `Chain.any_side`.
     """
-    side = side or model.fixed_side or _ANY_SIDE
+    side = side or model.fixed_side or model.any_side
     images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     return jax.eval_shape(
         lambda x: model.init(jax.random.key(0), x, train=False), images
@@ -402,9 +405,9 @@ def joint_shapes(
 ) -> list[tuple[int, ...]]:
     """Returns the shape (1, H, W, C) at each joint for images of size `side`.
 
-    0 is the only size that the network takes, or 32.
+    0 is the only size that the network takes, or `Chain.any_side`.
     """
-    side = side or model.fixed_side or _ANY_SIDE
+    side = side or model.fixed_side or model.any_side
 
     def run(images: jax.Array) -> list[jax.Array]:
         outputs, _ = model.init_with_output(jax.random.key(0), images, train=False)

@@ -151,6 +151,11 @@ class ConvNeXt(chain.Chain, kw_only=True):
     CLASSIFIER: ClassVar[str] = _TORCHVISION["head/dense"]
     OTHER_CLASSIFIERS: ClassVar[tuple[str, ...]] = (_TIMM["head/dense"],)
 
+    @property
+    def any_side(self) -> int:
+        """See `chain.Chain`: the stages halve the stem's map three times."""
+        return max(8 * self.patch, super().any_side)
+
     @nn.nowrap
     def make_stem(self, name: str) -> Stem:
         """See `chain.Chain`."""
