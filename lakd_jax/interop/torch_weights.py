@@ -1,10 +1,13 @@
 """Converts weights between our networks and their PyTorch counterparts."""
 
 import collections.abc
+import contextlib
+import functools
 import re
 from typing import Any
 
 import flax
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -184,16 +187,22 @@ def _description(original: collections.abc.Mapping[str, np.ndarray]) -> list[str
 def _nearest(
     names: list[str], original: collections.abc.Mapping[str, np.ndarray]
 ) -> str:
-    """Returns the one of `names` that shares the most tensors with the weights."""
-    best, nearest = 0.0, ""
+    """Returns the one of `names` that shares the most tensors with the weights.
+
+    Of those whose classifier the weights have, or else of all, without it.
+    """
+    arrays = {name: _canonical(models.family(name), original)[0] for name in names}
+    shapes = {n: {k: v.shape for k, v in found.items()} for n, found in arrays.items()}
+    known: dict[str, dict[str, Any]] = {}
     for name in names:
-        cls = models.family(name)
-        tensors, _ = _canonical(cls, original)
-        found = {key: value.shape for key, value in tensors.items()}
-        try:
-            options = layout.options(name, found)
-        except errors.TeacherError:  # without a classifier, the rest may fit
-            options = {"num_classes": 1, **cls.tree_options()[0]}
+        with contextlib.suppress(errors.TeacherError):
+            known[name] = layout.options(name, shapes[name])
+    if not known:
+        likely = [name for name in names if _has_stem(name, shapes[name])]
+        known = {name: _any_options(name) for name in likely or names}
+    best, nearest = 0.0, ""
+    for name, options in known.items():
+        found = shapes[name]
         expected = _torch_shapes(layout.nearest_table(name, options, found))
         same = sum(found.get(key) == shape for key, shape in expected.items())
         if (share := same / max(len(expected), len(found))) > best:
@@ -202,6 +211,24 @@ def _nearest(
                 f"the nearest is {name}: {same} of its {len(expected)} tensors fit"
             )
     return nearest or f"known: {', '.join(models.names())}"
+
+
+def _any_options(name: str) -> dict[str, Any]:
+    return {"num_classes": 1, **models.family(name).tree_options()[0]}
+
+
+def _has_stem(name: str, found: layout.Shapes) -> bool:
+    """Returns whether all keys of the stem are there; cheaper than tracing the rest."""
+    model = models.create(name, **_any_options(name))
+    side = model.fixed_side or model.any_side
+    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    init = functools.partial(model.init, train=False, until="stem")
+    stem: Any = jax.eval_shape(init, jax.random.key(0), images)
+    paths = [path[1:] for path in flax.traverse_util.flatten_dict(stem)]
+    return any(
+        all(model.torch_key(path, naming) in found for path in paths)
+        for naming in model.NAMINGS
+    )
 
 
 def _has_similar_depth(
