@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import pathlib
+import re
 
 import pytest
 import toys
@@ -51,15 +53,6 @@ def test_blocks_pair_with_the_nearest(count, others, expected):
 @pytest.mark.parametrize(
     ("student", "teacher", "expected"),
     [
-        # Of three stages by three blocks to four: the table of docs/methods.md.
-        (
-            *((3, 3, 3), (3, 3, 3, 3)),
-            {"stage1.block1": "stage1.block1", "stage1.block2": "stage1.block3"}
-            | {"stage1.block3": "stage2.block1", "stage2.block1": "stage2.block2"}
-            | {"stage2.block2": "stage3.block1", "stage2.block3": "stage3.block2"}
-            | {"stage3.block1": "stage3.block3", "stage3.block2": "stage4.block2"}
-            | {"stage3.block3": "stage4.block3"},
-        ),
         # To a shallower one: two blocks of the student are nearest to each.
         (
             *((2, 2, 2, 2), (3, 2)),
@@ -78,6 +71,18 @@ def test_blocks_pair_with_the_nearest(count, others, expected):
 def test_joints_pair_by_their_share_of_depth(student, teacher, expected):
     paired = pairing.of_joints(net(*student), net(*teacher))
     assert paired == {"stem": "stem"} | expected
+
+
+def test_the_example_of_the_documentation():
+    page = pathlib.Path(__file__).parents[2] / "docs" / "methods.md"
+    _, _, section = page.read_text().partition("## Unlike networks")
+    row = re.compile(r"\| (stem|stage\S+) \|[^|]*\| (\S+) \| ?([^|]*)\|")
+    rows = [match.groups() for match in row.finditer(section)]
+    student, teacher = net("resnet20"), net(3, 3, 3, 3)
+    paired = pairing.of_joints(student, teacher)
+    assert [(ours, theirs) for ours, theirs, _ in rows] == list(paired.items())
+    ends = {ours: theirs for ours, theirs, end in rows if "end of module" in end}
+    assert ends == pairing.of_stages(student, teacher) and len(ends) == 3
 
 
 @pytest.mark.parametrize(
