@@ -18,8 +18,9 @@ _HEAD = f"""\
 # Configuration
 
 Written by `{COMMAND}` from the declarations in
-[lakd_jax/config/blocks.py](../lakd_jax/config/blocks.py) and, for methods, in their
-files in [lakd_jax/distill](../lakd_jax/distill); change them there.
+[blocks.py](../lakd_jax/config/blocks.py),
+[optimiser.py](../lakd_jax/config/optimiser.py) and, for methods, their files in
+[lakd_jax/distill](../lakd_jax/distill); change them there.
 
 A field is set on the command line, `--config.optim.lr=0.1`
 (tuples as `--config.seeds=0,1,2`), in a file like those in `configs/`, or in Python:

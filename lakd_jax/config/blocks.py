@@ -1,11 +1,10 @@
 """The blocks of the config that belong to no method: every field, declared once.
 
 A class is a block, a field of it a field of the block. Options of methods are declared
-by the methods, in `lakd_jax.distill`.
+by the methods, in `lakd_jax.distill`, and those of the optimiser in `optimiser.py`.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -16,7 +15,6 @@ from lakd_jax.models import vam
 
 field = fields.field
 
-OPTIMISERS = ("sgd", "adamw", "adam", "lamb", "lion")
 SEEDS = 2**32  # of a larger one JAX would take the lower 32 bits
 _SEED = fields.between(0, SEEDS - 1)
 _AT_LEAST_0, _AT_LEAST_1 = fields.at_least(0), fields.at_least(1)
@@ -74,18 +72,6 @@ def cache(value: str) -> str:
 def share_or_method(value: float) -> str:
     """A share of the gradient, or -1 where the method decides."""
     return "" if value == -1 else fields.between(0, 1)(value)
-
-
-def class_weights(value: str) -> str:
-    """Empty, "balanced", or a positive number per class, separated by commas."""
-    if value in ("", "balanced"):
-        return ""
-    try:
-        if all(0 < float(weight) < math.inf for weight in value.split(",")):
-            return ""
-    except ValueError:
-        pass
-    return f"must be balanced, or positive numbers such as 1,2.5, is {value!r}"
 
 
 def _scale_or_published(value: float) -> str:
@@ -321,89 +307,6 @@ class Teacher(Network):
         "(at most 0.75), and more than the share of the most frequent class, which "
         "always answering that class would get. Not of a teacher of other classes.",
         fields.between(0, 1),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Optim:
-    """The optimiser."""
-
-    about: ClassVar[str] = (
-        "[optimisers.md](optimisers.md) has recipes, and what accumulation and "
-        "averaging do"
-    )
-
-    name: str = field(
-        "sgd", "sgd | adamw | adam | lamb | lion", fields.one_of(OPTIMISERS)
-    )
-    lr: float = field(0.05, check=_POSITIVE)
-    lr_batch: int = field(
-        0,
-        "the batch_size that lr, lr_start and lr_floor are for, others in proportion; "
-        "0: any",
-        _AT_LEAST_0,
-    )
-    momentum: float = field(0.9, "sgd", fields.between(0, 1))
-    nesterov: bool = field(False, "sgd")
-    dot_delta: float = field(
-        0.0,
-        "DOT: momentum - this for the labels' losses, momentum + this for all others, "
-        "such as 0.075 on CIFAR and 0.09 on ImageNet; 0: one momentum for all.",
-        fields.below(1),
-    )
-    beta1: float = field(0.9, "all but sgd: of the mean gradient", fields.below(1))
-    beta2: float = field(
-        0.999,
-        "adamw, adam, lamb: of the mean square; lion: of its momentum, 0.99 in the "
-        "paper",
-        fields.below(1),
-    )
-    eps: float = field(
-        1e-8, "adamw, adam, lamb (1e-6 in the paper): of the denominator", _POSITIVE
-    )
-    weight_decay: float = field(
-        5e-4,
-        "on every parameter, as the literature does, see decay_mask; part of the "
-        "gradient (sgd, adam) or of the update (adamw, lamb, lion)",
-        _AT_LEAST_0,
-    )
-    decay_mask: bool = field(
-        False,
-        "no decay of vectors (biases, scales of norms, layer scales), position "
-        "embeddings and class tokens, as is usual with adamw",
-    )
-    schedule: str = field(
-        "step",
-        "step | cosine | constant",
-        fields.one_of(("step", "cosine", "constant")),
-    )
-    milestones: tuple[float, ...] = field(
-        (150.0, 180.0, 210.0),
-        "epochs after which lr falls (step)",
-        fields.each(_POSITIVE),
-    )
-    decay: float = field(0.1, "factor at each milestone", fields.between(0, 1))
-    lr_floor: float = field(0.0, "what cosine ends at", _AT_LEAST_0)
-    cosine_from: str = field(
-        "warmup",
-        "where cosine is counted from: warmup (its end) | start (of the training, as "
-        "DeiT does)",
-        fields.one_of(("warmup", "start")),
-    )
-    warmup_epochs: float = field(0.0, "linear, from lr_start", _AT_LEAST_0)
-    lr_start: float = field(
-        0.0,
-        "of the first step of a warm-up; 0: lr by the number of its steps",
-        _AT_LEAST_0,
-    )
-    class_weights: str = field(
-        "",
-        "of the labels' cross-entropy: balanced (by the inverse of a class's number of "
-        "images), or a number per class, such as 1,2.5; empty: all alike",
-        class_weights,
-    )
-    clip_norm: float = field(
-        0.0, "largest gradient norm of a module; 0: no clipping", _AT_LEAST_0
     )
 
 

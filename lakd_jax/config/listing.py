@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from lakd_jax import fields
-from lakd_jax.config import blocks
+from lakd_jax.config import blocks, optimiser
 from lakd_jax.distill.base import registry
 
 
@@ -29,7 +29,7 @@ CLASSES: dict[str, type] = {
     "student": blocks.Student,
     "student.vam": blocks.Vam,
     "teacher": blocks.Teacher,
-    "optim": blocks.Optim,
+    "optim": optimiser.Optim,
     "hme": blocks.Hme,
     "local": blocks.Local,
     "checkpoint": blocks.Checkpoint,

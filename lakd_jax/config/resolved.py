@@ -7,7 +7,7 @@ from typing import Any
 
 from lakd_jax import config as config_lib
 from lakd_jax import distill, fields
-from lakd_jax.config import blocks, listing
+from lakd_jax.config import blocks, listing, optimiser
 from lakd_jax.distill.base import registry
 
 
@@ -29,7 +29,7 @@ class Config(blocks.Run):
     data: blocks.Data = blocks.Data()
     student: Student = Student()
     teacher: blocks.Teacher = blocks.Teacher()
-    optim: blocks.Optim = blocks.Optim()
+    optim: optimiser.Optim = optimiser.Optim()
     methods: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     hme: blocks.Hme = blocks.Hme()
     local: blocks.Local = blocks.Local()

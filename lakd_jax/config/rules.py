@@ -91,14 +91,16 @@ def _cut_scale(c: Config, _: int) -> str | None:
         )
 
 
-@reads(*METHODS, "batch_size")
+@reads(*METHODS, "batch_size", "optim.accumulate")
 def _least_batch(c: Config, _: int) -> str | None:
+    parts = c.optim.accumulate
+    split = f" in {parts} parts (optim.accumulate)" if parts > 1 else ""
     for name in methods(c):
         least = distill.facts(name).least_batch
-        if c.batch_size < least:
+        if c.batch_size // parts < least:
             return (
-                f"batch_size is {c.batch_size}, but method {name} normalises by the "
-                f"batch, which needs at least {least}"
+                f"batch_size is {c.batch_size}{split}, but method {name} normalises by "
+                f"the batch, which needs at least {least}"
             )
 
 

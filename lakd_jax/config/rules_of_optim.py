@@ -3,9 +3,9 @@
 from typing import Any
 
 from lakd_jax import distill
-from lakd_jax.config import blocks, rules
+from lakd_jax.config import optimiser, rules
 
-_DEFAULTS = blocks.Optim()
+_DEFAULTS = optimiser.Optim()
 
 # The fields that only some optimisers have, and which.
 _ADAMS = ("adamw", "adam", "lamb")
@@ -65,7 +65,29 @@ def _start(c: rules.Config, _: int) -> str | None:
         return "optim.lr_start begins a warm-up: set optim.warmup_epochs, or it to 0"
 
 
-_NOT_OF_HME = ("name", "decay_mask")
+@rules.reads("batch_size", "optim.accumulate")
+def _accumulate(c: rules.Config, devices: int) -> str | None:
+    parts = c.optim.accumulate
+    if c.batch_size % devices or c.batch_size % (parts * devices) == 0:
+        return None
+    shared = f" for {devices} devices" if devices > 1 else ""
+    return (
+        f"optim.accumulate is {parts}, but batch_size ({c.batch_size}) does not divide "
+        f"into as many parts{shared}; use a multiple of {parts * devices}"
+    )
+
+
+@rules.reads("optim.ema", "optim.ema_warmup", "optim.ema_used")
+def _ema(c: rules.Config, _: int) -> str | None:
+    for field in ("ema_warmup", "ema_used"):
+        if not c.optim.ema and not _is_default(c, field):
+            return (
+                f"optim.{field} is {c.optim[field]}, but there is no average: set "
+                "optim.ema, such as 0.9999"
+            )
+
+
+_NOT_OF_HME = ("name", "decay_mask", "ema")
 
 
 @rules.reads("student.name", *(f"optim.{field}" for field in _NOT_OF_HME))

@@ -92,22 +92,27 @@ def past(subject: Subject) -> Iterator[tuple[int, PyTree]]:
     model = subject.student.model.clone(vam=setup.vam_options(subject.config))
     for step in checkpoint.list_steps(folder):
         _, arrays, _ = checkpoint.read_arrays(folder, step)
-        yield step, vam.deployed(model, part(arrays, "student"))[1]
+        averaged = subject.config.optim.ema_used
+        student = part(arrays, "student", averaged=averaged)
+        yield step, vam.deployed(model, student)[1]
 
 
-def part(arrays: dict[str, np.ndarray], name: str) -> PyTree:
+def part(arrays: dict[str, np.ndarray], name: str, *, averaged: bool = False) -> PyTree:
     """Returns the variables of the student or of the method ("student", "method").
 
     Args:
         arrays: a checkpoint's arrays by key, "train/params/student/stem/conv/kernel".
         name: "student" or "method".
+        averaged: whether their moving average, if there is one, takes their place.
     """
-    leaves = {}
+    leaves, average = {}, {}
     for key, array in arrays.items():
         tree, *path = key.split("/")
         if tree == "train" and path[1:2] == [name] and path[0] not in _NO_VARIABLES:
             leaves[path[0], *path[2:]] = array
-    return flax.traverse_util.unflatten_dict(leaves)
+        if tree == "train" and path[0] == "average" and path[2:3] == [name]:
+            average[path[1], *path[3:]] = array
+    return flax.traverse_util.unflatten_dict(leaves | (average if averaged else {}))
 
 
 def observe(

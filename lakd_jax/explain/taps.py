@@ -97,7 +97,11 @@ def over_training(s: subject.Subject) -> list[tuple[float, np.ndarray]]:
     out, folder = [], s.directory / workdir.CHECKPOINTS
     for step in checkpoint.list_steps(folder):
         _, arrays, _ = checkpoint.read_arrays(folder, step)
-        parts = [subject.part(arrays, name) for name in ("student", "method")]
+        averaged = s.config.optim.ema_used
+        parts = [
+            subject.part(arrays, name, averaged=averaged)
+            for name in ("student", "method")
+        ]
         found = np.asarray(attend(*parts, teacher.variables))
         if s.config.method == "afd":  # (n, teacher, student)
             found = found.swapaxes(1, 2)

@@ -69,6 +69,9 @@ def conclude(
         weights.save(directory / workdir.STUDENT, kept, network, result)
         if trained.best is not None:
             weights.save(directory / workdir.BEST, trained.best, network, result)
+        if trained.average is not None:
+            path = directory / workdir.AVERAGE
+            weights.save(path, trained.average, network, result)
         workdir.write_json(directory / workdir.RESULT, result)
         return result
 
@@ -81,8 +84,10 @@ def _deployed(
     """Returns both as `vam.deployed` does: the tested network is the exported one."""
     model, last = vam.deployed(student.model, trained.last)
     best = trained.best and vam.deployed(student.model, trained.best)[1]
+    average = trained.average and vam.deployed(student.model, trained.average)[1]
     student = dataclasses.replace(student, model=model)
-    return student, dataclasses.replace(trained, last=last, best=best)
+    trained = dataclasses.replace(trained, last=last, best=best, average=average)
+    return student, trained
 
 
 def _result(
@@ -105,7 +110,11 @@ def _result(
     best = None
     if trained.best:
         best = score(trained.best, environment.test, progress.best_step - 1)
-    return {
+    averaged = {}
+    if trained.average is not None:
+        tested = score(trained.average, environment.test, job.record.plan.total_steps)
+        averaged["test_average"] = _counts(tested)
+    return averaged | {
         "method": config.method,
         "student": config.student.name,
         "teacher": config.teacher.name if teacher else None,

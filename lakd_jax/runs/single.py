@@ -223,7 +223,15 @@ def training_job(
     )
     return TrainingJob(
         phase,
-        record_lib.RunRecord(plan, directory, seed, first_state, minival, score),
+        record_lib.RunRecord(
+            plan,
+            directory,
+            seed,
+            first_state,
+            minival,
+            score,
+            average_used=config.optim.ema > 0 and config.optim.ema_used,
+        ),
         spec,
         student,
         source,
@@ -293,19 +301,23 @@ def evaluator(
 
 
 def _check_last_batch(config: resolved.Config, examples: int) -> None:
-    """Raises ConfigError if an epoch's short last batch is too small to normalise.
+    """Raises ConfigError if an epoch's short last batch is too small, or indivisible.
 
     Full batches are checked with the other fields, before any data is loaded.
     """
     least = distill.facts(config.method).least_batch
-    left = examples % config.batch_size
-    if left == 0 or left >= least or config.data.drop_last:
+    left, parts = examples % config.batch_size, config.optim.accumulate
+    needed = f"method {config.method} needs at least {least}"
+    if parts > 1:
+        needed = f"optim.accumulate needs a multiple of {parts}"
+        needed += f", at least {parts * least}" if least > 1 else ""
+    if config.data.drop_last or (left % parts == 0 and not 0 < left < parts * least):
         return
     raise errors.ConfigError(
         [
             f"batch_size is {config.batch_size}, which leaves {left} of {examples} "
-            f"training images for the last batch of an epoch; method {config.method} "
-            f"needs at least {least}: set data.drop_last, or another batch_size"
+            f"training images for the last batch of an epoch; {needed}: set "
+            "data.drop_last, or another batch_size"
         ]
     )
 

@@ -53,9 +53,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def over_batch(mesh: Mesh) -> NamedSharding:
-    """The first axis split over the devices."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def over_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """The first axis, or another one, split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
 def of_batch(mesh: Mesh, examples: int) -> NamedSharding:

@@ -37,6 +37,7 @@ CHECKPOINTS = "checkpoints"
 RESULT = "result.json"  # only in finished runs, like the student
 STUDENT = "student.safetensors"
 BEST = "student_best.safetensors"  # of the epoch that was best on minival
+AVERAGE = "student_average.safetensors"  # only with optim.ema and not optim.ema_used
 TABLE = "table.md"
 STAGE1 = "stage1"  # the first training of an HME
 _LOCK = ".lock"

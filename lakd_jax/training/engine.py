@@ -241,7 +241,8 @@ class Modules(Engine):
         return start, programs
 
     def _module_program(self, k: int, mesh: Mesh, examples: int) -> Any:
-        spec, segment = self._spec, self._segments[k]
+        spec = dataclasses.replace(self._spec, mesh=mesh)
+        segment = self._segments[k]
         names = segments.student_names(spec, segment)
         teacher_names = segments.teacher_names(spec, segment)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lakd_jax.config import blocks
+from lakd_jax.config import optimiser
 from lakd_jax.models import vam
 
 PyTree = Any
@@ -56,7 +56,7 @@ def schedule(
 
 
 def create(
-    options: blocks.Optim, learning_rate: optax.Schedule, labels: PyTree
+    options: optimiser.Optim, learning_rate: optax.Schedule, labels: PyTree
 ) -> optax.GradientTransformation:
     """Returns the optimiser that `options` describe, without DOT.
 

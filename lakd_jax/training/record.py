@@ -72,11 +72,15 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """The result of a run: the student's variables, last and best on minival."""
+    """The result of a run: the student's variables, last and best on minival.
+
+    `average` is their moving average if there is one that is not `last` itself.
+    """
 
     last: PyTree
     best: PyTree | None
     progress: Progress
+    average: PyTree | None = None
 
     @property
     def images_per_second(self) -> float:
@@ -95,7 +99,11 @@ class RunRecord:
         first_state: Callable[[], state_lib.TrainState],
         minival: feeds.Data | None,
         evaluator: evaluate_lib.Evaluator,
+        *,
+        average_used: bool = False,
     ):
+        """Creates the record; `average_used`: the student is its moving average."""
+        self._average_used = average_used
         self.plan, self.directory, self.seed = plan, directory, seed
         self.first_state = first_state
         self.progress = Progress()
@@ -120,7 +128,7 @@ class RunRecord:
         saver = checkpoint.Checkpointer(folder, keep=self.plan.keep)
         self._saver = stack.enter_context(saver)
         if self._minival:
-            self._best = jax.device_get(state.variables("student"))
+            self._best = jax.device_get(self._student(state))
         template = {"train": state.to_tree(), "best": self._best}
         restored = self._saver.restore(template)
         if restored is None:
@@ -207,7 +215,7 @@ class RunRecord:
     def evaluate(self, step: int, state: state_lib.TrainState) -> evaluate_lib.Score:
         """Scores the student on minival and keeps its variables if they are best."""
         assert self._minival  # otherwise none is due, see `evaluation_due`
-        variables = state.variables("student")
+        variables = self._student(state)
         score = self._evaluator(variables, self._minival, step - 1)
         epoch = step / self.plan.steps_per_epoch
         values = {"epoch": epoch, "accuracy": score.accuracy, "loss": score.loss}
@@ -229,4 +237,13 @@ class RunRecord:
 
     def trained(self, state: state_lib.TrainState) -> Trained:
         """Returns the result of the run."""
-        return Trained(state.variables("student"), self._best or None, self.progress)
+        average = None
+        if state.average and not self._average_used:
+            average = state.average_variables()
+        return Trained(self._student(state), self._best or None, self.progress, average)
+
+    def _student(self, state: state_lib.TrainState) -> PyTree:
+        """Returns the variables that are evaluated and exported."""
+        if self._average_used:
+            return state.average_variables()
+        return state.variables("student")

@@ -175,6 +175,7 @@ def state_of(
         params=params,
         collections={name: select(tree) for name, tree in state.collections.items()},
         opt_state=jax.eval_shape(optimizer.init, params),
+        average={name: select(tree) for name, tree in state.average.items()},
     )
     return joined(like, state)
 
@@ -333,6 +334,7 @@ def renamed_state(
             state.opt_state,
             is_leaf=is_like_params,
         ),
+        average={name: change(tree) for name, tree in state.average.items()},
     )
 
 

@@ -21,8 +21,8 @@ from lakd_jax.local import cuts
 from lakd_jax.models import vam
 from lakd_jax.runtime import backend, hosts, interrupt
 from lakd_jax.runtime import mesh as mesh_lib
+from lakd_jax.training import ema, feeds
 from lakd_jax.training import engine as engine_lib
-from lakd_jax.training import feeds
 from lakd_jax.training import phase as phase_lib
 from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
@@ -150,6 +150,8 @@ def spec(
         split_gradients=config.optim.dot_delta > 0,
         decay_mask=config.optim.decay_mask,
         class_weights=class_weights,
+        average=average(config),
+        accumulate=config.optim.accumulate,
         student_at=phase.student_at(student.model, steps_per_epoch),
         regularise=gates if student.model.vam else None,
     )
@@ -160,6 +162,12 @@ def spec(
         draft, optimizer=draft.optimizer_of(labels), labels=labels
     )
     return finished, lambda: _first_state(finished, init, student.variables, phase)
+
+
+def average(config: resolved.Config) -> ema.Average | None:
+    """Returns how the student is averaged; None if it is not."""
+    o = config.optim
+    return ema.Average(o.ema, o.ema_warmup) if o.ema else None
 
 
 def engine(
@@ -288,5 +296,8 @@ def _first_state(
     for kind, tree in phase.first_variables(student).items():
         (params if kind == "params" else collections[kind])["student"] = tree
     state = dataclasses.replace(state, opt_state=spec.optimizer.init(params))
+    if spec.average:
+        first = ema.of({"params": params} | collections)
+        state = dataclasses.replace(state, average=first)
     hosts.agree_on_arrays("the first state", state)
     return mesh_lib.replicate(state, spec.mesh)

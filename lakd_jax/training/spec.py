@@ -14,6 +14,7 @@ from lakd_jax.distill.base import method as method_lib
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
 from lakd_jax.runtime import mesh as mesh_lib
+from lakd_jax.training import ema
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -66,6 +67,8 @@ class StepSpec:
         that of all others separately, see `dot`.
       decay_mask: whether weight decay leaves out some parameters, see `optim.decays`.
       class_weights: of the labels' cross-entropy, per class; () weighs them alike.
+      average: how the moving average of the student is updated; None for no average.
+      accumulate: the number of parts in which a batch is processed, see `accumulate`.
       student_at: returns the student in effect in a step, counted from 0; None if it
         never changes.
       regularise: adds the losses that the student's units sowed, given their
@@ -98,6 +101,8 @@ class StepSpec:
     split_gradients: bool = False
     decay_mask: bool = False
     class_weights: tuple[float, ...] = ()
+    average: ema.Average | None = None
+    accumulate: int = 1
     student_at: Callable[[Any], chain.Chain] | None = None
     regularise: Callable[..., tuple[method_lib.ModuleLoss, ...]] | None = None
 
@@ -149,11 +154,15 @@ def augmented(
     )
 
 
-def shared(spec: StepSpec, batch: PyTree) -> PyTree:
-    """Splits a batch, arrays (B, ...), over the devices if it divides equally."""
-    if jax.tree.leaves(batch)[0].shape[0] % spec.mesh.size:
+def shared(spec: StepSpec, batch: PyTree, *, axis: int = 0) -> PyTree:
+    """Splits a batch, arrays (B, ...), over the devices if it divides equally.
+
+    `axis` is that of the examples, if it is not the first.
+    """
+    if jax.tree.leaves(batch)[0].shape[axis] % spec.mesh.size:
         return batch  # a short last batch stays replicated
-    return jax.lax.with_sharding_constraint(batch, mesh_lib.over_batch(spec.mesh))
+    sharding = mesh_lib.over_batch(spec.mesh, axis)
+    return jax.lax.with_sharding_constraint(batch, sharding)
 
 
 def preacts(

@@ -14,7 +14,7 @@ from lakd_jax.distill.base import method as method_lib
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
 from lakd_jax.runtime import backend
-from lakd_jax.training import dot, optim, segments, teacher_outputs
+from lakd_jax.training import accumulate, dot, optim, segments, teacher_outputs
 from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
 
@@ -101,11 +101,10 @@ def segment_step(
       The new state, the boundary above, and the metrics. Those of the last segment
       include the batch's accuracy and the learning rate.
     """
-    teacher_pass = teacher_outputs.run(spec, segment, source, below)
-    forward = functools.partial(
-        _forward, spec, segment, state, teacher_pass, below, batch
-    )
-    grads, (losses, student, collections) = _gradient(spec, forward, state.params)
+    learn = functools.partial(_learn, spec, segment, state)
+    if spec.accumulate > 1:
+        learn = accumulate.in_parts(spec, learn, state.params)
+    grads, collections, above, metrics = learn(state.collections, source, below, batch)
     is_whole = segment == segments.whole_student(spec)
     labels = spec.labels if is_whole else segments.labels_of(spec, state.params)
     optimizer = spec.optimizer if is_whole else spec.optimizer_of(labels)
@@ -113,19 +112,47 @@ def segment_step(
     params = optax.apply_updates(state.params, updates)
     if spec.split_gradients:
         grads = jax.tree.map(jnp.add, *grads)
-    metrics = _metrics(spec, segment, losses, grads, params, labels)
+    _add_norms(spec, segment, metrics, grads, params, labels)
+    if segment.last + 1 == len(spec.partition.names):
+        rate = spec.learning_rate(state.step)
+        metrics[0]["learning_rate"] = jnp.float32(rate)
+    average = state.average
+    if spec.average:
+        variables = {"params": params} | collections
+        average = spec.average.updated(average, state.step, variables)
+    state = state_lib.TrainState(
+        state.step + 1, params, collections, opt_state, average
+    )
+    return state, above, metrics
+
+
+def _learn(
+    spec: spec_lib.StepSpec,
+    segment: segments.Segment,
+    state: state_lib.TrainState,
+    collections: PyTree,
+    source: teacher_outputs.Source,
+    below: segments.Boundary,
+    batch: segments.Batch,
+) -> accumulate.Learned:
+    """Returns the gradient, the new collections, the boundary above, and metrics."""
+    state = dataclasses.replace(state, collections=collections)
+    teacher_pass = teacher_outputs.run(spec, segment, source, below)
+    forward = functools.partial(
+        _forward, spec, segment, state, teacher_pass, below, batch
+    )
+    grads, (losses, student, collections) = _gradient(spec, forward, state.params)
+    modules = tuple(loss.terms | loss.diagnostics for loss in losses)
+    shared = {"loss": method_lib.total(losses)}
     above = below  # not read after the last segment
     if segment.last + 1 == len(spec.partition.names):
         correct = jnp.argmax(student.logits, -1) == batch.labels
-        metrics[0]["accuracy"] = jnp.mean(correct, dtype=jnp.float32)
-        rate = spec.learning_rate(state.step)
-        metrics[0]["learning_rate"] = jnp.float32(rate)
+        shared["accuracy"] = jnp.mean(correct, dtype=jnp.float32)
     elif teacher_pass is not None:
         joint = spec.partition.student_joints[segment.last]
         end = segments.end_activation(student, joint)
         above = segments.Boundary(end, teacher_pass.activations[-1])
-    state = state_lib.TrainState(state.step + 1, params, collections, opt_state)
-    return state, above, metrics
+    return grads, collections, above, (shared, modules)
 
 
 def _gradient(
@@ -325,27 +352,26 @@ def _head(
     return outputs.logits
 
 
-def _metrics(
+def _add_norms(
     spec: spec_lib.StepSpec,
     segment: segments.Segment,
-    losses: Losses,
+    metrics: segments.Metrics,
     grads: PyTree,
     params: PyTree,
     labels: PyTree,
-) -> segments.Metrics:
-    """Returns the loss, every term, and the norms of gradient and weight decay.
+) -> None:
+    """Adds the norms of gradient and weight decay to each module's metrics.
 
     `params` are the updated parameters, so that an overflow is detected before it is
     saved. A gradient much smaller than the decay means that the module shrinks instead
     of learning (a risk where its only loss is a mean over many features).
     """
-    metrics = [loss.terms | loss.diagnostics for loss in losses]
+    modules = metrics[1]
     for k, norm in optim.module_norms(grads, labels).items():
-        metrics[k - segment.first]["grad_norm"] = norm
+        modules[k - segment.first]["grad_norm"] = norm
     decayed = optim.decayed(params, masked=spec.decay_mask)
     for k, norm in optim.module_norms(decayed, labels).items():
-        metrics[k - segment.first]["decay_norm"] = spec.weight_decay * norm
-    return {"loss": method_lib.total(losses)}, tuple(metrics)
+        modules[k - segment.first]["decay_norm"] = spec.weight_decay * norm
 
 
 def _force_order(

@@ -284,7 +284,9 @@ def test_processes_compare_all_that_must_agree(monkeypatch, tmp_path):
     assert compared["the teacher"]["params"]
 
     drawn = {"student": {"w": jnp.ones(3)}}, {}
-    plain = types.SimpleNamespace(optimizer=optax.identity(), mesh=environment.mesh)
+    plain = types.SimpleNamespace(
+        optimizer=optax.identity(), average=None, mesh=environment.mesh
+    )
     state = setup._first_state(plain, lambda: drawn, None, phase.Phase(config))
     assert compared["the first state"].params.keys() == state.params.keys()
 

@@ -110,7 +110,9 @@ def test_new_head_keeps_all_but_the_classifier(tmp_path):
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     split = {kind: {"student": tree} for kind, tree in drawn.items()}
     spec = types.SimpleNamespace(
-        optimizer=types.SimpleNamespace(init=lambda params: ()), mesh=mesh
+        optimizer=types.SimpleNamespace(init=lambda params: ()),
+        average=None,
+        mesh=mesh,
     )
     phase = types.SimpleNamespace(first_variables=lambda student: student)
     params = split.pop("params")

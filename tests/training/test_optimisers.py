@@ -10,7 +10,7 @@ import pytest
 import test_train_engines as engines
 import test_train_step as steps
 
-from lakd_jax.config import blocks
+from lakd_jax.config import optimiser
 from lakd_jax.training import optim, segments
 
 LONG = pytest.mark.long
@@ -65,11 +65,11 @@ def test_decay_norm_is_of_what_is_decayed(trained):
     np.testing.assert_allclose(metrics[-1]["module2/decay_norm"][0], norm, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", blocks.OPTIMISERS[1:])
+@pytest.mark.parametrize("name", optimiser.NAMES[1:])
 def test_states_of_every_optimiser_are_cut_and_joined(name, trained, tmp_path):
     """What a segment's state lacks would raise a KeyError."""
     spec, *_ = steps.spec_of(tmp_path, 1, method="lakd")
-    options = blocks.Optim(name=name, decay_mask=True)
+    options = optimiser.Optim(name=name, decay_mask=True)
     make = functools.partial(optim.create, options, optax.constant_schedule(0.1))
     spec = dataclasses.replace(spec, optimizer=make(spec.labels), optimizer_of=make)
     state = trained("fused")[0]

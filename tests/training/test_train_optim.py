@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from lakd_jax.config import blocks
+from lakd_jax.config import optimiser
 from lakd_jax.training import optim, phase
 
 GOLDEN = dict(np.load(golden_weights.FOLDER / "recipes" / "optim.npz"))
@@ -63,7 +63,7 @@ def test_schedules_are_those_of_timm(name, epochs, fields):
 
 def test_all_rates_are_in_proportion_to_the_batch():
     fields = {"lr": 0.1, "lr_floor": 0.02, "lr_start": 0.05, "lr_batch": 256}
-    options = blocks.Optim(schedule="cosine", warmup_epochs=1.0, **fields)
+    options = optimiser.Optim(schedule="cosine", warmup_epochs=1.0, **fields)
     config = dataclasses.replace(
         phase.resolved.Config(), batch_size=512, epochs=3, optim=options
     )
@@ -89,7 +89,7 @@ def updated(optimizer, params, steps):
 
 def test_adamw_is_that_of_timm():
     """Five steps; embeddings and biases are not decayed, (C, 1, 1) arrays are."""
-    options = blocks.Optim(name="adamw", weight_decay=0.05, decay_mask=True)
+    options = optimiser.Optim(name="adamw", weight_decay=0.05, decay_mask=True)
     params = golden_params("start")
     labels = {"stem": dict.fromkeys(params["stem"], 0), "block": {"layer_scale": 1}}
     optimizer = optim.create(options, optax.constant_schedule(1e-2), labels)
@@ -127,10 +127,12 @@ def by_hand(name, p, grads, lr=0.1, wd=0.01, b1=0.8, b2=0.9, eps=1e-3):
         yield p
 
 
-@pytest.mark.parametrize("name", blocks.OPTIMISERS[1:])
+@pytest.mark.parametrize("name", optimiser.NAMES[1:])
 def test_optimisers_by_hand(name):
     """They read their own betas and epsilon."""
-    options = blocks.Optim(name=name, weight_decay=0.01, beta1=0.8, beta2=0.9, eps=1e-3)
+    options = optimiser.Optim(
+        name=name, weight_decay=0.01, beta1=0.8, beta2=0.9, eps=1e-3
+    )
     optimizer = optim.create(options, optax.constant_schedule(0.1), {"w": 0})
     start = np.array([1.0, -2.0])
     steps = [{"w": jnp.asarray(g, jnp.float32)} for g in GRADIENTS]
@@ -139,10 +141,10 @@ def test_optimisers_by_hand(name):
         np.testing.assert_allclose(got["w"], wanted, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", blocks.OPTIMISERS)
+@pytest.mark.parametrize("name", optimiser.NAMES)
 def test_every_optimiser_clips_per_module(name):
     """A gradient above the limit is as one that was clipped before."""
-    options = blocks.Optim(name=name, clip_norm=1.0)
+    options = optimiser.Optim(name=name, clip_norm=1.0)
     labels, params = {"a": 0, "b": 1}, {"a": jnp.ones(2), "b": jnp.ones(2)}
     grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.3, 0.4])}
     clipped = grads | {"a": jnp.array([0.6, 0.8])}
@@ -220,8 +222,8 @@ def test_the_mask_leaves_out_vectors_and_tokens():
         jax.tree.map(lambda _: 0, params),
         jax.tree.map(jnp.zeros_like, params),
     )
-    for name in blocks.OPTIMISERS:
-        options = blocks.Optim(name=name, weight_decay=0.1, decay_mask=True)
+    for name in optimiser.NAMES:
+        options = optimiser.Optim(name=name, weight_decay=0.1, decay_mask=True)
         optimizer = optim.create(options, optax.constant_schedule(1.0), labels)
         (after,) = updated(optimizer, params, [zero])
         moved = jax.tree_util.tree_leaves_with_path(
