@@ -52,7 +52,8 @@ def test_the_remark_is_on_the_console(tmp_path, part):
     path = torch_file(tmp_path, np.float16)
     config = resolved.resolve(tiny.config(tmp_path, **{f"{part}__init": str(path)}))
     lines = []
-    dataset = types.SimpleNamespace(classes=tuple("abcdefg"))
+    train = types.SimpleNamespace(shape=(8, 8, 3))
+    dataset = types.SimpleNamespace(classes=tuple("abcdefg"), train=train)
     environment = types.SimpleNamespace(
         dataset=dataset, notify=lines.append, folder=pathlib.Path()
     )

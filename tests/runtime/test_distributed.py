@@ -15,7 +15,7 @@ import test_train_step as steps
 import tiny
 
 from lakd_jax import errors
-from lakd_jax.config import rules_of_runs
+from lakd_jax.config import check
 from lakd_jax.report import metrics
 from lakd_jax.runs import command as command_lib
 from lakd_jax.runtime import hosts
@@ -175,7 +175,7 @@ def test_a_program_a_module_works_over_processes(tmp_path, alone):
 def test_a_pipeline_over_processes_is_refused(tmp_path, monkeypatch):
     config = tiny.config(tmp_path, method="lakd", local__engine="pipeline")
     monkeypatch.setattr(hosts, "count", lambda: 2)
-    found = [fault for _, check in rules_of_runs.TABLE if (fault := check(config, 2))]
+    found = check.problems(config, 2)
     (line,) = found
     assert "local.engine=pipeline" in line and "use fused or dispatch" in line
 
