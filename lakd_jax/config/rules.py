@@ -316,8 +316,8 @@ class _Run:
         """Returns the joints at the ends of the modules, with both networks' shapes."""
         student, teacher, partition = self._partition
         shapes = (
-            chain.joint_shapes(student, partition.student_joints, _side(student)),
-            chain.joint_shapes(teacher, partition.teacher_joints, _side(teacher)),
+            chain.joint_shapes(student, partition.student_joints),
+            chain.joint_shapes(teacher, partition.teacher_joints),
         )
         joints = zip(partition.student_joints, *shapes, strict=True)
         return tuple(rules_lib.Joint(*joint) for joint in joints)
@@ -330,11 +330,6 @@ class _Run:
             return _partition(self._config)
         except ValueError as e:  # reported by `_cuts`
             raise _Unreadable(*_CUTS) from e
-
-
-def _side(model: chain.Chain) -> int:
-    """Returns a size of images that the network takes."""
-    return getattr(model, "fixed_side", 0) or 32
 
 
 class _Options:

@@ -220,7 +220,7 @@ def _any_options(name: str) -> dict[str, Any]:
 def _has_stem(name: str, found: layout.Shapes) -> bool:
     """Returns whether all keys of the stem are there; cheaper than tracing the rest."""
     model = models.create(name, **_any_options(name))
-    side = model.fixed_side or model.any_side
+    side = model.any_side
     images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     init = functools.partial(model.init, train=False, until="stem")
     stem: Any = jax.eval_shape(init, jax.random.key(0), images)

@@ -38,7 +38,7 @@ def unit_costs(model: chain.Chain, kind: str) -> tuple[float, ...]:
 
 @functools.cache
 def _unit_costs(model: Any, kind: str) -> tuple[float, ...]:
-    side = getattr(model, "fixed_side", 0) or model.IMAGE_SIZE
+    side = model.fixed_side or model.IMAGE_SIZE
     variables = chain.variable_shapes(model, side)
     x = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     costs, cache = [], {}  # most blocks of a stage are alike, and tracing takes time

@@ -142,8 +142,8 @@ class Chain(torch_names.TorchNames, nn.Module, kw_only=True):
 
     @property
     def any_side(self) -> int:
-        """A size of images of which it leaves a pixel, where the size is no matter."""
-        return 32
+        """A size of images that it takes, for what does not depend on the size."""
+        return self.fixed_side or 32
 
     @nn.nowrap
     def as_map(self, h: jax.Array) -> jax.Array:
@@ -390,10 +390,10 @@ def variable_shapes(model: Chain, side: int = 0) -> Any:
 
     Args:
         model: the network.
-        side: image size, which does not matter to most networks; 0 for the only one, or
+        side: image size, which does not matter to most networks; 0 for
             `Chain.any_side`.
     """
-    side = side or model.fixed_side or model.any_side
+    side = side or model.any_side
     images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     return jax.eval_shape(
         lambda x: model.init(jax.random.key(0), x, train=False), images
@@ -405,9 +405,9 @@ def joint_shapes(
 ) -> list[tuple[int, ...]]:
     """Returns the shape (1, H, W, C) at each joint for images of size `side`.
 
-    0 is the only size that the network takes, or `Chain.any_side`.
+    0 stands for `Chain.any_side`.
     """
-    side = side or model.fixed_side or model.any_side
+    side = side or model.any_side
 
     def run(images: jax.Array) -> list[jax.Array]:
         outputs, _ = model.init_with_output(jax.random.key(0), images, train=False)

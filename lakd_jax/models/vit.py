@@ -19,7 +19,6 @@ from lakd_jax.models import chain, layers, torch_names
 
 _HEAD_WIDTH = 64
 _EXPANSION = 4  # of the widths in an MLP
-_truncated = nn.initializers.truncated_normal(0.02)
 
 
 class Stem(nn.Module):
@@ -41,20 +40,7 @@ class Stem(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
         """Maps images (B, H, W, 3) to two equal arrays (B, N, width)."""
         del train
-        side = (self.patch, self.patch)
-        bound = 1 / math.sqrt(self.patch**2 * x.shape[-1])
-        embed = nn.Conv(
-            self.width,
-            side,
-            side,
-            padding="VALID",
-            dtype=self.style.dtype,
-            kernel_init=layers.uniform_fan_in,
-            bias_init=lambda key, shape, dtype: jax.random.uniform(
-                key, shape, dtype, -bound, bound
-            ),
-            name="patch_embed",
-        )
+        embed = layers.patches(self.width, self.patch, self.style, name="patch_embed")
         patches = embed(x)
         patches = patches.reshape(x.shape[0], -1, self.width)
         tokens = [
@@ -62,7 +48,7 @@ class Stem(nn.Module):
             for name in self.extra
         ]
         shape = (1, patches.shape[1] + len(tokens), self.width)
-        positions = self.param("pos_embed", _truncated, shape)
+        positions = self.param("pos_embed", layers.token_normal, shape)
         rows = (x.shape[0], 1, self.width)
         tokens = [jnp.broadcast_to(t.astype(patches.dtype), rows) for t in tokens]
         joined = jnp.concatenate([*tokens, patches], 1)
@@ -112,7 +98,9 @@ class Block(nn.Module):
 
     def _dense(self, features: int, name: str) -> nn.Dense:
         dtype = self.style.dtype
-        return nn.Dense(features, dtype=dtype, kernel_init=_truncated, name=name)
+        return nn.Dense(
+            features, dtype=dtype, kernel_init=layers.token_normal, name=name
+        )
 
 
 class Head(nn.Module):
@@ -142,7 +130,7 @@ class Head(nn.Module):
         for index, name in enumerate(self.names):
             h = tokens[:, index]
             h = nn.Dropout(self.dropout, deterministic=not train)(h)
-            options = {"dtype": self.style.dtype, "kernel_init": _truncated}
+            options = {"dtype": self.style.dtype, "kernel_init": layers.token_normal}
             h = nn.Dense(self.num_classes, **options, name=name)(h)
             logits.append(h.astype(jnp.promote_types(h.dtype, jnp.float32)))
         if len(logits) == 1:
@@ -179,6 +167,7 @@ class ViT(chain.Chain, kw_only=True):
     }
     IMAGE_SIZE: ClassVar[int] = 224
     GATED: ClassVar[bool] = False
+    KERNEL_INIT: ClassVar[collections.abc.Callable] = layers.uniform_fan_in
     RESUMABLE: ClassVar[bool] = False
     EXTRA: ClassVar[tuple[str, ...]] = ("cls_token",)
     HEADS: ClassVar[tuple[str, ...]] = ("head",)
@@ -225,7 +214,7 @@ class ViT(chain.Chain, kw_only=True):
     def make_block(self, stage: int, index: int, name: str) -> Block:
         """See `chain.Chain`."""
         depth, number = sum(self.stage_sizes), sum(self.stage_sizes[:stage]) + index
-        rate = self.drop_path * number / max(depth - 1, 1)
+        rate = layers.share_of_depth(self.drop_path, number, depth - 1)
         return Block(rate, self.layer_scale, self.style, name=name)
 
     @nn.nowrap
