@@ -77,6 +77,22 @@ def test_with_delta_zero_it_is_sgd_with_momentum():
     steps.assert_close(trained(dot_sgd(0.0)), trained(optimizer, summed), rtol=1e-5)
 
 
+def test_the_mask_leaves_out_vectors():
+    params = {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)}
+    optimizer = dot.sgd(
+        optax.constant_schedule(1.0),
+        momentum=0.5,
+        delta=0.1,
+        weight_decay=0.1,
+        decay_mask=True,
+    )
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    grads = dot.SplitGradients(zeros, zeros)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.1, rtol=1e-6)
+    np.testing.assert_array_equal(updates["scale"], 0.0)
+
+
 def test_losses_separates_task_terms_from_others():
     first = method.ModuleLoss(
         {"task_ce": jnp.float32(1), "feature": jnp.float32(2)},
