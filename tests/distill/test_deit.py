@@ -14,7 +14,7 @@ from lakd_jax import distill
 from lakd_jax.config import check
 from lakd_jax.distill import deit, kd
 
-FILE = golden_weights.FOLDER / "deit_loss.json"
+FILE = golden_weights.FOLDER / "recipes/deit_loss.json"
 CASES = json.loads(FILE.read_text())["cases"]
 
 

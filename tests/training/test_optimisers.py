@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import json
 
+import golden_weights
 import jax
 import numpy as np
 import optax
@@ -10,7 +12,9 @@ import pytest
 import test_train_engines as engines
 import test_train_step as steps
 
+from lakd_jax import models
 from lakd_jax.config import optimiser
+from lakd_jax.models import chain
 from lakd_jax.training import optim, segments
 
 LONG = pytest.mark.long
@@ -84,3 +88,22 @@ def test_states_of_every_optimiser_are_cut_and_joined(name, trained, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, restored, part)
         parts.append(restored)
     jax.tree.map(np.testing.assert_array_equal, segments.joined(state, *parts), state)
+
+
+@pytest.mark.parametrize(
+    ("name", "golden"),
+    [
+        ("deit_tiny_distilled", "deit_tiny_distilled_patch16_224"),
+        ("convnext_pico", "convnext_pico"),
+    ],
+)
+def test_the_mask_decays_what_timm_decays(name, golden):
+    """Of these networks, the numbers of arrays that timm's groups have."""
+    counts = json.loads((golden_weights.FOLDER / "recipes/optim.json").read_text())[
+        "weight_decay_of"
+    ][golden]
+    model = models.create(name, num_classes=1000)
+    shapes = chain.variable_shapes(model)["params"]
+    kept = jax.tree.leaves(optim.decays(shapes, masked=True))
+    assert sum(kept) == counts["decayed"]
+    assert len(kept) - sum(kept) == counts["not_decayed"]
