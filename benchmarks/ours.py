@@ -127,7 +127,7 @@ def _network(config: resolved.Config, part: str) -> weights.Loaded:
         "",
         dtype=config.dtype,
         num_classes=CLASSES,
-        options=setup.network_options(config, part),
+        options=setup_lib.network_options(config, part),
         data_size=32,
     )
 
