@@ -65,7 +65,7 @@ class Block(nn.Module):
             x = layers.layer_norm(style, name="down_norm")(x)
             x = layers.patches(width, 2, style, name="down_conv")(x)
         conv = functools.partial(layers.conv, groups=width, bias=True, name="conv")
-        h = conv(width, 7, 1, style, train=train)(x)
+        h = conv(width, 7, 1, style)(x)
         h = layers.layer_norm(style, name="norm")(h)
         h = layers.gelu(self._dense(4 * width, "fc1")(h))
         h = self._dense(width, "fc2")(h)

@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lakd_jax.models import depthwise
 from lakd_jax.models import vam as vam_lib
-from lakd_jax.runtime import backend
 
 EPSILON = 1e-5  # for every batch norm
 
@@ -60,17 +58,13 @@ def conv(
     groups: int = 1,
     bias: bool = False,
     gated: bool = False,
-    train: bool = False,
 ) -> nn.Module:
     """Makes a square convolution, padded evenly by (kernel - 1) / 2.
 
     The padding is explicit because "SAME" pads strided convolutions on the far side
     only, which is not what PyTorch networks were trained with. A `gated` convolution
-    has virtual attention if the network's style has `vam`. With `train` a large
-    depthwise one is computed as `depthwise` does on CPU.
+    has virtual attention if the network's style has `vam`.
     """
-    is_slow = groups == features and stride == 1 and kernel >= depthwise.LEAST_SIDE
-    fast = depthwise.convolve if train and is_slow and backend.on_cpu() else None
     if gated and style.vam is not None:
         return vam_lib.Conv(features, kernel, stride, groups, bias, style, name=name)
     pad = (kernel - 1) // 2
@@ -83,7 +77,6 @@ def conv(
         use_bias=bias,
         dtype=style.dtype,
         kernel_init=style.kernel_init,
-        conv_general_dilated=fast,
         name=name,
     )
 
@@ -122,7 +115,7 @@ def conv_norm(
     and "bn1"), by which `models.folding` pairs them.
     """
     options["bias"] = bias or style.folded
-    x = conv(features, kernel, stride, style, name=name, train=train, **options)(x)
+    x = conv(features, kernel, stride, style, name=name, **options)(x)
     if style.folded:
         return x
     return norm(style, train=train, name=name.replace("conv", "bn"))(x)
