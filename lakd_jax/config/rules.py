@@ -24,7 +24,6 @@ Relation = Callable[[Config, int], str | None]  # (config, devices) -> the fault
 TABLE: list[tuple[tuple[str, ...], Relation]] = []
 
 METHODS = ("method", "baselines")
-_SMOOTHING = ("none", "kd", "deit")  # methods that take smoothed labels
 _PATCHES = 8  # along an image of a size that is not known yet
 _CUTS = (
     "student.name",
@@ -116,12 +115,13 @@ def _preacts(c: Config, _: int) -> str | None:
 
 @reads(*METHODS, "label_smoothing")
 def _smoothing(c: Config, _: int) -> str | None:
-    others = [m for m in methods(c) if m not in _SMOOTHING]
+    able = [m for m in distill.names() if "label_smoothing" in distill.option_names(m)]
+    others = [m for m in methods(c) if m not in able]
     if c.label_smoothing and others:
         return (
             f"label_smoothing is {c.label_smoothing:g}, but method {others[0]} needs "
             "hard labels: set it to 0, or method (and baselines) to "
-            f"{' or '.join(_SMOOTHING)}"
+            f"{' or '.join(able)}"
         )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from lakd_jax import errors, interop, models, paths
 from lakd_jax.data import preparation as preparation_lib
 from lakd_jax.interop import classes as classes_lib
-from lakd_jax.models import chain, folding, heads, vam, vit
+from lakd_jax.models import chain, folding, heads, vam
 from lakd_jax.store import manifest, workdir
 
 PyTree = Any
@@ -95,36 +95,16 @@ def load(
       errors.TeacherError: `init` does not exist, is for another network, or has
         other classes than the data.
     """
+    options = {"dtype": jnp.dtype(dtype), **(options or {})}
     if not init:
-        kwargs: dict[str, Any] = {"dtype": jnp.dtype(dtype), **(options or {})}
-        if "image_size" in models.family(name).OPTIONS and (image_size or data_size):
-            kwargs["image_size"] = image_size or data_size
-        try:
-            model = models.create(name, num_classes=num_classes, **kwargs)
-        except ValueError as e:
-            raise errors.ConfigError([f"{field}.{e}"]) from e
+        side = image_size or data_size
+        model = _created(field, name, {"num_classes": num_classes, **options}, side)
         return Loaded(model, None, "random weights")
-    path = paths.local(init, f"{field}.init")
-    if not path.exists():
-        raise errors.TeacherError(
-            f"{field}.init: {path} does not exist. It must be a finished run's "
-            "directory, a .safetensors file or a PyTorch checkpoint."
-        )
-    if path.is_dir():
-        path = _student_file(field, path)
+    path = _file(field, init)
     try:
-        if not interop.is_variables_file(path):
-            loaded = _from_torch(name, path, dtype, key)
-        elif key:
-            raise errors.TeacherError(
-                f"is a student of a run, which has no entry {key!r}; leave "
-                f"{field}.init_key empty."
-            )
-        else:
-            loaded = _from_run(name, path, dtype)
-        loaded = dataclasses.replace(loaded, digest=manifest.digest(loaded.variables))
+        loaded = _read(field, name, path, dtype, key)
         of_run = loaded.size if field == "teacher" else 0
-        loaded = _as_wanted(loaded, options or {}, image_size or of_run or data_size)
+        loaded = _as_wanted(loaded, options, image_size or of_run or data_size)
         if new_head:
             return _without_head(loaded, num_classes, tuple(classes))
         loaded = _in_order(loaded, num_classes, tuple(classes))
@@ -135,24 +115,57 @@ def load(
     return loaded
 
 
+def _created(
+    field: str, name: str, options: Mapping[str, Any], side: int
+) -> chain.Chain:
+    """Makes a network, of those that take one size of images the one for `side`."""
+    sized = side and "image_size" in models.family(name).OPTIONS
+    try:
+        return models.create(name, **options, **({"image_size": side} if sized else {}))
+    except ValueError as e:
+        raise errors.ConfigError([f"{field}.{e}"]) from e
+
+
+def _file(field: str, init: str) -> Path:
+    """Returns the file of weights that `init` names."""
+    path = paths.local(init, f"{field}.init")
+    if not path.exists():
+        raise errors.TeacherError(
+            f"{field}.init: {path} does not exist. It must be a finished run's "
+            "directory, a .safetensors file or a PyTorch checkpoint."
+        )
+    return _student_file(field, path) if path.is_dir() else path
+
+
+def _read(field: str, name: str, path: Path, dtype: str, key: str) -> Loaded:
+    """Reads a file of weights, as it is."""
+    if not interop.is_variables_file(path):
+        loaded = _from_torch(name, path, dtype, key)
+    elif key:
+        raise errors.TeacherError(
+            f"is a student of a run, which has no entry {key!r}; leave "
+            f"{field}.init_key empty."
+        )
+    else:
+        loaded = _from_run(name, path, dtype)
+    return dataclasses.replace(loaded, digest=manifest.digest(loaded.variables))
+
+
 def _as_wanted(loaded: Loaded, options: Mapping[str, Any], side: int) -> Loaded:
     """Returns the network with the options that have no arrays, for images of `side`.
 
     Raises:
-      errors.TeacherError: its patches do not fill images of that size.
+      errors.TeacherError: it cannot take images of that size.
     """
     free = {k: v for k, v in options.items() if k in _WITHOUT_ARRAYS}
     model, variables = loaded.model.clone(**free), loaded.variables
     before = model.fixed_side
     if not before or side in (0, before):
         return dataclasses.replace(loaded, model=model)
-    assert isinstance(model, vit.ViT)  # the only family with a fixed size
-    if side % model.patch:
-        raise errors.TeacherError(
-            f"has patches of {model.patch}x{model.patch} pixels, which do not fill "
-            f"images of {side}x{side}: set its image_size to a multiple."
-        )
-    model, variables = vit.resized(variables, model, side)
+    try:
+        model, variables = model.resized(variables, side)
+    except ValueError as e:
+        raise errors.TeacherError(f"cannot take images of {side}x{side}: {e}") from e
     remark = (
         f"position embeddings interpolated from images of {before}x{before} to "
         f"{side}x{side}"

@@ -146,6 +146,15 @@ class Chain(torch_names.TorchNames, nn.Module, kw_only=True):
         return self.fixed_side or 32
 
     @nn.nowrap
+    def resized(self, variables: Any, side: int) -> "tuple[Chain, Any]":
+        """Returns the network for images of another size, and its variables.
+
+        Raises ValueError if it cannot take images of height and width `side`.
+        """
+        del side
+        return self, variables
+
+    @nn.nowrap
     def as_map(self, h: jax.Array) -> jax.Array:
         """Returns the feature map (B, H, W, C) of what a unit passes on."""
         return h

@@ -172,6 +172,8 @@ class ViT(chain.Chain, kw_only=True):
     EXTRA: ClassVar[tuple[str, ...]] = ("cls_token",)
     HEADS: ClassVar[tuple[str, ...]] = ("head",)
     NAMINGS: ClassVar[tuple[str, ...]] = ("timm", "torchvision")
+    CLASSIFIER: ClassVar[str] = "head"
+    OTHER_CLASSIFIERS: ClassVar[tuple[str, ...]] = ("heads.head",)
     # Of torchvision's first published files.
     TORCH_ALIASES: ClassVar[tuple[tuple[str, str], ...]] = (
         (r"\.mlp\.linear_1\.", ".mlp.0."),
@@ -181,10 +183,11 @@ class ViT(chain.Chain, kw_only=True):
     def __post_init__(self) -> None:
         """Raises ValueError if the patches do not fill the image."""
         if self.image_size % self.patch:
+            more = -(-self.image_size // self.patch) * self.patch
             raise ValueError(
                 f"patch is {self.patch}, which does not divide the image_size "
-                f"{self.image_size}: choose a divisor, such as "
-                f"{math.gcd(self.patch, self.image_size)}"
+                f"{self.image_size}: choose a divisor, or another image_size, such as "
+                f"{more}"
             )
         super().__post_init__()
 
@@ -192,6 +195,23 @@ class ViT(chain.Chain, kw_only=True):
     def fixed_side(self) -> int:
         """See `chain.Chain`: the position embeddings are of one size."""
         return self.image_size
+
+    @nn.nowrap
+    def resized(self, variables: Any, side: int) -> "tuple[ViT, Any]":
+        """See `chain.Chain`.
+
+        The position embeddings of the patches are interpolated (cubic, with
+        antialiasing, as timm does it); those of the other tokens stay.
+        """
+        new = self.clone(image_size=side)
+        extra, counts = len(self.EXTRA), [m.image_size // m.patch for m in (self, new)]
+        stem = variables["params"]["stem"]
+        old = jnp.asarray(stem["pos_embed"], jnp.float32)
+        grid = old[:, extra:].reshape(counts[0], counts[0], -1)
+        grid = jax.image.resize(grid, (counts[1], counts[1], grid.shape[-1]), "cubic")
+        grid = grid.reshape(1, -1, grid.shape[-1])
+        stem = {**stem, "pos_embed": jnp.concatenate([old[:, :extra], grid], 1)}
+        return new, {**variables, "params": {**variables["params"], "stem": stem}}
 
     @nn.nowrap
     def as_map(self, h: jax.Array) -> jax.Array:
@@ -238,14 +258,13 @@ class ViT(chain.Chain, kw_only=True):
         cls, shapes: collections.abc.Mapping[str, tuple[int, ...]]
     ) -> dict[str, Any]:
         """See `chain.Chain`; patch and image size follow from the embeddings."""
-        classifier = _found(shapes, 2, "head.weight", "heads.head.weight")
+        options = super().options_from_torch(shapes)
         patches = _found(shapes, 4, "patch_embed.proj.weight", "conv_proj.weight")
         positions = _found(shapes, 3, "pos_embed", "encoder.pos_embedding")
         patch, count = patches[-1], positions[1] - len(cls.EXTRA)
         if math.isqrt(max(count, 0)) ** 2 != count or count < 1:
             raise KeyError("pos_embed")
-        return {
-            "num_classes": classifier[0],
+        return options | {
             "patch": patch,
             "image_size": math.isqrt(count) * patch,
             # Its value is in the weights; only that there is one matters.
@@ -264,30 +283,6 @@ class DistilledViT(ViT, kw_only=True):
     NAMINGS: ClassVar[tuple[str, ...]] = ("timm",)
 
 
-def resized(variables: Any, model: ViT, side: int) -> tuple[ViT, Any]:
-    """Returns the network for images of another size, and its variables.
-
-    The position embeddings of the patches are interpolated (cubic, with antialiasing,
-    as timm does it); those of the other tokens stay.
-
-    Args:
-        variables: of `model`.
-        model: the network.
-        side: height and width of the images, a multiple of `model.patch`.
-    """
-    new = model.clone(image_size=side)
-    extra, count = len(model.EXTRA), side // model.patch
-    old = jnp.asarray(variables["params"]["stem"]["pos_embed"], jnp.float32)
-    before = math.isqrt(old.shape[1] - extra)
-    grid = old[:, extra:].reshape(before, before, -1)
-    grid = jax.image.resize(grid, (count, count, grid.shape[-1]), "cubic")
-    grid = grid.reshape(1, count**2, -1)
-    positions = jnp.concatenate([old[:, :extra], grid], 1)
-    params = dict(variables["params"])
-    params["stem"] = {**params["stem"], "pos_embed": positions}
-    return new, {**variables, "params": params}
-
-
 def _found(
     shapes: collections.abc.Mapping[str, tuple[int, ...]], axes: int, *keys: str
 ) -> tuple[int, ...]:
@@ -298,7 +293,6 @@ def _found(
     raise KeyError(keys[0])
 
 
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 _TIMM = {
     "qkv": "attn.qkv",
     "proj": "attn.proj",
@@ -317,7 +311,8 @@ _TORCHVISION = {
 
 def _torch_key(sizes: tuple[int, ...], path: tuple[str, ...], naming: str) -> str:
     """Returns the key of an array in timm's or torchvision's network."""
-    timm, layer, leaf = naming == "timm", path[-2], _LEAVES.get(path[-1], path[-1])
+    timm, layer = naming == "timm", path[-2]
+    leaf = torch_names.LEAVES.get(path[-1], path[-1])
     if path[0] == "stem":
         if len(path) == 3:
             return f"{'patch_embed.proj' if timm else 'conv_proj'}.{leaf}"

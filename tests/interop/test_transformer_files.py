@@ -88,7 +88,9 @@ def test_a_file_for_another_size_is_interpolated_and_says_so(small, tmp_path):
     assert other.variables["params"]["stem"]["pos_embed"].shape == (1, 65, 64)
     assert other.digest == same.digest  # of the file
     assert load(file, image_size=12, data_size=24).remark == ""
-    with pytest.raises(errors.TeacherError, match="3x3 pixels, .* of 32x32: set its"):
+    with pytest.raises(
+        errors.TeacherError, match="of 32x32: patch is 3, .* such as 33"
+    ):
         load(file, data_size=32)
 
 

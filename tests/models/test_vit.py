@@ -139,7 +139,7 @@ def test_position_embeddings_are_interpolated(side, patches):
     before[:, 1:] = plane.reshape(1, 16, 64)
     params = variables["params"]
     stem = {**params["stem"], "pos_embed": before}
-    new, found = vit.resized({"params": {**params, "stem": stem}}, model, side)
+    new, found = model.resized({"params": {**params, "stem": stem}}, side)
     after = np.asarray(found["params"]["stem"]["pos_embed"])
     assert new.image_size == side and after.shape == (1, patches**2 + 1, 64)
     np.testing.assert_array_equal(after[:, 0], before[:, 0])

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from jax.sharding import Mesh
 
-from lakd_jax import interop
+from lakd_jax import export, interop
 from lakd_jax.config import resolved
 from lakd_jax.report import metrics
 from lakd_jax.runs import phase_run, single
@@ -100,6 +100,26 @@ class Lab:
         with pytest.raises(interrupt.Interrupted):
             self.train(folder, guard, **fields)
         assert saved_steps(folder)[-1] == step
+
+    def resumes(self, folder, **fields):
+        """Checks that a stopped run ends as the unbroken one, whose folder it returns.
+
+        Also returns the variables of its student.
+        """
+        self.train(folder / "whole", **fields)
+        self.stop(folder / "parts", 0, 7, **fields)
+        self.train(folder / "parts", **fields)
+        whole, parts = (finished(folder / name) for name in ("whole", "parts"))
+        assert_equal_runs(whole, parts)
+        return folder / "whole", whole[0]
+
+    def resumes_and_exports(self, folder, **fields):
+        """Checks also that the exported file has the variables, which it returns."""
+        whole, variables = self.resumes(folder, **fields)
+        state = interop.load_torch_file(export.run(whole, "safetensors"))
+        restored = interop.from_torch(fields["student__name"], state)
+        jax.tree.map(np.testing.assert_array_equal, restored, variables)
+        return variables
 
 
 def lab_of(root, devices=1, **counts):

@@ -177,8 +177,4 @@ def test_a_stopped_run_ends_as_the_unbroken_one(lab, folders, tmp_path):
 def test_other_engines_resume_alike(engine, devices, tmp_path):
     fields = {"method": "lakd", "local__engine": engine, **RECIPE}
     for lab in resume.lab_of(tmp_path, devices):
-        lab.train(tmp_path / "unbroken", **fields)
-        lab.stop(tmp_path / "parts", 0, 7, **fields)
-        lab.train(tmp_path / "parts", **fields)
-    runs = [resume.finished(tmp_path / name) for name in ("unbroken", "parts")]
-    resume.assert_equal_runs(*runs)
+        lab.resumes(tmp_path, **fields)

@@ -11,7 +11,7 @@ import test_train_resume as resume
 import test_train_step as steps
 import tiny
 
-from lakd_jax import distill, export, interop, models
+from lakd_jax import distill, models
 from lakd_jax.models import vit
 from lakd_jax.training import segments
 
@@ -63,7 +63,7 @@ def test_every_weight_is_trained(trained):
     assert all(jax.tree.leaves(moved))
 
 
-@pytest.mark.parametrize("method", ["deit", "kd", "at"])
+@pytest.mark.parametrize("method", marks.others_long(["deit", "kd", "at"], ["deit"]))
 def test_both_heads_learn(method, tmp_path):
     setting = steps.small(tmp_path, 1, DISTILLED, method=method)
     ((after, metrics),) = steps.train(setting, steps.rows(1))
@@ -114,11 +114,4 @@ def lab(tmp_path, monkeypatch):
 def test_a_run_resumes_and_is_exported(lab, tmp_path):
     fields = {"method": "none", "student__name": "small_vit", "optim__lr": 0.01}
     fields |= {"student__drop_path": 0.5, "student__patch": 2}
-    lab.train(tmp_path / "whole", **fields)
-    lab.stop(tmp_path / "parts", 0, 7, **fields)
-    lab.train(tmp_path / "parts", **fields)
-    whole, parts = (resume.finished(tmp_path / n) for n in ("whole", "parts"))
-    resume.assert_equal_runs(whole, parts)
-    state = interop.load_torch_file(export.run(tmp_path / "whole", "safetensors"))
-    restored = interop.from_torch("small_vit", state)["params"]
-    jax.tree.map(np.testing.assert_array_equal, restored, whole[0]["params"])
+    lab.resumes_and_exports(tmp_path, **fields)
