@@ -108,7 +108,10 @@ class Run:
         fields.one_of(("float32", "bfloat16")),
     )
     label_smoothing: float = field(
-        0.0, "of the labels' part of the loss; methods none and kd", fields.below(1)
+        0.0,
+        "share of each label that all classes divide, in every cross-entropy with "
+        "labels",
+        fields.below(1),
     )
     baselines: tuple[str, ...] = field(
         (),

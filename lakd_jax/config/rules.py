@@ -113,18 +113,6 @@ def _preacts(c: Config, _: int) -> str | None:
         )
 
 
-@reads(*METHODS, "label_smoothing")
-def _smoothing(c: Config, _: int) -> str | None:
-    able = [m for m in distill.names() if "label_smoothing" in distill.option_names(m)]
-    others = [m for m in methods(c) if m not in able]
-    if c.label_smoothing and others:
-        return (
-            f"label_smoothing is {c.label_smoothing:g}, but method {others[0]} needs "
-            "hard labels: set it to 0, or method (and baselines) to "
-            f"{' or '.join(able)}"
-        )
-
-
 @reads(
     *METHODS,
     "student.name",

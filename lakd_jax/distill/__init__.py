@@ -20,6 +20,7 @@ class Facts:
     needs_teacher: bool
     needs_heads: bool
     needs_preacts: bool
+    reads_labels: bool
     least_batch: int
     teacher_reads: tuple[str, ...]
 
@@ -62,6 +63,7 @@ def facts(name: str) -> Facts:
         needs_teacher=any(one.needs_teacher for one in found),
         needs_heads=any(one.needs_heads for one in found),
         needs_preacts=any(one.needs_preacts for one in found),
+        reads_labels=any(one.reads_labels for one in found),
         least_batch=max(one.least_batch for one in found),
         teacher_reads=tuple(reads),
     )

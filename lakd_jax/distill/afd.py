@@ -68,6 +68,7 @@ class AFD(method.Method):
         rules_lib.some_weight("ce_weight", "kd_weight", "beta"),
     )
     least_batch: ClassVar[int] = 2
+    reads_labels: ClassVar[bool] = False
     teacher_reads: ClassVar[tuple[str, ...]] = ("logits", "taps")
 
     @nn.compact

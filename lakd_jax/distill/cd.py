@@ -94,6 +94,7 @@ class CD(term.Term):
     )
 
     staged: ClassVar[bool] = True
+    reads_labels: ClassVar[bool] = True
     teacher_reads: ClassVar[tuple[str, ...]] = ("logits", "joints")
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:

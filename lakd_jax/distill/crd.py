@@ -178,6 +178,7 @@ class CRD(term.Term):
     temperature: float = fields.field(0.07, "of the scores", fields.above(0))
     momentum: float = fields.field(0.5, "of the memories", fields.between(0, 1))
 
+    reads_labels: ClassVar[bool] = True
     teacher_reads: ClassVar[tuple[str, ...]] = ("pooled",)
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:

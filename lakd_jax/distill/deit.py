@@ -65,7 +65,6 @@ class DeiT(term.Term):
         True, "learn the class that the teacher answers; False: its probabilities"
     )
     temperature: float = fields.field(1.0, "hard=False", fields.above(0))
-    label_smoothing: float = fields.field(0.0, source="label_smoothing")
 
     title: ClassVar[str] = "DeiT (token)"
     about: ClassVar[str] = "for deit_..._distilled; published with label_smoothing=0.1"
@@ -74,8 +73,7 @@ class DeiT(term.Term):
     def hard_loss(self, signals: method.Signals) -> jax.Array:
         """See `Term`."""
         of_class, _ = signals.student.head_logits
-        labels = (signals.labels, self.label_smoothing, signals.label_weights)
-        return kd.smoothed_cross_entropy(of_class, *labels)
+        return signals.cross_entropy(of_class)
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
         """Returns the term `token`."""

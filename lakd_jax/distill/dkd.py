@@ -87,6 +87,7 @@ class DKD(term.LogitTerm):
     )
 
     two_classes: ClassVar[str | None] = "alpha"
+    reads_labels: ClassVar[bool] = True
     pairs: ClassVar[method.Pairs] = {  # beta is 8 elsewhere
         ("vgg*", "*"): {"beta": 6.0},
         ("*", "vgg*"): {"beta": 6.0},

@@ -9,55 +9,14 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import linen as nn
 
 from lakd_jax import fields
-from lakd_jax.distill.base import method, numerics
+from lakd_jax.distill.base import labels, method, numerics
 
-
-def cross_entropy(
-    logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None
-) -> jax.Array:
-    """Mean over the batch of -log softmax(logits)[label], scalar float32 >= 0.
-
-    Args:
-      logits: (B, classes), any floating type.
-      labels: (B,) integers.
-      weights: (B,) float32 of a weighted mean, as of PyTorch's `weight` per class.
-    """
-    logits = logits.astype(jnp.float32)
-    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
-    if weights is None:
-        return jnp.mean(losses)
-    return jnp.sum(weights * losses) / jnp.sum(weights)
-
-
-def smoothed_cross_entropy(
-    logits: jax.Array,
-    labels: jax.Array,
-    smoothing: float,
-    weights: jax.Array | None = None,
-) -> jax.Array:
-    """Cross-entropy with (1 - smoothing) of the label and the rest shared by all.
-
-    Szegedy et al., "Rethinking the Inception Architecture" (arXiv 1512.00567), section
-    7; the label has its share of the rest, too. 0 is `cross_entropy`.
-
-    Args:
-      logits: (B, classes), any floating type.
-      labels: (B,) integers.
-      smoothing: in [0, 1).
-      weights: see `cross_entropy`; only without smoothing.
-
-    Returns:
-      Scalar float32, never negative.
-    """
-    hard = cross_entropy(logits, labels, weights)
-    if not smoothing:
-        return hard
-    spread = -jnp.mean(jax.nn.log_softmax(logits.astype(jnp.float32)))
-    return (1 - smoothing) * hard + smoothing * spread
+# Scripts read these here; within the package `Signals.cross_entropy` selects one.
+cross_entropy = labels.cross_entropy
+smoothed_cross_entropy = labels.smoothed_cross_entropy
 
 
 def kd_loss(
@@ -118,7 +77,7 @@ def head_terms(
       `head_ce` and `head_kd`, scalars float32, and the two weights by these names.
     """
     logits, target = signals.student.logits, signals.teacher.logits
-    terms = {"head_ce": cross_entropy(logits, signals.labels, signals.label_weights)}
+    terms = {"head_ce": signals.cross_entropy(logits)}
     if standardise:
         logits, target = standardised(logits), standardised(target)
     terms["head_kd"] = kd_loss(logits, target, temperature)
@@ -128,9 +87,8 @@ def head_terms(
 class Plain(method.Method):
     """No teacher: cross-entropy with the labels in the one and last module."""
 
-    label_smoothing: float = fields.field(0.0, source="label_smoothing")
-
     title: ClassVar[str] = "alone"
+    reads_labels: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
     teacher_reads: ClassVar[tuple[str, ...]] = ()
 
@@ -139,9 +97,7 @@ class Plain(method.Method):
         self, signals: method.Signals, *, train: bool
     ) -> tuple[method.ModuleLoss, ...]:
         """Returns one `ModuleLoss` with the term `head_ce`."""
-        logits, smoothing = signals.student.logits, self.label_smoothing
-        hard = (signals.labels, smoothing, signals.label_weights)
-        terms = {"head_ce": smoothed_cross_entropy(logits, *hard)}
+        terms = {"head_ce": signals.cross_entropy(signals.student.logits)}
         return (
             method.ModuleLoss(terms=terms, weights={"head_ce": 1.0}, diagnostics={}),
         )
@@ -150,8 +106,7 @@ class Plain(method.Method):
 class KD(method.Method):
     """ce_weight * CE(labels) + kd_weight * T^2 KL(teacher || student).
 
-    Labels are smoothed as in `smoothed_cross_entropy`, logits of the divergence
-    standardised as in `standardised`.
+    The logits of the divergence are standardised as in `standardised`.
     """
 
     ce_weight: float = fields.field(
@@ -161,10 +116,11 @@ class KD(method.Method):
         0.9, "of the softened divergence to the teacher", fields.at_least(0)
     )
     temperature: float = fields.field(4.0, check=fields.above(0))
-    label_smoothing: float = fields.field(0.0, source="label_smoothing")
     standardise: bool = fields.field(
         False, "z-scores of the logits; then temperature=2, kd_weight=9"
     )
+
+    reads_labels: ClassVar[bool] = False
 
     @nn.compact
     def __call__(
@@ -178,10 +134,6 @@ class KD(method.Method):
             self.temperature,
             self.standardise,
         )
-        if self.label_smoothing:
-            logits, labels = signals.student.logits, signals.labels
-            smoothed = smoothed_cross_entropy(logits, labels, self.label_smoothing)
-            terms["head_ce"] = smoothed
         return (method.ModuleLoss(terms=terms, weights=weights, diagnostics={}),)
 
 

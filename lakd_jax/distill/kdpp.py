@@ -150,6 +150,7 @@ class KDPP(term.Term):
     title: ClassVar[str] = "KD++"
     about: ClassVar[str] = "of norm and direction; 1.5 or 0.5 for some pairs"
     least_batch: ClassVar[int] = 2
+    reads_labels: ClassVar[bool] = True
     teacher_reads: ClassVar[tuple[str, ...]] = ("logits", "pooled")
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:

@@ -130,6 +130,7 @@ class LAKD(method.Method):
     rules: ClassVar[tuple[rules_lib.Rule, ...]] = options_lib.RULES
     local: ClassVar[bool] = True
     staged: ClassVar[bool] = True
+    reads_labels: ClassVar[bool] = False
     cut_scale: ClassVar[float] = 0.0
     teacher_reads: ClassVar[tuple[str, ...]] = ("logits", "joints")
 
@@ -281,8 +282,7 @@ def _head_loss(
 ) -> Weighted:
     """L_h of `logits` (B, classes) as terms and weights named after `prefix`."""
     ce = f"{prefix}_ce"
-    hard = kd.cross_entropy(logits, signals.labels, signals.label_weights)
-    terms = {ce: hard}
+    terms = {ce: signals.cross_entropy(logits)}
     if options.head_loss == "ce":
         return terms, {ce: weight}
     divergence = f"{prefix}_kd"

@@ -61,6 +61,7 @@ class NKD(term.LogitTerm):
     standardise: bool = fields.field(False)
 
     two_classes: ClassVar[str | None] = ""
+    reads_labels: ClassVar[bool] = True
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
         """Returns the term `nkd`."""

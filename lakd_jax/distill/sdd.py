@@ -112,6 +112,7 @@ class SDD(term.LogitTerm):
 
     about: ClassVar[str] = "base=dkd: ce_weight=1, weight=1, warmup_epochs=20"
     needs_heads: ClassVar[bool] = True
+    reads_labels: ClassVar[bool] = True
     teacher_reads: ClassVar[tuple[str, ...]] = ("logits", "joints", "head")
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:

@@ -150,6 +150,7 @@ def spec(
         split_gradients=config.optim.dot_delta > 0,
         decay_mask=config.optim.decay_mask,
         class_weights=class_weights,
+        label_smoothing=config.label_smoothing,
         average=average(config),
         accumulate=config.optim.accumulate,
         student_at=phase.student_at(student.model, steps_per_epoch),

@@ -67,6 +67,7 @@ class StepSpec:
         that of all others separately, see `dot`.
       decay_mask: whether weight decay leaves out some parameters, see `optim.decays`.
       class_weights: of the labels' cross-entropy, per class; () weighs them alike.
+      label_smoothing: the share of each label that all classes divide.
       average: how the moving average of the student is updated; None for no average.
       accumulate: the number of parts in which a batch is processed, see `accumulate`.
       student_at: returns the student in effect in a step, counted from 0; None if it
@@ -101,6 +102,7 @@ class StepSpec:
     split_gradients: bool = False
     decay_mask: bool = False
     class_weights: tuple[float, ...] = ()
+    label_smoothing: float = 0.0
     average: ema.Average | None = None
     accumulate: int = 1
     student_at: Callable[[Any], chain.Chain] | None = None

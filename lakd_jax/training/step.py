@@ -267,6 +267,7 @@ def observe(
         label_weights=jnp.asarray(spec.class_weights, jnp.float32)[batch.labels]
         if spec.class_weights
         else None,
+        label_smoothing=spec.label_smoothing,
         examples=batch.examples,
         count=spec.examples,
         key=batch.noise,

@@ -108,14 +108,3 @@ def test_label_smoothing_by_hand():
     assert float(ours) == pytest.approx(expected, rel=1e-5)
     plain = kd.cross_entropy(logits, LABELS)
     assert float(kd.smoothed_cross_entropy(logits, LABELS, 0.0)) == float(plain)
-
-
-def test_label_smoothing_in_plain_training_and_kd():
-    logits, teacher = noise(4, 3), noise(4, 3, seed=1)
-    (plain,) = kd.Plain(label_smoothing=0.1).apply({}, signals(logits), train=True)
-    smooth = kd.smoothed_cross_entropy(logits, LABELS, 0.1)
-    assert plain.total() == smooth
-    both = kd.KD(0.1, 0.9, 4.0, label_smoothing=0.1)
-    (loss,) = both.apply({}, signals(logits, teacher), train=True)
-    assert loss.terms["head_ce"] == smooth
-    assert loss.terms["head_kd"] == kd.kd_loss(logits, teacher, 4.0)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lakd_jax.distill.base import labels as labels_lib
 from lakd_jax.distill.base import rules as rules_lib
 
 STORABLE = ("logits", "joints")  # of what methods read of a teacher, see `Method`
@@ -42,7 +43,8 @@ class Signals:
       student: the student's `Outputs`, in training mode.
       teacher: the teacher's `Outputs` in evaluation mode, or what has the parts of
         them that `Method.teacher_reads` names; None without a teacher.
-      labels: (B,) int32.
+      labels: (B,) int32; of mixed images, those of the first of the two. Their
+        cross-entropy is `cross_entropy`, which knows how they are smoothed and mixed.
       epoch: scalar float32, epochs begun since the start, with fractions.
       student_joints: K activations (B, H, W, C), at the end of each module and
         before the cut there, so that a loss on them trains the module below. None
@@ -60,6 +62,9 @@ class Signals:
       student_preacts, teacher_preacts: the K joints before the next ReLU, for methods
         with `needs_preacts`; else ().
       label_weights: (B,) float32, of the labels' cross-entropy; None weighs them alike.
+      label_smoothing: the share of each label that all classes divide.
+      soft_labels: (B, classes) float32 of mixed images, smoothed; None if images are
+        not mixed.
       examples: (B,) int32, the rows of the training split that the batch is made of.
       count: how many rows that has.
       key: of what the method draws in this step.
@@ -84,9 +89,21 @@ class Signals:
     student_preacts: tuple[jax.Array, ...] = ()
     teacher_preacts: tuple[jax.Array, ...] = ()
     label_weights: jax.Array | None = None
+    label_smoothing: float = flax.struct.field(pytree_node=False, default=0.0)
+    soft_labels: jax.Array | None = None
     examples: jax.Array | None = None
     count: int = flax.struct.field(pytree_node=False, default=0)
     key: jax.Array | None = None
+
+    def cross_entropy(self, logits: jax.Array) -> jax.Array:
+        """Returns the cross-entropy of logits (B, classes) with the labels.
+
+        Labels are smoothed, mixed and weighted as the run demands. Scalar float32.
+        """
+        if self.soft_labels is not None:
+            return labels_lib.soft_cross_entropy(logits, self.soft_labels)
+        how = (self.label_smoothing, self.label_weights)
+        return labels_lib.smoothed_cross_entropy(logits, self.labels, *how)
 
 
 class Method(nn.Module):
@@ -96,9 +113,10 @@ class Method(nn.Module):
     its modules can be run one by one; `staged`, whether it has a loss in each module
     of the student, so that this may be cut; `cut_scale`, how it is cut where the
     config leaves it open; `needs_teacher`; `needs_heads` and `needs_preacts`, whether
-    it reads those of `Signals`; `least_batch`, examples a batch must
-    have (2 where the method normalises vectors by the batch); `needs_uncut` and
-    `needs_suffix`, whether it reads `Signals.student_uncut` and
+    it reads those of `Signals`; `reads_labels`, whether it uses `Signals.labels` other
+    than by `Signals.cross_entropy`, so that images cannot be mixed; `least_batch`,
+    examples a batch must have (2 where the method normalises vectors by the batch);
+    `needs_uncut` and `needs_suffix`, whether it reads `Signals.student_uncut` and
     `Signals.teacher_suffix`; `teacher_reads`, what it reads of the teacher's outputs
     (`joints` stands for `Signals.teacher_joints`); `needs_logits`, whether modules
     before the last read the teacher's logits, and so cannot be run before its last
@@ -125,6 +143,7 @@ class Method(nn.Module):
     staged: ClassVar[bool] = False
     cut_scale: ClassVar[float] = 1.0
     needs_teacher: ClassVar[bool] = True
+    reads_labels: ClassVar[bool] = True
     least_batch: ClassVar[int] = 1
     needs_heads: ClassVar[bool] = False
     needs_preacts: ClassVar[bool] = False

@@ -28,7 +28,8 @@ def ramp(epoch: jax.Array, epochs: float) -> jax.Array | float:
 class Term(method.Method, kw_only=True):
     """ce_weight CE + weight * (the losses that `losses` gives).
 
-    A subclass gives `losses`, a default of `weight`, and its own options as fields.
+    A subclass gives `losses`, a default of `weight`, and its own options as fields. One
+    whose losses read `Signals.labels` declares `reads_labels = True`.
 
     Attributes:
       ce_weight: of the cross-entropy with the labels.
@@ -43,6 +44,7 @@ class Term(method.Method, kw_only=True):
     rules: ClassVar[tuple[rules_lib.Rule, ...]] = (
         rules_lib.some_weight("ce_weight", "weight"),
     )
+    reads_labels: ClassVar[bool] = False
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
         """Returns `{name: raw loss, scalar float32}` per module, for the last modules.
@@ -55,8 +57,7 @@ class Term(method.Method, kw_only=True):
 
     def hard_loss(self, signals: method.Signals) -> jax.Array:
         """Returns the cross-entropy with the labels, scalar float32."""
-        logits = signals.student.logits
-        return kd.cross_entropy(logits, signals.labels, signals.label_weights)
+        return signals.cross_entropy(signals.student.logits)
 
     def weigh(self, signals: method.Signals) -> tuple[Any, Any]:
         """Returns the weights of cross-entropy and of the losses in this step."""
