@@ -172,6 +172,18 @@ class Data:
         4, "zero pixels around the image before the random crop", _AT_LEAST_0
     )
     flip: bool = field(True, "random horizontal mirror image")
+    mixup: float = field(
+        0.0,
+        "images and labels are mixed with those of a partner in the batch: a of "
+        "Beta(a, a); 0: not",
+        _AT_LEAST_0,
+    )
+    cutmix: float = field(
+        0.0,
+        "a box is replaced by that of a partner in the batch, labels by its area; with "
+        "mixup, either in every second step",
+        _AT_LEAST_0,
+    )
     streaming: bool = field(
         False,
         "Read and decode images when they are needed, instead of keeping all in "

@@ -7,10 +7,11 @@ from typing import Any
 from lakd_jax import config as config_lib
 from lakd_jax import errors, fields, paths
 
-# Importing the last three adds their relations to `rules.TABLE`.
+# Importing the last four adds their relations to `rules.TABLE`.
 from lakd_jax.config import (  # noqa: F401
     listing,
     rules,
+    rules_of_augmentation,
     rules_of_optim,
     rules_of_pairs,
     rules_of_runs,

@@ -52,7 +52,8 @@ def _learn(
 ) -> Learned:
     count = spec.accumulate
     stored = isinstance(source, teacher_outputs.TeacherOutputs)
-    whole = (source if stored else None, below, batch.labels, batch.examples)
+    labels = (batch.labels, batch.soft_labels)
+    whole = (source if stored else None, below, labels, batch.examples)
     parts = jax.tree.map(lambda x: _split(spec, x), whole)
 
     def body(carry: tuple[PyTree, PyTree], inputs: Any) -> tuple[Any, Any]:
@@ -61,7 +62,7 @@ def _learn(
         if backend.on_cpu():
             below = _after(total, below)
         noise = jax.random.fold_in(batch.noise, i)
-        part = segments.Batch(labels, examples, noise)
+        part = segments.Batch(labels[0], examples, noise, labels[1])
         grads, collections, above, metrics = learn(
             collections, outputs if stored else source, below, part
         )

@@ -274,4 +274,5 @@ class Modules(Engine):
         over_batch: Any = mesh_lib.of_batch(self._meshes[k], examples)
         replicated: Any = mesh_lib.replicated(self._meshes[k])
         boundary = segments.Boundary(over_batch, over_batch)
-        return boundary, segments.Batch(over_batch, over_batch, replicated)
+        soft = over_batch if self._spec.mixing else None
+        return boundary, segments.Batch(over_batch, over_batch, replicated, soft)

@@ -20,6 +20,7 @@ from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
 
 PyTree = Any
+_MIXING = 2**31 - 1  # folded into a step's key; smaller numbers count its parts
 # The metrics of the segment as a whole, and those of each of its modules.
 Metrics = tuple[spec_lib.Metrics, tuple[spec_lib.Metrics, ...]]
 
@@ -65,11 +66,13 @@ class Batch:
       labels: (B,) int32.
       examples: (B,) int32, rows of the training split.
       noise: the random key of this step, for dropout and for the method.
+      soft_labels: (B, classes) float32 of mixed images; None if they are not mixed.
     """
 
     labels: jax.Array
     examples: jax.Array
     noise: jax.Array
+    soft_labels: jax.Array | None = None
 
 
 def of_student(spec: spec_lib.StepSpec) -> tuple[Segment, ...]:
@@ -94,11 +97,15 @@ def start(
     """Returns the first segment's inputs in step number `step`, and the batch."""
     images, labels = spec_lib.batch(spec, step, data, indices)
     noise = jax.random.fold_in(data.noise, step)
-    return of_images(spec, images), Batch(labels, indices, noise)
+    soft = None
+    if spec.mixing:
+        key = jax.random.fold_in(noise, _MIXING)
+        images, soft = spec_lib.shared(spec, spec.mixing(key, images, labels))
+    return of_images(spec, images), Batch(labels, indices, noise, soft)
 
 
 def of_images(spec: spec_lib.StepSpec, images: jax.Array) -> Boundary:
-    """Returns the input of each network for images (B, H, W, 3) uint8."""
+    """Returns the input of each network for images (B, H, W, 3) in 0..255."""
     student = spec.student_pixels(images)
     teacher = spec.teacher_pixels(images) if spec.teacher else student
     return Boundary(student, teacher)

@@ -13,7 +13,7 @@ import optax
 
 from lakd_jax import distill, errors, models
 from lakd_jax.config import resolved
-from lakd_jax.data import device
+from lakd_jax.data import device, mixing
 from lakd_jax.data import preparation as preparation_lib
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.interop import weights
@@ -151,6 +151,7 @@ def spec(
         decay_mask=config.optim.decay_mask,
         class_weights=class_weights,
         label_smoothing=config.label_smoothing,
+        mixing=_mixing(config, student.model.num_classes),
         average=average(config),
         accumulate=config.optim.accumulate,
         student_at=phase.student_at(student.model, steps_per_epoch),
@@ -163,6 +164,14 @@ def spec(
         draft, optimizer=draft.optimizer_of(labels), labels=labels
     )
     return finished, lambda: _first_state(finished, init, student.variables, phase)
+
+
+def _mixing(config: resolved.Config, classes: int) -> mixing.Mixing | None:
+    """Returns how images are mixed; None if they are not."""
+    d = config.data
+    if not d.mixup and not d.cutmix:
+        return None
+    return mixing.Mixing(d.mixup, d.cutmix, classes, config.label_smoothing)
 
 
 def average(config: resolved.Config) -> ema.Average | None:

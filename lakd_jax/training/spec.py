@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from lakd_jax import distill
 from lakd_jax.data import augment, device
+from lakd_jax.data import mixing as mixing_lib
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
@@ -22,7 +23,7 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """Converts uint8 images to the input of a network.
+    """Converts images in 0..255 to the input of a network.
 
     Attributes:
       mean, std: per channel, for pixels in 0..1.
@@ -36,7 +37,7 @@ class Pixels:
     size: int = 0
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Converts (B, H, W, 3) uint8 to normalised (B, size, size, 3) `dtype`."""
+        """Converts (B, H, W, 3) in 0..255 to normalised (B, size, size, 3) `dtype`."""
         images = augment.resize(images, self.size)
         return augment.normalise(images, self.mean, self.std, self.dtype)
 
@@ -68,6 +69,7 @@ class StepSpec:
       decay_mask: whether weight decay leaves out some parameters, see `optim.decays`.
       class_weights: of the labels' cross-entropy, per class; () weighs them alike.
       label_smoothing: the share of each label that all classes divide.
+      mixing: how the images of a batch are mixed; None if they are not.
       average: how the moving average of the student is updated; None for no average.
       accumulate: the number of parts in which a batch is processed, see `accumulate`.
       student_at: returns the student in effect in a step, counted from 0; None if it
@@ -103,6 +105,7 @@ class StepSpec:
     decay_mask: bool = False
     class_weights: tuple[float, ...] = ()
     label_smoothing: float = 0.0
+    mixing: mixing_lib.Mixing | None = None
     average: ema.Average | None = None
     accumulate: int = 1
     student_at: Callable[[Any], chain.Chain] | None = None
@@ -132,7 +135,7 @@ class StepSpec:
 def batch(
     spec: StepSpec, step: jax.Array, data: device.DeviceData, indices: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns augmented images (B,H,W,3) uint8 and labels (B,), split over devices.
+    """Returns augmented images (B,H,W,3) and labels (B,), split over devices.
 
     An example's augmentation depends only on (seed, view, example id), not on the batch
     that contains it.
@@ -144,16 +147,11 @@ def batch(
 def augmented(
     spec: StepSpec, data: device.DeviceData, indices: jax.Array, view: jax.Array
 ) -> jax.Array:
-    """Returns one view (B,H,W,3) uint8 of the examples at `indices` (B,)."""
+    """Returns one view (B,H,W,3) in 0..255 of the examples at `indices` (B,)."""
     images, _, ids = data.at(indices)
-    return augment.augment(
-        data.key,
-        images,
-        ids,
-        view,
-        pad=spec.pad,
-        flip=spec.flip,
-    )
+    where = (ids, view)
+    images = augment.augment(data.key, images, *where, pad=spec.pad, flip=spec.flip)
+    return images
 
 
 def shared(spec: StepSpec, batch: PyTree, *, axis: int = 0) -> PyTree:

@@ -268,6 +268,7 @@ def observe(
         if spec.class_weights
         else None,
         label_smoothing=spec.label_smoothing,
+        soft_labels=batch.soft_labels,
         examples=batch.examples,
         count=spec.examples,
         key=batch.noise,
