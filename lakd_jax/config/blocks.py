@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from lakd_jax import distill, fields, models, paths
-from lakd_jax.data import sources
+from lakd_jax.data import policy, sources
 from lakd_jax.local import cuts as cuts_lib
 from lakd_jax.models import vam
 
@@ -172,6 +172,20 @@ class Data:
         4, "zero pixels around the image before the random crop", _AT_LEAST_0
     )
     flip: bool = field(True, "random horizontal mirror image")
+    jitter: float = field(
+        0.0,
+        "brightness, contrast and saturation change by at most this share",
+        fields.between(0, 1),
+    )
+    policy: str = field(
+        "",
+        "random operations: trivial (TrivialAugmentWide) | rand-N-M (RandAugment: N "
+        "operations at level M of 10) | fixmatch (strong view of MLKD and CRLD)",
+        policy.fault,
+    )
+    erase: float = field(
+        0.0, "probability that a box is replaced by noise", fields.between(0, 1)
+    )
     mixup: float = field(
         0.0,
         "images and labels are mixed with those of a partner in the batch: a of "

@@ -6,6 +6,7 @@ written last, a manifest with their checksums. Views that are missing or damaged
 computed again.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -175,7 +176,10 @@ def settings(
       seed: of the augmentation.
     """
     pixels, leaves = spec.teacher_pixels, manifest.named_leaves(shapes)
-    return {
+    more = {}
+    if spec.distortion.active:
+        more["distortion"] = dataclasses.asdict(spec.distortion)
+    return more | {
         "teacher": teacher,
         "weights": manifest.digest(variables),
         "mean": list(pixels.mean),

@@ -13,7 +13,7 @@ import optax
 
 from lakd_jax import distill, errors, models
 from lakd_jax.config import resolved
-from lakd_jax.data import device, mixing
+from lakd_jax.data import device, distortion, mixing
 from lakd_jax.data import preparation as preparation_lib
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.interop import weights
@@ -151,6 +151,7 @@ def spec(
         decay_mask=config.optim.decay_mask,
         class_weights=class_weights,
         label_smoothing=config.label_smoothing,
+        distortion=_distortion(config),
         mixing=_mixing(config, student.model.num_classes),
         average=average(config),
         accumulate=config.optim.accumulate,
@@ -164,6 +165,11 @@ def spec(
         draft, optimizer=draft.optimizer_of(labels), labels=labels
     )
     return finished, lambda: _first_state(finished, init, student.variables, phase)
+
+
+def _distortion(config: resolved.Config) -> distortion.Distortion:
+    d = config.data
+    return distortion.Distortion(d.jitter, d.policy, d.erase, d.mean, d.std)
 
 
 def _mixing(config: resolved.Config, classes: int) -> mixing.Mixing | None:

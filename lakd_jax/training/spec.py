@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from lakd_jax import distill
 from lakd_jax.data import augment, device
+from lakd_jax.data import distortion as distortion_lib
 from lakd_jax.data import mixing as mixing_lib
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.local import cuts
@@ -69,6 +70,7 @@ class StepSpec:
       decay_mask: whether weight decay leaves out some parameters, see `optim.decays`.
       class_weights: of the labels' cross-entropy, per class; () weighs them alike.
       label_smoothing: the share of each label that all classes divide.
+      distortion: what else changes training images.
       mixing: how the images of a batch are mixed; None if they are not.
       average: how the moving average of the student is updated; None for no average.
       accumulate: the number of parts in which a batch is processed, see `accumulate`.
@@ -105,6 +107,7 @@ class StepSpec:
     decay_mask: bool = False
     class_weights: tuple[float, ...] = ()
     label_smoothing: float = 0.0
+    distortion: distortion_lib.Distortion = distortion_lib.Distortion()
     mixing: mixing_lib.Mixing | None = None
     average: ema.Average | None = None
     accumulate: int = 1
@@ -140,6 +143,8 @@ def batch(
     An example's augmentation depends only on (seed, view, example id), not on the batch
     that contains it.
     """
+    if spec.distortion.active:  # so much work that no device should do that of another
+        indices = shared(spec, indices)
     images = augmented(spec, data, indices, spec.view(step))
     return shared(spec, (images, data.at(indices)[1]))
 
@@ -151,7 +156,7 @@ def augmented(
     images, _, ids = data.at(indices)
     where = (ids, view)
     images = augment.augment(data.key, images, *where, pad=spec.pad, flip=spec.flip)
-    return images
+    return spec.distortion(data.key, images, *where)
 
 
 def shared(spec: StepSpec, batch: PyTree, *, axis: int = 0) -> PyTree:
