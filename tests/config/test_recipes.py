@@ -175,3 +175,33 @@ def test_imagenets_beta_of_dkd_depends_on_the_pair():
     assert commands.get_config("imagenet_lakd").dkd.beta == 0.5
     mobile = commands.get_config("imagenet_lakd", "resnet50,mobilenet_v1,dkd")
     assert mobile.dkd.beta == 2.0
+
+
+def test_deits_recipe_is_the_defaults_of_its_public_code():
+    """Those of facebookresearch/deit, main.py, and the batch of its README."""
+    c = commands.get_config("imagenet_deit")
+    assert (c.student.name, c.method) == ("deit_small_distilled", "deit")
+    assert (c.epochs, c.batch_size, c.label_smoothing) == (300, 1024, 0.1)
+    d = c.data
+    assert (d.policy, d.erase, d.jitter) == ("rand-2-9", 0.25, 0.0)
+    assert (d.mixup, d.cutmix, d.drop_last) == (0.8, 1.0, True)
+    rate = phase.Phase(c).learning_rate(10)
+    assert float(rate(0)) == pytest.approx(1e-6, rel=1e-4)
+    assert float(rate(2999)) == pytest.approx(1e-5, rel=0.01)
+    # Five epochs of 300 into a cosine from 5e-4 * 1024 / 512 to 1e-5.
+    after = 1e-5 + 0.99e-3 * (1 + np.cos(np.pi * 5 / 300)) / 2
+    assert float(rate(50)) == pytest.approx(after, rel=1e-3)
+    assert (c.deit.hard, c.deit.ce_weight, c.deit.weight) == (True, 0.5, 0.5)
+    assert (
+        check.problems(commands.get_config("imagenet_deit", ",deit_tiny,none"), 8) == []
+    )
+
+
+def test_the_strong_recipe_differs_in_its_policy_alone():
+    arg = "resnet32x4,resnet8x4,mlkd"
+    strong, plain = (
+        config_lib.flat(commands.get_config(name, arg))
+        for name in ("cifar100_strong", "cifar100")
+    )
+    changed = {n: v for n, v in strong.items() if plain[n] != v}
+    assert changed == {"data.policy": "fixmatch"}
