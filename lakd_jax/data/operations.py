@@ -50,6 +50,8 @@ def apply(
     coefficients = _matrix(operation, value, image.shape)
     move = _bicubic if bicubic else _nearest
     image = move(image, coefficients, jnp.array([[fill]], jnp.uint8))
+    # Or XLA would fuse the move into the blur, and compute it nine times.
+    image = jax.lax.optimization_barrier(image)
     blend = operation - len(_MOVES)
     blended = blend_with(_degenerate(image, blend), image, value)
     is_blend = (blend >= 0) & (blend < len(_BLENDS))

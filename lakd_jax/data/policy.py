@@ -114,8 +114,10 @@ class Policy:
     def __call__(self, key: jax.Array, image: jax.Array) -> jax.Array:
         """Augments an image (H, W, 3) uint8 as `key` decides; the result is alike."""
         keys = jax.random.split(key, self.count + 1)
-        for number in range(self.count):
-            image = self._operate(keys[number], image)
+        # A loop, so that no operation is fused into the next one and computed again.
+        image, _ = jax.lax.scan(
+            lambda image, key: (self._operate(key, image), None), image, keys[:-1]
+        )
         return _with_square(keys[-1], image) if self.square else image
 
     def _operate(self, key: jax.Array, image: jax.Array) -> jax.Array:

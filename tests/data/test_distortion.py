@@ -158,7 +158,7 @@ def test_a_policy_draws_all_of_its_operations(monkeypatch):
     made = policy.create("trivial", MEAN)
     keys = jax.random.split(jax.random.key(0), 2000)
     image = jnp.zeros((8, 8, 3), jnp.uint8)
-    seen = np.asarray(jax.jit(jax.vmap(lambda key: made(key, image)))(keys))
+    seen = np.asarray(jax.jit(jax.vmap(lambda key: made._operate(key, image)))(keys))
     numbers, counts = np.unique(seen[:, 0], return_counts=True)
     names = {operations.OPERATIONS[int(n)] for n in numbers}
     assert names == {row.operation for row in made.rows}
