@@ -1,7 +1,7 @@
 """LAKD on ImageNet: ResNet-34 -> ResNet-18 with the usual 100-epoch protocol.
 
     python main.py --config=configs/imagenet_lakd.py --workdir=runs/imagenet \
-        --config.teacher.init=resnet34-b627a593.pth --config.data.data_dir=TFDS
+        --config.data.data_dir=TFDS
     python main.py --config=configs/imagenet_lakd.py:resnet50,mobilenet_v1,lakd ...
 
 SGD at 0.2 for batches of 512 (scaled linearly for others), momentum 0.9, weight decay
@@ -10,8 +10,10 @@ SGD at 0.2 for batches of 512 (scaled linearly for others), momentum 0.9, weight
 head of lakd: 0.5 CE + 0.5 KD at T = 1; dkd: T = 1, beta 0.5 (2 for mobilenet_v1), one
 epoch of warm-up.
 
-Teacher: a file of torchvision's or timm's weights (.pth or .safetensors). It is
-evaluated first: 73.3 % for ResNet-34, 76.1 % for ResNet-50 V1.
+Teacher: torchvision's first weights of the network, if it has any (--mode=teachers).
+They are fetched once into `teacher.cache`, checked, and evaluated first: 73.3 % for
+ResNet-34, 76.1 % for ResNet-50. --config.teacher.init=FILE takes others (.pth or
+.safetensors); empty, the teacher is trained here.
 
 Data: tfds's imagenet2012. Put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into
 TFDS/downloads/manual and run, with the `tf` extra (150 GB, several hours, once):
@@ -31,6 +33,7 @@ performs 1.1e14 per second (computed, not measured).
 """
 
 from lakd_jax import config as config_lib
+from lakd_jax.interop import published
 
 
 def get_config(arg: str = "") -> config_lib.ConfigDict:
@@ -54,6 +57,7 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
     c.kd.update(ce_weight=0.5, kd_weight=0.5, temperature=1.0)
     c.student.name, c.teacher.name = "resnet18", "resnet34"
     c = config_lib.with_pair(c, arg)
+    c.teacher.init = published.first_of("torchvision", c.teacher.name)
     beta = 2.0 if c.student.name.startswith("mobilenet") else 0.5
     c.dkd.update(temperature=1.0, beta=beta, warmup_epochs=1.0)
     return c

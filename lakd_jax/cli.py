@@ -20,7 +20,7 @@ python main.py --mode=export --workdir=DIR --to=safetensors|torch|stablehlo|onnx
 python main.py --mode=explain --workdir=DIR
 python main.py --mode=evaluate --workdir=DIR [--images=DIR]
                [--config.data.source=SOURCE]
-python main.py --mode=networks
+python main.py --mode=networks|teachers
 
   --config      a Python file with get_config(arg); FILE.py:ARG passes ARG to it
   --workdir     the run's directory; the same command resumes a stopped run
@@ -33,15 +33,15 @@ python main.py --mode=networks
   --mode        train (default); export: write the student of the finished run in
                 --workdir to DIR/export, with a model card; explain: write
                 DIR/report.html about it; evaluate: write DIR/evaluation, what the
-                student answers on its test split, or on other images; networks:
-                list the networks
+                student answers on its test split, or on other images; networks,
+                teachers: list the networks, the weights that teacher.init can name
   --images      a folder of images to evaluate on, in class folders or without labels
   --to          safetensors, torch: weights with PyTorch's names and layout;
                 stablehlo, onnx: the entire computation, for JAX or ONNX Runtime
   --which       last (default): the student of the last epoch; best: of the epoch
                 that was best on minival"""
 
-MODES = ("train", "export", "explain", "evaluate", "networks")
+MODES = ("train", "export", "explain", "evaluate", "networks", "teachers")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -90,6 +90,11 @@ def _run(argv: list[str], guard: interrupt.Guard) -> None:
         for line in describe.table():
             guard.check()
             print(line, flush=True)
+    elif values.mode == "teachers":
+        from lakd_jax.interop import published
+
+        for line in published.table():
+            print(line)
     elif values.mode == "export":
         from lakd_jax import export
 
@@ -132,6 +137,7 @@ def _misplaced(values: Any, overrides: list[list[str]]) -> list[str]:
         "export": {"--workdir", "--to", "--which"},
         "explain": {"--workdir"},
         "networks": set(),
+        "teachers": set(),
     }[values.mode]
     problems = [
         f"{flag} has no effect with --mode={values.mode}; remove it"

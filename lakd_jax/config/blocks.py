@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from lakd_jax import distill, fields, models, paths
 from lakd_jax.data import policy, sources
+from lakd_jax.interop import published
 from lakd_jax.local import cuts as cuts_lib
 from lakd_jax.models import vam
 
@@ -43,6 +44,11 @@ def data_source(value: str) -> str:
     if sources.is_added(value):  # its function knows what the rest means
         return ""
     return paths.fault(value.removeprefix("folder:").removeprefix("npz:"))
+
+
+def weights(value: str) -> str:
+    """The name of published weights, or the path of a run or a file."""
+    return (published.fault if published.is_name(value) else paths.fault)(value)
 
 
 def pixel_mean(value: float) -> str:
@@ -223,8 +229,10 @@ class Network:
     name: str = field("resnet20", "see lakd_jax.models.names()", _NETWORK)
     init: str = field(
         "",
-        "empty: random; a finished run, .safetensors or PyTorch file",
-        paths.fault,
+        "empty: random; a finished run, .safetensors or PyTorch file, or a name of "
+        "published weights: torchvision:resnet34.IMAGENET1K_V1 (--mode=teachers lists "
+        "them), hf:ORG/REPO",
+        weights,
     )
     init_key: str = field(
         "",
@@ -316,7 +324,9 @@ class Teacher(Network):
         0, "when it is trained here; students of all seeds share it", _SEED
     )
     cache: str = field(
-        "runs/teachers", "where teachers trained here are kept, by hash", paths.fault
+        "runs/teachers",
+        "where teachers trained here are kept, by hash, and downloaded weights",
+        paths.fault,
     )
     fold: bool = field(True, "batch norms into the convolutions: the same to rounding")
     views: int = field(

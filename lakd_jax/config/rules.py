@@ -14,6 +14,7 @@ from lakd_jax import distill, fields, models
 from lakd_jax.config import blocks
 from lakd_jax.distill.base import registry
 from lakd_jax.distill.base import rules as rules_lib
+from lakd_jax.interop import published
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
 
@@ -162,6 +163,16 @@ def _student_key(c: Config, _: int) -> str | None:
 @reads("teacher.init", "teacher.init_key")
 def _teacher_key(c: Config, _: int) -> str | None:
     return _key_without_file("teacher", c.teacher)
+
+
+@reads("student.name", "student.init")
+def _student_weights(c: Config, _: int) -> str:
+    return published.other_network("student", c.student.name, c.student.init)
+
+
+@reads("teacher.name", "teacher.init")
+def _teacher_weights(c: Config, _: int) -> str:
+    return published.other_network("teacher", c.teacher.name, c.teacher.init)
 
 
 @reads("student.init", "student.new_head")

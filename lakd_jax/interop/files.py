@@ -2,6 +2,7 @@
 
 import collections.abc
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -131,6 +132,12 @@ def is_variables_file(path: str | os.PathLike) -> bool:
         return False
     with _open_safetensors(path) as file:
         return (file.metadata() or {}).get("format") == _FORMAT
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Returns the SHA-256 of a file, as hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _existing_file(path: str | os.PathLike) -> pathlib.Path:

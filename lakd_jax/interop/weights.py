@@ -13,6 +13,7 @@ import numpy as np
 from lakd_jax import errors, interop, models, paths
 from lakd_jax.data import preparation as preparation_lib
 from lakd_jax.interop import classes as classes_lib
+from lakd_jax.interop import published
 from lakd_jax.models import chain, folding, heads, vam
 from lakd_jax.store import manifest, workdir
 
@@ -35,7 +36,7 @@ class Loaded:
     none. `classes` are the names of its classes, in the order of the logits; () if
     unknown. `difference` describes how its classes differ from the data's, "" for the
     same. `digest` is of the variables as the source has them, before anything was
-    changed.
+    changed. `origin` is what their publisher says, of weights given by name.
     """
 
     model: chain.Chain
@@ -49,6 +50,7 @@ class Loaded:
     classes: tuple[str, ...] = ()
     difference: str = ""
     digest: str = ""
+    origin: published.Published | None = None
 
 
 def load(
@@ -65,6 +67,7 @@ def load(
     classes: Sequence[str] = (),
     new_head: bool = False,
     any_classes: bool = False,
+    origin: published.Published | None = None,
 ) -> Loaded:
     """Loads the network `name` with the weights at `init`.
 
@@ -90,6 +93,7 @@ def load(
         then has the data's classes, and its variables lack those arrays.
       any_classes: whether weights of other classes than the data's are loaded as they
         are, with `Loaded.difference`.
+      origin: what the publisher of the file at `init` says about it, if known.
 
     Raises:
       errors.TeacherError: `init` does not exist, is for another network, or has
@@ -103,6 +107,9 @@ def load(
     path = _file(field, init)
     try:
         loaded = _read(field, name, path, dtype, key)
+        if origin:
+            loaded = _from_publisher(loaded, origin, classes)
+        loaded = dataclasses.replace(loaded, digest=manifest.digest(loaded.variables))
         of_run = loaded.size if field == "teacher" else 0
         loaded = _as_wanted(loaded, options, image_size or of_run or data_size)
         if new_head:
@@ -132,7 +139,8 @@ def _file(field: str, init: str) -> Path:
     if not path.exists():
         raise errors.TeacherError(
             f"{field}.init: {path} does not exist. It must be a finished run's "
-            "directory, a .safetensors file or a PyTorch checkpoint."
+            "directory, a .safetensors file, a PyTorch checkpoint, or a name that "
+            "--mode=teachers lists."
         )
     return _student_file(field, path) if path.is_dir() else path
 
@@ -140,15 +148,40 @@ def _file(field: str, init: str) -> Path:
 def _read(field: str, name: str, path: Path, dtype: str, key: str) -> Loaded:
     """Reads a file of weights, as it is."""
     if not interop.is_variables_file(path):
-        loaded = _from_torch(name, path, dtype, key)
-    elif key:
+        return _from_torch(name, path, dtype, key)
+    if key:
         raise errors.TeacherError(
             f"is a student of a run, which has no entry {key!r}; leave "
             f"{field}.init_key empty."
         )
-    else:
-        loaded = _from_run(name, path, dtype)
-    return dataclasses.replace(loaded, digest=manifest.digest(loaded.variables))
+    return _from_run(name, path, dtype)
+
+
+def _from_publisher(
+    loaded: Loaded, origin: published.Published, names: Sequence[str]
+) -> Loaded:
+    """Returns the network with what its publisher says; `names` are the data's classes.
+
+    What the publisher does not say is as the file has it.
+
+    Raises:
+      errors.TeacherError: the publisher names another number of classes.
+    """
+    classes = origin.class_names(names)
+    if classes and len(classes) != loaded.model.num_classes:
+        raise errors.TeacherError(
+            f"has {loaded.model.num_classes} classes, but {origin.source} names "
+            f"{len(classes)}."
+        )
+    return dataclasses.replace(
+        loaded,
+        mean=origin.mean or loaded.mean,
+        std=origin.std or loaded.std,
+        size=origin.size or loaded.size,
+        preparation=origin.preparation or loaded.preparation,
+        classes=classes or loaded.classes,
+        origin=origin,
+    )
 
 
 def _as_wanted(loaded: Loaded, options: Mapping[str, Any], side: int) -> Loaded:

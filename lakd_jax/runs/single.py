@@ -13,7 +13,7 @@ from lakd_jax import data, distill, errors, paths
 from lakd_jax.config import resolved
 from lakd_jax.data import device, order, sources
 from lakd_jax.data.streaming import batches
-from lakd_jax.interop import weights
+from lakd_jax.interop import downloads, published, weights
 from lakd_jax.models import chain
 from lakd_jax.runs import teacher_source
 from lakd_jax.runtime import backend, hosts, interrupt
@@ -263,6 +263,9 @@ def load_network(
         the data; what follows from that is up to the caller.
     """
     block, is_student = getattr(config, part), part == "student"
+    of_config, origin = not init, None
+    if of_config and published.is_name(block.init):
+        init, origin = _fetched(part, config, environment)
     loaded = weights.load(
         part,
         block.name,
@@ -272,14 +275,35 @@ def load_network(
         options=setup.network_options(config, part),
         image_size=block.image_size,
         data_size=max(environment.dataset.train.shape[:2]),
-        key="" if init else block.init_key,
+        key=block.init_key if of_config else "",
         classes=environment.dataset.classes,
-        new_head=is_student and not init and config.student.new_head,
+        new_head=is_student and of_config and config.student.new_head,
         any_classes=not is_student,
+        origin=origin,
     )
     if loaded.remark:
         environment.notify(f"{part}.init: {loaded.source}: {loaded.remark}")
     return loaded
+
+
+def _fetched(
+    part: str, config: resolved.Config, environment: Environment
+) -> tuple[str, published.Published]:
+    """Returns the file of weights given by name, and what their publisher says.
+
+    It is fetched by the first process, and by those that do not see its files.
+    """
+    cache = environment.folder / paths.local(config.teacher.cache, "teacher.cache")
+    fetch = functools.partial(
+        downloads.fetch,
+        part,
+        getattr(config, part).init,
+        cache / "downloads",
+        environment.notify,
+    )
+    with environment.guard.released():  # it may take long, and is then continued
+        path, origin = hosts.in_turn(fetch)
+    return str(path), origin
 
 
 def evaluator(

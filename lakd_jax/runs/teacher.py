@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lakd_jax import distill, errors, paths
 from lakd_jax.config import resolved
-from lakd_jax.interop import weights
+from lakd_jax.interop import published, weights
 from lakd_jax.models import folding
 from lakd_jax.report import evaluation
 from lakd_jax.runs import phase_run, single, teacher_floor, teacher_source
@@ -73,6 +73,7 @@ def _tested(
     environment.notify(
         f"teacher {config.teacher.name} from {loaded.source}: {score.right} of "
         f"{score.examples} test images right ({100 * score.accuracy:.2f} %)"
+        f"{_published(loaded)}"
     )
     classes = environment.dataset.classes
     confusion = evaluation.confusion(predicted.logits, predicted.labels)
@@ -85,6 +86,14 @@ def _tested(
             f"and teacher.std.{teacher_floor.other_order(confusion, classes)}"
         )
     return predicted
+
+
+def _published(loaded: weights.Loaded) -> str:
+    """Returns the published accuracy, to be compared; "" if it is not known."""
+    origin = loaded.origin
+    if origin is None or not origin.accuracy:
+        return ""
+    return f"; published: {100 * origin.accuracy:.2f} % on {origin.data}"
 
 
 def _require_classes(config: resolved.Config, loaded: weights.Loaded) -> None:
@@ -135,7 +144,9 @@ def load_recorded(
             f"{file}: the teacher of this run, {path} (weights {then['weights']}), "
             f"does not exist; {again}."
         )
-    loaded = single.load_network("teacher", config, environment, str(path))
+    # A name brings its normalisation along; the file is there, see above.
+    init = "" if published.is_name(config.teacher.init) else str(path)
+    loaded = single.load_network("teacher", config, environment, init)
     if loaded.digest != then["weights"]:
         raise errors.TeacherError(
             f"{file}: the teacher of this run has the weights {then['weights']}, but "
@@ -169,6 +180,9 @@ def require_same(directory: Path, teacher: single.Teacher) -> None:
       errors.TeacherError: the weights differ from those at the start.
     """
     now = {"weights": teacher.digest, "source": teacher.network.source}
+    if origin := teacher.network.origin:
+        now |= {"name": origin.name, "address": origin.address}
+        now |= {"sha256": origin.sha256}
     file = directory / workdir.TEACHER
     if not file.exists():
         workdir.write_json(file, now)

@@ -63,6 +63,15 @@ def archives(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     return paths
 
 
+@functools.cache
+def class_names() -> tuple[str, ...]:
+    """Returns the 1,000 classes (n01440764, ...), sorted: also PyTorch's order."""
+    import tensorflow_datasets as tfds
+
+    labels = tfds.core.tfds_path("datasets/imagenet2012/labels.txt")
+    return tuple(labels.read_text().split())
+
+
 def validation_labels(path: pathlib.Path) -> dict[str, str]:
     """Returns image -> class; tfds lists the classes in order of the image names."""
     import tensorflow_datasets as tfds
