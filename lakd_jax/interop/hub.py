@@ -174,6 +174,8 @@ def _described(
 def _values(card: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of `published.Published` that a config.json has."""
     values, known = card.get("pretrained_cfg", card), {}
+    if not isinstance(values, dict):
+        raise ValueError(f"pretrained_cfg is {values}")
     if "mean" in values and "std" in values:
         for name in ("mean", "std"):
             red, green, blue = map(float, values[name])
