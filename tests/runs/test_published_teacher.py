@@ -54,8 +54,8 @@ def site(content, monkeypatch):
 
 def started(tmp_path, folder=pathlib.Path(), **fields):
     """Returns (config, environment, lines)."""
-    fields = {"method": "kd", "teacher__floor": 1e-3} | fields
-    config = resolved.resolve(tiny.small(tmp_path, **fields))
+    given = {"method": "kd", "teacher__floor": 1e-3, "teacher__fold": False}
+    config = resolved.resolve(tiny.small(tmp_path, **(given | fields)))
     lines = []
     return (
         config,
