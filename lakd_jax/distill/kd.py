@@ -134,9 +134,6 @@ class KD(method.Method):
             self.temperature,
             self.standardise,
         )
-        if signals.label_smoothing:
-            # After the divergence: in another order gradients have other last bits.
-            terms["head_ce"] = signals.cross_entropy(signals.student.logits)
         return (method.ModuleLoss(terms=terms, weights=weights, diagnostics={}),)
 
 
