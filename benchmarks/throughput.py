@@ -75,7 +75,7 @@ def _list(text: str) -> list[str]:
 def resolve(chosen: argparse.Namespace) -> argparse.Namespace:
     """Fills in what depends on the device."""
     backend.prepare(cache="")
-    cpu = backend.on_cpu()
+    cpu = jax.default_backend() == "cpu"
     chosen.steps = chosen.steps or (1 if cpu else 50)
     chosen.matmul_side = chosen.matmul_side or (2048 if cpu else 8192)
     chosen.copy_mib = chosen.copy_mib or (256 if cpu else 1024)

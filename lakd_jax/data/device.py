@@ -16,11 +16,15 @@ INITIALISE, AUGMENT, NOISE, INITIALISE_AGAIN = range(4)
 
 @flax.struct.dataclass
 class DeviceData:
-    """A split kept on the devices: images (N,H,W,3) uint8, labels, ids (N,).
+    """A split kept on the devices: images uint8, labels and ids (N,).
 
-    `key` is the augmentation's, `noise` that of what networks draw themselves
-    (dropout); they travel with the data, so that runs of several seeds share one
-    compiled program. With `whole` it is a batch, already cut, of which all is used.
+    Images are flat (N, H*W*3): a gather of rows needs no other layout then. Of images
+    (N,H,W,3) a TPU would copy the whole split, padded fourfold, in every program.
+
+    `shape` is that of an image. `key` is the augmentation's, `noise` that of what
+    networks draw themselves (dropout); they travel with the data, so that runs of
+    several seeds share one compiled program. With `whole` it is a batch (B,H,W,3),
+    already cut, of which all is used.
     """
 
     images: jax.Array
@@ -28,21 +32,23 @@ class DeviceData:
     ids: jax.Array
     key: jax.Array
     noise: jax.Array
+    shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
     whole: bool = flax.struct.field(pytree_node=False, default=False)
 
     def at(self, rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Images, labels and ids of the examples at `rows` (B,)."""
+        """Images (B,H,W,3), labels and ids of the examples at `rows` (B,)."""
         everything = self.images, self.labels, self.ids
         if self.whole:
             return everything
         images, labels, ids = (x[rows] for x in everything)
-        return images, labels, ids
+        return images.reshape(-1, *self.shape), labels, ids
 
 
 def device_data(split: dataset.Split, seed: int, mesh: Mesh) -> DeviceData:
     """A split whole on every device, with the keys of `seed`."""
-    host: Any = (split.images, split.labels, split.ids)
-    return mesh_lib.replicate(DeviceData(*host, **keys(seed)), mesh)
+    flat = split.images.reshape(len(split), -1)
+    host: Any = (flat, split.labels, split.ids, *keys(seed).values(), split.shape)
+    return mesh_lib.replicate(DeviceData(*host), mesh)
 
 
 def rekeyed(data: DeviceData, seed: int, mesh: Mesh) -> DeviceData:

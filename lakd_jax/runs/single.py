@@ -180,7 +180,7 @@ def training_job(
     student = weights.gated(student, setup.vam_options(config))
     _check_last_batch(config, len(environment.dataset.train))
     _check_two_classes(config, environment)
-    plan = _plan(config, len(environment.dataset.train))
+    plan = _plan(config, len(environment.dataset.train), environment.mesh)
     spec, first_state = setup.spec(
         config,
         student,
@@ -241,7 +241,8 @@ def training_job(
 
 def engine(job: TrainingJob, environment: Environment) -> engine_lib.Engine:
     """Returns the engine that executes the steps of a job."""
-    return setup.engine(job.config, job.spec, job.source, job.data, environment.guard)
+    arguments = (job.config, job.spec, job.source, job.data, environment.guard)
+    return setup.engine(*arguments, most=job.record.plan.steps_per_dispatch)
 
 
 def fit(job: TrainingJob, environment: Environment) -> loop.Fit:
@@ -362,12 +363,14 @@ def _check_two_classes(config: resolved.Config, environment: Environment) -> Non
             environment.notify(remark)
 
 
-def _plan(config: resolved.Config, examples: int) -> record_lib.Plan:
+def _plan(
+    config: resolved.Config, examples: int, mesh: jax.sharding.Mesh
+) -> record_lib.Plan:
     steps_per_epoch = order.steps_per_epoch(
         examples, config.batch_size, config.data.drop_last
     )
     stepwise = config.local.engine != "fused" or config.data.streaming
-    default = 1 if backend.on_cpu() or stepwise else STEPS_PER_DISPATCH
+    default = 1 if backend.on_cpu(mesh) or stepwise else STEPS_PER_DISPATCH
     return record_lib.Plan(
         batch_size=config.batch_size,
         drop_last=config.data.drop_last,

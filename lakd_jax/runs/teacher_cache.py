@@ -65,7 +65,7 @@ class OutputsComputer:
 
     def shapes(self) -> teacher_outputs.TeacherOutputs:
         """Returns shapes (V, N, ...) and types of all outputs; computes nothing."""
-        image = self._arguments[1].images.shape[1:]
+        image = self._arguments[1].shape
         return shapes(self.spec, self._arguments[0], image, self.examples)
 
     def __call__(
@@ -112,13 +112,15 @@ def shapes(
       examples: N.
     """
 
+    shape = tuple(image_shape)
+
     def one(variables: PyTree, image: jax.Array) -> teacher_outputs.TeacherOutputs:
         zero = jnp.zeros(1, jnp.int32)
         key = jax.random.key(0)
-        data = device.DeviceData(image, zero, zero, key, key)
+        data = device.DeviceData(image, zero, zero, key, key, shape, whole=True)
         return teacher_outputs.compute_outputs(spec, variables, data, zero, zero)
 
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
+    image = jax.ShapeDtypeStruct((1, *shape), jnp.uint8)
     single = jax.eval_shape(one, variables, image)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((spec.views, examples, *x.shape[1:]), x.dtype),

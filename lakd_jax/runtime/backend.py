@@ -10,6 +10,7 @@ import platform
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from lakd_jax import paths
 from lakd_jax.runtime import interrupt
@@ -27,9 +28,12 @@ _CPU_OPTIONS: Any = {
 }
 
 
-def on_cpu() -> bool:
-    """Returns whether programs run on the CPU."""
-    return jax.default_backend() == "cpu"
+def on_cpu(mesh: Mesh) -> bool:
+    """Returns whether programs for the devices of `mesh` run on the CPU.
+
+    They may be described devices, for which this process only compiles.
+    """
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def prepare(cache: str) -> str:
@@ -52,7 +56,7 @@ def prepare(cache: str) -> str:
             remark = _unwritable(cache)
         if not remark:
             jax.config.update("jax_compilation_cache_dir", cache)
-    if on_cpu():
+    if jax.default_backend() == "cpu":
         _keep_memory()
     return remark
 
@@ -73,7 +77,7 @@ def _unwritable(folder: str) -> str:
 @functools.cache
 def compiler_options() -> dict[str, Any]:
     """Returns the options of `lowered.compile` for programs that run often."""
-    if not on_cpu():
+    if jax.default_backend() != "cpu":
         return {}
     try:
         jax.jit(lambda x: x).lower(0.0).compile(compiler_options=_CPU_OPTIONS)

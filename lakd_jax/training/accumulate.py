@@ -59,7 +59,7 @@ def _learn(
     def body(carry: tuple[PyTree, PyTree], inputs: Any) -> tuple[Any, Any]:
         total, collections = carry
         (outputs, below, labels, examples), i = inputs
-        if backend.on_cpu():
+        if backend.on_cpu(spec.mesh):
             below = _after(total, below)
         noise = jax.random.fold_in(batch.noise, i)
         part = segments.Batch(labels[0], examples, noise, labels[1])
@@ -74,7 +74,7 @@ def _learn(
         body,
         (zeros, collections),
         (parts, jnp.arange(count)),
-        unroll=count if backend.on_cpu() else 1,
+        unroll=count if backend.on_cpu(spec.mesh) else 1,
     )
     grads = jax.tree.map(lambda g: g / count, total)
     above = jax.tree.map(lambda x: _joined(spec, x), above)

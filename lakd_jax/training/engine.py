@@ -70,6 +70,10 @@ class Engine(abc.ABC):
     def read(self, pending: Any) -> Metrics:
         """Waits for the steps that `run` started, and returns their metrics (n,)."""
 
+    def together(self, count: int) -> int:
+        """Returns how many of the next `count` steps `run` takes at once."""
+        return 1
+
     @abc.abstractmethod
     def state(self) -> state_lib.TrainState:
         """Returns the state after all steps so far; valid until the next `run`."""
@@ -94,7 +98,17 @@ class Engine(abc.ABC):
 
 
 class Fused(Engine):
-    """Runs each step as one compiled program."""
+    """Runs each step as one compiled program, or many steps as one.
+
+    On accelerators one program runs any number of steps up to `most`. On CPU, where
+    loops are unrolled, it runs `most` steps or one.
+    """
+
+    def __init__(self, *arguments: Any, most: int = 1):
+        """Creates the engine; `most` steps are run by a program, see `Engine`."""
+        super().__init__(*arguments)
+        self._most = most
+        self._loops = most > 1 and not backend.on_cpu(self._spec.mesh)
 
     def load(self, state: state_lib.TrainState) -> None:
         """See `Engine`."""
@@ -107,23 +121,34 @@ class Fused(Engine):
 
     def run(self, rows: np.ndarray) -> Any:
         """See `Engine`."""
+        count = len(rows)
         arguments = (self._state, self._teacher, self._feed.next(rows), rows)
-        if rows.shape not in self._programs:
+        if self._loops:
+            padding = ((0, self._most - count), (0, 0))
+            arguments = (*arguments[:-1], np.pad(rows, padding), np.int32(count))
+        if arguments[3].shape not in self._programs:
             program = jax.jit(
                 functools.partial(step.run_steps, self._spec),
                 donate_argnums=0,
                 out_shardings=mesh_lib.replicated(self._spec.mesh),
             )
             lowered = program.lower(*arguments)
-            self._programs[rows.shape] = backend.compiled(lowered, self._guard)
-        program = self._programs[rows.shape]
+            self._programs[arguments[3].shape] = backend.compiled(lowered, self._guard)
+        program = self._programs[arguments[3].shape]
         self._last = [program]
         self._state, metrics = program(*arguments)
-        return metrics
+        return metrics, count
 
     def read(self, pending: Any) -> Metrics:
         """See `Engine`."""
-        return jax.device_get(pending)
+        metrics, count = pending
+        return {name: x[:count] for name, x in jax.device_get(metrics).items()}
+
+    def together(self, count: int) -> int:
+        """See `Engine`."""
+        if self._loops:
+            return min(count, self._most)
+        return self._most if count >= self._most else 1
 
 
 class Modules(Engine):

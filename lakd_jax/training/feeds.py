@@ -46,7 +46,8 @@ class Stream:
 
         local = part.split
         fields = (global_array(x) for x in (local.images, local.labels, local.ids))
-        return device.DeviceData(*fields, **keys, whole=True)
+        shape = local.shape
+        return device.DeviceData(*fields, **keys, shape=shape, whole=True)
 
     def share(self) -> batches_lib.Share:
         """Returns which part of a batch this process decodes."""

@@ -80,7 +80,8 @@ class Fit:
         unread: tuple[int, Any] | None = None
         try:
             while step < stop:
-                rows = self.record.rows(step, stop)
+                count = self.engine.together(self.record.alike(step, stop))
+                rows = self.record.rows(step, count)
                 began = time.perf_counter()
                 pending = self.engine.run(rows)
                 self._step = step + rows.shape[0]

@@ -147,21 +147,25 @@ class RunRecord:
             metrics_lib.MetricWriter(self.directory, resume_step=step or None)
         )
 
-    def rows(self, step: int, stop: int) -> np.ndarray:
-        """Returns the positions (n, B) in the training split for the next dispatch."""
+    def alike(self, step: int, stop: int) -> int:
+        """Returns how many batches from `step` on, before `stop`, are of one size.
+
+        `stop` is not beyond the end of the epoch, whose last batch may be short.
+        """
         plan = self.plan
-        count = plan.steps_per_dispatch
+        short = plan.examples % plan.batch_size and not plan.drop_last
+        ends = stop % plan.steps_per_epoch == 0
+        return max(stop - step - (1 if short and ends else 0), 1)
 
-        def positions(at: int) -> np.ndarray:
-            return order.batch_indices(
-                self.seed, at, plan.examples, plan.batch_size, plan.drop_last
-            )
+    def rows(self, step: int, count: int) -> np.ndarray:
+        """Returns the positions (count, B) in the training split for steps from `step`.
 
-        if count > 1 and step + count <= stop:
-            rows = [positions(step + i) for i in range(count)]
-            if len(rows[-1]) == plan.batch_size:
-                return np.stack(rows)
-        return positions(step)[None]
+        Their batches must be of one size, see `alike`.
+        """
+        plan = self.plan
+        data = (plan.examples, plan.batch_size, plan.drop_last)
+        steps = range(step, step + count)
+        return np.stack([order.batch_indices(self.seed, at, *data) for at in steps])
 
     def note(self, first: int, metrics: Mapping[str, Any]) -> None:
         """Adds the metrics (n,) of a dispatch to the window.

@@ -192,15 +192,16 @@ def engine(
     teacher_variables: PyTree,
     data: device.DeviceData | feeds.Run,
     guard: interrupt.Guard,
+    most: int = 1,
 ) -> engine_lib.Engine:
-    """Returns the engine that runs the steps.
+    """Returns the engine that runs the steps, up to `most` of them in one program.
 
     It is `local.engine` for methods that cut the student, and "fused" for all others.
     """
     kind = config.local.engine if distill.facts(config.method).local else "fused"
     arguments = (spec, teacher_variables, data, guard)
     if kind == "fused":
-        return engine_lib.Fused(*arguments)
+        return engine_lib.Fused(*arguments, most=most)
     devices = tuple(spec.mesh.devices.flat) if kind == "pipeline" else ()
     return engine_lib.Modules(*arguments, devices)
 
@@ -302,7 +303,9 @@ def _first_state(
 ) -> state_lib.TrainState:
     # It runs once, and on CPU XLA takes five times longer to optimise the random number
     # generation than to run it unoptimised.
-    options: Any = {"xla_backend_optimization_level": 0} if backend.on_cpu() else None
+    options: Any = (
+        {"xla_backend_optimization_level": 0} if backend.on_cpu(spec.mesh) else None
+    )
     params, collections = jax.jit(init).lower().compile(compiler_options=options)()
     state = state_lib.TrainState(jnp.int32(0), params, collections, ())
     student = state.variables("student")

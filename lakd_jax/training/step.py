@@ -32,21 +32,49 @@ def run_steps(
     source: teacher_outputs.Source,
     data: device.DeviceData,
     indices: jax.Array,
+    count: jax.Array | None = None,
 ) -> tuple[state_lib.TrainState, spec_lib.Metrics]:
     """Runs one step per row of `indices` (n, B), and returns metrics of shape (n,).
 
-    `source` is the teacher's variables, its stored outputs, or None. On CPU the loop is
-    unrolled, since XLA runs convolutions inside loops more than ten times slower there.
+    On CPU the loop is unrolled, since XLA runs convolutions inside loops more than ten
+    times slower there.
+
+    Args:
+      source: the teacher's variables, its stored outputs, or None.
+      count: the number of rows that are used, so that one program, with a loop, serves
+        for all up to n; metrics of the others are 0. None uses all.
     """
+    one = functools.partial(train_step, spec)
+    if count is not None:
+        return _counted(
+            lambda s, i: one(s, source, data, indices[i]), state, indices, count
+        )
     if indices.shape[0] == 1:
-        state, metrics = train_step(spec, state, source, data, indices[0])
+        state, metrics = one(state, source, data, indices[0])
         return state, jax.tree.map(lambda m: m[None], metrics)
     return jax.lax.scan(
-        lambda s, rows: train_step(spec, s, source, data, rows),
+        lambda s, rows: one(s, source, data, rows),
         state,
         indices,
-        unroll=indices.shape[0] if backend.on_cpu() else 1,
+        unroll=indices.shape[0] if backend.on_cpu(spec.mesh) else 1,
     )
+
+
+def _counted(
+    one: Callable[[state_lib.TrainState, jax.Array], Any],
+    state: state_lib.TrainState,
+    indices: jax.Array,
+    count: jax.Array,
+) -> tuple[state_lib.TrainState, spec_lib.Metrics]:
+    """Runs `one(state, i)` for the i below `count`; see `run_steps`."""
+    _, shapes = jax.eval_shape(one, state, jnp.int32(0))
+    metrics = jax.tree.map(lambda m: jnp.zeros(len(indices), m.dtype), shapes)
+
+    def body(i: jax.Array, carry: Any) -> Any:
+        state, metrics = one(carry[0], i)
+        return state, jax.tree.map(lambda m, x: m.at[i].set(x), carry[1], metrics)
+
+    return jax.lax.fori_loop(0, count, body, (state, metrics))
 
 
 def train_step(
@@ -74,7 +102,7 @@ def train_step(
         part = segments.state_of(spec, state, segment)
         part, below, values = segment_step(spec, segment, part, source, below, batch)
         if len(parts) > 1:
-            part, below = _force_order(part, below)
+            part, below = _force_order(part, below, spec.mesh)
         states.append(part)
         metrics.append(values)
     new_state = segments.joined(state, *states) if len(parts) > 1 else states[0]
@@ -377,12 +405,12 @@ def _add_norms(
 
 
 def _force_order(
-    state: state_lib.TrainState, above: segments.Boundary
+    state: state_lib.TrainState, above: segments.Boundary, mesh: jax.sharding.Mesh
 ) -> tuple[state_lib.TrainState, segments.Boundary]:
     """Returns both unchanged, but makes uses of `above` wait for `state`."""
     params, above = jax.lax.optimization_barrier((state.params, above))
     state = dataclasses.replace(state, params=params)
-    if not backend.on_cpu():
+    if not backend.on_cpu(mesh):
         return state, above
     # On CPU, XLA drops barriers before scheduling, so the order needs a real data
     # dependency on every weight: any weight whose update is delayed keeps activations

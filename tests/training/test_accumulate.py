@@ -56,7 +56,7 @@ def test_a_step_is_the_mean_of_its_parts(looped, tmp_path, monkeypatch):
     On accelerators the parts are a loop.
     """
     if looped:
-        monkeypatch.setattr(backend, "on_cpu", lambda: False)
+        monkeypatch.setattr(backend, "on_cpu", lambda mesh: False)
     setting = steps.small(tmp_path, 1, method="none", optim__lr=1.0, **SGD)
     _, state, _, _ = setting
     (row,) = steps.rows(1)

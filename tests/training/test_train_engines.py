@@ -4,15 +4,17 @@ import dataclasses
 import functools
 
 import jax
+import numpy as np
 import pytest
 import test_train_step as steps
 import tiny
 import toys
 
 from lakd_jax import config as config_lib
-from lakd_jax.runtime import interrupt
+from lakd_jax.runtime import backend, interrupt
 from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.training import engine as engine_lib
+from lakd_jax.training import record as record_lib
 from lakd_jax.training import setup
 
 LONG = pytest.mark.long
@@ -140,3 +142,58 @@ def test_costs_are_those_of_the_step(trained):
     assert dispatch.flops == pytest.approx(fused.flops, rel=0.2)
     assert 0 < dispatch.temporary < fused.temporary
     assert config_lib.default().local.engine == "fused"
+
+
+def test_one_program_runs_any_number_of_steps(tmp_path, monkeypatch, trained):
+    """As on accelerators: a loop, whose length is an argument."""
+    compiled = []
+    counted = backend.compiled
+    monkeypatch.setattr(backend, "on_cpu", lambda mesh: False)
+    monkeypatch.setattr(
+        backend, "compiled", lambda *a: compiled.append(1) or counted(*a)
+    )
+    setting = steps.small(tmp_path, 1, method="lakd")
+    config = tiny.config(tmp_path, method="lakd")
+    arguments = (config, setting[0], *setting[2:], interrupt.Guard())
+    run = setup.engine(*arguments, most=3)
+    run.load(mesh_lib.replicate(setting[1], setting[0].mesh))
+    assert [run.together(n) for n in (1, 2, 3, 9)] == [1, 2, 3, 3]
+    rows, losses = steps.rows(3), []
+    for part in (rows[:1], rows[1:]):
+        losses += run.read(run.run(part))["loss"].tolist()
+    alone = trained("fused")
+    expected = [m["loss"][0] for m in alone.metrics]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    steps.assert_close(run.state().params, alone.states[-1].params, atol=2e-5)
+    assert len(compiled) == 1
+
+
+def test_an_unrolled_program_runs_its_number_of_steps_or_one(tmp_path):
+    spec, *_ = steps.spec_of(tmp_path, 1, method="lakd")
+    run = engine_lib.Fused(spec, None, None, interrupt.Guard(), most=3)
+    assert [run.together(n) for n in (1, 2, 3, 9)] == [1, 1, 3, 3]
+
+
+def test_batches_of_one_size_are_run_together(tmp_path):
+    """The short last batch of an epoch is not one of them."""
+    plan = functools.partial(
+        record_lib.Plan,
+        batch_size=4,
+        epochs=2,
+        log_every=9,
+        eval_every=1,
+        save_every=9,
+        steps_per_dispatch=9,
+        keep=1,
+    )
+    for examples, drop_last, expected in (
+        (20, False, [5, 2, 1]),
+        (22, False, [5, 2, 1, 1]),
+        (22, True, [5, 2, 1]),
+    ):
+        made = plan(examples=examples, drop_last=drop_last)
+        record = record_lib.RunRecord(made, tmp_path, 0, None, None, None)
+        last = made.steps_per_epoch
+        starts = (0, 3, 4, 5)[: len(expected)]
+        assert [record.alike(at, last) for at in starts] == expected
+        assert record.rows(0, record.alike(0, last)).shape == (5, 4)
