@@ -1,4 +1,4 @@
-"""Networks, methods and data of your own, by name, beside the built-in ones.
+"""Networks, methods, data, trackers of your own, by name, beside the built-in ones.
 
 docs/your_own.md has worked examples. Register in the file that has `get_config`, and
 the command line knows the name as well. Registering a name again replaces what was
@@ -8,11 +8,12 @@ there, so that a notebook's cell may run twice.
 from typing import Any
 
 from lakd_jax import config as config_lib
-from lakd_jax import models
+from lakd_jax import models, trackers
 from lakd_jax.data import sources
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.distill.base import registry
 from lakd_jax.interop import layout
+from lakd_jax.trackers import tracker as tracker_lib
 
 
 def network(name: str, build: Any) -> None:
@@ -64,3 +65,16 @@ def data(name: str, load: sources.Load) -> None:
       ValueError: the name is built in or not a word.
     """
     sources.register(name, load)
+
+
+def tracker(name: str, cls: type[tracker_lib.Tracker]) -> None:
+    """Makes a tracker known in `trackers`: it receives the metrics of runs.
+
+    Args:
+      name: a word in small letters.
+      cls: a `lakd_jax.trackers.tracker.Tracker`, created without arguments.
+
+    Raises:
+      ValueError: the name is built in or not a word, or `cls` is no tracker.
+    """
+    trackers.register(name, cls)

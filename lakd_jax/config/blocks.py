@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import ClassVar
 
-from lakd_jax import distill, fields, models, paths
+from lakd_jax import distill, fields, models, paths, trackers
 from lakd_jax.data import policy, sources
 from lakd_jax.interop import published
 from lakd_jax.local import cuts as cuts_lib
@@ -125,6 +125,12 @@ class Run:
         fields.each(_METHOD),
     )
     log_every: int = field(50, "steps between two lines of metrics", _AT_LEAST_1)
+    trackers: tuple[str, ...] = field(
+        trackers.DEFAULT,
+        "where metrics go beside metrics.jsonl: tensorboard | wandb | trackio, or your "
+        "own; may change when a run resumes",
+        fields.each(trackers.fault),
+    )
     eval_every: int = field(1, "epochs between two evaluations on minival", _AT_LEAST_1)
     steps_per_dispatch: int = field(
         0, "steps in one program; 0: 1 on CPU, else 50", _AT_LEAST_0

@@ -10,6 +10,10 @@ from lakd_jax import distill, fields
 from lakd_jax.config import blocks, listing, optimiser
 from lakd_jax.distill.base import registry
 
+# Fields outside of any block that no result depends on: a run may be resumed with other
+# values, and a trained teacher is found with any.
+NO_RESULT = ("trackers",)
+
 
 @dataclasses.dataclass(frozen=True)
 class Student(blocks.Student):
@@ -50,8 +54,11 @@ class Config(blocks.Run):
         return json.loads(json.dumps(self._nested()))
 
     def digest(self) -> str:
-        """Returns twelve hex digits that change with any field."""
-        return config_lib.digest(self.to_dict())
+        """Returns twelve hex digits that change with any field but `NO_RESULT`."""
+        values = self.to_dict()
+        for name in NO_RESULT:
+            del values[name]
+        return config_lib.digest(values)
 
     def _nested(self) -> dict[str, Any]:
         """Returns the fields by block, in the order of `config_lib.default`."""
@@ -111,6 +118,7 @@ def of_teacher(config: Config) -> Config:
     """
     t, values = config.teacher, config.flat()
     same = ("batch_size", "eval_batch_size", "dtype", "log_every", "eval_every")
+    same += NO_RESULT
     kept = {k: v for k, v in values.items() if k.startswith(("data.", "optim."))}
     kept |= {name: values[name] for name in same}
     kept |= {

@@ -1,18 +1,17 @@
-"""Reads and writes the metrics of a run: metrics.jsonl and TensorBoard events."""
+"""Reads and writes the metrics of a run: metrics.jsonl, and trackers such as wandb."""
 
-import contextlib
-import json
 import math
 import os
 import pathlib
-import socket
 import sys
-import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
-FILENAME = "metrics.jsonl"
+from lakd_jax import trackers as trackers_lib
+from lakd_jax.trackers import json_lines, tracker
+
+FILENAME = json_lines.FILENAME
 
 
 def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -25,7 +24,7 @@ def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
         lines = (pathlib.Path(workdir) / FILENAME).read_bytes().splitlines()
     except FileNotFoundError:
         return []
-    records = [_parse(line) for line in lines]
+    records = [json_lines.parse(line) for line in lines]
     return [
         {name: math.nan if value is None else value for name, value in record.items()}
         for record in records
@@ -34,15 +33,16 @@ def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 class MetricWriter:
-    """Writes metrics.jsonl and TensorBoard events into a run directory.
+    """Writes metrics.jsonl into a run directory, and hands the records to trackers.
 
     A context manager; with several processes, only the first one writes. Write the
     records of a step before its checkpoint: on resume, all records after
     `resume_step` are dropped and written again, so the file ends up identical to
     that of an uninterrupted run.
 
-    A failing disk does not stop training: the first OSError is reported once, and
-    nothing more is written after it.
+    What fails does not stop training: the first error of metrics.jsonl or of a tracker,
+    such as a full disk or a lost network, is reported, and nothing more is written to
+    it; the others go on.
     """
 
     def __init__(
@@ -51,6 +51,8 @@ class MetricWriter:
         *,
         resume_step: int | None,
         warn: Callable[[str], None] | None = None,
+        trackers: Iterable[str] = trackers_lib.DEFAULT,
+        about: tracker.About | None = None,
     ):
         """Prepares a writer; files are opened on entering the context.
 
@@ -58,22 +60,27 @@ class MetricWriter:
           workdir: run directory, created if missing.
           resume_step: step of the restored checkpoint; None starts from scratch and
             drops all earlier records.
-          warn: receives the single warning line; None prints it to stderr.
+          warn: receives a warning line per failure; None prints it to stderr.
+          trackers: names, see `lakd_jax.trackers`.
+          about: what trackers are told of the run.
         """
         self._workdir = pathlib.Path(workdir)
-        self._last_kept = -1 if resume_step is None else resume_step
+        self._resume_step = resume_step
         self._warn = warn or (lambda text: print(text, file=sys.stderr))
-        self._lines: Any = None
-        self._events: Any = None
-        self._off = False
+        self._about = about or tracker.About()
+        self._lines = json_lines.JsonLines()
+        self._names = list(dict.fromkeys(trackers))
+        self._writing: dict[str, tracker.Tracker] = {}  # by name, "" is metrics.jsonl
 
     def __enter__(self) -> Self:
         from lakd_jax.runtime import hosts
 
-        self._off = not hosts.is_first()
-        if not self._off:
-            with self._or_off():
-                self._open()
+        if hosts.is_first():
+            self._writing[""] = self._lines
+            self._try("", self._open)
+            for name in self._names:
+                self._writing[name] = trackers_lib.create(name)
+                self._try(name, self._open)
         return self
 
     def __exit__(
@@ -82,11 +89,12 @@ class MetricWriter:
         error: BaseException | None,
         trace: types.TracebackType | None,
     ) -> None:
-        with self._or_off():
-            self._close()
+        for name in list(self._writing):
+            self._try(name, lambda one: one.close(failed=kind is not None))
+        self._writing.clear()
 
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """Appends one record; `kind` is "train" or "eval".
+        """Records values; `kind` is "train" or "eval".
 
         Args:
           step: optimiser steps completed.
@@ -100,102 +108,38 @@ class MetricWriter:
         if clash:
             raise ValueError(f"values: {sorted(clash)} are reserved names")
         numbers = {name: float(value) for name, value in values.items()}
-        if self._off:
-            return
-        with self._or_off():
-            self._lines.write(_line(int(step), kind, numbers))
-            self._lines.flush()
-            self._write_event(int(step), summary=_scalars(kind, numbers))
-            self._events.flush()
+        for name in list(self._writing):
+            self._try(name, lambda one: one.write(int(step), kind, numbers))
 
-    def _open(self) -> None:
+    def _open(self, one: tracker.Tracker) -> None:
         self._workdir.mkdir(parents=True, exist_ok=True)
-        path = self._workdir / FILENAME
-        _drop_after(path, self._last_kept)
-        self._lines = open(path, "ab")
-        self._events = _open_events(self._workdir)
-        self._write_event(0, file_version="brain.Event:2")
-        # Makes TensorBoard discard what earlier processes logged at later steps.
-        restart = {"status": 1}  # SessionLog.START
-        self._write_event(self._last_kept + 1, session_log=restart)
-        self._events.flush()
+        one.open(self._workdir, self._about, self._resume_step)
+        for record in read(self._workdir) if one.replay else ():
+            numbers = {n: v for n, v in record.items() if n not in ("step", "kind")}
+            one.write(record["step"], record["kind"], numbers)
 
-    def _write_event(self, step: int, **content: Any) -> None:
-        from tensorboardX.proto import event_pb2 as generated
-
-        event_pb2: Any = generated  # generated by protobuf at import time
-        event = event_pb2.Event(step=step, wall_time=time.time(), **content)
-        self._events.write(event.SerializeToString())
-
-    def _close(self) -> None:
-        files, self._lines, self._events = (self._lines, self._events), None, None
-        with contextlib.ExitStack() as stack:  # closes both even if one fails
-            for file in files:
-                if file is not None:
-                    stack.callback(file.close)
-
-    @contextlib.contextmanager
-    def _or_off(self) -> Iterator[None]:
+    def _try(self, name: str, action: Callable[[tracker.Tracker], None]) -> None:
+        """Applies `action`; its first exception is reported and ends the tracker."""
         try:
-            yield
-        except OSError as error:
-            if not self._off:
-                self._warn(
-                    f"warning: metrics cannot be written to {self._workdir} "
-                    f"({error.strerror or error}); training continues without them"
-                )
-            self._off = True
-            with contextlib.suppress(OSError):  # closing can fail for the same reason
-                self._close()
+            action(self._writing[name])
+        except Exception as error:  # of any package, and the run is worth more
+            self._warn(self._describe(name, error))
+            failed = self._writing.pop(name)
+            try:  # closing can fail for the same reason, which was reported
+                failed.close(failed=True)
+            except Exception:
+                return
 
-
-def _line(step: int, kind: str, numbers: dict[str, float]) -> bytes:
-    # JSON has no NaN; null keeps the file readable by every parser.
-    values = {n: v if math.isfinite(v) else None for n, v in numbers.items()}
-    return json.dumps({"step": step, "kind": kind, **values}).encode() + b"\n"
-
-
-def _scalars(kind: str, numbers: dict[str, float]) -> Any:
-    from tensorboardX.proto import summary_pb2 as generated
-
-    summary_pb2: Any = generated  # generated by protobuf at import time
-    value = summary_pb2.Summary.Value
-    return summary_pb2.Summary(
-        value=[value(tag=f"{kind}/{n}", simple_value=v) for n, v in numbers.items()]
-    )
-
-
-def _open_events(workdir: pathlib.Path) -> Any:
-    # Not SummaryWriter: it passes events to a thread that dies when the disk is
-    # full, and the next write then blocks forever.
-    import tensorboardX
-
-    seconds, rest = divmod(time.time_ns(), 10**9)
-    # TensorBoard reads files in the order of their names, so two files created within
-    # one second must sort correctly.
-    name = f"events.out.tfevents.{seconds}.{socket.gethostname()}.{rest:09d}"
-    return tensorboardX.RecordWriter(str(workdir / name))
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and "step" in record else None
-
-
-def _drop_after(path: pathlib.Path, last_kept: int) -> None:
-    """Rewrites `path` without the records after step `last_kept`."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    kept = []
-    for line in lines:
-        record = _parse(line)
-        if record is not None and record["step"] <= last_kept:
-            kept.append(line + b"\n")
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    def _describe(self, name: str, error: Exception) -> str:
+        reason = error.strerror if isinstance(error, OSError) else None
+        first = (str(error).splitlines() or [""])[0]
+        reason = reason or f"{type(error).__name__}: {first}"
+        if not name:
+            return (
+                f"warning: metrics cannot be written to {self._workdir} ({reason}); "
+                "training continues without them"
+            )
+        return (
+            f"warning: tracker {name} of {self._workdir} fails ({reason}); training "
+            "continues without it"
+        )

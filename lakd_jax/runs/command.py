@@ -66,7 +66,9 @@ def run(
             stack.enter_context(
                 single.prepare(seed_run.directory, seed_run.config, folder=folder)
             )
-        environment = single.environment(c, guard, notify, folder)
+        environment = dataclasses.replace(
+            single.environment(c, guard, notify, folder), root=directory
+        )
         notify(_describe_data(environment))
         methods = [*c.baselines, c.method]
         teacher = None

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lakd_jax.data import device, order, sources
 from lakd_jax.data.streaming import batches
 from lakd_jax.interop import downloads, published, weights
 from lakd_jax.models import chain
-from lakd_jax.runs import teacher_source
+from lakd_jax.runs import teacher_source, tracking
 from lakd_jax.runtime import backend, hosts, interrupt
 from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.store import workdir
@@ -39,6 +39,7 @@ class Environment:
       train, minival, test: the splits of `dataset` on the devices of `mesh`, or
         streams that load them batch by batch.
       folder: where relative paths of the config start, see `workdir.folder`.
+      root: the directory of the command; None for a single run, which is its own.
     """
 
     dataset: data.Dataset | batches.Dataset
@@ -49,6 +50,7 @@ class Environment:
     guard: interrupt.Guard
     notify: Notify
     folder: Path = Path()
+    root: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,10 +157,17 @@ class TrainingJob:
 
 
 def prepare(
-    directory: Path, config: resolved.Config, **options: Any
+    directory: Path,
+    config: resolved.Config,
+    *,
+    may_change: Sequence[str] = (),
+    **options: Any,
 ) -> workdir.Workdir:
     """Locks the directory of a run of `config`; see `workdir.prepare`."""
-    return workdir.prepare(directory, config.to_dict(), **options)
+    may_change = (*resolved.NO_RESULT, *may_change)
+    return workdir.prepare(
+        directory, config.to_dict(), may_change=may_change, **options
+    )
 
 
 def training_job(
@@ -231,6 +240,9 @@ def training_job(
             minival,
             score,
             average_used=config.optim.ema > 0 and config.optim.ema_used,
+            tracked=record_lib.Tracked(
+                config.trackers, tracking.about(config, directory, environment.root)
+            ),
         ),
         spec,
         student,

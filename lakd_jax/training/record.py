@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from lakd_jax import errors
+from lakd_jax import errors, trackers
 from lakd_jax.data import order
 from lakd_jax.report import metrics as metrics_lib
 from lakd_jax.store import checkpoint, workdir
+from lakd_jax.trackers import tracker as tracker_lib
 from lakd_jax.training import evaluate as evaluate_lib
 from lakd_jax.training import feeds
 from lakd_jax.training import state as state_lib
@@ -45,6 +46,14 @@ class Plan:
     def total_steps(self) -> int:
         """Returns the number of updates in the run."""
         return self.epochs * self.steps_per_epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class Tracked:
+    """The trackers of a run by name, and what they are told of it."""
+
+    trackers: tuple[str, ...] = trackers.DEFAULT
+    about: tracker_lib.About = tracker_lib.About()
 
 
 @dataclasses.dataclass
@@ -101,8 +110,10 @@ class RunRecord:
         evaluator: evaluate_lib.Evaluator,
         *,
         average_used: bool = False,
+        tracked: Tracked | None = None,
     ):
         """Creates the record; `average_used`: the student is its moving average."""
+        self._tracked = tracked or Tracked()
         self._average_used = average_used
         self.plan, self.directory, self.seed = plan, directory, seed
         self.first_state = first_state
@@ -142,9 +153,14 @@ class RunRecord:
         return step, state_lib.TrainState.from_tree(arrays["train"])
 
     def begin(self, stack: contextlib.ExitStack, step: int) -> None:
-        """Opens metrics.jsonl, dropping lines written after `step`."""
+        """Opens metrics.jsonl, dropping lines written after `step`, and trackers."""
         self._writer = stack.enter_context(
-            metrics_lib.MetricWriter(self.directory, resume_step=step or None)
+            metrics_lib.MetricWriter(
+                self.directory,
+                resume_step=step or None,
+                trackers=self._tracked.trackers,
+                about=self._tracked.about,
+            )
         )
 
     def alike(self, step: int, stop: int) -> int:

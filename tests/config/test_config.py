@@ -57,7 +57,8 @@ def wrong_values():
         if field not in FREE and type(value) is not bool:
             entry = value
             if isinstance(value, tuple):
-                entry = "" if field in ("baselines", "local.cuts") else 0.0
+                words = ("baselines", "trackers", "local.cuts")
+                entry = "" if field in words else 0.0
             wrong = "nonsense" if isinstance(entry, str) else type(entry)(-2)
             yield dunder(field), (wrong,) * 3 if isinstance(value, tuple) else wrong
 
@@ -88,6 +89,7 @@ def test_value_out_of_range_is_one_line_naming_the_field():
         ("method", "lakt", "did you mean 'lakd'?"),
         ("student.name", "resnet8x", "did you mean 'resnet8x4'?"),
         ("baselines", ("kd", "lakt"), "baselines is 'lakt'; did you mean 'lakd'?"),
+        ("trackers", ("wanbd",), "trackers is 'wanbd'; did you mean 'wandb'?"),
     ],
 )
 def test_fault_says_what_is_wrong(field, wrong, says):
@@ -323,6 +325,7 @@ UNRELATED_TO_THE_TEACHER = (
     {"kd.temperature": 2.0, "lakd.preset": "literal", "local.cut_scale": 0.5},
     {"teacher.cache": "elsewhere", "teacher.floor": 0.5, "teacher.init": "x"},
     {"checkpoint.every_steps": 3, "checkpoint.keep": 9},
+    {"trackers": ()},
 )
 OF_THE_TEACHER = {
     "teacher.name": "resnet32",

@@ -92,25 +92,32 @@ def test_reading_where_nothing_was_written(tmp_path):
 
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="Linux only")
-@pytest.mark.parametrize("victim", ["_lines", "_events"])
-def test_full_disk_warns_once_and_lets_training_go_on(tmp_path, victim):
-    """Promise 34: failing metrics do not stop a run."""
+@pytest.mark.parametrize(
+    ("name", "file", "kept"),
+    [("", "_lines", (1, 5)), ("tensorboard", "_events", (5, 1))],
+)
+def test_full_disk_warns_once_and_lets_training_go_on(tmp_path, name, file, kept):
+    """Promise 34: failing metrics do not stop a run, nor do they stop each other."""
     warnings = []
     with metrics.MetricWriter(
         tmp_path, resume_step=None, warn=warnings.append
     ) as writer:
         writer.write(1, "train", {"loss": 1.0})
-        getattr(writer, victim).close()
-        setattr(writer, victim, open("/dev/full", "ab"))
+        victim = writer._writing[name]
+        getattr(victim, file).close()
+        setattr(victim, file, open("/dev/full", "ab"))
         for step in range(2, 6):
             writer.write(step, "train", {"loss": 1.0})
     assert len(warnings) == 1 and "\n" not in warnings[0]
     assert str(tmp_path) in warnings[0] and "No space left" in warnings[0]
-    assert 1 <= len(metrics.read(tmp_path)) <= 2
+    assert name in warnings[0]
+    assert (len(metrics.read(tmp_path)), len(_visible(_events(tmp_path)))) == kept
 
 
 def test_unusable_directory_warns_instead_of_raising(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     with metrics.MetricWriter(tmp_path / "file", resume_step=2) as writer:
         writer.write(3, "train", {"loss": 1.0})
-    assert capsys.readouterr().err.startswith("warning: metrics cannot be written")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("warning: metrics cannot be written")
+    assert lines[1].startswith("warning: tracker tensorboard of") and len(lines) == 2

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -116,3 +117,14 @@ def test_the_command_reports_the_scores(run, capsys):
     shown = capsys.readouterr().out
     assert f"accuracy             {100 * run.accuracy:.2f} %" in shown
     assert "agrees with teacher" in shown
+
+
+def test_the_package_of_a_tracker_is_not_needed(run, monkeypatch):
+    file = run.directory / "config.json"
+    recorded = file.read_text()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    try:
+        file.write_text(json.dumps(json.loads(recorded) | {"trackers": ["wandb"]}))
+        assert run.evaluate()["accuracy"] == run.accuracy
+    finally:
+        file.write_text(recorded)
