@@ -1,4 +1,4 @@
-"""Handles SIGTERM and Ctrl-C: finish the step, save, stop.
+"""Handles SIGTERM, SIGHUP and Ctrl-C: finish the step, save, stop.
 
 Python runs signal handlers only between bytecodes of the main thread, so a signal that
 arrives while this thread is inside an XLA compilation would be handled minutes later.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import threading
 import time
@@ -16,20 +17,23 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# SIGHUP: the terminal was closed, e.g. an ssh connection broke. Windows has none.
+_HANG_UP: Any = getattr(signal, "SIGHUP", None)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, *([_HANG_UP] if _HANG_UP else []))
 # `timeout` and container runtimes deliver one SIGTERM twice, moments apart.
 _DUPLICATE_SECONDS = 1.0
 
 
 class Interrupted(Exception):
-    """SIGTERM or Ctrl-C was received: save the last finished step and stop."""
+    """A signal was received: save the last finished step and stop."""
 
 
 class Guard:
     """A context manager that turns the first signal into a flag.
 
     A second Ctrl-C, or a second SIGTERM more than one second after the first, kills the
-    process. Outside the main thread (e.g. in a notebook's worker), where Python allows
+    process; a second SIGHUP does not. If SIGHUP is ignored, as under nohup, it stays
+    ignored. Outside the main thread (e.g. in a notebook's worker), where Python allows
     no handlers, it does nothing. Keep it open until the last save is on disk.
     """
 
@@ -43,6 +47,8 @@ class Guard:
     def __enter__(self) -> Guard:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
+                if number == _HANG_UP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -82,8 +88,13 @@ class Guard:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: types.FrameType | None) -> None:
+        if number == _HANG_UP:
+            _silence()
         if self.requested:
-            if time.monotonic() - self._since > _DUPLICATE_SECONDS:
+            if (
+                number != _HANG_UP
+                and time.monotonic() - self._since > _DUPLICATE_SECONDS
+            ):
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
@@ -95,3 +106,19 @@ class Guard:
         with contextlib.suppress(OSError):
             # Not print: the signal may have interrupted another print.
             os.write(2, line.encode())
+
+
+def _silence() -> None:
+    """Discards what is printed to a terminal that is gone.
+
+    Otherwise the next line would be an error, and end the run before it saves.
+    """
+    poll = select.poll()
+    for output in (1, 2):
+        poll.register(output, 0)
+    gone = [output for output, _ in poll.poll(0)]
+    if gone:
+        null = os.open(os.devnull, os.O_WRONLY)
+        for output in gone:
+            os.dup2(null, output)
+        os.close(null)

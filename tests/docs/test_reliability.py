@@ -225,6 +225,8 @@ def test_modules_hand_the_teacher_images_as_it_takes_them():
         view=lambda step: step,
         pad=0,
         flip=False,
+        distortion=distortion.Distortion(),
+        mixing=None,
         mesh=mesh,
     )
     held = device.device_data(split, 0, mesh)

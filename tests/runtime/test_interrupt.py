@@ -1,6 +1,7 @@
-"""SIGTERM and Ctrl-C: the first saves and stops, at any time; the second kills."""
+"""SIGTERM, SIGHUP, Ctrl-C: the first saves and stops, the second kills."""
 
 import os
+import pty
 import signal
 import threading
 import time
@@ -11,6 +12,7 @@ import pytest
 from lakd_jax.runtime import interrupt
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ALL = (*SIGNALS, signal.SIGHUP)
 
 
 def _send(number):
@@ -18,12 +20,12 @@ def _send(number):
 
 
 def _handlers():
-    return [signal.getsignal(number) for number in SIGNALS]
+    return [signal.getsignal(number) for number in ALL]
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", ALL)
 def test_first_signal_sets_the_flag_and_says_so(number, capfd):
-    """Promise 11: for both SIGTERM and Ctrl-C."""
+    """Promise 11: for SIGTERM, Ctrl-C and SIGHUP."""
     before = _handlers()
     with interrupt.Guard() as guard:
         guard.check()
@@ -46,6 +48,52 @@ def test_the_same_sigterm_delivered_twice_does_not_kill(capfd):
         _send(signal.SIGTERM)
         assert guard.requested
     assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_a_second_hang_up_does_not_kill(capfd, monkeypatch):
+    """A shell passes on what the terminal has already sent."""
+    monkeypatch.setattr(interrupt, "_DUPLICATE_SECONDS", -1.0)
+    with interrupt.Guard() as guard:
+        _send(signal.SIGHUP)
+        _send(signal.SIGHUP)
+        assert guard.requested
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_an_ignored_hang_up_stays_ignored():
+    """Promise 11: as under nohup."""
+    usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interrupt.Guard() as guard:
+            _send(signal.SIGHUP)
+            guard.check()
+    finally:
+        signal.signal(signal.SIGHUP, usual)
+
+
+_TALKATIVE = """
+import sys, time
+from lakd_jax.runtime import interrupt
+with interrupt.Guard() as guard:
+    print("ready", flush=True)
+    while not guard.requested:
+        time.sleep(0.01)
+    print("saving", flush=True)
+    print("saving", file=sys.stderr, flush=True)
+    open(sys.argv[1], "w").close()
+"""
+
+
+def test_a_closed_terminal_does_not_end_a_save(tmp_path):
+    """Promise 11: printing to it fails, and the last file is written all the same."""
+    master, slave = pty.openpty()
+    process = processes.start("-c", _TALKATIVE, tmp_path / "saved", terminal=slave)
+    os.close(slave)
+    assert os.read(master, 5) == b"ready"
+    os.close(master)
+    process.send_signal(signal.SIGHUP)  # the kernel does, to the terminal's session
+    assert process.wait(timeout=60) == 0
+    assert (tmp_path / "saved").exists()
 
 
 def test_released_signals_have_their_usual_effect(capfd):

@@ -8,12 +8,15 @@ import sys
 import commands
 
 
-def start(*args, **environment):
-    """Starts `python ARGS` in the root of the checkout, with these variables set."""
+def start(*args, terminal=subprocess.PIPE, **environment):
+    """Starts `python ARGS` in the root of the checkout, with these variables set.
+
+    It prints into pipes, or to a terminal.
+    """
     return subprocess.Popen(
         [sys.executable, *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=terminal,
+        stderr=terminal,
         text=True,
         cwd=commands.ROOT,
         env=os.environ | {"PYTHONPATH": str(commands.ROOT)} | environment,
