@@ -14,7 +14,7 @@ from lakd_jax.runtime import interrupt
 USAGE = """\
 python main.py --config=configs/digits_lakd.py [--workdir=DIR] [--dry_run]
                [--config.FIELD=VALUE ...] [--coordinator=HOST:PORT
-               --num_processes=N --process_id=I]
+               --num_processes=N --process_id=I] [--wait=SECONDS]
 python main.py --mode=export --workdir=DIR --to=safetensors|torch|stablehlo|onnx
                [--which=last|best]
 python main.py --mode=explain --workdir=DIR
@@ -29,7 +29,10 @@ python main.py --mode=networks|teachers
   --config.X    changes one field; docs/configuration.md lists them with their meaning
   --coordinator address of process 0 of N; every process is started with the same
                 command, except for --process_id, counted from 0; all share --workdir.
-                --coordinator=auto alone: detected from Slurm, a TPU pod or MPI
+                Without it, processes that srun, mpirun or a TPU slice has started
+                together train one run. auto: the same, or an error if there are
+                none; none: this process alone
+  --wait        seconds to wait for the other processes (default: 120)
   --mode        train (default); export: write the student of the finished run in
                 --workdir to DIR/export, with a model card; explain: write
                 DIR/report.html about it; evaluate: write DIR/evaluation, what the
@@ -129,6 +132,7 @@ def _misplaced(values: Any, overrides: list[list[str]]) -> list[str]:
         "--coordinator": bool(values.coordinator),
         "--num_processes": values.num_processes is not None,
         "--process_id": values.process_id is not None,
+        "--wait": values.wait is not None,
         **{override[0].partition("=")[0]: True for override in overrides},
     }
     accepted = {
@@ -157,13 +161,13 @@ def _misplaced(values: Any, overrides: list[list[str]]) -> list[str]:
 def _train(argv: list[str], values: Any, guard: interrupt.Guard) -> None:
     from lakd_jax.runtime import hosts
 
-    process = (values.coordinator, values.num_processes, values.process_id)
+    process = (values.coordinator, values.num_processes, values.process_id, values.wait)
     if fault := hosts.fault(*process):
         raise errors.ConfigError([fault])
     with contextlib.ExitStack() as stack:
-        if values.coordinator:
-            with guard.released():
-                hosts.connect(*process)
+        with guard.released():
+            has_others = hosts.join(*process)
+        if has_others:
             guard.leave = hosts.leave
             stack.enter_context(hosts.together())
             guard = stack.enter_context(hosts.Guard())

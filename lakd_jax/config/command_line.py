@@ -128,9 +128,10 @@ def attempt(
     flags.DEFINE_string("to", "", "what to export to", values)
     flags.DEFINE_string("which", "last", "which weights to export", values)
     flags.DEFINE_string("images", "", "a folder of images", values)
-    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, or auto", values)
+    flags.DEFINE_string("coordinator", "", "HOST:PORT, auto or none", values)
     flags.DEFINE_integer("num_processes", None, "how many", flag_values=values)
     flags.DEFINE_integer("process_id", None, "which of them", flag_values=values)
+    flags.DEFINE_integer("wait", None, "seconds to wait for them", flag_values=values)
     try:
         rest = values(["main.py", *argv])[1:]
         getattr(values.config, "keys", None)  # raises if the file was not loaded

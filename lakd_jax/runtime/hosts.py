@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import sys
 import threading
@@ -22,14 +23,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lakd_jax import errors
-from lakd_jax.runtime import interrupt
+from lakd_jax.runtime import interrupt, launchers
 
 Result = TypeVar("Result")
 
 # A process without a heartbeat for this long is considered lost, which ends all.
 _HEARTBEAT_SECONDS = 30
-_CONNECT_SECONDS = 120
+CONNECT_SECONDS = 120
 _NOTICE_SECONDS = 5
+# JAX ends a process that waited too long with a stack trace; `connect` comes first.
+_MARGIN_SECONDS = 60
 # An exchange takes 2 ms over loopback, and waits for the device.
 _CHECKS_PER_EXCHANGE = 8
 # Process 0 exits last, since its exit aborts the others before they report errors.
@@ -37,14 +40,26 @@ _LINGER_SECONDS = 2
 _PAD = 4096  # bytes; messages of similar length share a compiled program
 _SHOWN = 6
 AUTO = "auto"  # --coordinator=auto: as set by Slurm, a TPU pod, Kubernetes or MPI
+NONE = "none"  # --coordinator=none: not even if one of these started several processes
 
 
-def fault(coordinator: str, num_processes: int | None, process_id: int | None) -> str:
-    """Describes what is wrong with the three flags ("" or None: not given), or ""."""
+def fault(
+    coordinator: str,
+    num_processes: int | None,
+    process_id: int | None,
+    wait: int | None = None,
+) -> str:
+    """Describes what is wrong with the four flags ("" or None: not given), or ""."""
+    if wait is not None and wait < 1:
+        return f"--wait must be at least 1 second, is {wait}"
+    alone = num_processes is None and process_id is None
     if coordinator == AUTO:
-        alone = num_processes is None and process_id is None
         fault = "--coordinator=auto finds --num_processes and --process_id: omit them"
         return "" if alone else fault
+    if coordinator == NONE:
+        alone = alone and wait is None
+        others = "--num_processes, --process_id and --wait"
+        return "" if alone else f"--coordinator=none connects nothing: omit {others}"
     given = {
         "--coordinator": bool(coordinator),
         "--num_processes": num_processes is not None,
@@ -68,13 +83,51 @@ def fault(coordinator: str, num_processes: int | None, process_id: int | None) -
     return ""
 
 
+def join(
+    coordinator: str,
+    num_processes: int | None,
+    process_id: int | None,
+    wait: int | None = None,
+) -> bool:
+    """Connects this process to the others of its run; returns whether there are any.
+
+    Without flags, processes that a launcher has started together are connected, which
+    is reported in one line. A process that was started alone is not delayed.
+
+    Args:
+      coordinator: HOST:PORT, `AUTO`, `NONE`, or "" if the flag is not given.
+      num_processes: see `connect`.
+      process_id: see `connect`.
+      wait: see `connect`; None for `CONNECT_SECONDS`.
+
+    Raises:
+      errors.HostsError: see `connect`.
+    """
+    job = launchers.find() if coordinator in ("", AUTO) else None
+    if coordinator == NONE or not (coordinator or job):
+        return False
+    seconds = wait or CONNECT_SECONDS
+    connect(coordinator or AUTO, num_processes, process_id, seconds, job)
+    if not coordinator and job and is_first():
+        print(
+            f"{job.launcher} started {job.count} processes: they train one run "
+            "together (--coordinator=none: a run in each).",
+            file=sys.stderr,
+        )
+    return True
+
+
 def connect(
-    coordinator: str, num_processes: int | None, process_id: int | None
+    coordinator: str,
+    num_processes: int | None,
+    process_id: int | None,
+    wait: int = CONNECT_SECONDS,
+    job: launchers.Job | None = None,
 ) -> None:
     """Connects all processes; must be called before JAX's devices are initialised.
 
-    If one does not connect in time, or is lost later, JAX aborts the others with a
-    message and a stack trace.
+    If one does not connect in time, the others print why and end with exit code 2. If
+    one is lost later, JAX aborts the others with a message and a stack trace.
 
     Args:
       coordinator: HOST:PORT at which process 0 can be reached; with `AUTO` JAX
@@ -82,6 +135,8 @@ def connect(
         MPI).
       num_processes: number of processes; None with `AUTO`.
       process_id: number of this process; None with `AUTO`.
+      wait: seconds to wait for the others.
+      job: what is known about them with `AUTO`, for messages.
 
     Raises:
       errors.HostsError: JAX's devices are already initialised, or JAX cannot connect
@@ -92,36 +147,64 @@ def connect(
     # own.
     jax.config.update("jax_enable_preemption_service", False)
     auto = coordinator == AUTO
-    who = "" if auto else f"process {process_id} of {num_processes}: "
-    place = "" if auto else f" at {coordinator}"
-    line = f"{who}waiting for the others{place}, at most {_CONNECT_SECONDS} s"
-    notice = threading.Timer(_NOTICE_SECONDS, print, [line], {"file": sys.stderr})
-    notice.daemon = True
-    notice.start()
+    who = f"process {process_id} of {num_processes}, at {coordinator}"
+    who = str(job or "--coordinator=auto") if auto else who
     try:
-        jax.distributed.initialize(
-            None if auto else coordinator,
-            num_processes,
-            process_id,
-            cluster_detection_method=None if auto else "deactivate",
-            initialization_timeout=_CONNECT_SECONDS,
-            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
-        )
+        with _patience(who, wait, is_server=process_id == 0):
+            jax.distributed.initialize(
+                None if auto else coordinator,
+                num_processes,
+                process_id,
+                cluster_detection_method=None if auto else "deactivate",
+                initialization_timeout=wait + _MARGIN_SECONDS,
+                heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
+            )
     except ValueError as error:
         if not auto:
             raise
         raise errors.HostsError(
-            "--coordinator=auto: JAX finds no Slurm, TPU pod, Kubernetes or MPI here "
-            f"({error}). Set --coordinator=HOST:PORT, --num_processes, --process_id."
+            f"{who}: JAX finds no Slurm, TPU pod, Kubernetes or MPI here ({error}).\n"
+            "Set --coordinator=HOST:PORT, --num_processes, --process_id, or "
+            "--coordinator=none for a run in this process alone."
         ) from error
     except RuntimeError as error:
         raise errors.HostsError(
             f"the processes cannot connect: {error}\n"
             "The file of --config must not compute with JAX: it is read before."
         ) from error
+
+
+@contextlib.contextmanager
+def _patience(who: str, seconds: int, is_server: bool) -> Iterator[None]:
+    """Reports a wait for other processes, and ends this one when it takes too long."""
+
+    def notice() -> None:
+        print(f"{who}: waiting for the others, at most {seconds} s", file=sys.stderr)
+
+    def give_up() -> None:
+        print(
+            f"{who}: not all processes have connected within {seconds} s.\n"
+            "Start all of them within that time, or set --wait=SECONDS; the port must "
+            "be open between the hosts. --coordinator=none runs this process alone.",
+            file=sys.stderr,
+            flush=True,
+        )
+        time.sleep(_LINGER_SECONDS if is_server else 0)
+        os._exit(errors.HostsError.exit_code)  # JAX's call cannot be interrupted
+
+    timers = [
+        threading.Timer(_NOTICE_SECONDS, notice),
+        threading.Timer(seconds, give_up),
+    ]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
     finally:
-        notice.cancel()
+        for timer in timers:
+            timer.cancel()
 
 
 def leave(code: int) -> None:
@@ -222,7 +305,8 @@ def agree(values: Mapping[str, Any]) -> None:
                 f"process {number} differs from process 0 in {len(differences)} "
                 "values:\n"
                 + "\n".join(differences[:_SHOWN])
-                + "\nUse the same command, code, data and folders for all processes."
+                + "\nUse the same command, code, data and folders for all processes, "
+                "or --coordinator=none for a run in each."
             )
 
 

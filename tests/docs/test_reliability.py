@@ -16,7 +16,7 @@ from PIL import Image
 
 from lakd_jax import config as config_lib
 from lakd_jax import data, errors, interop
-from lakd_jax.data import device, order
+from lakd_jax.data import device, distortion, order
 from lakd_jax.distill import dkd, kd
 from lakd_jax.hme import losses
 from lakd_jax.interop import weights as weights_lib

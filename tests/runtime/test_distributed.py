@@ -192,6 +192,9 @@ def test_a_pipeline_over_processes_is_refused(tmp_path, monkeypatch):
         (["h:1", "2", "-1"], "--process_id must be from 0 to 1"),
         (["h:1", "x", "0"], "num_processes"),
         (["auto", "2", "0"], "--coordinator=auto finds --num_processes"),
+        (["none", "2", "0"], "--coordinator=none connects nothing: omit"),
+        (["--coordinator=none", "--wait=9"], "--coordinator=none connects nothing"),
+        (["--wait=0"], "--wait must be at least 1 second, is 0"),
     ],
 )
 def test_flags_are_checked_before_anything_waits(flags, word, main, tmp_path):
@@ -212,21 +215,31 @@ def test_without_a_scheduler_auto_says_what_to_give(tmp_path):
     )
 
 
+def test_a_process_that_waits_in_vain_says_for_whom():
+    port = processes.free_port()
+    flags = (f"--coordinator=localhost:{port}", "--num_processes=2", "--process_id=1")
+    running = [processes.start("main.py", commands.DIGITS, *flags, "--wait=1")]
+    err = commands.assert_refused(processes.ended(running)[0], "within 1 s", "--wait=")
+    assert err.startswith(f"process 1 of 2, at localhost:{port}: ")
+
+
 @LONG
-def test_slurm_is_asked_who_is_who(tmp_path):
-    """Two tasks on this host, with the variables that Slurm sets."""
-    command = ["main.py", commands.DIGITS, "--coordinator=auto"]
+@pytest.mark.parametrize("flags", [["--coordinator=auto"], []])
+def test_slurm_is_asked_who_is_who(flags, tmp_path):
+    """Two tasks on this host, with the variables that srun sets."""
+    command = ["main.py", commands.DIGITS, *flags]
     command += [f"--workdir={tmp_path}", "--config.method=none", "--config.epochs=1"]
     command += ["--config.student.name=resnet8", "--config.batch_size=256"]
     command += ["--config.baselines=()", "--config.compile_cache="]
     # JAX derives the port from the job's number.
     slurm = {"SLURM_JOB_ID": str(processes.free_port()), "SLURM_NTASKS": "2"}
-    slurm |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1"}
+    slurm |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": "2"}
     running = [
         processes.start(*command, **slurm, SLURM_PROCID=str(i), SLURM_LOCALID=str(i))
         for i in range(2)
     ]
-    succeeded(running)
+    (_, _, err), (_, _, other_err) = succeeded(running)
+    assert ("Slurm started 2 processes" in err) == (not flags) and not other_err
     settings = json.loads((tmp_path / "environment.json").read_text())
     assert len(settings["devices"]) == 2
 
