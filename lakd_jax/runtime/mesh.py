@@ -41,6 +41,14 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(whole, on_one_device(tree))
 
 
+def described(tree: PyTree, mesh: Mesh) -> PyTree:
+    """The shapes and types of what `replicate` would make."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
+        tree,
+    )
+
+
 def on_one_device(tree: PyTree) -> PyTree:
     """What is whole on every device, from one device of this process."""
     return jax.tree.map(

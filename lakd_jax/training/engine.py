@@ -12,7 +12,7 @@ works on the next.
 import abc
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -58,6 +58,15 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def load(self, state: state_lib.TrainState) -> None:
         """Starts from `state`, which must not be used afterwards."""
+
+    @abc.abstractmethod
+    def lowered(
+        self, state: state_lib.TrainState, rows: np.ndarray
+    ) -> Iterator[tuple[str, Any]]:
+        """Yields the programs of `run`, by name, before they are compiled.
+
+        Nothing is computed: teacher, data and `state` may be shapes, with shardings.
+        """
 
     @abc.abstractmethod
     def run(self, rows: np.ndarray) -> Any:
@@ -119,25 +128,41 @@ class Fused(Engine):
         """See `Engine`."""
         return self._state
 
+    def lowered(
+        self, state: state_lib.TrainState, rows: np.ndarray
+    ) -> Iterator[tuple[str, Any]]:
+        """See `Engine`."""
+        yield "fused", self._lower(self._arguments(state, rows))
+
     def run(self, rows: np.ndarray) -> Any:
         """See `Engine`."""
-        count = len(rows)
-        arguments = (self._state, self._teacher, self._feed.next(rows), rows)
-        if self._loops:
-            padding = ((0, self._most - count), (0, 0))
-            arguments = (*arguments[:-1], np.pad(rows, padding), np.int32(count))
-        if arguments[3].shape not in self._programs:
-            program = jax.jit(
-                functools.partial(step.run_steps, self._spec),
-                donate_argnums=0,
-                out_shardings=mesh_lib.replicated(self._spec.mesh),
-            )
-            lowered = program.lower(*arguments)
-            self._programs[arguments[3].shape] = backend.compiled(lowered, self._guard)
-        program = self._programs[arguments[3].shape]
+        arguments = self._arguments(self._state, rows)
+        shape = arguments[3].shape
+        if shape not in self._programs:
+            lowered = self._lower(arguments)
+            self._programs[shape] = backend.compiled(lowered, self._guard)
+        program = self._programs[shape]
         self._last = [program]
         self._state, metrics = program(*arguments)
-        return metrics, count
+        return metrics, len(rows)
+
+    def _arguments(
+        self, state: state_lib.TrainState, rows: np.ndarray
+    ) -> tuple[Any, ...]:
+        """Returns the arguments of `step.run_steps`."""
+        arguments = (state, self._teacher, self._feed.next(rows))
+        if not self._loops:
+            return (*arguments, rows)
+        padding = ((0, self._most - len(rows)), (0, 0))
+        return (*arguments, np.pad(rows, padding), np.int32(len(rows)))
+
+    def _lower(self, arguments: tuple[Any, ...]) -> Any:
+        program = jax.jit(
+            functools.partial(step.run_steps, self._spec),
+            donate_argnums=0,
+            out_shardings=mesh_lib.replicated(self._spec.mesh),
+        )
+        return program.lower(*arguments)
 
     def read(self, pending: Any) -> Metrics:
         """See `Engine`."""
@@ -179,25 +204,30 @@ class Modules(Engine):
         if devices:
             places = [devices[k * len(devices) // count] for k in range(count)]
             self._meshes = [Mesh(np.array([d]), ("data",)) for d in places]
-        if isinstance(data, device.DeviceData):
-            data = jax.device_put(data, mesh_lib.replicated(self._meshes[0]))
+            if isinstance(data, device.DeviceData):
+                data = jax.device_put(data, mesh_lib.replicated(self._meshes[0]))
         super().__init__(spec, source, data, guard)
 
     def load(self, state: state_lib.TrainState) -> None:
         """See `Engine`."""
-        spec = self._spec
         self._begin(state)
         self._like = jax.eval_shape(lambda: state)
+        self._divide(state, mesh_lib.replicate)
+
+    def _divide(
+        self, state: state_lib.TrainState, put: Callable[[PyTree, Mesh], PyTree]
+    ) -> None:
+        """Gives each module its part of the state and of the teacher's variables."""
+        spec = self._spec
         self._states, self._teachers = [], []
         for segment, mesh in zip(self._segments, self._meshes, strict=True):
             names = segments.student_names(spec, segment)
             part = segments.state_of(spec, state, segment)
-            part = segments.renamed_state(names.remove, part)
-            self._states.append(mesh_lib.replicate(part, mesh))
+            self._states.append(put(segments.renamed_state(names.remove, part), mesh))
             names = segments.teacher_names(spec, segment)
             part = segments.teacher_of(spec, self._teacher, segment)
             part = segments.renamed_teacher(names.remove, part)
-            self._teachers.append(mesh_lib.replicate(part, mesh))
+            self._teachers.append(put(part, mesh))
 
     def state(self) -> state_lib.TrainState:
         """See `Engine`."""
@@ -238,17 +268,39 @@ class Modules(Engine):
         self, row: np.ndarray, data: device.DeviceData
     ) -> tuple[Any, list[Any]]:
         """Compiles the program that makes the batch, and those of all modules."""
+        # Modules whose programs are the same to the letter share one. Equal shapes of
+        # variables are not enough: one of them may pool its input, for example.
+        (_, _, first), *others = self._lowered(row, data)
+        start = backend.compiled(first, self._guard)
+        compiled: dict[Any, Any] = {}
+        programs = []
+        for _, mesh, lowered in others:
+            key = (tuple(mesh.devices.flat), lowered.as_text())
+            if key not in compiled:
+                compiled[key] = backend.compiled(lowered, self._guard)
+            programs.append(compiled[key])
+        return start, programs
+
+    def lowered(
+        self, state: state_lib.TrainState, rows: np.ndarray
+    ) -> Iterator[tuple[str, Any]]:
+        """See `Engine`."""
+        self._divide(state, mesh_lib.described)
+        (row,) = rows
+        for name, _, lowered in self._lowered(row, self._feed.next(rows)):
+            yield name, lowered
+
+    def _lowered(
+        self, row: np.ndarray, data: device.DeviceData
+    ) -> Iterator[tuple[str, Mesh, Any]]:
+        """Yields name, devices and program: what makes the batch, then each module."""
         first_spec = dataclasses.replace(self._spec, mesh=self._meshes[0])
         begin = functools.partial(segments.start, first_spec)
         arguments = (self._states[0].step, data, row)
         below, batch = jax.eval_shape(begin, *arguments)
         shardings = self._shardings(0, len(row))
-        program = jax.jit(begin, out_shardings=shardings)
-        start = backend.compiled(program.lower(*arguments), self._guard)
-        # Modules whose programs are the same to the letter share one. Equal shapes of
-        # variables are not enough: one of them may pool its input, for example.
-        compiled: dict[Any, Any] = {}
-        programs = []
+        lowered = jax.jit(begin, out_shardings=shardings).lower(*arguments)
+        yield "begin", self._meshes[0], lowered
         for k, mesh in enumerate(self._meshes):
             shardings = self._shardings(k, len(row))
             below, batch = jax.tree.map(
@@ -258,12 +310,8 @@ class Modules(Engine):
             )
             arguments = (self._states[k], self._teachers[k], below, batch)
             lowered = self._module_program(k, mesh, len(row)).lower(*arguments)
-            key = (tuple(mesh.devices.flat), lowered.as_text())
-            if key not in compiled:
-                compiled[key] = backend.compiled(lowered, self._guard)
-            programs.append(compiled[key])
+            yield f"module{k + 1}", mesh, lowered
             _, below, _ = lowered.out_info
-        return start, programs
 
     def _module_program(self, k: int, mesh: Mesh, examples: int) -> Any:
         spec = dataclasses.replace(self._spec, mesh=mesh)

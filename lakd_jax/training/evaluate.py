@@ -102,9 +102,13 @@ class Evaluator:
     def _program(self, arguments: tuple) -> Any:
         shape = arguments[1].images.shape
         if shape not in self._programs:
-            lowered = jax.jit(self._batch).lower(*arguments)
+            lowered = self.lowered(*arguments)
             self._programs[shape] = backend.compiled(lowered, self._guard)
         return self._programs[shape]
+
+    def lowered(self, *arguments: Any) -> Any:
+        """Returns the program of a batch before it is compiled; see `_batch`."""
+        return jax.jit(self._batch).lower(*arguments)
 
     def _batch(
         self,

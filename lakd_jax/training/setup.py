@@ -96,8 +96,8 @@ def spec(
     mesh: jax.sharding.Mesh,
     class_weights: tuple[float, ...] = (),
     phase: phase_lib.Phase | None = None,
-) -> tuple[spec_lib.StepSpec, Callable[[], state_lib.TrainState]]:
-    """Returns the step's constants and a function that makes the first state.
+) -> tuple[spec_lib.StepSpec, "FirstState"]:
+    """Returns the step's constants and what makes the first state.
 
     Args:
       config: the resolved config.
@@ -164,7 +164,7 @@ def spec(
     finished = dataclasses.replace(
         draft, optimizer=draft.optimizer_of(labels), labels=labels
     )
-    return finished, lambda: _first_state(finished, init, student.variables, phase)
+    return finished, FirstState(finished, init, student.variables, phase)
 
 
 def _distortion(config: resolved.Config) -> distortion.Distortion:
@@ -295,28 +295,48 @@ def _completed(given: PyTree, drawn: PyTree) -> PyTree:
     )
 
 
-def _first_state(
-    spec: spec_lib.StepSpec,
-    init: Callable[[], tuple[PyTree, PyTree]],
-    student_variables: Mapping[str, PyTree] | None,
-    phase: phase_lib.Phase,
-) -> state_lib.TrainState:
-    # It runs once, and on CPU XLA takes five times longer to optimise the random number
-    # generation than to run it unoptimised.
-    options: Any = (
-        {"xla_backend_optimization_level": 0} if backend.on_cpu(spec.mesh) else None
-    )
-    params, collections = jax.jit(init).lower().compile(compiler_options=options)()
-    state = state_lib.TrainState(jnp.int32(0), params, collections, ())
-    student = state.variables("student")
-    if student_variables is not None:
-        for kind, given in student_variables.items():
-            student[kind] = _completed(given, student.get(kind, {}))
-    for kind, tree in phase.first_variables(student).items():
-        (params if kind == "params" else collections[kind])["student"] = tree
-    state = dataclasses.replace(state, opt_state=spec.optimizer.init(params))
-    if spec.average:
-        first = ema.of({"params": params} | collections)
-        state = dataclasses.replace(state, average=first)
-    hosts.agree_on_arrays("the first state", state)
-    return mesh_lib.replicate(state, spec.mesh)
+@dataclasses.dataclass(frozen=True)
+class FirstState:
+    """Makes the state before the first step.
+
+    Attributes:
+      spec: of the steps.
+      init: draws parameters and other collections, in the form of `TrainState`.
+      student_variables: take the place of the student's that are drawn; None for none.
+      phase: the training phase.
+    """
+
+    spec: spec_lib.StepSpec
+    init: Callable[[], tuple[PyTree, PyTree]]
+    student_variables: Mapping[str, PyTree] | None
+    phase: phase_lib.Phase
+
+    def __call__(self) -> state_lib.TrainState:
+        """Returns the state, on all devices."""
+        # It runs once, and on CPU XLA takes five times longer to optimise the random
+        # number generation than to run it unoptimised.
+        cpu = backend.on_cpu(self.spec.mesh)
+        options: Any = {"xla_backend_optimization_level": 0} if cpu else None
+        init = jax.jit(self.init).lower().compile(compiler_options=options)
+        params, collections = init()
+        drawn = state_lib.TrainState(jnp.int32(0), params, collections, ())
+        student = drawn.variables("student")
+        if self.student_variables is not None:
+            for kind, given in self.student_variables.items():
+                student[kind] = _completed(given, student.get(kind, {}))
+        for kind, tree in self.phase.first_variables(student).items():
+            (params if kind == "params" else collections[kind])["student"] = tree
+        state = self._begun(params, collections)
+        hosts.agree_on_arrays("the first state", state)
+        return mesh_lib.replicate(state, self.spec.mesh)
+
+    def shapes(self) -> state_lib.TrainState:
+        """Returns the shapes and types of the state; computes nothing."""
+        return jax.eval_shape(lambda: self._begun(*self.init()))
+
+    def _begun(self, params: PyTree, collections: PyTree) -> state_lib.TrainState:
+        first = ema.of({"params": params} | collections) if self.spec.average else {}
+        optimizer = self.spec.optimizer.init(params)
+        return state_lib.TrainState(
+            jnp.int32(0), params, collections, optimizer, average=first
+        )

@@ -289,7 +289,7 @@ def test_processes_compare_all_that_must_agree(monkeypatch, tmp_path):
     plain = types.SimpleNamespace(
         optimizer=optax.identity(), average=None, mesh=environment.mesh
     )
-    state = setup._first_state(plain, lambda: drawn, None, phase.Phase(config))
+    state = setup.FirstState(plain, lambda: drawn, None, phase.Phase(config))()
     assert compared["the first state"].params.keys() == state.params.keys()
 
     compared.clear()

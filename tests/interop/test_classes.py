@@ -116,7 +116,7 @@ def test_new_head_keeps_all_but_the_classifier(tmp_path):
     )
     phase = types.SimpleNamespace(first_variables=lambda student: student)
     params = split.pop("params")
-    state = setup._first_state(spec, lambda: (params, split), loaded.variables, phase)
+    state = setup.FirstState(spec, lambda: (params, split), loaded.variables, phase)()
     first = state.variables("student")
     assert np.all(np.asarray(first["params"]["head"]["dense"]["kernel"]) == 7)
     for kind in ("params", "batch_stats"):
