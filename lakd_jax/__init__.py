@@ -7,7 +7,7 @@
     logits = run(images)                        # uint8 (N, H, W, 3)
 
 docs/quickstart.md shows more of it, docs/your_own.md how to bring networks, data and
-methods of your own (`lakd_jax.register`).
+methods of your own (`lakd_jax.register`), and teachers (`lakd_jax.teacher_from`).
 """
 
 import importlib
@@ -15,13 +15,15 @@ from typing import Any
 
 from lakd_jax.version import VERSION as __version__
 
-__all__ = ["__version__", "config", "load", "register", "train"]
+__all__ = ["__version__", "config", "load", "register", "teacher_from", "train"]
 
 
 def __getattr__(name: str) -> Any:
     """Imports what is asked for: `import lakd_jax` alone is quick and starts no JAX."""
     if name in ("load", "train"):
         return getattr(importlib.import_module("lakd_jax.api"), name)
+    if name == "teacher_from":
+        return importlib.import_module("lakd_jax.register").teacher_from
     if name in __all__:
         return importlib.import_module(f"lakd_jax.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

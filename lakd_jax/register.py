@@ -5,6 +5,8 @@ the command line knows the name as well. Registering a name again replaces what 
 there, so that a notebook's cell may run twice.
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lakd_jax import config as config_lib
@@ -13,6 +15,7 @@ from lakd_jax.data import sources
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.distill.base import registry
 from lakd_jax.interop import layout
+from lakd_jax.models import frozen
 from lakd_jax.trackers import tracker as tracker_lib
 
 
@@ -29,6 +32,62 @@ def network(name: str, build: Any) -> None:
     """
     models.register(name, build)
     layout.clear_cache()  # it may hold another network of this name
+
+
+def teacher_from(
+    fn: Callable[..., Any],
+    *,
+    name: str,
+    features: Sequence[str] | None = None,
+    variables: Any = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    image_size: int = 0,
+    classes: Sequence[str] = (),
+) -> None:
+    """Makes any function of images known as `teacher.name`: a frozen teacher.
+
+    `fn(images)` takes normalised images (B, H, W, 3) float32, of any B, and returns
+    logits (B, classes), or (logits, {name: feature map (B, h, w, c)}). It is traced by
+    JAX, so all it computes is JAX's: a Flax NNX module after `model.eval()`, a Keras 3
+    model on the JAX backend with `training=False`, a Linen `apply`. Evaluation mode is
+    up to you. The arrays that it closes over are the teacher's weights; do not change
+    them afterwards. It is run as a whole: methods and options that run parts of a
+    teacher are refused, as are, without maps, those that compare features.
+
+    Args:
+      fn: the function, not within `jax.jit`.
+      name: for `teacher.name`; `teacher.init` stays empty.
+      features: names of the maps to compare, in order from the image to the head; None
+        for all, in the order of the dictionary; () for none. They pair with the
+        student's joints as the ends of stages do.
+      variables: if given, its weights, and `fn(variables, images)` is called.
+      mean: per channel, that it was trained with, of pixels in 0..1; None for that of
+        the data. `teacher.mean` overrides it.
+      std: the same of the deviation.
+      image_size: height and width of its images, to which the data's are resized; 0 for
+        those of the data. `teacher.image_size` overrides it.
+      classes: names of its classes, in order; () for those of the data in theirs.
+
+    Raises:
+      errors.TeacherError: it cannot be traced, returns something else, or holds weights
+        where they cannot be taken out.
+      ValueError: a built-in network's name.
+    """
+    function = frozen.of(
+        fn,
+        name=name,
+        features=features,
+        variables=variables,
+        image_size=image_size,
+        mean=tuple(mean) if mean else None,
+        std=tuple(std) if std else None,
+        classes=tuple(classes),
+    )
+    sizes = (1,) * len(function.maps)
+    network(
+        name, functools.partial(frozen.Frozen, function=function, stage_sizes=sizes)
+    )
 
 
 def method(name: str, cls: type[method_lib.Method]) -> None:

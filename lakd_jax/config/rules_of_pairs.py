@@ -1,7 +1,7 @@
 """Checks what a pair of networks allows a method to do.
 
 Networks whose units pass on tokens beside a feature map (`Chain.RESUMABLE` is False)
-cannot be run on from a map alone.
+cannot be run on from a map alone. Functions (`Chain.WHOLE`) only run as a whole.
 """
 
 import contextlib
@@ -10,11 +10,7 @@ from lakd_jax import config as config_lib
 from lakd_jax import distill, models
 from lakd_jax.config import rules
 
-# Why a network that is not `RESUMABLE` cannot do something.
-_LACKS = (
-    "but a map of {} lacks the class token, without which the rest of the network "
-    "cannot run: choose another network, or another method or option"
-)
+_FUNCTION = "which is a function (teacher_from) and runs as a whole"
 
 
 @rules.reads(*rules.METHODS, "student.name", "teacher.name")
@@ -24,7 +20,7 @@ def _heads(c: rules.Config, _: int) -> str | None:
         if not _resumable(block.name):
             return (
                 f"method {found[0]} applies both networks' heads to positions of the "
-                f"last map, {_LACKS.format(block.name)}"
+                f"last map, {_lacks(block.name)}"
             )
 
 
@@ -36,12 +32,14 @@ def _suffix(c: rules.Config, _: int) -> str | None:
         if reason := _what_resumes(c, name):
             return (
                 f"{reason} resumes the teacher from a feature map, "
-                f"{_LACKS.format(c.teacher.name)}"
+                f"{_lacks(c.teacher.name)}"
             )
 
 
 @rules.reads("student.name", "teacher.name", "local.module_input", only_lakd=True)
 def _module_input(c: rules.Config, _: int) -> str | None:
+    if _whole(c.teacher.name):
+        return None  # see `_parts`
     names = {c.student.name, c.teacher.name}
     others = [name for name in sorted(names) if not _resumable(name)]
     if c.local.module_input == "teacher" and len(names) > 1 and others:
@@ -59,6 +57,85 @@ def _stored_input(c: rules.Config, _: int) -> str | None:
             "teacher.views stores maps, but local.module_input=teacher feeds the "
             f"tokens of {c.teacher.name}, too: set teacher.views to 0"
         )
+
+
+@rules.reads("student.name")
+def _function_as_student(c: rules.Config, _: int) -> str | None:
+    if _whole(c.student.name):
+        return f"student.name is {c.student.name!r}, {_FUNCTION}: it cannot be trained"
+
+
+@rules.reads(*rules.METHODS, "teacher.name", "teacher.init")
+def _function_with_weights(c: rules.Config, _: int) -> str | None:
+    if rules.needs_teacher(c) and _whole(c.teacher.name) and c.teacher.init:
+        return (
+            f"teacher.init is {c.teacher.init!r}, but {c.teacher.name} is a function "
+            "that has its weights (teacher_from): leave teacher.init empty"
+        )
+
+
+@rules.reads(
+    *rules.METHODS,
+    "teacher.name",
+    "local.engine",
+    "local.module_input",
+    "local.cuts",
+)
+def _parts(c: rules.Config, _: int) -> str | None:
+    if not _whole(c.teacher.name) or not rules.staged(c):
+        return None
+    for field, uses_parts, remedy in (
+        ("engine", c.local.engine != "fused", "fused"),
+        ("module_input", c.local.module_input == "teacher", "student"),
+    ):
+        if uses_parts:
+            return (
+                f"local.{field}={c.local[field]} runs parts of the teacher "
+                f"{c.teacher.name}, {_FUNCTION}: use local.{field}={remedy}"
+            )
+    if "stem" in c.local.cuts:
+        return (
+            f"local.cuts: {c.teacher.name}, {_FUNCTION}, has nothing to compare at "
+            "'stem': cut elsewhere"
+        )
+
+
+@rules.reads(*rules.METHODS, "teacher.name", "lakd.preact")
+def _maps(c: rules.Config, _: int) -> str | None:
+    if not _whole(c.teacher.name):
+        return None
+    network, advice = c.teacher.name, "choose another method or teacher"
+    for name in rules.methods(c):
+        facts = distill.facts(name)
+        before = "lakd" in distill.parts(name) and c.lakd.preact
+        if facts.needs_preacts or before:
+            return (
+                f"method {name}{' with lakd.preact' * before} compares maps before "
+                f"their ReLU, which {network} does not have, {_FUNCTION}: {advice}"
+            )
+        reads = set(facts.teacher_reads) - {"logits"}
+        maps = models.create(network, num_classes=2).stage_sizes
+        if reads and not maps and not facts.staged:
+            return (
+                f"method {name} compares features, but {network} gives logits alone: "
+                f"{advice}, or return maps (teacher_from)"
+            )
+
+
+def _whole(name: str) -> bool:
+    """Returns whether a network only runs as a whole."""
+    return models.family(name).WHOLE
+
+
+def _lacks(name: str) -> str:
+    """Returns why a network cannot be run on from a map, and what to do."""
+    why = f"which {name} cannot run on from: it is a function (teacher_from)"
+    if not _whole(name):
+        why = (
+            f"but a map of {name} lacks the class token, without which the rest of the "
+            "network cannot run"
+        )
+    return f"{why}: choose another network, or another method or option"
 
 
 def _resumable(name: str) -> bool:

@@ -92,7 +92,7 @@ def _errors_made(
 def _attention(
     s: subject.Subject, scratch: Path, notify: Callable[[str], None]
 ) -> list[str]:
-    if s.teacher is None:
+    if s.teacher is None or not s.teacher.network.model.stage_sizes:
         return []
     notify("attention maps")
     path = scratch / "attention.png"

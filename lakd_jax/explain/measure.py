@@ -49,7 +49,7 @@ def over_training(s: subject.Subject, notify: Callable[[str], None]) -> list[Mom
     if not past or past[-1][0] < total:
         past.append((total, s.student.variables))
     parts, teacher = _partition(s), None
-    if s.teacher:
+    if s.teacher and s.teacher.network.model.stage_sizes:
         network, pixels = s.teacher.network, s.teacher.pixels
         teacher = _measure(
             s, network.model, network.variables, pixels, parts.teacher_joints

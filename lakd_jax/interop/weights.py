@@ -19,6 +19,7 @@ from lakd_jax.store import manifest, workdir
 
 PyTree = Any
 
+FUNCTION = "lakd_jax.teacher_from"  # the source of registered functions
 # Options of networks that matter to training only.
 _WITHOUT_ARRAYS = frozenset({"dropout", "drop_path"})
 # Required entries of the card of a student's file.
@@ -100,6 +101,11 @@ def load(
         other classes than the data.
     """
     options = {"dtype": jnp.dtype(dtype), **(options or {})}
+    if models.family(name).WHOLE:
+        loaded = _of_function(name, num_classes, tuple(classes))
+        if loaded.difference and not any_classes:
+            raise errors.TeacherError(other_classes(field, loaded))
+        return loaded
     if not init:
         side = image_size or data_size
         model = _created(field, name, {"num_classes": num_classes, **options}, side)
@@ -120,6 +126,25 @@ def load(
     if loaded.difference and not any_classes:
         raise errors.TeacherError(other_classes(field, loaded))
     return loaded
+
+
+def _of_function(name: str, num_classes: int, names: tuple[str, ...]) -> Loaded:
+    """Returns a registered function, whose weights are the arrays it was made with."""
+    model: Any = models.create(name, num_classes=num_classes)
+    function = model.function
+    model = model.clone(num_classes=function.num_classes)
+    arrays = {f"array{i}": array for i, array in enumerate(function.arrays)}
+    loaded = Loaded(
+        model,
+        {"params": arrays},
+        FUNCTION,
+        function.mean,
+        function.std,
+        function.image_size,
+        classes=function.classes,
+        digest=manifest.digest(arrays),
+    )
+    return _in_order(loaded, num_classes, names)
 
 
 def _created(
@@ -229,9 +254,15 @@ def _in_order(loaded: Loaded, num_classes: int, names: tuple[str, ...]) -> Loade
     if loaded.classes == names:
         return loaded
     remark = f"its {len(names)} classes were put into the order of the data's"
+    model, variables = loaded.model, loaded.variables
+    if model.WHOLE:
+        model = model.clone(order=tuple(order))
+    else:
+        variables = heads.reordered(model, variables, order)
     return dataclasses.replace(
         loaded,
-        variables=heads.reordered(loaded.model, loaded.variables, order),
+        model=model,
+        variables=variables,
         classes=names,
         remark="; ".join(filter(None, [loaded.remark, remark])),
     )

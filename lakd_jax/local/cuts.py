@@ -131,6 +131,11 @@ def _counterparts(
 ) -> tuple[str, ...]:
     """Returns the teacher's joint for each of the student's."""
     field = "local.cuts" if granularity == "list" else "local.granularity"
+    if not teacher.stage_sizes:
+        raise ValueError(
+            "teacher.name: the function gives no feature maps to compare at the cuts; "
+            "use local.granularity=none, or return maps (teacher_from)"
+        )
     paired = pairing.of_joints(student, teacher)
     valid = f"cuts can be made at {', '.join(list(paired)[:-1])}"
     if granularity == "stage":
@@ -165,6 +170,11 @@ def _balanced(
             paired = pairing.of_joints(student, teacher)
     costs = list(balance.unit_costs(student, kind))
     if kind == "flops":
+        if teacher is not None and teacher.WHOLE:
+            raise ValueError(
+                "local.granularity=flops counts the work of parts of the teacher, but "
+                "this one runs as a whole: use local.granularity=bytes"
+            )
         # A backward pass costs two forward passes; a frozen teacher runs forward only.
         costs = [3 * cost for cost in costs]
         if teacher is not None:

@@ -87,7 +87,11 @@ def _builder(name: str) -> Any:
         return importlib.import_module(_LAZY_FAMILIES[name]).NETWORKS[name]
     builder = _NETWORKS.get(name) or wrn.from_name(name)
     if builder is None:
-        fields.check("network", name, names())
+        found = fields.fault(name, names())
+        raise ValueError(
+            f"network {found}. Your own, and functions (teacher_from), must be "
+            "registered first"
+        )
     return builder
 
 

@@ -106,6 +106,8 @@ class Chain(torch_names.TorchNames, nn.Module, kw_only=True):
     # Whether the network can be applied to the map at a joint, `after` it: those with
     # tokens beside the map need these as well.
     RESUMABLE: ClassVar[bool] = True
+    # Whether it only runs from the images to the logits, never from joint to joint.
+    WHOLE: ClassVar[bool] = False
     # Module with the phases of its training; "" for the usual one.
     PHASES: ClassVar[str] = ""
     # Whether the family supports `vam`.

@@ -43,7 +43,7 @@ def draw(
         records,
         teacher_accuracy=teacher.score.accuracy if teacher and teacher.score else None,
     )
-    if teacher:
+    if teacher and teacher.network.model.stage_sizes:  # a function may give no maps
         student = single.load_network("student", config, environment, str(directory))
         path, preview = directory / "attention.png", environment.dataset.preview
         chosen = _one_per_class(preview.test.labels)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lakd_jax import distill, errors, paths
+from lakd_jax import distill, errors, models, paths
 from lakd_jax.config import resolved
 from lakd_jax.interop import published, weights
 from lakd_jax.models import folding
@@ -42,7 +42,7 @@ def make(config: resolved.Config, environment: single.Environment) -> single.Tea
     teacher_source.require_room(
         config, loaded, pixels, environment.dataset, environment.mesh
     )
-    if not config.teacher.init:
+    if loaded.variables is None:
         _train_teacher(config, environment)
         cached = str(_cached(config, environment))
         loaded = single.load_network("teacher", config, environment, cached)
@@ -79,13 +79,18 @@ def _tested(
     confusion = evaluation.confusion(predicted.logits, predicted.labels)
     if fault := teacher_floor.fault(config.teacher.floor, confusion):
         raise errors.TeacherError(
-            f"teacher.init: {loaded.source} gets {score.right} of {score.examples} "
+            f"{_field(loaded)}: {loaded.source} gets {score.right} of {score.examples} "
             f"test images right ({100 * score.accuracy:.2f} %), {fault}.\n"
             f"It was fed images with mean {_short(pixels.mean)} and deviation "
             f"{_short(pixels.std)}; if it was trained with others, set teacher.mean "
             f"and teacher.std.{teacher_floor.other_order(confusion, classes)}"
         )
     return predicted
+
+
+def _field(loaded: weights.Loaded) -> str:
+    """Returns the field that a teacher comes from."""
+    return "teacher.name" if loaded.source == weights.FUNCTION else "teacher.init"
 
 
 def _published(loaded: weights.Loaded) -> str:
@@ -136,7 +141,9 @@ def load_recorded(
     file = _record_of(directory)
     then = workdir.read_json(file)
     path = workdir.folder(file.parent) / then["source"]
-    if not path.exists():
+    if then["source"] == weights.FUNCTION:
+        _require_registered(file, config)
+    elif not path.exists():
         again = "restore it"
         if not config.teacher.init:
             again += ", or train it again by repeating the run's command"
@@ -144,13 +151,15 @@ def load_recorded(
             f"{file}: the teacher of this run, {path} (weights {then['weights']}), "
             f"does not exist; {again}."
         )
-    # A name brings its normalisation along; the file is there, see above.
-    init = "" if published.is_name(config.teacher.init) else str(path)
-    loaded = single.load_network("teacher", config, environment, init)
+    elif not published.is_name(config.teacher.init):
+        # A name brings its normalisation along, so it is kept; its file is there.
+        found = dataclasses.replace(config.teacher, init=str(path))
+        config = dataclasses.replace(config, teacher=found)
+    loaded = single.load_network("teacher", config, environment)
     if loaded.digest != then["weights"]:
         raise errors.TeacherError(
             f"{file}: the teacher of this run has the weights {then['weights']}, but "
-            f"{path} now has others ({loaded.digest}); restore the old file."
+            f"{loaded.source} now has others ({loaded.digest}); restore the old ones."
         )
     pixels = _pixels(config, loaded)
     loaded, parameters = _frozen(config, loaded, environment)
@@ -160,6 +169,17 @@ def load_recorded(
         names = ("right", "examples", "loss")
         score = evaluate.Score(**{name: result[name] for name in names})
     return single.Teacher(loaded, pixels, score, parameters, loaded.digest)
+
+
+def _require_registered(file: Path, config: resolved.Config) -> None:
+    """Raises TeacherError if the function that was the teacher is not registered."""
+    name = config.teacher.name
+    if name not in models.names() or not models.family(name).WHOLE:
+        raise errors.TeacherError(
+            f"{file}: the teacher of this run, {name}, is a function that is not "
+            "registered here: call lakd_jax.teacher_from as for the run, and then "
+            "lakd_jax.load(...).report() or .evaluate() in the same process."
+        )
 
 
 def _record_of(directory: Path) -> Path:
@@ -190,8 +210,9 @@ def require_same(directory: Path, teacher: single.Teacher) -> None:
     then = workdir.read_json(file)
     if then["weights"] != now["weights"]:
         raise errors.TeacherError(
-            f"teacher.init: {now['source']} has other weights ({now['weights']}) than "
-            f"{directory} was started with ({then['weights']}, from {then['source']})."
+            f"{_field(teacher.network)}: {now['source']} has other weights "
+            f"({now['weights']}) than {directory} was started with "
+            f"({then['weights']}, from {then['source']})."
             "\nRestore the old ones, or use another --workdir."
         )
 
@@ -201,7 +222,7 @@ def _pixels(config: resolved.Config, loaded: weights.Loaded) -> spec_lib.Pixels:
     return spec_lib.Pixels(
         config.teacher.mean or loaded.mean or config.data.mean,
         config.teacher.std or loaded.std or config.data.std,
-        setup.pixels(config).dtype,
+        jnp.dtype("float32") if loaded.model.WHOLE else setup.pixels(config).dtype,
         config.teacher.image_size or loaded.size,
     )
 
@@ -215,7 +236,7 @@ def _frozen(
     model: Any = loaded.model
     variables: Any = loaded.variables
     parameters = state_lib.parameter_count(variables["params"])
-    if config.teacher.fold:
+    if config.teacher.fold and not model.WHOLE:
         model, variables = folding.fold(model, variables)
     hosts.agree_on_arrays("the teacher", variables)
     variables = mesh_lib.replicate(variables, environment.mesh)
@@ -230,6 +251,8 @@ def stand_in(
     if config.teacher.init or hosts.first(trained.exists):
         return None
     loaded = single.load_network("teacher", config, environment)
+    if loaded.variables is not None:  # of a function
+        return None
     images = jnp.zeros((1, *environment.dataset.train.shape), jnp.float32)
     variables = loaded.model.init(jax.random.key(0), images, train=False)
     loaded = dataclasses.replace(loaded, variables=variables)

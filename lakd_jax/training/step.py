@@ -98,6 +98,8 @@ def train_step(
     below, batch = segments.start(spec, state.step, data, indices)
     metrics, states = [], []
     parts = segments.of_student(spec)
+    if len(parts) > 1:
+        source = teacher_outputs.for_segments(spec, source, below)
     for segment in parts:
         part = segments.state_of(spec, state, segment)
         part, below, values = segment_step(spec, segment, part, source, below, batch)

@@ -149,6 +149,21 @@ def of_batch(
     return spec_lib.shared(spec, rows)
 
 
+def for_segments(
+    spec: spec_lib.StepSpec, source: Source, below: segments.Boundary
+) -> Source:
+    """Returns the source for several segments: a teacher that runs as a whole runs now.
+
+    `below` has the input images of the batch.
+    """
+    network = spec.teacher
+    if network is None or not network.WHOLE or isinstance(source, TeacherOutputs):
+        return source
+    everything = segments.whole_student(spec)
+    result = Live(spec, source).segment(everything, below.teacher)
+    return TeacherOutputs(result.outputs.logits, result.features)
+
+
 def compute_outputs(
     spec: spec_lib.StepSpec,
     variables: PyTree,

@@ -91,6 +91,7 @@ def test_every_section_with_code_is_known():
         ("your_own.md", "Your own data"),
         ("your_own.md", "Weights of other classes"),
         ("your_own.md", "Your own network"),
+        ("your_own.md", "A teacher from anywhere"),
         ("your_own.md", "Your own method"),
         ("your_own.md", "Your own tracker"),
         ("deploy.md", "Python with lakd_jax"),

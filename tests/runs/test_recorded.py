@@ -8,7 +8,7 @@ import pytest
 import tiny
 from jax.sharding import Mesh
 
-from lakd_jax import errors, models
+from lakd_jax import errors, interop, models
 from lakd_jax.config import resolved
 from lakd_jax.data import sources
 from lakd_jax.explain import subject
@@ -149,6 +149,22 @@ def test_sources_with_a_relative_path(monkeypatch):
     }.items():
         assert sources.located(source, there) == found
         assert sources.located(source, pathlib.Path()) == source
+
+
+def test_a_report_reads_the_entry_of_a_file_that_the_run_read(started, tmp_path):
+    run, config = started
+    model = tiny.SMALL(num_classes=3)
+    state = interop.to_torch(tiny.NETWORK, tiny.variables(model))
+    both = {f"first.{key}": 0 * array for key, array in state.items()}
+    both |= {f"second.{key}": array for key, array in state.items()}
+    interop.save_torch_file(tmp_path / "both.safetensors", both)
+    config.teacher.update(init=str(tmp_path / "both.safetensors"), init_key="second")
+    c, guard = resolved.resolve(config), interrupt.Guard()
+    environment = single.environment(c, guard, lambda _: None, workdir.folder(run))
+    loaded = single.load_network("teacher", c, environment)
+    note = {"weights": loaded.digest, "source": loaded.source}
+    workdir.write_json(run / workdir.TEACHER, note)
+    assert teacher_lib.load_recorded(run, c, environment).digest == loaded.digest
 
 
 # ----------------------------------------------------------- a teacher of other classes
