@@ -5,14 +5,13 @@ by the methods, in `lakd_jax.distill`, and those of the optimiser in `optimiser.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import ClassVar
 
-from lakd_jax import distill, fields, models, paths, trackers
-from lakd_jax.data import policy, sources
-from lakd_jax.interop import published
+from lakd_jax import fields, paths, trackers
+from lakd_jax.config import values
+from lakd_jax.data import policy
 from lakd_jax.local import cuts as cuts_lib
-from lakd_jax.models import vam
+from lakd_jax.models import ensemble, vam
 
 field = fields.field
 
@@ -22,74 +21,6 @@ _AT_LEAST_0, _AT_LEAST_1 = fields.at_least(0), fields.at_least(1)
 _POSITIVE = fields.above(0)
 
 
-def _known(kind: str, find: Callable[[str], object]) -> fields.Check:
-    """Names that `find` knows; it raises ValueError with "KIND ..." for others."""
-
-    def check(name: str) -> str:
-        try:
-            find(name)
-        except ValueError as e:
-            return str(e).removeprefix(f"{kind} ")
-        return ""
-
-    return check
-
-
-_NETWORK = _known("network", models.family)
-_METHOD = _known("method", distill.parts)
-
-
-def data_source(value: str) -> str:
-    """The name of a data set, or its folder or file on this machine."""
-    if sources.is_added(value):  # its function knows what the rest means
-        return ""
-    return paths.fault(value.removeprefix("folder:").removeprefix("npz:"))
-
-
-def weights(value: str) -> str:
-    """The name of published weights, or the path of a run or a file."""
-    return (published.fault if published.is_name(value) else paths.fault)(value)
-
-
-def pixel_mean(value: float) -> str:
-    """The mean of pixels in 0..1."""
-    return _of_pixels(value, fields.between(0, 1))
-
-
-def pixel_deviation(value: float) -> str:
-    """The standard deviation of pixels in 0..1."""
-    if value > 1:
-        return _of_pixels(value, fields.between(0, 1))
-    return _POSITIVE(value)
-
-
-def _of_pixels(value: float, check: fields.Check) -> str:
-    fault = check(value)
-    if not fault or not 1 < value <= 255:
-        return fault
-    return f"{fault}: of pixels in 0..1; divide by 255"
-
-
-def cache(value: str) -> str:
-    """A path, or a URL: JAX can keep compiled programs in a bucket."""
-    return "" if "://" in value else paths.fault(value)
-
-
-def share_or_method(value: float) -> str:
-    """A share of the gradient, or -1 where the method decides."""
-    return "" if value == -1 else fields.between(0, 1)(value)
-
-
-def _scale_or_published(value: float) -> str:
-    """A number from 0 on, or -1 where the network decides."""
-    return "" if value == -1 else _AT_LEAST_0(value)
-
-
-def _hme_option(name: str) -> fields.Check:
-    """One of what HMEs offer; that module is imported when this is first called."""
-    return lambda value: models.option_fault("hme", name, value)
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
     """The fields outside of any block; the CIFAR protocol of the literature."""
@@ -97,7 +28,7 @@ class Run:
     method: str = field(
         "lakd",
         "none (plain training), a name of docs/methods.md, or a sum such as dkd+at",
-        _METHOD,
+        values.method,
     )
     seed: int = field(0, "initialisation, order and augmentation follow from it", _SEED)
     seeds: tuple[int, ...] = field(
@@ -119,10 +50,17 @@ class Run:
         "labels",
         fields.below(1),
     )
+    teachers: tuple[str, ...] = field(
+        (),
+        "several teachers in place of teacher.init, each as it takes them: INIT or "
+        "NETWORK=INIT; the first is of the network teacher.name, whose features are "
+        "compared",
+        fields.each(values.teacher_entry),
+    )
     baselines: tuple[str, ...] = field(
         (),
         "methods trained first, in WORKDIR/METHOD, for the table",
-        fields.each(_METHOD),
+        fields.each(values.method),
     )
     log_every: int = field(50, "steps between two lines of metrics", _AT_LEAST_1)
     trackers: tuple[str, ...] = field(
@@ -136,7 +74,7 @@ class Run:
         0, "steps in one program; 0: 1 on CPU, else 50", _AT_LEAST_0
     )
     compile_cache: str = field(
-        "runs/compiled", "compiled programs, for the next start; or empty", cache
+        "runs/compiled", "compiled programs, for the next start; or empty", values.cache
     )
 
 
@@ -145,7 +83,7 @@ class Data:
     """The images, and how they are augmented."""
 
     source: str = field(
-        "cifar100", "digits | folder:PATH | npz:PATH | a tfds name", data_source
+        "cifar100", "digits | folder:PATH | npz:PATH | a tfds name", values.data_source
     )
     data_dir: str = field(
         "", "where tfds keeps its sets; empty: its own default", paths.fault
@@ -173,12 +111,12 @@ class Data:
     mean: tuple[float, ...] = field(
         (0.5071, 0.4867, 0.4408),
         "of the pixels in 0..1, per channel",
-        fields.channels(pixel_mean, empty=False),
+        fields.channels(values.pixel_mean, empty=False),
     )
     std: tuple[float, ...] = field(
         (0.2675, 0.2565, 0.2761),
         "above 0, at most 1, per channel",
-        fields.channels(pixel_deviation, empty=False),
+        fields.channels(values.pixel_deviation, empty=False),
     )
     pad: int = field(
         4, "zero pixels around the image before the random crop", _AT_LEAST_0
@@ -232,13 +170,13 @@ class Data:
 class Network:
     """What student and teacher have in common."""
 
-    name: str = field("resnet20", "see lakd_jax.models.names()", _NETWORK)
+    name: str = field("resnet20", "see lakd_jax.models.names()", values.network)
     init: str = field(
         "",
         "empty: random; a finished run, .safetensors or PyTorch file, or a name of "
         "published weights: torchvision:resnet34.IMAGENET1K_V1 (--mode=teachers lists "
         "them), hf:ORG/REPO",
-        weights,
+        values.weights,
     )
     init_key: str = field(
         "",
@@ -268,7 +206,7 @@ class Network:
         -1.0,
         "first value of the factors on the branches of ViTs and ConvNeXts; 0: none, "
         "-1: as published (none, 1e-6)",
-        _scale_or_published,
+        values.scale_or_published,
     )
     image_size: int = field(
         0,
@@ -317,10 +255,10 @@ class Teacher(Network):
     mean: tuple[float, ...] = field(
         (),
         "its own; empty (size: 0): as its finished run says, or the data's",
-        fields.channels(pixel_mean, empty=True),
+        fields.channels(values.pixel_mean, empty=True),
     )
     std: tuple[float, ...] = field(
-        (), check=fields.channels(pixel_deviation, empty=True)
+        (), check=fields.channels(values.pixel_deviation, empty=True)
     )
     epochs: int = field(
         0, "when it is trained here; 0: as many as the student", _AT_LEAST_0
@@ -333,6 +271,12 @@ class Teacher(Network):
         "runs/teachers",
         "where teachers trained here are kept, by hash, and downloaded weights",
         paths.fault,
+    )
+    combine: str = field(
+        "mean",
+        "teachers: mean of their logits | confidence (weighted per example: less the "
+        "larger the entropy)",
+        fields.one_of(ensemble.COMBINE),
     )
     fold: bool = field(True, "batch norms into the convolutions: the same to rounding")
     views: int = field(
@@ -368,12 +312,12 @@ class Hme:
     layout: str = field(
         "ltb",
         "ltb (as released) | split (of a wide ResNet; our interpretation)",
-        _hme_option("layout"),
+        values.hme_option("layout"),
     )
     base: str = field(
         "wrn_40_1",
         "layout=split: the network that is split into experts",
-        _hme_option("base"),
+        values.hme_option("base"),
     )
     output: str = field(
         "nce",
@@ -430,7 +374,7 @@ class Local:
         "Q8: gradient kept at a cut: 0 isolates, 1 is end to end. -1: as the method "
         "does, 0 for lakd, 1 for the others with a loss in each module (at, fitnet, "
         "...).",
-        share_or_method,
+        values.share_or_method,
     )
     module_input: str = field(
         "student", "Q10: student | teacher", fields.one_of(("student", "teacher"))

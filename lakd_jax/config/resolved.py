@@ -7,7 +7,7 @@ from typing import Any
 
 from lakd_jax import config as config_lib
 from lakd_jax import distill, fields
-from lakd_jax.config import blocks, listing, optimiser
+from lakd_jax.config import blocks, listing, optimiser, several
 from lakd_jax.distill.base import registry
 
 # Fields outside of any block that no result depends on: a run may be resumed with other
@@ -38,6 +38,13 @@ class Config(blocks.Run):
     hme: blocks.Hme = blocks.Hme()
     local: blocks.Local = blocks.Local()
     checkpoint: blocks.Checkpoint = blocks.Checkpoint()
+
+    @property
+    def teacher_title(self) -> str:
+        """Returns the name of the teacher's network, or those of several."""
+        own = self.teacher.name
+        names = [several.parts(entry, own)[0] for entry in self.teachers]
+        return " + ".join(names or [own])
 
     def method_options(self, method: str) -> dict[str, Any]:
         """Returns the options of `distill.create` for a single method."""

@@ -68,10 +68,10 @@ def _warmup(c: Config, _: int) -> str | None:
     return _warmup_too_long(c.optim.warmup_epochs, "epochs", c.epochs)
 
 
-@reads(*METHODS, "teacher.init", "teacher.epochs", "optim.warmup_epochs")
+@reads(*METHODS, "teachers", "teacher.init", "teacher.epochs", "optim.warmup_epochs")
 def _teacher_warmup(c: Config, _: int) -> str | None:
     epochs = c.teacher.epochs
-    if epochs and not c.teacher.init and needs_teacher(c):
+    if epochs and not (c.teacher.init or c.teachers) and needs_teacher(c):
         return _warmup_too_long(c.optim.warmup_epochs, "teacher.epochs", epochs)
 
 
@@ -185,9 +185,10 @@ def _new_head(c: Config, _: int) -> str:
     )
 
 
-@reads(*METHODS, "teacher.name", "teacher.init")
+@reads(*METHODS, "teacher.name", "teachers", "teacher.init")
 def _hme_teacher(c: Config, _: int) -> str | None:
-    if c.teacher.name == "hme" and not c.teacher.init and needs_teacher(c):
+    given = c.teacher.init or c.teachers
+    if c.teacher.name == "hme" and not given and needs_teacher(c):
         return (
             "teacher.name=hme needs teacher.init, a finished run: a teacher that this "
             "run trains first can only have one stage"

@@ -1,21 +1,26 @@
 """Checks what a pair of networks allows a method to do.
 
 Networks whose units pass on tokens beside a feature map (`Chain.RESUMABLE` is False)
-cannot be run on from a map alone. Functions (`Chain.WHOLE`) only run as a whole.
+cannot be run on from a map alone. Functions (`Chain.WHOLE`) and several teachers only
+run as a whole.
 """
 
 import contextlib
 
 from lakd_jax import config as config_lib
 from lakd_jax import distill, models
-from lakd_jax.config import rules
+from lakd_jax.config import rules, several
+from lakd_jax.interop import published
 
+_SEVERAL = "several teachers (teachers) only run as a whole"
 _FUNCTION = "which is a function (teacher_from) and runs as a whole"
 
 
-@rules.reads(*rules.METHODS, "student.name", "teacher.name")
+@rules.reads(*rules.METHODS, "student.name", "teacher.name", "teachers")
 def _heads(c: rules.Config, _: int) -> str | None:
     found = [name for name in rules.methods(c) if distill.facts(name).needs_heads]
+    if found and c.teachers:
+        return f"method {found[0]} applies the teacher's head, but {_SEVERAL}"
     for block in (c.student, c.teacher) if found else ():
         if not _resumable(block.name):
             return (
@@ -24,21 +29,22 @@ def _heads(c: rules.Config, _: int) -> str | None:
             )
 
 
-@rules.reads(*rules.METHODS, "teacher.name")
+@rules.reads(*rules.METHODS, "teacher.name", "teachers")
 def _suffix(c: rules.Config, _: int) -> str | None:
-    if not rules.needs_teacher(c) or _resumable(c.teacher.name):
+    resumable = _resumable(c.teacher.name) and not c.teachers
+    if not rules.needs_teacher(c) or resumable:
         return None
+    why = f"but {_SEVERAL}" if c.teachers else _lacks(c.teacher.name)
     for name in sorted(rules.named(c)):
         if reason := _what_resumes(c, name):
-            return (
-                f"{reason} resumes the teacher from a feature map, "
-                f"{_lacks(c.teacher.name)}"
-            )
+            return f"{reason} resumes the teacher from a feature map, {why}"
 
 
-@rules.reads("student.name", "teacher.name", "local.module_input", only_lakd=True)
+@rules.reads(
+    "student.name", "teacher.name", "teachers", "local.module_input", only_lakd=True
+)
 def _module_input(c: rules.Config, _: int) -> str | None:
-    if _whole(c.teacher.name):
+    if c.teachers or _whole(c.teacher.name):
         return None  # see `_parts`
     names = {c.student.name, c.teacher.name}
     others = [name for name in sorted(names) if not _resumable(name)]
@@ -77,23 +83,29 @@ def _function_with_weights(c: rules.Config, _: int) -> str | None:
 @rules.reads(
     *rules.METHODS,
     "teacher.name",
+    "teachers",
     "local.engine",
     "local.module_input",
+    "local.granularity",
     "local.cuts",
 )
 def _parts(c: rules.Config, _: int) -> str | None:
-    if not _whole(c.teacher.name) or not rules.staged(c):
+    function = _whole(c.teacher.name)
+    if not (function or c.teachers) or not rules.staged(c):
         return None
+    why = f" {c.teacher.name}, {_FUNCTION}" if function else f"; {_SEVERAL}"
+    counted = c.local.granularity == "flops" and not function  # see `cuts.modules`
     for field, uses_parts, remedy in (
         ("engine", c.local.engine != "fused", "fused"),
         ("module_input", c.local.module_input == "teacher", "student"),
+        ("granularity", counted, "bytes"),
     ):
         if uses_parts:
             return (
-                f"local.{field}={c.local[field]} runs parts of the teacher "
-                f"{c.teacher.name}, {_FUNCTION}: use local.{field}={remedy}"
+                f"local.{field}={c.local[field]} takes parts of the teacher{why}: use "
+                f"local.{field}={remedy}"
             )
-    if "stem" in c.local.cuts:
+    if function and "stem" in c.local.cuts:
         return (
             f"local.cuts: {c.teacher.name}, {_FUNCTION}, has nothing to compare at "
             "'stem': cut elsewhere"
@@ -120,6 +132,34 @@ def _maps(c: rules.Config, _: int) -> str | None:
                 f"method {name} compares features, but {network} gives logits alone: "
                 f"{advice}, or return maps (teacher_from)"
             )
+
+
+@rules.reads(*rules.METHODS, "teachers", "teacher.name", "teacher.init")
+def _teachers(c: rules.Config, _: int) -> str | None:
+    if not c.teachers or not rules.needs_teacher(c):
+        return None
+    if c.teacher.init:
+        return (
+            f"teacher.init is {c.teacher.init!r} beside teachers: leave it empty, or "
+            "make it one of them"
+        )
+    for i, entry in enumerate(c.teachers):
+        network, init = several.parts(entry, c.teacher.name)
+        field = f"teachers[{i}]"
+        if not init and not _whole(network):
+            return f"{field} is {entry!r}, without weights: write {network}=INIT"
+        if init and _whole(network):
+            return (
+                f"{field} is {entry!r}, but {network} has its weights: write {network}"
+            )
+        if i == 0 and network != c.teacher.name:
+            return (
+                f"{field} is {entry!r}, of the network {network}, but teacher.name is "
+                f"{c.teacher.name!r}: set it to {network}, since the features of the "
+                "first are compared, or put another first"
+            )
+        if fault := published.other_network("teacher", network, init):
+            return fault.replace("teacher.init", field).replace("teacher.name", field)
 
 
 def _whole(name: str) -> bool:

@@ -37,7 +37,7 @@ def one_step(
     }
     if teacher:
         count = f"{teacher.parameters:,}"
-        lines["teacher"] = f"{config.teacher.name}, {count} parameters"
+        lines["teacher"] = f"{config.teacher_title}, {count} parameters"
     return summary.describe(lines)
 
 

@@ -117,7 +117,7 @@ def _result(
     return averaged | {
         "method": config.method,
         "student": config.student.name,
-        "teacher": config.teacher.name if teacher else None,
+        "teacher": config.teacher_title if teacher else None,
         "classes": len(names),
         "class_names": list(names),
         "image_shape": list(environment.dataset.train.shape),

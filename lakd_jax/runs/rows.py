@@ -25,7 +25,7 @@ def teacher_row(config: resolved.Config, teacher: single.Teacher) -> table.Row:
     """Returns the row of the teacher; without accuracy if it has other classes."""
     score = teacher.score
     return table.Row(
-        name=f"{config.teacher.name}, teacher",
+        name=f"{config.teacher_title}, teacher",
         test_last=score.accuracy if score else None,
         test_best=None,
         examples=score.examples if score else 0,

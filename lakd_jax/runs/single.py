@@ -63,6 +63,7 @@ class Teacher:
       parameters: counted before its batch norms were folded.
       digest: of its variables as their source has them.
       answers: (N,) the classes it predicts on the test split; None without a score.
+      members: of several teachers (`teachers`), each alone; else ().
     """
 
     network: weights.Loaded
@@ -71,6 +72,7 @@ class Teacher:
     parameters: int
     digest: str = ""
     answers: np.ndarray | None = None
+    members: "tuple[Teacher, ...]" = ()
 
 
 def environment(

@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,15 @@ import jax.numpy as jnp
 from lakd_jax import distill, errors, models, paths
 from lakd_jax.config import resolved
 from lakd_jax.interop import published, weights
-from lakd_jax.models import folding
+from lakd_jax.models import ensemble, folding
 from lakd_jax.report import evaluation
-from lakd_jax.runs import phase_run, single, teacher_floor, teacher_source
+from lakd_jax.runs import (
+    phase_run,
+    single,
+    teacher_floor,
+    teacher_source,
+    teachers,
+)
 from lakd_jax.runtime import hosts
 from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.store import workdir
@@ -29,19 +36,39 @@ def make(config: resolved.Config, environment: single.Environment) -> single.Tea
     """Loads the teacher from `teacher.init` or the cache, or trains it; then tests it.
 
     A teacher of other classes than the data's is not tested, and serves only methods
-    that read none of its logits.
+    that read none of its logits. Several (`teachers`) are tested each, and together.
 
     Raises:
       errors.TeacherError: it cannot be loaded, its accuracy on the test split is below
         `teacher.floor`, or a method needs it to have the data's classes.
       errors.ConfigError: its stored outputs would exceed `teacher.views_mib`.
     """
+    if not config.teachers:
+        return _make_one(config, environment)
+    found = []
+    for i, one in enumerate(teachers.configs(config)):
+        with teachers.named(i):
+            found.append(_make_one(one, environment, of_several=True))
+    teacher = teachers.joined(config, found)
+    _require_room(config, teacher.network, teacher.pixels, environment)
+    predicted = _tested(config, environment, teacher.network, teacher.pixels)
+    answers = predicted.logits.argmax(-1)
+    return dataclasses.replace(teacher, score=predicted.score, answers=answers)
+
+
+def _make_one(
+    config: resolved.Config,
+    environment: single.Environment,
+    *,
+    of_several: bool = False,
+) -> single.Teacher:
+    """Makes the teacher of `config.teacher`; each of several has the data's classes."""
     loaded = single.load_network("teacher", config, environment)
+    if of_several and loaded.difference:
+        raise errors.TeacherError(weights.other_classes("teacher", loaded))
     _require_classes(config, loaded)
     pixels = _pixels(config, loaded)
-    teacher_source.require_room(
-        config, loaded, pixels, environment.dataset, environment.mesh
-    )
+    _require_room(config, loaded, pixels, environment)
     if loaded.variables is None:
         _train_teacher(config, environment)
         cached = str(_cached(config, environment))
@@ -60,6 +87,17 @@ def make(config: resolved.Config, environment: single.Environment) -> single.Tea
     return single.Teacher(loaded, pixels, score, parameters, loaded.digest, answers)
 
 
+def _require_room(
+    config: resolved.Config,
+    loaded: weights.Loaded,
+    pixels: spec_lib.Pixels,
+    environment: single.Environment,
+) -> None:
+    teacher_source.require_room(
+        config, loaded, pixels, environment.dataset, environment.mesh
+    )
+
+
 def _tested(
     config: resolved.Config,
     environment: single.Environment,
@@ -71,7 +109,7 @@ def _tested(
     predicted = evaluator.predict(loaded.variables, environment.test)
     score = predicted.score
     environment.notify(
-        f"teacher {config.teacher.name} from {loaded.source}: {score.right} of "
+        f"teacher {config.teacher_title} from {loaded.source}: {score.right} of "
         f"{score.examples} test images right ({100 * score.accuracy:.2f} %)"
         f"{_published(loaded)}"
     )
@@ -90,6 +128,8 @@ def _tested(
 
 def _field(loaded: weights.Loaded) -> str:
     """Returns the field that a teacher comes from."""
+    if isinstance(loaded.model, ensemble.Ensemble):
+        return "teachers"
     return "teacher.name" if loaded.source == weights.FUNCTION else "teacher.init"
 
 
@@ -140,6 +180,27 @@ def load_recorded(
     """
     file = _record_of(directory)
     then = workdir.read_json(file)
+    if config.teachers:
+        alone = zip(teachers.configs(config), then["teachers"], strict=True)
+        found = [_recorded(file, note, one, environment) for one, note in alone]
+        teacher = teachers.joined(config, found)
+    else:
+        teacher = _recorded(file, then, config, environment)
+    result = workdir.read_json(directory / workdir.RESULT)["teacher_test"]
+    score = None
+    if result and not teacher.network.difference:
+        names = ("right", "examples", "loss")
+        score = evaluate.Score(**{name: result[name] for name in names})
+    return dataclasses.replace(teacher, score=score)
+
+
+def _recorded(
+    file: Path,
+    then: Mapping[str, Any],
+    config: resolved.Config,
+    environment: single.Environment,
+) -> single.Teacher:
+    """Loads the teacher that `file` notes as `then`, without its score."""
     path = workdir.folder(file.parent) / then["source"]
     if then["source"] == weights.FUNCTION:
         _require_registered(file, config)
@@ -163,12 +224,7 @@ def load_recorded(
         )
     pixels = _pixels(config, loaded)
     loaded, parameters = _frozen(config, loaded, environment)
-    result = workdir.read_json(directory / workdir.RESULT)["teacher_test"]
-    score = None
-    if result and not loaded.difference:
-        names = ("right", "examples", "loss")
-        score = evaluate.Score(**{name: result[name] for name in names})
-    return single.Teacher(loaded, pixels, score, parameters, loaded.digest)
+    return single.Teacher(loaded, pixels, None, parameters, loaded.digest)
 
 
 def _require_registered(file: Path, config: resolved.Config) -> None:
@@ -199,22 +255,34 @@ def require_same(directory: Path, teacher: single.Teacher) -> None:
     Raises:
       errors.TeacherError: the weights differ from those at the start.
     """
-    now = {"weights": teacher.digest, "source": teacher.network.source}
-    if origin := teacher.network.origin:
-        now |= {"name": origin.name, "address": origin.address}
-        now |= {"sha256": origin.sha256}
+    now = _note(teacher)
     file = directory / workdir.TEACHER
     if not file.exists():
         workdir.write_json(file, now)
         return
     then = workdir.read_json(file)
-    if then["weights"] != now["weights"]:
-        raise errors.TeacherError(
-            f"{_field(teacher.network)}: {now['source']} has other weights "
-            f"({now['weights']}) than {directory} was started with "
-            f"({then['weights']}, from {then['source']})."
-            "\nRestore the old ones, or use another --workdir."
-        )
+    pairs = [(f"{_field(teacher.network)}: ", then, now)]
+    if teacher.members:
+        notes = zip(then["teachers"], now["teachers"], strict=True)
+        pairs = [(f"teachers[{i}]: ", *pair) for i, pair in enumerate(notes)]
+    for where, before, after in pairs:
+        if before["weights"] != after["weights"]:
+            raise errors.TeacherError(
+                f"{where}{after['source']} has other weights ({after['weights']}) than "
+                f"{directory} was started with ({before['weights']}, from "
+                f"{before['source']}).\nRestore the old ones, or use another --workdir."
+            )
+
+
+def _note(teacher: single.Teacher) -> dict[str, Any]:
+    """Returns what teacher.json has about a teacher, or about several."""
+    note: dict[str, Any] = {"weights": teacher.digest, "source": teacher.network.source}
+    if origin := teacher.network.origin:
+        note |= {"name": origin.name, "address": origin.address}
+        note |= {"sha256": origin.sha256}
+    if teacher.members:
+        note["teachers"] = [_note(member) for member in teacher.members]
+    return note
 
 
 def _pixels(config: resolved.Config, loaded: weights.Loaded) -> spec_lib.Pixels:
@@ -247,6 +315,8 @@ def stand_in(
     config: resolved.Config, environment: single.Environment
 ) -> single.Teacher | None:
     """Returns a teacher with random weights for a dry run; None if one is available."""
+    if config.teachers:
+        return None
     trained = _cached(config, environment) / workdir.RESULT
     if config.teacher.init or hosts.first(trained.exists):
         return None

@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lakd_jax import errors
 from lakd_jax.data import device
+from lakd_jax.models import ensemble
 from lakd_jax.report import summary
 from lakd_jax.runtime import backend, interrupt
 from lakd_jax.store import manifest, workdir
@@ -178,9 +179,12 @@ def settings(
       seed: of the augmentation.
     """
     pixels, leaves = spec.teacher_pixels, manifest.named_leaves(shapes)
-    more = {}
+    more: dict[str, Any] = {}
     if spec.distortion.active:
         more["distortion"] = dataclasses.asdict(spec.distortion)
+    if isinstance(spec.teacher, ensemble.Ensemble):
+        inputs = [str(member.prepare) for member in spec.teacher.members]
+        more["teachers"] = [spec.teacher.combine, *inputs]
     return more | {
         "teacher": teacher,
         "weights": manifest.digest(variables),
@@ -333,7 +337,8 @@ def _verify(
     batches = [computer(views[b], rows[b]) for b in computer.batches(len(chosen))]
     live = jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
     stored = jax.tree.map(lambda x: x[views, rows], cached_outputs)
-    tolerance = TOLERANCE[computer.spec.teacher_pixels.dtype.name]
+    # That of the config; several teachers take float32 images whatever they compute in.
+    tolerance = TOLERANCE[computer.spec.student_pixels.dtype.name]
     differences = _differences(stored, live, tolerance)
     right = [int(np.sum(x.logits.argmax(-1) == labels[rows])) for x in (stored, live)]
     if 100 * abs(right[0] - right[1]) > POINTS * len(chosen):
