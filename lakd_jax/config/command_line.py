@@ -163,4 +163,7 @@ def _reason(
     if override == [f"--config.{field}"]:
         return f"--config.{field} has no value; write --config.{field}=VALUE"
     value = " ".join(override).replace("=", " ", 1).partition(" ")[2]
-    return f"{field} must be {type(fields[field]).__name__}, is {value!r}"
+    fault = f"{field} must be {type(fields[field]).__name__}, is {value!r}"
+    if not isinstance(fields[field], tuple):
+        return fault
+    return f'{fault}: write --config.{field}="{tuple(value.split(","))}"'

@@ -99,6 +99,10 @@ def test_without_arguments_the_usage_is_shown(main):
         ([DIGITS, "--config.seed", "1.5"], ["seed must be int, is '1.5'"]),
         ([DIGITS, "--config.data.pad="], ["data.pad must be int, is ''"]),
         ([DIGITS, "--config.epochs"], ["--config.epochs has no value"]),
+        (
+            [DIGITS, "--config.teachers=runs/a,resnet20=b"],
+            ["write --config.teachers=\"('runs/a', 'resnet20=b')\""],
+        ),
         ([DIGITS, "--config.data.flip=si"], ["data.flip must be bool, is 'si'"]),
         ([DIGITS, "--config.data.source="], ["data.source='' names no data"]),
         ([DIGITS, "--config.batch_size=12"], ["batch_size is 12, which 8 devices"]),
