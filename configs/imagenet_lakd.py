@@ -7,8 +7,8 @@
 SGD at 0.2 for batches of 512 (scaled linearly for others), momentum 0.9, weight decay
 1e-4, learning rate divided by 10 after 30, 60 and 90 epochs; random resized crops of
 224 and horizontal flips; evaluation on the central 224 of 256; bfloat16. kd and the
-head of lakd: 0.5 CE + 0.5 KD at T = 1; dkd: T = 1, beta 0.5 (2 for mobilenet_v1), one
-epoch of warm-up.
+head of lakd: 0.5 CE + 0.5 KD at T = 1; dkd, rld: T = 1, beta 0.5 (2 for mobilenet_v1),
+one epoch of warm-up.
 
 Teacher: torchvision's first weights of the network, if it has any (--mode=teachers).
 They are fetched once into `teacher.cache`, checked, and evaluated first: 73.3 % for
@@ -60,4 +60,5 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
     c.teacher.init = published.first_of("torchvision", c.teacher.name)
     beta = 2.0 if c.student.name.startswith("mobilenet") else 0.5
     c.dkd.update(temperature=1.0, beta=beta, warmup_epochs=1.0)
+    c.rld.update(temperature=1.0, alpha_temperature=1.0, beta=beta, warmup_epochs=1.0)
     return c

@@ -41,14 +41,22 @@ def dkd_loss(
     both = numerics.frozen(student_logits, teacher_logits)
     student, teacher = (logits / temperature for logits in both)
     tckd = numerics.divergence(
-        _target_or_not(teacher, target), _target_or_not(student, target)
+        target_or_not(teacher, target), target_or_not(student, target)
     )
     nckd = numerics.divergence(others(teacher, target), others(student, target))
     return temperature**2 * jnp.mean(alpha * tckd + beta * nckd)
 
 
-def _target_or_not(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """Log-probabilities (B, 2) of the label, and of all other classes together."""
+def target_or_not(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """Log-probabilities of one class, and of all others together.
+
+    Args:
+      logits: (B, classes) float32.
+      target: (B, classes) bool, the place of the one class.
+
+    Returns:
+      (B, 2).
+    """
     label = jnp.sum(jnp.where(target, logits, 0.0), -1)
     others = jax.nn.logsumexp(jnp.where(target, -jnp.inf, logits), -1)
     return jax.nn.log_softmax(jnp.stack([label, others], -1))

@@ -39,6 +39,7 @@ _NEEDS = {
     "deit": {"student.name": "deit_tiny_distilled", "student.patch": 8},
     "fam": {"fam.warmup_epochs": 2.0},
     "cd": {"cd.alone_epochs": 1.0, "cd.decay_epochs": (3,)},
+    "rld": {"rld.warmup_epochs": 2.0},
 }
 METHODS = {name: _NEEDS.get(name, {}) for name in distill.names()}
 CUT, UNCUT = {"local.cut_scale": 0.0}, {"local.cut_scale": 1.0}
