@@ -313,13 +313,19 @@ class _Run:
 
     @functools.cached_property
     def joints(self) -> tuple[rules_lib.Joint, ...]:
-        """Returns the joints at the ends of the modules, with both networks' shapes."""
+        """Returns the joints at the ends of the modules, with both networks' shapes.
+
+        Heights and widths are those of the run only if the config has its image size.
+        """
         student, teacher, partition = self._partition
-        shapes = (
-            chain.joint_shapes(student, partition.student_joints),
-            chain.joint_shapes(teacher, partition.teacher_joints),
-        )
-        joints = zip(partition.student_joints, *shapes, strict=True)
+
+        def shapes(part: str, model: chain.Chain, names: tuple[str, ...]) -> Any:
+            side = self[f"{part}.image_size"] or self["data.image_size"]
+            return chain.joint_shapes(model, names, model.fixed_side or side)
+
+        ours = shapes("student", student, partition.student_joints)
+        theirs = shapes("teacher", teacher, partition.teacher_joints)
+        joints = zip(partition.student_joints, ours, theirs, strict=True)
         return tuple(rules_lib.Joint(*joint) for joint in joints)
 
     @functools.cached_property

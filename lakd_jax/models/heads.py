@@ -1,4 +1,4 @@
-"""The classifier of a network: puts its classes into another order, or removes it.
+"""The classifier of a network: finds it, reorders its classes, or removes it.
 
 Its arrays are found by their shapes, which depend on the number of classes, so every
 family's head (also an HME's, with its gate and norm, and a user's own) is handled
@@ -68,6 +68,34 @@ def removed(model: chain.Chain, variables: PyTree) -> PyTree:
     axes = class_axes(model)
     kept = {path: array for path, array in arrays.items() if path not in axes}
     return flax.traverse_util.unflatten_dict(kept)
+
+
+def classifier(model: chain.Chain, variables: PyTree) -> tuple[Any, Any]:
+    """Returns the matrix (D, classes) and the bias (classes,) that give the logits.
+
+    They are those of the linear layer behind `Outputs.pooled` (B, D).
+
+    Raises:
+        errors.TeacherError: the head does not have exactly one such layer.
+    """
+    head: dict[_Path, Any] = flax.traverse_util.flatten_dict(
+        variables["params"].get("head", {})
+    )
+    found = [
+        path[:-1]
+        for path, array in head.items()
+        if path[-1] == "kernel"
+        and array.ndim == 2
+        and array.shape[-1] == model.num_classes
+        and (*path[:-1], "bias") in head
+    ]
+    if len(found) != 1:
+        raise errors.TeacherError(
+            f"the head of {type(model).__name__} has {len(found)} linear layers to the "
+            "classes, and the method reads the only one of a teacher: choose another "
+            "teacher, or another method"
+        )
+    return head[*found[0], "kernel"], head[*found[0], "bias"]
 
 
 def _take(array: Any, axis: int, order: Sequence[int], path: _Path) -> np.ndarray:

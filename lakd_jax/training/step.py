@@ -331,6 +331,7 @@ def _with_optional(
     if teacher_pass is not None:
         teacher = teacher_pass.teacher
         optional["teacher_suffix"] = teacher.suffix
+        optional["teacher_classifier"] = teacher.classifier
         if spec.facts.needs_heads:
             optional["teacher_head"] = teacher.head
         if spec.facts.needs_preacts:

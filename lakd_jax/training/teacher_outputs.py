@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lakd_jax.data import device
 from lakd_jax.distill.base import method as method_lib
-from lakd_jax.models import chain
+from lakd_jax.models import chain, heads
 from lakd_jax.training import segments
 from lakd_jax.training import spec as spec_lib
 
@@ -82,6 +82,11 @@ class Live:
         """Returns logits (N, classes), resuming from a last-stage activation."""
         return self.suffix(-1, activation)
 
+    def classifier(self) -> tuple[jax.Array, jax.Array]:
+        """Returns the matrix (D, classes) and the bias (classes,) of the last layer."""
+        model: Any = self.spec.teacher
+        return heads.classifier(model, self.variables)
+
     def preacts(self, outputs: chain.Outputs) -> Joints:
         """Returns the joints before the next ReLU, from the outputs of a full pass."""
         model: Any = self.spec.teacher
@@ -115,6 +120,10 @@ class TeacherOutputs:
     def head(self, activation: jax.Array) -> jax.Array:
         """Raises ValueError: there is no network to resume."""
         return self.suffix(-1, activation)
+
+    def classifier(self) -> tuple[jax.Array, jax.Array]:
+        """Raises ValueError: there is no network to read."""
+        raise ValueError("reading the teacher's classifier needs teacher.views=0")
 
     def preacts(self, outputs: Any) -> Joints:
         """Raises ValueError: pre-activations are not stored."""

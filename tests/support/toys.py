@@ -13,7 +13,7 @@ from flax import linen as nn
 from lakd_jax import distill
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.local import cuts
-from lakd_jax.models import chain
+from lakd_jax.models import chain, heads
 
 CLASSES = 3
 EXAMPLES = 24  # of the training split that batches are said to be of
@@ -244,6 +244,7 @@ class Lesson:
             teacher_suffix=suffix if self.method.needs_suffix else None,
             student_head=student_head,
             teacher_head=lambda h: suffix(-1, h),
+            teacher_classifier=lambda: heads.classifier(self.teacher, variables),
             examples=jnp.arange(len(y)),
             count=EXAMPLES,
             key=jax.random.key(3),

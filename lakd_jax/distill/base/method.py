@@ -35,6 +35,10 @@ def _no_head(activation: jax.Array) -> jax.Array:
     raise ValueError("the method needs Signals.student_head and teacher_head")
 
 
+def _no_classifier() -> tuple[jax.Array, jax.Array]:
+    raise ValueError("the method needs Signals.teacher_classifier")
+
+
 @flax.struct.dataclass
 class Signals:
     """One step as a method sees it; K is the number of local modules.
@@ -59,6 +63,9 @@ class Signals:
         from the end of its last stage on, for activations (N, H, W, C) of any size:
         cells of 1x1 give logits position by position. The student's has a gradient
         and moves no statistics. For methods with `needs_heads`; else ValueError.
+      teacher_classifier: `() -> (matrix (D, classes), bias (classes,))`, the linear
+        layer from the teacher's `Outputs.pooled` to its logits; TeacherError if it has
+        none, ValueError if there is no network but stored outputs.
       student_preacts, teacher_preacts: the K joints before the next ReLU, for methods
         with `needs_preacts`; else ().
       label_weights: (B,) float32, of the labels' cross-entropy; None weighs them alike.
@@ -85,6 +92,9 @@ class Signals:
     )
     teacher_head: Callable[[jax.Array], jax.Array] = flax.struct.field(
         pytree_node=False, default=_no_head
+    )
+    teacher_classifier: Callable[[], tuple[jax.Array, jax.Array]] = flax.struct.field(
+        pytree_node=False, default=_no_classifier
     )
     student_preacts: tuple[jax.Array, ...] = ()
     teacher_preacts: tuple[jax.Array, ...] = ()

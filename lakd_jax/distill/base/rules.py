@@ -8,6 +8,9 @@ that reads a field which is out of range by itself is left out.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from lakd_jax import errors, models
+from lakd_jax.models import chain, heads
+
 
 class Joint(NamedTuple):
     """The end of one module: where features of both networks are compared."""
@@ -64,6 +67,16 @@ def room_after_start(options: Any, run: Run) -> str:
         f"{run.method}.init_epochs is {options.init_epochs:g}, but epochs is "
         f"{run['epochs']}: lower it, so that some are left for what comes after"
     )
+
+
+def linear_teacher(options: Any, run: Run) -> str:
+    """Checks that the teacher ends in one linear layer, which the method reads."""
+    model = models.create(run["teacher.name"], num_classes=2)
+    try:
+        heads.classifier(model, chain.variable_shapes(model))
+    except errors.TeacherError as e:
+        return f"teacher.name is {run['teacher.name']}, but {e}"
+    return ""
 
 
 def equal_widths(options: Any, run: Run) -> str:
