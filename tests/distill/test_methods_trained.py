@@ -27,7 +27,7 @@ STATEFUL = ("crd", "ctkd", "kdpp", "ofd")
 # devices take the step of one holds of them as it does of the networks.
 PER_EXAMPLE = (
     *("ab", "catkd", "dkd", "fitnet", "fsp", "ft", "kdsvd", "nkd", "nst", "review"),
-    *("sdd", "ttm", "vid", "wttm", "fam", "rld"),
+    *("sdd", "ttm", "vid", "wttm", "fam", "rld", "wkd_l", "wkd_f", "ofa", "srrl"),
 )
 FIELDS = {"crd": {"crd__negatives": 16}}
 

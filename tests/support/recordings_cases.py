@@ -40,6 +40,8 @@ _NEEDS = {
     "fam": {"fam.warmup_epochs": 2.0},
     "cd": {"cd.alone_epochs": 1.0, "cd.decay_epochs": (3,)},
     "rld": {"rld.warmup_epochs": 2.0},
+    **{f"wkd_{part}": {f"wkd_{part}.decay_after_epochs": 1.0} for part in "lf"},
+    "ofa": {"ofa.eps": (1.0, 1.1, 1.2, 1.3)},
 }
 METHODS = {name: _NEEDS.get(name, {}) for name in distill.names()}
 CUT, UNCUT = {"local.cut_scale": 0.0}, {"local.cut_scale": 1.0}
