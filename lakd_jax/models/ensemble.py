@@ -78,6 +78,16 @@ class Ensemble(frozen.Whole, kw_only=True):
         return dataclasses.replace(results[0], logits=logits, head_logits=())
 
 
+def first(model: chain.Chain, variables: Any) -> tuple[chain.Chain, Any]:
+    """Returns the first network of an ensemble with its variables, any other as it is.
+
+    It is the one whose features are compared.
+    """
+    if not isinstance(model, Ensemble):
+        return model, variables
+    return model.first, variables["params"]["teacher1"]
+
+
 def _zeros(_: jax.Array, model: chain.Chain) -> Any:
     shapes = chain.variable_shapes(model)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

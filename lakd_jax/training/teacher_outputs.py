@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lakd_jax.data import device
 from lakd_jax.distill.base import method as method_lib
-from lakd_jax.models import chain, heads
+from lakd_jax.models import chain, ensemble, heads
 from lakd_jax.training import segments
 from lakd_jax.training import spec as spec_lib
 
@@ -83,9 +83,12 @@ class Live:
         return self.suffix(-1, activation)
 
     def classifier(self) -> tuple[jax.Array, jax.Array]:
-        """Returns the matrix (D, classes) and the bias (classes,) of the last layer."""
+        """Returns the matrix (D, classes) and the bias (classes,) of the last layer.
+
+        Of several teachers they are the first one's, like the features.
+        """
         model: Any = self.spec.teacher
-        return heads.classifier(model, self.variables)
+        return heads.classifier(*ensemble.first(model, self.variables))
 
     def preacts(self, outputs: chain.Outputs) -> Joints:
         """Returns the joints before the next ReLU, from the outputs of a full pass."""

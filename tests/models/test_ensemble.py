@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
-from lakd_jax.models import chain, ensemble
+from lakd_jax.models import chain, ensemble, heads
 
 LOGITS = [jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([[0.0, 1.0], [4.0, 0.0]])]
 
@@ -68,3 +68,6 @@ def test_everything_but_the_logits_is_of_the_first():
         np.testing.assert_array_equal(found, expected)
     shapes = chain.variable_shapes(network)["params"]["teacher2"]
     assert jax.tree.map(np.shape, every[1]) == jax.tree.map(lambda x: x.shape, shapes)
+    matrix, _ = heads.classifier(*ensemble.first(network, variables))
+    np.testing.assert_array_equal(matrix, heads.classifier(models[0], every[0])[0])
+    assert ensemble.first(models[0], every[0]) == (models[0], every[0])
