@@ -40,7 +40,9 @@ _NEEDS = {
     "fam": {"fam.warmup_epochs": 2.0},
     "cd": {"cd.alone_epochs": 1.0, "cd.decay_epochs": (3,)},
     "rld": {"rld.warmup_epochs": 2.0},
-    **{f"wkd_{part}": {f"wkd_{part}.decay_after_epochs": 1.0} for part in "lf"},
+    # Weights at which steps stay so small that rounding errors do.
+    "wkd_l": {"wkd_l.decay_after_epochs": 1.0, "wkd_l.weight": 6.0},
+    "wkd_f": {"wkd_f.decay_after_epochs": 1.0, "wkd_f.weight": 0.001},
     "ofa": {"ofa.eps": (1.0, 1.1, 1.2, 1.3)},
 }
 METHODS = {name: _NEEDS.get(name, {}) for name in distill.names()}
