@@ -239,7 +239,8 @@ def test_modules_hand_the_teacher_images_as_it_takes_them():
 
 def test_what_the_teacher_sees_is_asked_of_the_config_its_file_and_the_data(tmp_path):
     """Promise 18: in this order."""
-    config, bare = tiny.config(tmp_path), weights_lib.Loaded(None, None, "")
+    model = tiny.SMALL(num_classes=3)
+    config, bare = tiny.config(tmp_path), weights_lib.Loaded(model, None, "")
     known = dataclasses.replace(bare, mean=(0.1,) * 3, std=(0.9,) * 3, size=12)
     fields = {"teacher.mean": (0.2,) * 3, "teacher.std": (0.8,) * 3}
     given = config_lib.changed(config, fields | {"teacher.image_size": 16})

@@ -15,6 +15,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ALL = (*SIGNALS, signal.SIGHUP)
 
 
+@pytest.fixture(autouse=True)
+def _hang_ups_are_not_ignored():
+    """As in a terminal, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def _send(number):
     os.kill(os.getpid(), number)
 
