@@ -91,7 +91,7 @@ def test_each_is_tested_and_the_combination_is_the_teacher(files, tmp_path):
     assert teacher.parameters == sum(member.parameters for member in teacher.members)
 
 
-@pytest.mark.parametrize("method", ["kd", "lakd"])
+@pytest.mark.parametrize("method", [pytest.param("kd", marks=pytest.mark.long), "lakd"])
 def test_one_of_several_is_a_teacher(method, files, tmp_path):
     """The same steps, to rounding: LAKD runs its modules one by one."""
     params = []

@@ -91,12 +91,9 @@ def trained(tmp_path_factory):
     return run
 
 
+@LONG
 @pytest.mark.parametrize(
-    ("kind", "devices"),
-    [
-        ("dispatch", 1),
-        *(pytest.param(k, n, marks=LONG) for k, n in (("pipeline", 3), ("fused", 8))),
-    ],
+    ("kind", "devices"), [("dispatch", 1), ("pipeline", 3), ("fused", 8)]
 )
 def test_engines_accumulate_alike(kind, devices, trained):
     (ours, metrics), (fused, expected) = trained(kind, devices), trained("fused")

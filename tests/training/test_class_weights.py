@@ -87,7 +87,11 @@ def test_what_it_does_not_go_with(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("weights", "same"), [((3.0, 3.0, 3.0), True), ((1.0, 2.0, 8.0), False)]
+    ("weights", "same"),
+    [
+        pytest.param((3.0, 3.0, 3.0), True, marks=pytest.mark.long),
+        ((1.0, 2.0, 8.0), False),
+    ],
 )
 def test_steps_use_them(weights, same, tmp_path):
     spec, state, teacher, data = steps.small(tmp_path, devices=1, method="kd")

@@ -37,10 +37,15 @@ def setting_of(tmp_path, function, **fields):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"method": "kd"},
         {"method": "lakd"},  # every module alone
-        {"method": "lakd", "optim__accumulate": 2},
-        {"method": "crd+at", "crd__negatives": 8},
+        *(
+            pytest.param(fields, marks=pytest.mark.long)
+            for fields in (
+                {"method": "kd"},
+                {"method": "lakd", "optim__accumulate": 2},
+                {"method": "crd+at", "crd__negatives": 8},
+            )
+        ),
     ],
     ids=lambda fields: "-".join(map(str, fields.values())),
 )

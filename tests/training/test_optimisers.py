@@ -40,10 +40,8 @@ def trained(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(
-    ("kind", "devices"),
-    [("dispatch", 1), pytest.param("pipeline", 3, marks=LONG)],
-)
+@LONG
+@pytest.mark.parametrize(("kind", "devices"), [("dispatch", 1), ("pipeline", 3)])
 def test_engines_train_alike_with_adamw(kind, devices, trained):
     """Every module's count is the same, so that any engine resumes any checkpoint."""
     (ours, metrics), (fused, expected) = trained(kind, devices), trained("fused")

@@ -32,7 +32,7 @@ VARIANTS = {
         "optim.clip_norm": 0.1,
     },
 }
-QUICK = ("default", "several")
+QUICK = ("default",)
 
 
 def both_ways(setting, row):

@@ -37,15 +37,13 @@ def trained(tmp_path_factory):
     return run
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "devices", "fields"),
     [
         ("dispatch", 1, {}),
-        pytest.param("pipeline", 3, {}, marks=pytest.mark.long),
-        pytest.param(
-            *("dispatch", 1, {"local__module_input": "teacher"}),
-            marks=pytest.mark.long,
-        ),
+        ("pipeline", 3, {}),
+        ("dispatch", 1, {"local__module_input": "teacher"}),
     ],
 )
 def test_engines_drop_the_same_examples(kind, devices, fields, trained):
@@ -78,7 +76,7 @@ PAIRED = ("lakd", "at", "fitnet", "nst", "vid", "review", "afd")
 CNN = functools.partial(tiny.SMALL, stage_sizes=(2, 1), widths=(4, 6))
 
 
-QUICK = (("review", "from_cnn"), ("at", "to_cnn"))
+QUICK = (("at", "to_cnn"),)
 CELLS = [(method, way) for method in PAIRED for way in ("from_cnn", "to_cnn")]
 
 
