@@ -88,6 +88,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--note", default="", help="added to the record's name")
     parser.add_argument("--results", default=_RESULTS, type=pathlib.Path)
     chosen = parser.parse_args(argv)
+    if faults := [text for text in chosen.set if "=" not in text]:
+        parser.error(f"--set={faults[0]}: write FIELD=VALUE")
     if chosen.topology.split(":")[0] not in CHIPS:
         parser.error(f"--topology={chosen.topology}: known are {', '.join(CHIPS)}")
     return chosen
@@ -118,11 +120,8 @@ def measure(lowered: Any, chip: Chip) -> dict[str, Any]:
     began = time.perf_counter()
     program = lowered.compile()
     took = time.perf_counter() - began
-    costs, memory, text = (
-        program.cost_analysis(),
-        program.memory_analysis(),
-        program.as_text(),
-    )
+    costs, memory = program.cost_analysis(), program.memory_analysis()
+    text = program.as_text()
     arithmetic = costs["flops"] / chip.flops
     traffic = costs["bytes accessed"] / chip.bandwidth
     cycles = hlo.cycles(text)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
+from benchmarks import ours
 from configs import imagenet_lakd
 from lakd_jax import config as config_lib
 from lakd_jax import distill
@@ -98,8 +99,7 @@ def configure(
         "dtype": "bfloat16",
         "local.engine": "dispatch" if program == "dispatch" else "fused",
     }
-    for name, text in fields.items():
-        changes[name] = type(config_lib.flat(config)[name])(text)
+    changes |= ours.typed(fields)
     return resolved.resolve(config_lib.changed(config, changes))
 
 

@@ -77,6 +77,17 @@ def configure(
     return resolved.resolve(config_lib.changed(config, changes))
 
 
+def typed(fields: Mapping[str, str]) -> dict[str, Any]:
+    """Returns fields of the config given as text, in the types that they have."""
+    known = config_lib.flat(config_lib.default())
+    return {
+        name: text == "True"
+        if isinstance(known[name], bool)
+        else type(known[name])(text)
+        for name, text in fields.items()
+    }
+
+
 def setup(config: resolved.Config) -> Setup:
     """Makes random images and weights on one device; folds the teacher if it is set."""
     mesh = Mesh(np.array(jax.local_devices()[:1]), ("data",))

@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--batch_size", default=64, type=int)
     parser.add_argument("--repeats", default=20, type=int)
     parser.add_argument("--views", default=0, type=int, help="teacher.views")
+    parser.add_argument("--set", default=[], action="append", metavar="FIELD=VALUE")
     parser.add_argument("--plain", action="store_true", help="JAX's own settings")
     chosen = parser.parse_args()
     config = ours.configure(
@@ -91,7 +92,8 @@ def main() -> None:
         chosen.method,
         chosen.batch_size,
         "float32",
-        {"teacher.views": chosen.views},
+        {"teacher.views": chosen.views}
+        | ours.typed(dict(text.split("=", 1) for text in chosen.set)),
     )
     if not chosen.plain:
         backend.prepare(cache="")

@@ -27,6 +27,7 @@ the data.
 """
 
 from lakd_jax import config as config_lib
+from lakd_jax.config import recipes
 
 
 def get_config(arg: str = "") -> config_lib.ConfigDict:
@@ -36,23 +37,9 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
     """
     c = config_lib.default()
     c.update(method="deit", epochs=300, batch_size=1024, eval_batch_size=1024)
-    c.update(dtype="bfloat16", label_smoothing=0.1)
-    c.data.update(
-        source="imagenet2012",
-        streaming=True,
-        image_size=224,
-        test_resize=256,
-        pad=0,
-        minival=0.0,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        workers=16,
-        drop_last=True,
-        policy="rand-2-9",
-        erase=0.25,
-        mixup=0.8,
-        cutmix=1.0,
-    )
+    c.label_smoothing = 0.1
+    recipes.imagenet(c)
+    c.data.update(drop_last=True, policy="rand-2-9", erase=0.25, mixup=0.8, cutmix=1.0)
     c.optim.update(
         name="adamw",
         lr=1e-3,

@@ -33,24 +33,15 @@ performs 1.1e14 per second (computed, not measured).
 """
 
 from lakd_jax import config as config_lib
+from lakd_jax.config import recipes
 from lakd_jax.interop import published
 
 
 def get_config(arg: str = "") -> config_lib.ConfigDict:
     """Returns the config for `arg`, TEACHER,STUDENT,METHOD; parts may be empty."""
     c = config_lib.default()
-    c.update(epochs=100, batch_size=512, eval_batch_size=512, dtype="bfloat16")
-    c.data.update(
-        source="imagenet2012",
-        streaming=True,
-        image_size=224,
-        test_resize=256,
-        pad=0,
-        minival=0.0,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        workers=16,
-    )
+    c.update(epochs=100, batch_size=512, eval_batch_size=512)
+    recipes.imagenet(c)
     c.optim.update(
         lr=0.2, lr_batch=512, weight_decay=1e-4, milestones=(30.0, 60.0, 90.0)
     )

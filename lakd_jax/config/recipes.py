@@ -1,8 +1,8 @@
-"""The CIFAR-100 recipe of the literature: what it sets by the pair of networks.
+"""The CIFAR-100 recipe of the literature, by the pair of networks; ImageNet's images.
 
-The rest of the recipe is the same for all pairs and is the default of the config. The
-values are those of the CIFAR-100 configurations published with CRD (learning rates),
-mdistiller and Scale Decoupled Distillation (the others).
+The rest of the CIFAR recipe is the same for all pairs and is the default of the config.
+The values are those of the CIFAR-100 configurations published with CRD (learning
+rates), mdistiller and Scale Decoupled Distillation (the others).
 """
 
 import fnmatch
@@ -55,6 +55,22 @@ def cifar(config: config_lib.ConfigDict, arg: str) -> config_lib.ConfigDict:
         **of_pair(c.teacher.name, c.student.name),
     }
     return config_lib.changed(c, fields)
+
+
+def imagenet(config: config_lib.ConfigDict) -> None:
+    """Sets what all recipes for ImageNet share: streamed images of 224, in bfloat16."""
+    config.dtype = "bfloat16"
+    config.data.update(
+        source="imagenet2012",
+        streaming=True,
+        image_size=224,
+        test_resize=256,
+        pad=0,
+        minival=0.0,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        workers=16,
+    )
 
 
 def shortened(config: config_lib.ConfigDict, epochs: int) -> dict[str, object]:

@@ -55,19 +55,8 @@ class Ensemble(frozen.Whole, kw_only=True):
         """Returns the feature map (B, H, W, C) of what the first's unit passes on."""
         return self.first.as_map(h)
 
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        *,
-        train: bool,
-        joint: chain.JointFn | None = None,
-        after: str = "",
-        until: str = "",
-    ) -> chain.Outputs:
-        """Applies all networks; see `chain.Chain`."""
-        del train
-        self.require_whole(joint, after, until)
+    def outputs(self, x: jax.Array) -> chain.Outputs:
+        """Applies all networks; see `frozen.Whole`."""
         results: list[chain.Outputs] = []
         for i, member in enumerate(self.members, 1):
             variables = self.param(f"teacher{i}", _zeros, member.model)

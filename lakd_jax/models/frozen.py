@@ -35,10 +35,29 @@ class Whole(chain.Chain, kw_only=True):
     RESUMABLE: ClassVar[bool] = False
     GATED: ClassVar[bool] = False
 
-    def require_whole(self, joint: Any, after: str, until: str) -> None:
-        """Raises ValueError if a part of the network is to be run, or to be cut."""
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        train: bool,
+        joint: chain.JointFn | None = None,
+        after: str = "",
+        until: str = "",
+    ) -> chain.Outputs:
+        """Applies the network, always in evaluation mode; see `chain.Chain`.
+
+        Raises:
+            ValueError: a part of it is to be run, or it is to be cut.
+        """
+        del train
         if joint or after or until:
             raise ValueError(f"{type(self).__name__} networks run as a whole")
+        return self.outputs(x)
+
+    def outputs(self, x: jax.Array) -> chain.Outputs:
+        """Returns the outputs for images (B, H, W, 3); a subclass gives this."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,22 +141,11 @@ class Frozen(Whole, kw_only=True):
         """A size of images that it takes."""
         return self.function.image_size or _SIDE
 
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        *,
-        train: bool,
-        joint: chain.JointFn | None = None,
-        after: str = "",
-        until: str = "",
-    ) -> chain.Outputs:
-        """Applies the function; see `chain.Chain`.
+    def outputs(self, x: jax.Array) -> chain.Outputs:
+        """See `Whole`.
 
         The stem is the image, a tap is a map, and what is pooled is the last map.
         """
-        del train
-        self.require_whole(joint, after, until)
         arrays = [
             self.param(f"array{i}", _zeros, array)
             for i, array in enumerate(self.function.arrays)

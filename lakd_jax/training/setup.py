@@ -18,7 +18,7 @@ from lakd_jax.data import preparation as preparation_lib
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.interop import weights
 from lakd_jax.local import cuts
-from lakd_jax.models import vam
+from lakd_jax.models import chain, vam
 from lakd_jax.runtime import backend, hosts, interrupt
 from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.training import ema, feeds
@@ -108,21 +108,9 @@ def spec(
     """
     phase = phase or phase_lib.first(config)
     facts, method = distill.facts(config.method), phase.method() or _method(config)
-    local, staged = config.local, facts.staged
-    partition = cuts.modules(
-        student.model,
-        teacher.model if teacher else student.model,
-        local.granularity if staged else "none",
-        local.cuts if staged else (),
-        local.modules if staged else 0,
-    )
-    rate = phase.learning_rate(steps_per_epoch)
-    gates = functools.partial(
-        vam_lib.with_entropy,
-        gamma=config.student.vam.gamma,
-        owner=lambda path: cuts.module_of(path, partition, student.model),
-        starts=local.module_start_epochs if facts.local else (),
-    )
+    local = config.local
+    partition = _partition(config, student, teacher)
+    starts = local.module_start_epochs if facts.local else ()
     draft = spec_lib.StepSpec(
         student=student.model,
         teacher=teacher.model if teacher else None,
@@ -132,7 +120,7 @@ def spec(
         cut_scale=facts.cut_scale if local.cut_scale < 0 else local.cut_scale,
         module_input=local.module_input if facts.local else "student",
         uncut=method.needs_uncut,
-        starts=local.module_start_epochs if facts.local else (),
+        starts=starts,
         preact=facts.local and config.methods["lakd"]["preact"],
         student_pixels=pixels(config),
         teacher_pixels=teacher_pixels,
@@ -143,7 +131,7 @@ def spec(
         examples=examples,
         optimizer=optax.identity(),  # replaced below: the real one needs the parameters
         optimizer_of=functools.partial(phase.optimizer, steps_per_epoch),
-        learning_rate=rate,
+        learning_rate=phase.learning_rate(steps_per_epoch),
         weight_decay=config.optim.weight_decay,
         labels=None,
         mesh=mesh,
@@ -156,7 +144,7 @@ def spec(
         average=average(config),
         accumulate=config.optim.accumulate,
         student_at=phase.student_at(student.model, steps_per_epoch),
-        regularise=gates if student.model.vam else None,
+        regularise=_gate_losses(config, student.model, partition, starts),
     )
     init = _initialiser(draft, teacher, phase_lib.key(phase), image_shape)
     params, _ = jax.eval_shape(init)
@@ -165,6 +153,37 @@ def spec(
         draft, optimizer=draft.optimizer_of(labels), labels=labels
     )
     return finished, FirstState(finished, init, student.variables, phase)
+
+
+def _partition(
+    config: resolved.Config, student: weights.Loaded, teacher: weights.Loaded | None
+) -> cuts.Partition:
+    """Returns the student's modules, of methods that have a loss in each."""
+    local, staged = config.local, distill.facts(config.method).staged
+    return cuts.modules(
+        student.model,
+        teacher.model if teacher else student.model,
+        local.granularity if staged else "none",
+        local.cuts if staged else (),
+        local.modules if staged else 0,
+    )
+
+
+def _gate_losses(
+    config: resolved.Config,
+    student: chain.Chain,
+    partition: cuts.Partition,
+    starts: tuple[float, ...],
+) -> Callable[..., tuple[method_lib.ModuleLoss, ...]] | None:
+    """Returns what adds the entropy of the student's gates; None without gates."""
+    if not student.vam:
+        return None
+    return functools.partial(
+        vam_lib.with_entropy,
+        gamma=config.student.vam.gamma,
+        owner=lambda path: cuts.module_of(path, partition, student),
+        starts=starts,
+    )
 
 
 def _distortion(config: resolved.Config) -> distortion.Distortion:

@@ -39,7 +39,7 @@ def loss():
 )
 def test_losses_are_the_public_ones(key, eps, temperature):
     value, (ours, theirs) = loss()(STUDENT, TEACHER, LABELS, eps, temperature)
-    newer.require(f"ofa/logits/{key}", value, ours)
+    newer.assert_public(f"ofa/logits/{key}", value, ours)
     assert not np.any(theirs)
 
 
@@ -128,7 +128,7 @@ def test_heads_of_stages_are_the_public_ones(stage):
         wanted = GOLDEN[f"ofa/stage{stage}/{mode}_logits"]
         assert golden_weights.distance(found, wanted) < newer.CLOSE
     key = f"ofa/stage{stage}/train_eps{EXPONENTS[stage - 2]}"
-    newer.require(key, value, grad)
+    newer.assert_public(key, value, grad)
     if stage != 3:
         return
     own = of_params["sep1"]
@@ -139,11 +139,11 @@ def test_heads_of_stages_are_the_public_ones(stage):
         "pointwise2": "op.5",
     }.items():
         found = newer.as_torch(own[leaf]["kernel"])
-        newer.require_grad(f"{key}/grad_0.{name}.weight", found)
+        newer.assert_public_grad(f"{key}/grad_0.{name}.weight", found)
     for leaf, name in {"bn1": "op.2", "bn2": "op.6"}.items():
-        newer.require_grad(f"{key}/grad_0.{name}.weight", own[leaf]["scale"])
-        newer.require_grad(f"{key}/grad_0.{name}.bias", own[leaf]["bias"])
-    newer.require_grad(f"{key}/grad_3.weight", of_params["dense"]["kernel"].T)
+        newer.assert_public_grad(f"{key}/grad_0.{name}.weight", own[leaf]["scale"])
+        newer.assert_public_grad(f"{key}/grad_0.{name}.bias", own[leaf]["bias"])
+    newer.assert_public_grad(f"{key}/grad_3.weight", of_params["dense"]["kernel"].T)
 
 
 def test_the_whole_is_the_public_distiller():
@@ -242,7 +242,8 @@ def test_a_given_width_reads_no_teacher_but_its_logits():
     signals = toys.signals(student, None, LABELS, student_joints=tuple(MAPS))
     signals = signals.replace(teacher=Stored())
     start = functools.partial(made.init, train=True)
-    jax.eval_shape(lambda: start(jax.random.key(0), signals))
+    variables = jax.eval_shape(lambda: start(jax.random.key(0), signals))
+    assert variables["params"]["module1"]["dense"]["kernel"].shape == (5, 10)
 
 
 def test_cut_students_run_in_the_fused_engine_alone(tmp_path):

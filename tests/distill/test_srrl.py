@@ -81,14 +81,14 @@ def found(case, part):
 def test_values_and_gradients_are_the_public_ones(case, part):
     value, (of_params, grad) = found(case, part)
     key = f"srrl/{case}/{part}"
-    newer.require(key, value, grad)
+    newer.assert_public(key, value, grad)
     if case == "map":
         for leaf, name in {"scale": "weight", "bias": "bias"}.items():
             wanted = f"{key}/grad_Connectors.1.{name}"
-            newer.require_grad(wanted, of_params["bn"][leaf])
+            newer.assert_public_grad(wanted, of_params["bn"][leaf])
     if case == "map_larger":
         kernel = newer.as_torch(of_params["conv"]["kernel"])
-        newer.require_grad(f"{key}/grad_Connectors.0.weight", kernel)
+        newer.assert_public_grad(f"{key}/grad_Connectors.0.weight", kernel)
 
 
 def test_the_two_public_codes_differ():

@@ -43,14 +43,14 @@ def distance():
 def test_distances_of_logits_are_the_public_ones(cost, temperature):
     given = STUDENT, TEACHER, LABELS, COSTS[cost], float(temperature)
     value, (ours, theirs, of_cost) = distance()(*given)
-    newer.require(f"wkdl/{cost}/wd_t{temperature}", value, ours)
+    newer.assert_public(f"wkdl/{cost}/wd_t{temperature}", value, ours)
     assert not np.any(theirs) and not np.any(of_cost)
 
 
 def test_the_labels_part_is_the_public_one():
     run = jax.jit(jax.value_and_grad(wkd.target_loss, argnums=(0, 1)))
     value, (ours, theirs) = run(STUDENT, TEACHER, LABELS)
-    newer.require("wkdl/target", value, ours)
+    newer.assert_public("wkdl/target", value, ours)
     assert not np.any(theirs)
 
 
@@ -159,7 +159,7 @@ def test_the_methods_settings_are_the_public_ones(key, fields, epoch, file):
         (loss,) = made.apply({}, signals, train=True)
         return loss.total()
 
-    newer.require(f"wkdl/{key}", *total(STUDENT))
+    newer.assert_public(f"wkdl/{key}", *total(STUDENT))
 
 
 def test_the_weight_falls_along_a_cosine_of_the_runs_epochs():
@@ -248,7 +248,7 @@ def test_feature_terms_are_the_public_ones(case, map_, grids):
             key = f"wkdf/{case}/{part}_grid{grid}"
             np.testing.assert_allclose(value, GOLDEN[key], rtol=newer.CLOSE)
             if f"{key}/grad_s" in GOLDEN:
-                newer.require(key, value, ours)
+                newer.assert_public(key, value, ours)
             assert not np.any(theirs)
 
 
@@ -304,10 +304,10 @@ def test_projected_terms_are_the_public_ones(case):
     for part, found in zip(("mean", "std"), run(params, ours), strict=True):
         value, (of_params, grad) = found
         key = f"wkdf/{case}/{part}_grid{grid}"
-        newer.require(key, value, grad)
+        newer.assert_public(key, value, grad)
         if case == "conv1x1":
             for leaf, name in {"scale": "weight", "bias": "bias"}.items():
-                newer.require_grad(f"{key}/grad_bn.{name}", of_params["bn"][leaf])
+                newer.assert_public_grad(f"{key}/grad_bn.{name}", of_params["bn"][leaf])
 
 
 def test_the_method_weighs_both_terms():

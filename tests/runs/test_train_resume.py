@@ -101,7 +101,7 @@ class Lab:
             self.train(folder, guard, **fields)
         assert saved_steps(folder)[-1] == step
 
-    def resumes(self, folder, **fields):
+    def assert_resumes(self, folder, **fields):
         """Checks that a stopped run ends as the unbroken one, whose folder it returns.
 
         Also returns the variables of its student.
@@ -113,9 +113,9 @@ class Lab:
         assert_equal_runs(whole, parts)
         return folder / "whole", whole[0]
 
-    def resumes_and_exports(self, folder, **fields):
+    def assert_resumes_and_exports(self, folder, **fields):
         """Checks also that the exported file has the variables, which it returns."""
-        whole, variables = self.resumes(folder, **fields)
+        whole, variables = self.assert_resumes(folder, **fields)
         state = interop.load_torch_file(export.run(whole, "safetensors"))
         restored = interop.from_torch(fields["student__name"], state)
         jax.tree.map(np.testing.assert_array_equal, restored, variables)

@@ -18,14 +18,14 @@ def feature(name):
     return INPUTS.get(name, GOLDEN.get(f"inputs/{name}"))
 
 
-def require(key, value, grad):
+def assert_public(key, value, grad):
     """Asserts that a value and its gradient to the student are the public ones."""
     assert value.dtype == np.float32 and value.shape == ()
     np.testing.assert_allclose(value, GOLDEN[key], rtol=CLOSE)
-    require_grad(f"{key}/grad_s", grad)
+    assert_public_grad(f"{key}/grad_s", grad)
 
 
-def require_grad(key, grad):
+def assert_public_grad(key, grad):
     """Asserts that a gradient is the public one."""
     norm = GOLDEN.get(f"{key}/norm")
     if norm is not None:

@@ -94,7 +94,7 @@ def lab(tmp_path, monkeypatch):
 @pytest.mark.long
 def test_a_run_resumes_and_is_exported(lab, tmp_path):
     fields = {"method": "none", "student__name": "grouped"}
-    assert lab.resumes_and_exports(tmp_path, **fields).keys() == {"params"}
+    assert lab.assert_resumes_and_exports(tmp_path, **fields).keys() == {"params"}
 
 
 def test_folding_changes_nothing():

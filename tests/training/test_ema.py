@@ -177,4 +177,4 @@ def test_a_stopped_run_ends_as_the_unbroken_one(lab, folders, tmp_path):
 def test_other_engines_resume_alike(engine, devices, tmp_path):
     fields = {"method": "lakd", "local__engine": engine, **RECIPE}
     for lab in resume.lab_of(tmp_path, devices):
-        lab.resumes(tmp_path, **fields)
+        lab.assert_resumes(tmp_path, **fields)

@@ -112,4 +112,4 @@ def lab(tmp_path, monkeypatch):
 def test_a_run_resumes_and_is_exported(lab, tmp_path):
     fields = {"method": "none", "student__name": "small_vit", "optim__lr": 0.01}
     fields |= {"student__drop_path": 0.5, "student__patch": 2}
-    lab.resumes_and_exports(tmp_path, **fields)
+    lab.assert_resumes_and_exports(tmp_path, **fields)
