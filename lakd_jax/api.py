@@ -161,7 +161,7 @@ def train(
         config, _, _ = command_line.parse([f"--config={config}"])
     command.run(config, directory)
     if config.seeds:
-        directory = paths.local(directory, "--workdir")
+        directory = paths.place(directory, "--workdir")
         return [load(directory / f"seed{seed}") for seed in config.seeds]
     return load(directory)
 
@@ -172,10 +172,10 @@ def load(directory: str | Path) -> Run:
     Custom networks must be registered first.
 
     Raises:
-      errors.ConfigError: `directory` is not a local path.
+      errors.ConfigError: `directory` is neither a local path nor in a bucket.
       errors.ExportError: there is no finished run, or it is damaged.
     """
-    directory = paths.local(directory, "--workdir")
+    directory = paths.place(directory, "--workdir")
     student, _, settings = export.student(directory)
     return Run(
         directory=directory,

@@ -17,7 +17,7 @@ from lakd_jax.report import pictures, summary
 from lakd_jax.runs import single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import interrupt
-from lakd_jax.store import workdir
+from lakd_jax.store import bucket, workdir
 from lakd_jax.training import setup
 
 FOLDER = "evaluation"  # in the run's directory
@@ -68,11 +68,12 @@ def run(
       true classes); without labels, how often each class was answered.
 
     Raises:
-      errors.ConfigError: a change is not allowed, or `directory` is no local path.
+      errors.ConfigError: a change is not allowed, or `directory` is neither a local
+        path nor in a bucket.
       errors.ExportError: there is no finished run.
       errors.DataError: images are missing or cannot be decoded.
     """
-    directory = paths.local(directory, "--workdir")
+    directory = paths.place(directory, "--workdir")
     if found := sorted(set(changes or {}) - set(FIELDS)):
         raise errors.ConfigError(
             [f"{field} cannot be changed in an evaluation" for field in found]
@@ -156,7 +157,7 @@ def _written(
     """Writes the files of an evaluation, reports it, and returns its content."""
     classes, logits = answers.classes, answers.logits
     result: dict[str, Any] = {"data": answers.source, "examples": len(logits)}
-    directory.mkdir(exist_ok=True)
+    bucket.make_folder(directory)
     table = scores.predictions(answers.files, logits, classes, answers.labels)
     workdir.write_bytes(directory / "predictions.csv", table)
     if answers.labels is None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from lakd_jax import errors, fields, interop, paths
 from lakd_jax.interop import weights as weights_lib
 from lakd_jax.report import model_card
-from lakd_jax.store import workdir
+from lakd_jax.store import bucket, workdir
 from lakd_jax.training import predict
 from lakd_jax.training import spec as spec_lib
 
@@ -51,19 +51,20 @@ def run(
       The path of the exported file.
 
     Raises:
-      errors.ConfigError: `to` is unknown, or `directory` is not a local path.
+      errors.ConfigError: `to` is unknown, or `directory` is neither a local path nor
+        in a bucket.
       errors.ExportError: there is no finished run, it is damaged, or `to` needs a
         package that is missing.
       errors.WorkdirError: the files cannot be written.
     """
     faults = {
-        "--workdir": paths.fault(directory),
+        "--workdir": paths.place_fault(directory),
         "--to": fields.fault(to, ENDINGS),
         "--which": fields.fault(which, WHICH),
     }
     if found := [f"{flag} {fault}" for flag, fault in faults.items() if fault]:
         raise errors.ConfigError(found)
-    directory = paths.local(directory, "--workdir")
+    directory = paths.place(directory, "--workdir")
     network, card, settings = student(directory, which)
     if network.model.vam is not None and to not in _PROGRAMS:
         raise errors.ExportError(
@@ -81,7 +82,7 @@ def run(
         weights = interop.to_torch(card["network"], variables)
         write = functools.partial(interop.save_torch_file, path, weights)
     try:
-        path.parent.mkdir(exist_ok=True)
+        bucket.make_folder(path.parent)
         write()
         _write_card(directory, path, card, settings, which)
     except OSError as error:
@@ -89,7 +90,7 @@ def run(
             f"{path.parent}: cannot be written: {error.strerror or error}\n"
             "Free space or change rights there."
         ) from error
-    notify(f"{path} ({path.stat().st_size:,} bytes), described in {path.stem}.md")
+    notify(f"{path} ({bucket.size(path):,} bytes), described in {path.stem}.md")
     return path
 
 

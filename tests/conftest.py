@@ -1,5 +1,6 @@
 """Every test sees eight CPU devices, strict shapes, and warnings as errors."""
 
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -13,12 +14,14 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
     pathlib.Path(__file__).parents[1] / ".pytest_cache" / "xla"
 )
 
+import fake_bucket  # noqa: E402
 import jax  # noqa: E402
+import places  # noqa: E402
 import pytest  # noqa: E402
 import states  # noqa: E402
 import tiny  # noqa: E402
 
-from lakd_jax import cli  # noqa: E402
+from lakd_jax import cli, paths  # noqa: E402
 from lakd_jax.store import checkpoint  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", compilation.DEVICES)
@@ -42,11 +45,45 @@ def two_steps(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def objects():
+    """A bucket that every client finds; needs the extra "gcs"."""
+    if importlib.util.find_spec("gcsfs") is None:  # it is `paths` that imports it
+        pytest.skip("gcsfs is not installed")
+    with fake_bucket.serve() as found:
+        yield found
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def place(request, tmp_path):
+    """A folder for a run: on the disk, then in a bucket."""
+    if request.param == "disk":
+        return tmp_path
+    request.getfixturevalue("objects")
+    return places.in_bucket(tmp_path.name)
+
+
 @pytest.fixture(scope="module")
 def tiny_data():
     """Runs of the module find `tiny.dataset`, on one device."""
     with tiny.environment():
         yield
+
+
+@pytest.fixture(scope="session")
+def two_steps_in_bucket(objects):
+    folder = places.in_bucket("two/checkpoints")
+    with checkpoint.Checkpointer(folder, keep=3) as saver:
+        saver.save(1, states.make_state(1), extra={"epoch": 1})
+        saver.save(2, states.make_state(2), extra={"epoch": 2})
+    return folder
+
+
+@pytest.fixture
+def copied_in(request, place):
+    """A copy of `two_steps`, where `place` is."""
+    kind = "two_steps_in_bucket" if paths.is_bucket(place) else "two_steps"
+    return places.copied(request.getfixturevalue(kind), place / "checkpoints")
 
 
 @pytest.fixture

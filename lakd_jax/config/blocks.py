@@ -270,7 +270,7 @@ class Teacher(Network):
     cache: str = field(
         "runs/teachers",
         "where teachers trained here are kept, by hash, and downloaded weights",
-        paths.fault,
+        paths.place_fault,
     )
     combine: str = field(
         "mean",

@@ -55,7 +55,7 @@ def require(
       workdir: where the run is kept, "" for none; checked with the fields.
     """
     found = problems(config, devices)
-    if fault := paths.fault(workdir):
+    if fault := paths.place_fault(workdir):
         found.insert(0, f"--workdir {fault}")
     if found:
         raise errors.ConfigError(found)

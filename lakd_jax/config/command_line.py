@@ -45,7 +45,7 @@ def parse(argv: list[str]) -> tuple[config_lib.ConfigDict, str, bool]:
     values, problem = attempt([*base, *good])
     if values is None:
         raise errors.ConfigError([problem])
-    if fault := paths.fault(values.workdir):
+    if fault := paths.place_fault(values.workdir):
         problems["--workdir"] = f"--workdir {fault}"
     if problems:
         raise errors.ConfigError([*problems.values(), *_others(values, problems)])

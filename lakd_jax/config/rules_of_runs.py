@@ -3,11 +3,12 @@
 They concern engines, seeds, streams, processes and stored outputs of the teacher.
 """
 
-from lakd_jax import distill, models
+from lakd_jax import distill, models, paths
 from lakd_jax.config import rules
 from lakd_jax.data import sources
 from lakd_jax.distill import lakd
 from lakd_jax.distill.base import method
+from lakd_jax.interop import published
 from lakd_jax.runtime import hosts
 
 
@@ -108,6 +109,17 @@ def _streaming_views(c: rules.Config, _: int) -> str | None:
         return (
             "teacher.views is for data in memory: set it to 0, or data.streaming to "
             "False"
+        )
+
+
+@rules.reads("teacher.cache", "teacher.init", "student.init")
+def _downloads(c: rules.Config, _: int) -> str | None:
+    blocks = {"teacher.init": c.teacher, "student.init": c.student}
+    named = [name for name, b in blocks.items() if published.is_name(b.init)]
+    if named and paths.is_bucket(c.teacher.cache):
+        return (
+            f"teacher.cache is in a bucket, but it also keeps the weights that "
+            f"{named[0]} downloads, which takes a local folder: set it to one"
         )
 
 

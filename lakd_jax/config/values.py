@@ -34,7 +34,7 @@ def data_source(value: str) -> str:
 
 def weights(value: str) -> str:
     """The name of published weights, or the path of a run or a file."""
-    return (published.fault if published.is_name(value) else paths.fault)(value)
+    return (published.fault if published.is_name(value) else paths.place_fault)(value)
 
 
 def teacher_entry(value: str) -> str:

@@ -11,7 +11,7 @@ from lakd_jax.hme import network, report
 from lakd_jax.report import page, pictures
 from lakd_jax.runs import pictures as pictures_lib
 from lakd_jax.runtime import interrupt
-from lakd_jax.store import workdir
+from lakd_jax.store import bucket, workdir
 
 REPORT = "report.html"
 _SHOWN = 5  # test images that the student classifies correctly, and as many wrongly
@@ -34,11 +34,11 @@ def run(
         The path of the page, a single file that loads nothing from the network.
 
     Raises:
-        errors.ConfigError: `directory` is not a local path.
+        errors.ConfigError: `directory` is neither a local path nor in a bucket.
         errors.ExportError: there is no finished run.
         errors.LakdError: the run's images or teacher are no longer available.
     """
-    s = subject.load(paths.local(directory, "--workdir"), guard, notify)
+    s = subject.load(paths.place(directory, "--workdir"), guard, notify)
     with tempfile.TemporaryDirectory() as scratch:
         sections = [("The run", _summary(s))]
         for heading, make in (
@@ -56,7 +56,7 @@ def run(
     path = s.directory / REPORT
     title = f"{s.config.student.name}, {s.config.method}: what it learnt"
     workdir.write_bytes(path, page.render(title, sections).encode())
-    notify(f"{path} ({path.stat().st_size:,} bytes)")
+    notify(f"{path} ({bucket.size(path):,} bytes)")
     return path
 
 

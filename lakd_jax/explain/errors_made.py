@@ -74,4 +74,4 @@ def _draw(path: Path, lines: list[tuple[str, np.ndarray]]) -> None:
             axis = figure.add_axes(box)
             axis.imshow(image)
             axis.axis("off")
-    figure.savefig(path, dpi=canvas.DPI)
+    canvas.save(figure, path)

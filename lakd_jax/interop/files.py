@@ -16,7 +16,7 @@ import safetensors.numpy
 from lakd_jax import errors, paths
 from lakd_jax.interop import state_dict as state_dicts
 from lakd_jax.interop import torch_pickle
-from lakd_jax.store import workdir
+from lakd_jax.store import bucket, workdir
 
 _FORMAT = "lakd_jax"  # identifies our files, as "pt" does PyTorch's
 _DTYPES = frozenset("BOOL U8 I8 U16 I16 U32 I32 U64 I64 F16 BF16 F32 F64".split())
@@ -35,14 +35,14 @@ def load_torch_file(path: str | os.PathLike, *, key: str = "") -> dict[str, np.n
             "teacher"; by default, the usual entry of the trained network.
 
     Raises:
-        errors.ConfigError: `path` is not a local path.
+        errors.ConfigError: `path` is neither a local path nor in a bucket.
         errors.TeacherError: the file does not exist, cannot be read, would run code or
             has no tensors.
     """
-    path = _existing_file(path)
-    if _is_safetensors(path):
-        return state_dicts.plain(_read_safetensors(path)[1], key)
-    return state_dicts.plain(torch_pickle.load(path), key)
+    with bucket.local_copy(_existing_file(path)) as file:
+        if _is_safetensors(file):
+            return state_dicts.plain(_read_safetensors(file)[1], key)
+        return state_dicts.plain(torch_pickle.load(file), key)
 
 
 def save_torch_file(
@@ -58,12 +58,12 @@ def save_torch_file(
         state_dict: key to float32 array.
 
     Raises:
-        errors.ConfigError: `path` is not a local path.
+        errors.ConfigError: `path` is neither a local path nor in a bucket.
         errors.ExportError: torch is needed but not installed.
         ValueError: the suffix is another.
         OSError: the file cannot be written.
     """
-    path = paths.local(path, "path")
+    path = paths.place(path, "path")
     tensors = dict(state_dict)
     for key in state_dict:
         if key.endswith(".running_mean"):
@@ -92,7 +92,7 @@ def save_variables(
         variables: nested dictionaries of arrays, in any dtype safetensors supports.
         metadata: JSON-serialisable values (the network's name, options, ...).
     """
-    path = paths.local(path, "path")
+    path = paths.place(path, "path")
     flat = flax.traverse_util.flatten_dict(dict(variables), sep="/")
     arrays = {key: np.asarray(value, order="C") for key, value in flat.items()}
     header = {"format": _FORMAT, "metadata": json.dumps(dict(metadata))}
@@ -105,7 +105,8 @@ def load_variables(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, A
     Raises errors.TeacherError if the file is missing, damaged or not ours.
     """
     path = _existing_file(path)
-    header, arrays = _read_safetensors(path)
+    with bucket.local_copy(path) as file:
+        header, arrays = _read_safetensors(file)
     if header.get("format") != _FORMAT:
         raise errors.TeacherError(
             f"{path} was not written by lakd_jax; read PyTorch weights with "
@@ -127,11 +128,11 @@ def is_variables_file(path: str | os.PathLike) -> bool:
 
     Raises errors.TeacherError if it is missing, or a .safetensors file is not valid.
     """
-    path = _existing_file(path)
-    if not _is_safetensors(path):
-        return False
-    with _open_safetensors(path) as file:
-        return (file.metadata() or {}).get("format") == _FORMAT
+    with bucket.local_copy(_existing_file(path)) as copy:
+        if not _is_safetensors(copy):
+            return False
+        with _open_safetensors(copy) as file:
+            return (file.metadata() or {}).get("format") == _FORMAT
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -141,7 +142,7 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def _existing_file(path: str | os.PathLike) -> pathlib.Path:
-    path = paths.local(path, "path")
+    path = paths.place(path, "path")
     if not path.is_file():
         raise errors.TeacherError(f"no weights at {path}; check the path")
     return path

@@ -160,7 +160,7 @@ def _created(
 
 def _file(field: str, init: str) -> Path:
     """Returns the file of weights that `init` names."""
-    path = paths.local(init, f"{field}.init")
+    path = paths.place(init, f"{field}.init")
     if not path.exists():
         raise errors.TeacherError(
             f"{field}.init: {path} does not exist. It must be a finished run's "

@@ -132,7 +132,7 @@ class _Page:
 
     def save(self, path: canvas.Path) -> None:
         self._figure.figimage(self._pixels)
-        self._figure.savefig(path, dpi=canvas.DPI)
+        canvas.save(self._figure, path)
 
     def _text(
         self, x: float, y: float, text: str, limit: float = math.inf, **overrides: Any

@@ -4,10 +4,14 @@ Uses matplotlib's objects rather than pyplot: no global state, no display.
 """
 
 import contextlib
+import io
 import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
+
+from lakd_jax import paths
+from lakd_jax.store import bucket
 
 # Fonts of systems and distributions with signs that matplotlib's own lacks.
 _FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans", "Source Han Sans")
@@ -19,6 +23,16 @@ INK = "#222222"
 FAINT = "#767676"
 
 Path = str | os.PathLike[str]
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a figure as PNG."""
+    if not paths.is_bucket(path):
+        figure.savefig(path, dpi=DPI)
+        return
+    data = io.BytesIO()
+    figure.savefig(data, dpi=DPI)
+    bucket.write(paths.of(path), data.getvalue())
 
 
 def cut(text: str, length: int) -> str:

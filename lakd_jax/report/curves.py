@@ -167,7 +167,7 @@ def _save(
     figure.subplots_adjust(left=0.085, right=1 - right, **margins)
     for axes, ends in panels:
         _label_ends(axes, ends)
-    figure.savefig(path, dpi=canvas.DPI)
+    canvas.save(figure, path)
 
 
 def _label_ends(axes: Any, ends: Sequence[_End]) -> None:

@@ -45,7 +45,7 @@ def matrices(
         )
     axes[-1].set_xlabel(column_title, fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=canvas.DPI)
+    canvas.save(figure, path)
 
 
 def confusion(path: canvas.Path, matrix: np.ndarray, classes: Sequence[str]) -> None:
@@ -118,7 +118,7 @@ def tree(
             leaf = depth == len(levels)
             _node(axis, x, -depth, label, rotation=90 if leaf and widest > 20 else 0)
         above = places
-    figure.savefig(path, dpi=canvas.DPI)
+    canvas.save(figure, path)
 
 
 def _node(axis: Any, x: float, y: float, label: str, rotation: int = 0) -> None:

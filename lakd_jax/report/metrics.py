@@ -2,12 +2,12 @@
 
 import math
 import os
-import pathlib
 import sys
 import types
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
+from lakd_jax import errors, paths
 from lakd_jax import trackers as trackers_lib
 from lakd_jax.trackers import json_lines, tracker
 
@@ -21,7 +21,7 @@ def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     skipped.
     """
     try:
-        lines = (pathlib.Path(workdir) / FILENAME).read_bytes().splitlines()
+        lines = (paths.of(workdir) / FILENAME).read_bytes().splitlines()
     except FileNotFoundError:
         return []
     records = [json_lines.parse(line) for line in lines]
@@ -38,7 +38,8 @@ class MetricWriter:
     A context manager; with several processes, only the first one writes. Write the
     records of a step before its checkpoint: on resume, all records after
     `resume_step` are dropped and written again, so the file ends up identical to
-    that of an uninterrupted run.
+    that of an uninterrupted run. In a bucket, files appear when `save` is called, and
+    at the end.
 
     What fails does not stop training: the first error of metrics.jsonl or of a tracker,
     such as a full disk or a lost network, is reported, and nothing more is written to
@@ -64,18 +65,23 @@ class MetricWriter:
           trackers: names, see `lakd_jax.trackers`.
           about: what trackers are told of the run.
         """
-        self._workdir = pathlib.Path(workdir)
+        self._workdir = paths.of(workdir)
         self._resume_step = resume_step
         self._warn = warn or (lambda text: print(text, file=sys.stderr))
         self._about = about or tracker.About()
         self._lines = json_lines.JsonLines()
         self._names = list(dict.fromkeys(trackers))
         self._writing: dict[str, tracker.Tracker] = {}  # by name, "" is metrics.jsonl
+        self._mirror: Any = None  # in the first process
+        self._warned = False
 
     def __enter__(self) -> Self:
         from lakd_jax.runtime import hosts
+        from lakd_jax.store import mirror
 
         if hosts.is_first():
+            kept = [tracker.file_of(name) for name in self._names]
+            self._mirror = mirror.Mirror(self._workdir, [FILENAME, *kept])
             self._writing[""] = self._lines
             self._try("", self._open)
             for name in self._names:
@@ -92,6 +98,15 @@ class MetricWriter:
         for name in list(self._writing):
             self._try(name, lambda one: one.close(failed=kind is not None))
         self._writing.clear()
+        try:
+            self.save()
+        except errors.LakdError:
+            if error is None:
+                raise
+            # Otherwise `error` is the reason: the run belongs to another process.
+        finally:
+            if self._mirror is not None:
+                self._mirror.close()
 
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
         """Records values; `kind` is "train" or "eval".
@@ -111,10 +126,26 @@ class MetricWriter:
         for name in list(self._writing):
             self._try(name, lambda one: one.write(int(step), kind, numbers))
 
+    def save(self) -> None:
+        """Puts what was written into a bucket; elsewhere it is on disk already.
+
+        Raises:
+          errors.LakdError: another process has taken over the run.
+        """
+        if self._mirror is None:
+            return
+        try:
+            self._mirror.put()
+        except OSError as error:
+            if not self._warned:  # the next time it may succeed
+                self._warn(self._describe("", error))
+            self._warned = True
+
     def _open(self, one: tracker.Tracker) -> None:
-        self._workdir.mkdir(parents=True, exist_ok=True)
-        one.open(self._workdir, self._about, self._resume_step)
-        for record in read(self._workdir) if one.replay else ():
+        folder = self._mirror.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        one.open(folder, self._about, self._resume_step)
+        for record in read(folder) if one.replay else ():
             numbers = {n: v for n, v in record.items() if n not in ("step", "kind")}
             one.write(record["step"], record["kind"], numbers)
 

@@ -11,15 +11,15 @@ from typing import Any
 import jax
 
 from lakd_jax import config as config_lib
-from lakd_jax import distill, paths
+from lakd_jax import distill, errors, paths
 from lakd_jax.config import check, resolved
 from lakd_jax.data.streaming import workers
-from lakd_jax.report import table
+from lakd_jax.report import metrics, table
 from lakd_jax.runs import dry_run as dry_run_lib
 from lakd_jax.runs import pictures, rows, seeds, single
 from lakd_jax.runs import teacher as teacher_lib
 from lakd_jax.runtime import backend, hosts, interrupt
-from lakd_jax.store import workdir
+from lakd_jax.store import bucket, locks, workdir
 from lakd_jax.training import phase
 
 
@@ -54,10 +54,13 @@ def run(
     """
     notify = hosts.notifier(notify)
     c = _begin(config, directory, notify)
-    directory = paths.local(directory, "--workdir")
+    directory = paths.place(directory, "--workdir")
+    methods = [*c.baselines, c.method]
     with contextlib.ExitStack() as stack:
         guard = guard or stack.enter_context(hosts.guard())
         stack.enter_context(_claimed(directory, c))
+        if c.teacher.cache and any(distill.facts(m).needs_teacher for m in methods):
+            hosts.first(functools.partial(_check_cache, c.teacher.cache))
         folder = workdir.folder(directory)
         if folder != Path():
             notify(f"relative paths start in {folder}, where this run was started")
@@ -70,7 +73,6 @@ def run(
             single.environment(c, guard, notify, folder), root=directory
         )
         notify(_describe_data(environment))
-        methods = [*c.baselines, c.method]
         teacher = None
         if any(distill.facts(m).needs_teacher for m in methods):
             teacher = teacher_lib.make(c, environment)
@@ -84,10 +86,20 @@ def run(
         for seed_run in runs:
             _draw(seed_run, environment, teacher)
         text = _table(c, results, teacher)
-        hosts.first(lambda: (directory / workdir.TABLE).write_text(text + "\n"))
+        table_file = directory / workdir.TABLE
+        hosts.first(lambda: workdir.write_bytes(table_file, f"{text}\n".encode()))
         notify(f"\n{text}\n\n{_describe_files(runs, directory)}")
     last = results[c.method]
     return {"seeds": last} if c.seeds else last[0]
+
+
+def _check_cache(cache: str) -> None:
+    """Raises errors.WorkdirError if teachers are kept where nothing can be written."""
+    if paths.is_bucket(cache):
+        try:
+            bucket.require_writable(paths.place(cache, "teacher.cache"))
+        except errors.WorkdirError as error:
+            raise errors.WorkdirError(f"teacher.cache: {error}") from error
 
 
 def _draw(
@@ -136,10 +148,12 @@ def _claimed(directory: Path, config: resolved.Config) -> Iterator[None]:
         try:
             yield
         except BaseException:
+            # A bucket has no folder of checkpoints before the first of them.
             traces = (workdir.CHECKPOINTS, workdir.RESULT, workdir.STAGE1)
+            traces += (metrics.FILENAME,)
             folders = [directory, *directory.glob("seed*")]
             started = any((f / name).exists() for f in folders for name in traces)
-            if hosts.is_first() and not started:
+            if hosts.is_first() and not started and locks.is_held(directory):
                 for folder in folders:
                     for name in (workdir.CONFIG, workdir.TEACHER):
                         (folder / name).unlink(missing_ok=True)

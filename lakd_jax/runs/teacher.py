@@ -201,7 +201,7 @@ def _recorded(
     environment: single.Environment,
 ) -> single.Teacher:
     """Loads the teacher that `file` notes as `then`, without its score."""
-    path = workdir.folder(file.parent) / then["source"]
+    path = paths.place(then["source"], "source", workdir.folder(file.parent))
     if then["source"] == weights.FUNCTION:
         _require_registered(file, config)
     elif not path.exists():
@@ -240,7 +240,7 @@ def _require_registered(file: Path, config: resolved.Config) -> None:
 
 def _record_of(directory: Path) -> Path:
     """Returns the teacher.json of a run; seeds and baselines have their command's."""
-    for folder in (directory, *directory.absolute().parents[:2]):
+    for folder in (directory, *paths.absolute(directory).parents[:2]):
         if (folder / workdir.TEACHER).exists():
             return folder / workdir.TEACHER
     raise errors.TeacherError(
@@ -341,7 +341,8 @@ def _cached(config: resolved.Config, environment: single.Environment) -> Path:
     key = resolved.of_teacher(config).digest()
     # The images of a folder may have changed.
     images = environment.dataset.fingerprint()[:6]
-    cache = environment.folder / paths.local(config.teacher.cache, "teacher.cache")
+    folder = environment.folder
+    cache = paths.place(config.teacher.cache, "teacher.cache", folder)
     return cache / f"{config.teacher.name}-{key}-{images}"
 
 

@@ -26,7 +26,7 @@ from lakd_jax.data import device
 from lakd_jax.models import ensemble
 from lakd_jax.report import summary
 from lakd_jax.runtime import backend, interrupt
-from lakd_jax.store import manifest, workdir
+from lakd_jax.store import bucket, manifest, workdir
 from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import teacher_outputs
 
@@ -279,7 +279,7 @@ def _read(
         manifest.check_manifest(stored, view)
         parts = _of_view(cached_outputs, view)
         for name, part in parts.items():
-            raw = np.fromfile(_file(view_folder, name), np.uint8)
+            raw = np.frombuffer(_file(view_folder, name).read_bytes(), np.uint8)
             part[...] = raw.view(part.dtype).reshape(part.shape)
         manifest.check_leaves(stored, parts)
     except (OSError, ValueError, manifest.DamagedError) as error:
@@ -314,7 +314,7 @@ def _compute(
 
 def _write(folder: Path, view: int, parts: dict[str, np.ndarray]) -> None:
     view_folder = _view_folder(folder, view)
-    view_folder.mkdir(exist_ok=True)
+    bucket.make_folder(view_folder)
     for name, part in parts.items():
         raw = part.reshape(-1).view(np.uint8).data
         workdir.write_bytes(_file(view_folder, name), raw)

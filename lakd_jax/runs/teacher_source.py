@@ -70,7 +70,7 @@ def source(
         data=dataset.fingerprint(),
         seed=config.seed,
     )
-    cache = folder / paths.local(config.teacher.cache, "teacher.cache")
+    cache = paths.place(config.teacher.cache, "teacher.cache", folder)
     return teacher_cache.kept(cache, computer, key, dataset.train.labels, notify)
 
 

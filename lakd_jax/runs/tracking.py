@@ -3,6 +3,7 @@
 from pathlib import Path, PurePath
 from typing import Any
 
+from lakd_jax import paths
 from lakd_jax.config import resolved
 from lakd_jax.data import sources
 from lakd_jax.trackers import tracker
@@ -20,7 +21,7 @@ def about(config: resolved.Config, directory: Path, root: Path | None) -> tracke
       directory: of the run.
       root: of the command; seeds and baselines are below it, a teacher elsewhere.
     """
-    run, command = directory.absolute(), (root or directory).absolute()
+    run, command = paths.absolute(directory), paths.absolute(root or directory)
     below = run.is_relative_to(command)
     parts = (command.name, *run.relative_to(command).parts) if below else (run.name,)
     job = config.method if below else TEACHER

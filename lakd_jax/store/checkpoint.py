@@ -18,13 +18,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from lakd_jax import errors
+from lakd_jax import errors, paths
 from lakd_jax.runtime import hosts
+from lakd_jax.store import bucket, quiet
 from lakd_jax.store import manifest as manifests
-from lakd_jax.store import quiet
 
 PyTree = Any
 _LOG = logging.getLogger(__name__)
+# What TensorStore calls failures of a bucket that say nothing about the data.
+_UNREACHED = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED")
+_UNREACHED += ("UNAUTHENTICATED", "RESOURCE_EXHAUSTED")
 
 
 class Checkpointer:
@@ -39,7 +42,7 @@ class Checkpointer:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
         ocp = _orbax()
-        self._directory = pathlib.Path(directory).absolute()
+        self._directory = paths.absolute(paths.of(directory))
         self._current_steps: set[int] = set()  # saved or restored by this object
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
@@ -47,7 +50,7 @@ class Checkpointer:
             save_root_metadata=False,
         )
         with self._writing("open"):
-            self._directory.mkdir(parents=True, exist_ok=True)
+            bucket.make_folder(self._directory)
             self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, state: PyTree, *, extra: dict[str, Any]) -> None:
@@ -144,7 +147,7 @@ class Checkpointer:
             target = source.with_name(f"{step}.broken-{count}")
             count += 1
         try:
-            source.rename(target)
+            _rename(source, target)
         except OSError as error:
             raise errors.WorkdirError(f"{source}: {reason}; {error}") from error
         _LOG.warning(
@@ -165,9 +168,11 @@ class Checkpointer:
 
 def list_steps(directory: str | os.PathLike) -> list[int]:
     """Returns the steps saved in `directory`, ascending; [] if it does not exist."""
-    folder = pathlib.Path(directory)
-    paths = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(p.name) for p in paths if p.name.isdecimal() and p.is_dir())
+    folder = paths.of(directory)
+    if paths.is_bucket(folder):
+        return bucket.committed(folder)
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(p.name) for p in found if p.name.isdecimal() and p.is_dir())
 
 
 def restore_step(
@@ -204,7 +209,7 @@ def read_arrays(
 
 
 def _step_folder(directory: str | os.PathLike, step: int | None) -> pathlib.Path:
-    folder = pathlib.Path(directory).absolute()
+    folder = paths.absolute(paths.of(directory))
     steps = list_steps(folder)
     step = max(steps, default=0) if step is None else step
     if step not in steps:
@@ -235,7 +240,28 @@ def _read_item(folder: pathlib.Path, item: str, args: Any) -> Any:
     except (MemoryError, PermissionError):
         raise  # a fault of this machine, not of the checkpoint
     except Exception as error:
+        _require_answer(folder, error)
         raise manifests.DamagedError(_brief(error)) from error
+
+
+def _require_answer(folder: pathlib.Path, error: Exception) -> None:
+    """Raises if reading failed because a bucket cannot be reached."""
+    if not paths.is_bucket(folder):
+        return
+    try:
+        with bucket.reported(folder):
+            committed = (folder / bucket.COMMITTED).exists()
+    except OSError as unreachable:
+        raise errors.WorkdirError(f"cannot be read: {unreachable}") from error
+    if committed and any(word in str(error) for word in _UNREACHED):
+        raise errors.WorkdirError(f"{folder}: cannot be read: {_brief(error)}")
+
+
+def _rename(source: pathlib.Path, target: pathlib.Path) -> None:
+    if paths.is_bucket(source):
+        bucket.move_folder(source, target)
+    else:
+        source.rename(target)
 
 
 def _brief(error: BaseException) -> str:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import errno
-import fcntl
 import importlib.metadata
 import json
 import logging
@@ -21,13 +19,14 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 
 from lakd_jax import errors, paths, version
 from lakd_jax.runtime import hosts
+from lakd_jax.store import bucket, locks
 
 # The files of a run's directory.
 CONFIG = "config.json"
@@ -40,7 +39,6 @@ BEST = "student_best.safetensors"  # of the epoch that was best on minival
 AVERAGE = "student_average.safetensors"  # only with optim.ema and not optim.ema_used
 TABLE = "table.md"
 STAGE1 = "stage1"  # the first training of an HME
-_LOCK = ".lock"
 _SHOWN = 8
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -51,13 +49,13 @@ class Workdir:
 
     path: pathlib.Path
     resumed: bool
-    lock: int
+    release: Callable[[], None] | None
 
     def close(self) -> None:
         """Releases the lock."""
-        if self.lock >= 0:
-            os.close(self.lock)
-            self.lock = -1
+        release, self.release = self.release, None
+        if release:
+            release()
 
     def __enter__(self) -> Workdir:
         return self
@@ -78,7 +76,7 @@ def prepare(
     With several processes the first one does this, and all must see the same directory.
 
     Args:
-      workdir: local path; created if absent.
+      workdir: local path, created if absent, or a folder of a bucket.
       config: the resolved configuration, nested, JSON-serialisable.
       may_change: dotted fields in which the existing run may differ from `config`.
       folder: where the relative paths of `config` start; by default the current folder.
@@ -87,16 +85,16 @@ def prepare(
       The directory; its `resumed` is True if it already had a run.
 
     Raises:
-      ConfigError: `workdir` is not a local path.
+      ConfigError: `workdir` is neither a local path nor a folder of a bucket.
       WorkdirError: it cannot be written, is in use, or has a run of another
         configuration or another version of lakd_jax.
       HostsError: it is not the same directory for all processes.
     """
-    path = paths.local(workdir, "--workdir").absolute()
-    prepared = Workdir(path, resumed=False, lock=-1)
+    path = paths.absolute(paths.place(workdir, "--workdir"))
+    prepared = Workdir(path, resumed=False, release=None)
 
     def claim() -> bool:
-        prepared.lock, resumed = _claim(path, config, may_change, folder)
+        prepared.release, resumed = _claim(path, config, may_change, folder)
         return resumed
 
     prepared.resumed = hosts.first(claim)
@@ -113,28 +111,35 @@ def _claim(
     config: Mapping[str, Any],
     may_change: Collection[str],
     folder: pathlib.Path,
-) -> tuple[int, bool]:
-    """Returns the lock, and whether the directory already had a run; see `prepare`."""
+) -> tuple[Callable[[], None], bool]:
+    """Locks the directory; returns what releases it, and whether it already had a run.
+
+    See `prepare`.
+    """
     with contextlib.ExitStack() as undo:
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            _check_writable(path)
-            lock = _lock(path)
-            undo.callback(os.close, lock)
-            resumed = _check_config(path, config, may_change)
-            _record(path, config, resumed, folder)
+            with bucket.reported(path):
+                bucket.make_folder(path)
+                _check_writable(path)
+                release = locks.hold(path)
+                undo.callback(release)
+                resumed = _check_config(path, config, may_change)
+                _record(path, config, resumed, folder)
         except OSError as error:
             raise errors.WorkdirError(
                 f"{path}: cannot be written: {error.strerror or error}\n"
                 "Free space or change permissions there, or use another --workdir."
             ) from error
         undo.pop_all()
-    return lock, resumed
+    return release, resumed
 
 
 def read_json(path: str | os.PathLike) -> Any:
     """Reads a JSON file; raises OSError if unreadable, ValueError if it is not JSON."""
-    return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    place = paths.of(path)
+    with bucket.reported(place):
+        text = place.read_text(encoding="utf-8")
+    return json.loads(text)
 
 
 def settings(directory: pathlib.Path) -> dict[str, Any]:
@@ -189,7 +194,9 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 def write_bytes(path: str | os.PathLike, data: bytes | memoryview) -> None:
     """Writes a file atomically: readers, or a crash, see the old or the new content."""
-    path = pathlib.Path(path)
+    path = paths.of(path)
+    if paths.is_bucket(path):
+        return bucket.write(path, data)
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
         file.write(data)
@@ -223,6 +230,8 @@ def code() -> dict[str, Any]:
 
 
 def _check_writable(path: pathlib.Path) -> None:
+    if paths.is_bucket(path):
+        return bucket.require_writable(path)
     # Writes a megabyte, since a nearly full disk still accepts a few bytes.
     probe = path / ".write_test"
     try:
@@ -232,29 +241,6 @@ def _check_writable(path: pathlib.Path) -> None:
             os.fsync(file.fileno())
     finally:
         probe.unlink(missing_ok=True)
-
-
-def _lock(path: pathlib.Path) -> int:
-    handle = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
-    except BlockingIOError as error:
-        holder = os.read(handle, 200).decode(errors="replace") or "another process"
-        os.close(handle)
-        raise errors.WorkdirError(
-            f"{path}: in use by {holder}\n"
-            "Wait for it to finish, or use another --workdir."
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            os.close(handle)
-            raise
-        logging.getLogger(__name__).warning(
-            "%s: the file system has no locks (%s)", path, error
-        )
-    return handle
 
 
 def _check_config(

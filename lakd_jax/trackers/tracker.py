@@ -50,7 +50,8 @@ class Tracker:
         """Starts, or goes on.
 
         Args:
-          directory: of the run; exists.
+          directory: of the run; exists. For a run in a bucket, a folder on this
+            machine, whose files are put there with each checkpoint.
           about: describes the run.
           resume_step: step of the restored checkpoint; None from scratch. Records of
             later steps will be written again, with the same values.
@@ -81,7 +82,7 @@ def recalled(directory: pathlib.Path, name: str) -> str:
     from lakd_jax.store import workdir  # not above: it imports JAX
 
     try:
-        return str(workdir.read_json(_file(directory, name))["id"])
+        return str(workdir.read_json(directory / file_of(name))["id"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return ""
 
@@ -90,8 +91,9 @@ def remember(directory: pathlib.Path, name: str, identity: str) -> None:
     """Keeps what `recalled` returns, in DIRECTORY/trackers/NAME.json."""
     from lakd_jax.store import workdir
 
-    _file(directory, name).parent.mkdir(exist_ok=True)
-    workdir.write_json(_file(directory, name), {"id": identity})
+    file = directory / file_of(name)
+    file.parent.mkdir(exist_ok=True)
+    workdir.write_json(file, {"id": identity})
 
 
 def new_identity() -> str:
@@ -99,5 +101,6 @@ def new_identity() -> str:
     return uuid.uuid4().hex
 
 
-def _file(directory: pathlib.Path, name: str) -> pathlib.Path:
-    return directory / "trackers" / f"{name}.json"
+def file_of(name: str) -> str:
+    """Returns where `remember` keeps its text, in a run's directory."""
+    return f"trackers/{name}.json"

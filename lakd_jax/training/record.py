@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from lakd_jax import errors, trackers
+from lakd_jax import errors, paths, trackers
 from lakd_jax.data import order
 from lakd_jax.report import metrics as metrics_lib
+from lakd_jax.runtime import hosts
 from lakd_jax.store import checkpoint, workdir
 from lakd_jax.trackers import tracker as tracker_lib
 from lakd_jax.training import evaluate as evaluate_lib
@@ -247,10 +248,15 @@ class RunRecord:
         return score
 
     def save(self, step: int, state: state_lib.TrainState) -> None:
-        """Writes a checkpoint and blocks until it is on disk."""
+        """Writes a checkpoint and blocks until it is on disk.
+
+        In a bucket, metrics are written before, and another owner of the run is found.
+        """
         self.progress.seconds = time.perf_counter() - self._began
         extra = dataclasses.asdict(self.progress)
         arrays = {"train": state.to_tree(), "best": self._best}
+        if paths.is_bucket(self.directory):
+            hosts.first(self._writer.save)
         self._saver.save(step, arrays, extra=extra)
         self._saver.wait()
         self.saved = step

@@ -6,6 +6,7 @@ import pytest
 import tensorboardX.proto.event_pb2 as event_pb2
 
 from lakd_jax.report import metrics
+from lakd_jax.store import bucket, locks
 
 
 def _write(workdir, steps, resume_step=None):
@@ -14,6 +15,14 @@ def _write(workdir, steps, resume_step=None):
             writer.write(step, "train", {"loss": 1 / step, "module1/kd": 0.1 * step})
             if step % 2 == 0:
                 writer.write(step, "eval", {"accuracy": step / 10})
+
+
+def _write_run(workdir, steps, resume_step=None):
+    """Writes as a run does, which has its directory for itself."""
+    bucket.make_folder(workdir)
+    release = locks.hold(workdir)
+    _write(workdir, steps, resume_step)
+    release()
 
 
 def _events(workdir):
@@ -39,11 +48,11 @@ def _visible(events):
 
 
 @pytest.mark.parametrize("resume_step", [None, 0, 3, 4, 6])
-def test_resumed_files_equal_the_unbroken_ones(tmp_path, resume_step):
-    _write(tmp_path / "unbroken", range(1, 9))
-    _write(tmp_path / "broken", range(1, 7))
-    _write(tmp_path / "broken", range((resume_step or 0) + 1, 9), resume_step)
-    files = [tmp_path / name / "metrics.jsonl" for name in ("unbroken", "broken")]
+def test_resumed_files_equal_the_unbroken_ones(place, resume_step):
+    _write_run(place / "unbroken", range(1, 9))
+    _write_run(place / "broken", range(1, 7))
+    _write_run(place / "broken", range((resume_step or 0) + 1, 9), resume_step)
+    files = [place / name / "metrics.jsonl" for name in ("unbroken", "broken")]
     assert files[0].read_bytes() == files[1].read_bytes()
     shown = [_visible(_events(file.parent)) for file in files]
     assert shown[0] == shown[1]

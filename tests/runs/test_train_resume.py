@@ -144,11 +144,9 @@ def unbroken(lab):
     return run
 
 
-def test_a_run_stopped_again_and_again_ends_as_the_unbroken_one(
-    lab, unbroken, tmp_path
-):
+def test_a_run_stopped_again_and_again_ends_as_the_unbroken_one(lab, unbroken, place):
     """Promises 9, 12: in an evaluation, within an epoch, and at its end."""
-    fields, parts = {"method": "none"}, tmp_path / "parts"
+    fields, parts = {"method": "none"}, place / "parts"
     with pytest.raises(interrupt.Interrupted):
         lab.train(parts, tiny.StopAfter(5), **fields)
     assert saved_steps(parts) == [4]

@@ -1,4 +1,4 @@
-"""Paths in all flags and fields: `~` is the home folder, and URLs are refused."""
+"""Paths in all flags and fields: `~` is the home folder, and only gs:// is a place."""
 
 import pathlib
 import sys
@@ -32,7 +32,7 @@ FIELDS = {
     "data.data_dir": "gs://bucket/sets",
     "student.init": "s3://bucket/student.pth",
     "teacher.init": "https://host/teacher.pth",
-    "teacher.cache": "gs://bucket/teachers",
+    "teacher.cache": "s3://bucket/teachers",
 }
 
 
@@ -65,8 +65,8 @@ def assert_lines(result, *names):
     lines = commands.assert_refused(result).splitlines()
     assert len(lines) == len(names)
     for line, name in zip(sorted(lines), sorted(names), strict=True):
-        assert line.startswith(f"{name} must be a local path, is '")
-        assert "not supported yet; use a local folder, or mount the bucket" in line
+        assert line.startswith(f"{name} must be a local path")
+        assert "use a local folder, or mount the bucket" in line
 
 
 # ------------------------------------------------------------------------- URLs
@@ -87,6 +87,52 @@ def test_a_local_path_stays_as_it_is(path):
     assert paths.local(path, "--out") == pathlib.Path(path)
 
 
+def test_a_place_may_be_in_a_bucket(monkeypatch):
+    monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: name)
+    found = paths.place("gs://bucket/run/", "--out", pathlib.Path("/below"))
+    assert str(found / "a" / "b.json") == "gs://bucket/run/a/b.json"
+    assert paths.absolute(found) == found == paths.of(found)
+    assert paths.is_bucket(found) and not paths.is_bucket("gs:/bucket")
+    folder = pathlib.Path("/below")
+    assert paths.place("run", "--out", folder) == folder / "run"
+    assert paths.place("/run", "--out", folder) == pathlib.Path("/run")
+    assert paths.within(folder, "gs://bucket/run", "--out") == "gs://bucket/run"
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("gs://bucket", "must be gs://BUCKET/FOLDER, is 'gs://bucket'"),
+        ("gs://", "must be gs://BUCKET/FOLDER"),
+        ("gs:/bucket/run", "must be a local path or gs://BUCKET/FOLDER, is 'gs:/"),
+        ("s3://bucket/run", "must be a local path or gs://BUCKET/FOLDER, is 's3:/"),
+    ],
+)
+def test_other_places_are_refused(url, words):
+    with pytest.raises(errors.ConfigError, match=f"^--out {words}"):
+        paths.place(url, "--out")
+
+
+def test_a_bucket_needs_its_package(main, here, monkeypatch):
+    monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: None)
+    flags = ["--workdir=gs://b/run", "--config.teacher.cache=gs://b/teachers"]
+    err = commands.assert_refused(main(commands.DIGITS, *flags))
+    assert [line.split()[0] for line in err.splitlines()] == [
+        "--workdir",
+        "teacher.cache",
+    ]
+    assert err.count('which needs gcsfs: pip install "lakd-jax[gcs]"') == 2
+
+
+def test_downloads_are_not_kept_in_a_bucket(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: name)
+    config = tiny.config(tmp_path, teacher__cache="gs://bucket/teachers")
+    assert not [f for f in check.problems(config, 1) if "teacher.cache" in f]
+    config.student.init = "torchvision:resnet34.IMAGENET1K_V1"
+    (line,) = (f for f in check.problems(config, 1) if "teacher.cache" in f)
+    assert "the weights that student.init downloads, which takes a local folder" in line
+
+
 @pytest.mark.parametrize(
     "args",
     [
@@ -96,14 +142,14 @@ def test_a_local_path_stays_as_it_is(path):
         ["--mode=explain"],
     ],
 )
-def test_workdir_in_a_bucket(main, here, args):
-    assert_lines(main(*args, "--workdir=gs://bucket/run"), "--workdir")
+def test_workdir_in_another_bucket(main, here, args):
+    assert_lines(main(*args, "--workdir=s3://bucket/run"), "--workdir")
 
 
 def test_urls_in_fields_are_told_with_all_other_faults(main, here):
     flags = [f"--config.{field}={url}" for field, url in FIELDS.items()]
     assert_lines(main(commands.DIGITS, *flags), *FIELDS)
-    flags += ["--config.epochs=0", "--workdir=gs://bucket/run"]
+    flags += ["--config.epochs=0", "--workdir=s3://bucket/run"]
     err = commands.assert_refused(main(commands.DIGITS, *flags))
     assert err.count("must be a local path") == len(FIELDS) + 1
     assert "epochs must be at least 1" in err
@@ -133,7 +179,7 @@ def test_export_to_a_bucket(main, here):
         "safetensors, torch, stablehlo, onnx"
     )
     lines = commands.assert_refused(
-        main(*args, "--workdir=gs://bucket/run")
+        main(*args, "--workdir=s3://bucket/run")
     ).splitlines()
     assert [text.split()[0] for text in lines] == ["--workdir", "--to"]
 
@@ -144,10 +190,9 @@ def test_config_file_in_a_bucket(main, here):
     assert line.startswith("gs://bucket/config.py: ")
 
 
-@pytest.mark.parametrize("kind", [str, pathlib.Path])
-def test_buckets_from_python(here, tmp_path, kind):
+@pytest.mark.parametrize("bucket", ["s3://b/run", pathlib.Path("gs://b/run")])
+def test_buckets_from_python(here, tmp_path, bucket):
     """A `Path` has already dropped one of the slashes."""
-    bucket = kind("gs://bucket/run")
     config = tiny.config(tmp_path, epochs=0)
     with pytest.raises(errors.ConfigError) as caught:
         lakd_jax.train(config, bucket)
@@ -164,7 +209,7 @@ def test_buckets_from_python(here, tmp_path, kind):
         lambda: interop.save_torch_file(bucket, {}),
         lambda: interop.save_variables(bucket, {}, {}),
     ):
-        with pytest.raises(errors.ConfigError, match="must be a local path, is 'gs:/"):
+        with pytest.raises(errors.ConfigError, match="must be a local path or gs://"):
             door()
 
 

@@ -27,10 +27,10 @@ def restored(folder, template, keep=1):
         return saver.restore(template)[1]
 
 
-def test_round_trip_is_exact_and_keeps_shardings(tmp_path):
+def test_round_trip_is_exact_and_keeps_shardings(place):
     state = states.make_state(7)
     extra = {"metrics": {"loss": 0.1, "none": None}, "list": (1, 2), 3: float("inf")}
-    with checkpoint.Checkpointer(tmp_path / "c", keep=2) as saver:
+    with checkpoint.Checkpointer(place / "c", keep=2) as saver:
         assert saver.restore(state) is None
         saver.save(7, state, extra=extra)
         saver.wait()
@@ -97,9 +97,9 @@ def test_host_array_may_change_right_after_save(tmp_path):
     assert not got["table"].any()
 
 
-def test_keeps_the_newest_and_ignores_a_second_save_of_a_step(tmp_path):
+def test_keeps_the_newest_and_ignores_a_second_save_of_a_step(place):
     """Promise 5: no more than `keep` checkpoints are left."""
-    with checkpoint.Checkpointer(tmp_path, keep=2) as saver:
+    with checkpoint.Checkpointer(place, keep=2) as saver:
         for step in (1, 2, 3, 10):
             saver.save(step, states.make_state(step), extra={})
         saver.save(10, states.make_state(11), extra={})
@@ -107,13 +107,13 @@ def test_keeps_the_newest_and_ignores_a_second_save_of_a_step(tmp_path):
         assert saver.steps() == [3, 10]
         states.assert_same(saver.restore(states.make_state())[1], states.make_state(10))
     with pytest.raises(ValueError, match="keep"):
-        checkpoint.Checkpointer(tmp_path, keep=0)
+        checkpoint.Checkpointer(place, keep=0)
 
 
-def test_later_steps_of_an_abandoned_run_are_replaced(tmp_path):
+def test_later_steps_of_an_abandoned_run_are_replaced(place):
     for step, seed in ((50, 1), (50, 2), (45, 3)):
-        assert save(tmp_path, step, states.make_state(seed)) == [step]
-        found = restored(tmp_path, states.make_state())
+        assert save(place, step, states.make_state(seed)) == [step]
+        found = restored(place, states.make_state())
         states.assert_same(found, states.make_state(seed))
 
 

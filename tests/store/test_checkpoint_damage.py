@@ -1,22 +1,21 @@
 """A damaged checkpoint is detected, reported and renamed; the next older is used."""
 
-import os
 import random
-import shutil
 import time
 
 import numpy as np
+import places
 import processes
 import pytest
 import states
 
-from lakd_jax import errors
-from lakd_jax.store import checkpoint
+from lakd_jax import errors, paths
+from lakd_jax.store import bucket, checkpoint
 
 
 def _flip(folder, files, rng):
     """Flips one bit, drawn uniformly from all bits of all files."""
-    path = rng.choices(files, weights=[f.stat().st_size for f in files])[0]
+    path = rng.choices(files, weights=[bucket.size(f) for f in files])[0]
     data = bytearray(path.read_bytes())
     data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     path.write_bytes(data)
@@ -30,16 +29,18 @@ FLIPS = [("data", 20), ("other", 8)]
     ("part", "trials"),
     [*FLIPS, *(pytest.param(p, 5 * n, marks=LONG) for p, n in FLIPS)],
 )
-def test_no_flipped_bit_is_restored_silently(two_steps, tmp_path, part, trials, caplog):
+def test_no_flipped_bit_is_restored_silently(copied_in, place, part, trials, caplog):
     """Promise 2: in a hundred trials the restored state is the saved one."""
+    if paths.is_bucket(place):
+        trials //= 4  # the same code above another one's storage
     rng = random.Random(f"{part} {trials}")
     template, older, newest = map(states.make_state, range(3))
     detected = 0
     for trial in range(trials):
-        folder = shutil.copytree(two_steps, tmp_path / str(trial))
-        files = sorted(f for f in (folder / "2").rglob("*") if f.is_file())
+        folder = places.copied(copied_in, place / str(trial))
+        files = [f for f in places.files(folder / "2") if f.name != bucket.COMMITTED]
         files = [f for f in files if (f.parent.name == "d") == (part == "data")]
-        _flip(folder, [f for f in files if f.stat().st_size], rng)
+        _flip(folder, [f for f in files if bucket.size(f)], rng)
         caplog.clear()
         with checkpoint.Checkpointer(folder, keep=3) as saver:
             step, got, extra = saver.restore(template)
@@ -48,24 +49,27 @@ def test_no_flipped_bit_is_restored_silently(two_steps, tmp_path, part, trials, 
         assert len(caplog.messages) == (step == 1)
         assert (folder / "2.broken").is_dir() == (step == 1)
         detected += step == 1
-        shutil.rmtree(folder)
+        places.remove(folder)
     # Most bytes are array values, so a check that never fails would be noticed.
     assert detected >= (trials // 2 if part == "data" else 1)
 
 
 def _truncate(step):
-    file = max((step / "state").rglob("d/*"), key=lambda f: f.stat().st_size)
-    os.truncate(file, file.stat().st_size // 2)
+    files = [f for f in places.files(step / "state") if f.parent.name == "d"]
+    file = max(files, key=bucket.size)
+    file.write_bytes(file.read_bytes()[: bucket.size(file) // 2])
 
 
 def _drop_manifest(step):
-    for file in step.rglob("manifest.ocdbt"):
-        file.unlink()
+    for file in places.files(step):
+        if file.name == "manifest.ocdbt":
+            file.unlink()
 
 
 def _empty(step):
-    shutil.rmtree(step)
-    step.mkdir()
+    places.remove(step)
+    bucket.make_folder(step)
+    (step / bucket.COMMITTED).write_text("")  # without which no bucket has it
 
 
 def _garble_json(step):
@@ -82,8 +86,8 @@ def _empty_json(step):
 
 
 def _swap_step(step):
-    shutil.rmtree(step)
-    shutil.copytree(step.with_name("1"), step)
+    places.remove(step)
+    places.copied(step.with_name("1"), step)
 
 
 @pytest.mark.parametrize(
@@ -98,10 +102,10 @@ def _swap_step(step):
         _swap_step,
     ],
 )
-def test_damaged_newest_is_set_aside_and_the_older_used(copied, harm, capfd, caplog):
+def test_damaged_newest_is_set_aside_and_the_older_used(copied_in, harm, capfd, caplog):
     """Promise 3: renamed, reported in one line, and the older one restored."""
-    harm(copied / "2")
-    with checkpoint.Checkpointer(copied, keep=3) as saver:
+    harm(copied_in / "2")
+    with checkpoint.Checkpointer(copied_in, keep=3) as saver:
         step, got, extra = saver.restore(states.make_state())
         assert (step, extra) == (1, {"epoch": 1})
         states.assert_same(got, states.make_state(1))
@@ -112,7 +116,7 @@ def test_damaged_newest_is_set_aside_and_the_older_used(copied, harm, capfd, cap
     (line,) = caplog.messages
     assert "\n" not in line and "damaged" in line and "2.broken" in line
     assert len(line) < 400
-    assert (copied / "2.broken").is_dir()
+    assert (copied_in / "2.broken").is_dir()
     assert capfd.readouterr().err.count("\n") == 0
 
 
@@ -124,15 +128,15 @@ def test_stray_empty_step_does_not_hide_the_good_ones(copied, caplog):
     assert sorted(p.name for p in copied.iterdir()) == ["1", "2", "9.broken"]
 
 
-def test_none_left_is_an_error_now_and_at_the_next_start(copied):
-    (copied / "2.broken").mkdir()
+def test_none_left_is_an_error_now_and_at_the_next_start(copied_in):
+    places.copied(copied_in / "1", copied_in / "2.broken")
     for step in (1, 2):
-        _truncate(copied / str(step))
+        _truncate(copied_in / str(step))
     for _ in range(2):
-        with checkpoint.Checkpointer(copied, keep=3) as saver:
+        with checkpoint.Checkpointer(copied_in, keep=3) as saver:
             with pytest.raises(errors.NoCheckpointError, match="every checkpoint"):
                 saver.restore(states.make_state())
-    names = sorted(p.name for p in copied.iterdir())
+    names = sorted(p.name for p in copied_in.iterdir())
     assert names == ["1.broken", "2.broken", "2.broken-2"]
 
 
@@ -175,10 +179,10 @@ with checkpoint.Checkpointer(sys.argv[1], keep=2) as saver:
 """
 
 
-def test_kill_at_any_moment_leaves_whole_checkpoints(tmp_path, caplog):
+def test_kill_at_any_moment_leaves_whole_checkpoints(place, caplog):
     """Promise 1: even if a save is nearly always in progress."""
     rng = random.Random(0)
-    folder, last = tmp_path / "checkpoints", 0
+    folder, last = place / "checkpoints", 0
     for trial in range(2):
         process = processes.start("-c", _SAVER, folder)
         assert process.stdout.readline().split()[0] == "from", f"trial {trial}"
@@ -193,7 +197,7 @@ def test_kill_at_any_moment_leaves_whole_checkpoints(tmp_path, caplog):
         assert not caplog.messages
         assert (got["w"] == step).all()
         assert step >= max(started - 1, last)
-        left = {p.name for p in folder.iterdir() if not p.name.isdecimal()}
+        left = {p.name for p in folder.iterdir()} - set(map(str, saver.steps()))
         assert len(left) <= 1, left  # remains of kills do not accumulate
         last = step
 

@@ -10,7 +10,7 @@ import processes
 import pytest
 
 from lakd_jax import errors
-from lakd_jax.store import workdir
+from lakd_jax.store import bucket, locks, workdir
 
 CONFIG = {
     "seed": 0,
@@ -36,11 +36,11 @@ def _refusal(folder, config, **options):
     return str(caught.value).splitlines()
 
 
-def test_first_use_records_config_and_environment(tmp_path):
+def test_first_use_records_config_and_environment(place):
     """Promise 22: versions, commit, devices and command, before step 1."""
-    with workdir.prepare(tmp_path / "a" / "run", CONFIG) as run:
+    with workdir.prepare(place / "a" / "run", CONFIG) as run:
         assert not run.resumed
-        assert run.path == tmp_path / "a" / "run"
+        assert run.path == place / "a" / "run"
         text = (run.path / "config.json").read_text()
         assert json.loads(text) == json.loads(json.dumps(CONFIG))
         assert text.index('"empty"') < text.index('"model"') < text.index('"seed"')
@@ -55,21 +55,21 @@ def test_first_use_records_config_and_environment(tmp_path):
     assert "commit" in found
 
 
-def test_same_config_resumes_and_keeps_the_first_environment(tmp_path):
+def test_same_config_resumes_and_keeps_the_first_environment(place):
     """Promise 8: without any flag."""
-    workdir.prepare(tmp_path, CONFIG).close()
-    before = (tmp_path / "environment.json").read_text()
-    with workdir.prepare(tmp_path, CONFIG) as run:
+    workdir.prepare(place, CONFIG).close()
+    before = (place / "environment.json").read_text()
+    with workdir.prepare(place, CONFIG) as run:
         assert run.resumed
-    assert (tmp_path / "environment.json").read_text() == before
+    assert (place / "environment.json").read_text() == before
 
 
-def test_other_config_is_refused_field_by_field(tmp_path):
+def test_other_config_is_refused_field_by_field(place):
     """Promises 4, 8: with the old and the new value of each field."""
-    workdir.prepare(tmp_path, CONFIG).close()
+    workdir.prepare(place, CONFIG).close()
     other = {"seed": 1, "optim": {"lr": 0.1, "momentum": 0.9}, "empty": {"x": 1}}
-    lines = _refusal(tmp_path, CONFIG | other)
-    assert "5 fields differ" in lines[0] and str(tmp_path) in lines[0]
+    lines = _refusal(place, CONFIG | other)
+    assert "5 fields differ" in lines[0] and str(place) in lines[0]
     assert lines[1:-1] == [
         "  empty: {} -> absent",
         "  empty.x: absent -> 1",
@@ -78,9 +78,9 @@ def test_other_config_is_refused_field_by_field(tmp_path):
         "  seed: 0 -> 1",
     ]
     assert "--workdir" in lines[-1] and "old values" in lines[-1]
-    assert workdir.read_json(tmp_path / "config.json")["seed"] == 0
+    assert workdir.read_json(place / "config.json")["seed"] == 0
     # The refused attempt released the lock.
-    workdir.prepare(tmp_path, CONFIG).close()
+    workdir.prepare(place, CONFIG).close()
 
 
 def test_many_differences_are_cut(tmp_path):
@@ -91,25 +91,25 @@ def test_many_differences_are_cut(tmp_path):
     assert max(map(len, lines[1:])) < 100
 
 
-def test_fields_that_may_change_are_taken_over(tmp_path):
+def test_fields_that_may_change_are_taken_over(place):
     old = CONFIG | {"clip": float("nan")}
-    workdir.prepare(tmp_path, old).close()
+    workdir.prepare(place, old).close()
     new = old | {"optim": {"lr": 0.2, "decay": None}}
-    lines = _refusal(tmp_path, new, may_change=["seed"])
+    lines = _refusal(place, new, may_change=["seed"])
     assert lines[1] == "  optim.lr: 0.1 -> 0.2"
-    workdir.prepare(tmp_path, new, may_change=["optim.lr"]).close()
-    assert workdir.read_json(tmp_path / "config.json")["optim"]["lr"] == 0.2
+    workdir.prepare(place, new, may_change=["optim.lr"]).close()
+    assert workdir.read_json(place / "config.json")["optim"]["lr"] == 0.2
 
 
-def test_a_run_of_another_version_is_refused(tmp_path, monkeypatch):
+def test_a_run_of_another_version_is_refused(place, monkeypatch):
     """Promise 7: in one line, with both versions, and nothing is changed."""
-    workdir.prepare(tmp_path, CONFIG).close()
-    before = (tmp_path / workdir.CONFIG).read_bytes()
+    workdir.prepare(place, CONFIG).close()
+    before = (place / workdir.CONFIG).read_bytes()
     monkeypatch.setattr(workdir.version, "VERSION", "9.9.9")
-    (line,) = _refusal(tmp_path, CONFIG | {"new": 1})
+    (line,) = _refusal(place, CONFIG | {"new": 1})
     assert "was started by lakd_jax 0." in line and "this is 9.9.9" in line
     assert "another --workdir" in line
-    assert (tmp_path / workdir.CONFIG).read_bytes() == before
+    assert (place / workdir.CONFIG).read_bytes() == before
 
 
 def test_other_versions_on_resume_are_a_warning(tmp_path, caplog):
@@ -125,12 +125,13 @@ def test_other_versions_on_resume_are_a_warning(tmp_path, caplog):
     assert file.exists()
 
 
-def test_checkpoints_without_config_and_garbled_config_are_refused(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    (line,) = _refusal(tmp_path, CONFIG)
+def test_checkpoints_without_config_and_garbled_config_are_refused(place):
+    bucket.make_folder(place / "checkpoints")
+    workdir.write_bytes(place / "checkpoints" / "1", b"")
+    (line,) = _refusal(place, CONFIG)
     assert "no config.json" in line
-    (tmp_path / "config.json").write_text("{")
-    (line,) = _refusal(tmp_path, CONFIG)
+    (place / "config.json").write_text("{")
+    (line,) = _refusal(place, CONFIG)
     assert "config.json: not readable" in line
 
 
@@ -167,24 +168,24 @@ time.sleep(60)
 """
 
 
-def test_folder_in_use_is_refused_until_the_other_process_dies(tmp_path):
-    process = processes.start("-c", _HOLDER, tmp_path)
+def test_folder_in_use_is_refused_until_the_other_process_dies(place):
+    process = processes.start("-c", _HOLDER, place)
     try:
         assert process.stdout.readline() == "held\n"
-        first, _ = _refusal(tmp_path, {})
+        first, _ = _refusal(place, {})
         assert f"in use by process {process.pid} on " in first
     finally:
         process.kill()
         process.communicate()
-    run = workdir.prepare(tmp_path, {})
-    assert f"process {os.getpid()}" in _refusal(tmp_path, {})[0]
+    run = workdir.prepare(place, {})
+    assert f"process {os.getpid()}" in _refusal(place, {})[0]
     run.close()
     run.close()
-    workdir.prepare(tmp_path, {}).close()
+    workdir.prepare(place, {}).close()
 
 
 def test_file_system_without_locks_is_used_all_the_same(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(workdir.fcntl, "flock", _fail(errno.ENOTSUP))
+    monkeypatch.setattr(locks.fcntl, "flock", _fail(errno.ENOTSUP))
     workdir.prepare(tmp_path, CONFIG).close()
     assert "no locks" in caplog.text
 
