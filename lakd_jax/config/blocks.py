@@ -63,6 +63,10 @@ class Run:
         fields.each(values.method),
     )
     log_every: int = field(50, "steps between two lines of metrics", _AT_LEAST_1)
+    log_updates: bool = field(
+        False,
+        "log how far the weights of each stage move, for --mode=explain --points",
+    )
     trackers: tuple[str, ...] = field(
         trackers.DEFAULT,
         "where metrics go beside metrics.jsonl: tensorboard | wandb | trackio, or your "

@@ -20,7 +20,7 @@ from lakd_jax.runtime import backend, hosts, interrupt
 from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.store import workdir
 from lakd_jax.training import engine as engine_lib
-from lakd_jax.training import evaluate, feeds, loop, setup, teacher_outputs
+from lakd_jax.training import evaluate, feeds, loop, setup, teacher_outputs, updates
 from lakd_jax.training import phase as phase_lib
 from lakd_jax.training import record as record_lib
 from lakd_jax.training import spec as spec_lib
@@ -245,6 +245,9 @@ def training_job(
             tracked=record_lib.Tracked(
                 config.trackers, tracking.about(config, directory, environment.root)
             ),
+            scales=functools.partial(updates.first_norms, student.model)
+            if config.log_updates
+            else None,
         ),
         spec,
         student,

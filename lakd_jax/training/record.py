@@ -112,8 +112,15 @@ class RunRecord:
         *,
         average_used: bool = False,
         tracked: Tracked | None = None,
+        scales: Callable[[state_lib.TrainState], Mapping[str, float]] | None = None,
     ):
-        """Creates the record; `average_used`: the student is its moving average."""
+        """Creates the record.
+
+        Args:
+          average_used: whether the student is its moving average.
+          tracked: the trackers.
+          scales: returns what metrics are divided by, given the first state.
+        """
         self._tracked = tracked or Tracked()
         self._average_used = average_used
         self.plan, self.directory, self.seed = plan, directory, seed
@@ -121,6 +128,7 @@ class RunRecord:
         self.progress = Progress()
         self.saved = 0
         self._minival, self._evaluator = minival, evaluator
+        self._scales_of, self._scales = scales, {}
         self._best: PyTree = {}
         self._flushed = (0, 0.0)
         self._began = time.perf_counter()
@@ -136,6 +144,8 @@ class RunRecord:
           stack: closes the checkpoint writer.
           state: the first state, returned with step 0 if there is no checkpoint.
         """
+        if self._scales_of:
+            self._scales = self._scales_of(state)
         folder = self.directory / workdir.CHECKPOINTS
         saver = checkpoint.Checkpointer(folder, keep=self.plan.keep)
         self._saver = stack.enter_context(saver)
@@ -193,6 +203,7 @@ class RunRecord:
         columns = {n: v.tolist() for n, v in metrics.items()}
         for i, values in enumerate(zip(*columns.values(), strict=True)):
             row = dict(zip(columns, values, strict=True))
+            row |= {n: row[n] / scale for n, scale in self._scales.items()}
             bad = [n for n, v in row.items() if not math.isfinite(v)]
             if bad:
                 step = first + i + 1

@@ -143,6 +143,7 @@ def spec(
         mixing=_mixing(config, student.model.num_classes),
         average=average(config),
         accumulate=config.optim.accumulate,
+        log_updates=config.log_updates,
         student_at=phase.student_at(student.model, steps_per_epoch),
         regularise=_gate_losses(config, student.model, partition, starts),
     )

@@ -14,7 +14,7 @@ from lakd_jax.distill.base import method as method_lib
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
 from lakd_jax.runtime import backend
-from lakd_jax.training import accumulate, dot, optim, segments, teacher_outputs
+from lakd_jax.training import accumulate, dot, optim, segments, teacher_outputs, updates
 from lakd_jax.training import spec as spec_lib
 from lakd_jax.training import state as state_lib
 
@@ -138,11 +138,13 @@ def segment_step(
     is_whole = segment == segments.whole_student(spec)
     labels = spec.labels if is_whole else segments.labels_of(spec, state.params)
     optimizer = spec.optimizer if is_whole else spec.optimizer_of(labels)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, changes)
     if spec.split_gradients:
         grads = jax.tree.map(jnp.add, *grads)
     _add_norms(spec, segment, metrics, grads, params, labels)
+    if spec.log_updates:
+        metrics[0].update(updates.norms(spec.student, changes["student"]))
     if segment.last + 1 == len(spec.partition.names):
         rate = spec.learning_rate(state.step)
         metrics[0]["learning_rate"] = jnp.float32(rate)
