@@ -121,16 +121,17 @@ class Run:
                 self.directory, changes=changes, images=images, guard=guard
             )
 
-    def report(self) -> Path:
+    def report(self, points: str = "", masks: str | Path = "") -> Path:
         """Writes `report.html`, one page about what was learnt, and returns its path.
 
-        Custom networks and methods must be registered first.
+        Custom networks and methods must be registered first. For the arguments see
+        `lakd_jax.explain.run`.
 
         Raises:
           errors.LakdError: the run's data or teacher are no longer available.
         """
         with hosts.guard() as guard:
-            return explain.run(self.directory, guard=guard)
+            return explain.run(self.directory, points=points, masks=masks, guard=guard)
 
     def export(self, to: str, which: str = "last") -> Path:
         """Exports the student; see `lakd_jax.export.run`."""

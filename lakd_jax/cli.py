@@ -17,7 +17,7 @@ python main.py --config=configs/digits_lakd.py [--workdir=DIR] [--dry_run]
                --num_processes=N --process_id=I] [--wait=SECONDS]
 python main.py --mode=export --workdir=DIR --to=safetensors|torch|stablehlo|onnx
                [--which=last|best]
-python main.py --mode=explain --workdir=DIR
+python main.py --mode=explain --workdir=DIR [--points=short|official [--masks=DIR]]
 python main.py --mode=evaluate --workdir=DIR [--images=DIR]
                [--config.data.source=SOURCE]
 python main.py --mode=networks|teachers
@@ -38,6 +38,10 @@ python main.py --mode=networks|teachers
                 DIR/report.html about it; evaluate: write DIR/evaluation, what the
                 student answers on its test split, or on other images; networks,
                 teachers: list the networks, the weights that teacher.init can name
+  --points      also report how much was learnt, in knowledge points: short (20 images,
+                40 rounds of 24 noisy copies each, for up to 15 checkpoints of each
+                network) or official (50 images, 80 rounds of 96)
+  --masks       a folder with masks of the objects in test images, for --points
   --images      a folder of images to evaluate on, in class folders or without labels
   --to          safetensors, torch: weights with PyTorch's names and layout;
                 stablehlo, onnx: the entire computation, for JAX or ONNX Runtime
@@ -106,7 +110,9 @@ def _run(argv: list[str], guard: interrupt.Guard) -> None:
     elif values.mode == "explain":
         from lakd_jax import explain
 
-        explain.run(values.workdir, guard=guard)
+        explain.run(
+            values.workdir, points=values.points, masks=values.masks, guard=guard
+        )
     elif values.mode == "evaluate":
         from lakd_jax import evaluation
 
@@ -128,6 +134,8 @@ def _misplaced(values: Any, overrides: list[list[str]]) -> list[str]:
         "--workdir": bool(values.workdir),
         "--to": bool(values.to),
         "--images": bool(values.images),
+        "--points": bool(values.points),
+        "--masks": bool(values.masks),
         "--which": values.which != "last",
         "--coordinator": bool(values.coordinator),
         "--num_processes": values.num_processes is not None,
@@ -136,10 +144,10 @@ def _misplaced(values: Any, overrides: list[list[str]]) -> list[str]:
         **{override[0].partition("=")[0]: True for override in overrides},
     }
     accepted = {
-        "train": given.keys() - {"--to", "--images", "--which"},
+        "train": given.keys() - {"--to", "--images", "--which", "--points", "--masks"},
         "evaluate": {"--workdir", "--images", *(f for f in given if "config." in f)},
         "export": {"--workdir", "--to", "--which"},
-        "explain": {"--workdir"},
+        "explain": {"--workdir", "--points", "--masks"},
         "networks": set(),
         "teachers": set(),
     }[values.mode]

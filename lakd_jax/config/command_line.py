@@ -128,6 +128,10 @@ def attempt(
     flags.DEFINE_string("to", "", "what to export to", values)
     flags.DEFINE_string("which", "last", "which weights to export", values)
     flags.DEFINE_string("images", "", "a folder of images", values)
+    flags.DEFINE_string(
+        "points", "", "to what extent knowledge points are measured", values
+    )
+    flags.DEFINE_string("masks", "", "a folder of masks", values)
     flags.DEFINE_string("coordinator", "", "HOST:PORT, auto or none", values)
     flags.DEFINE_integer("num_processes", None, "how many", flag_values=values)
     flags.DEFINE_integer("process_id", None, "which of them", flag_values=values)

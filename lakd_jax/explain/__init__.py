@@ -1,12 +1,13 @@
 """Explains a finished run: `run(directory)` writes report.html into it."""
 
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lakd_jax import paths
-from lakd_jax.explain import errors_made, measure, subject, taps
+from lakd_jax import errors, fields, paths
+from lakd_jax.explain import errors_made, learnt, measure, subject, taps
 from lakd_jax.hme import network, report
 from lakd_jax.report import page, pictures
 from lakd_jax.runs import pictures as pictures_lib
@@ -20,6 +21,8 @@ _SHOWN = 5  # test images that the student classifies correctly, and as many wro
 def run(
     directory: str | Path,
     *,
+    points: str = "",
+    masks: str | Path = "",
     guard: interrupt.Guard,
     notify: Callable[[str], None] = print,
 ) -> Path:
@@ -27,6 +30,10 @@ def run(
 
     Args:
         directory: directory of the run, or of one of its baselines.
+        points: "short" or "official" adds what was learnt in knowledge points, see
+            `learnt.EXTENTS`; this takes longer than all the rest.
+        masks: a folder with the foreground of test images for them, see
+            `regions.of_masks`.
         guard: stops the analysis on a signal.
         notify: receives progress lines for the user.
 
@@ -34,10 +41,12 @@ def run(
         The path of the page, a single file that loads nothing from the network.
 
     Raises:
-        errors.ConfigError: `directory` is neither a local path nor in a bucket.
+        errors.ConfigError: `directory` is neither a local path nor in a bucket, or
+            `points` is unknown.
         errors.ExportError: there is no finished run.
         errors.LakdError: the run's images or teacher are no longer available.
     """
+    _require_known(points, masks)
     s = subject.load(paths.place(directory, "--workdir"), guard, notify)
     with tempfile.TemporaryDirectory() as scratch:
         sections = [("The run", _summary(s))]
@@ -45,6 +54,7 @@ def run(
             ("Where it errs", _errors_made),
             ("Where the networks look", _attention),
             ("What each module has learnt", _modules),
+            ("How much was learnt", functools.partial(_learnt, points, masks)),
             ("Feature error in training", _feature_errors),
             ("Which taps attend to which", _taps),
             ("Experts and tasks", _experts),
@@ -58,6 +68,14 @@ def run(
     workdir.write_bytes(path, page.render(title, sections).encode())
     notify(f"{path} ({bucket.size(path):,} bytes)")
     return path
+
+
+def _require_known(points: str, masks: str | Path) -> None:
+    """Raises ConfigError for flags of knowledge points that mean nothing."""
+    if points and (fault := fields.fault(points, learnt.EXTENTS)):
+        raise errors.ConfigError([f"--points {fault}"])
+    if masks and not points:
+        raise errors.ConfigError(["--masks has no effect without --points; remove it"])
 
 
 def _summary(s: subject.Subject) -> list[str]:
@@ -138,6 +156,19 @@ def _modules(s: subject.Subject, _: Path, notify: Callable[[str], None]) -> list
         "sets how many are kept."
     )
     return [page.table(header, rows), page.text(words), page.text(past, note=True)]
+
+
+def _learnt(
+    points: str,
+    masks: str | Path,
+    s: subject.Subject,
+    scratch: Path,
+    notify: Callable[[str], None],
+) -> list[str]:
+    if not points:
+        return []
+    folder = paths.local(masks, "--masks") if masks else None
+    return learnt.section(s, learnt.EXTENTS[points], folder, scratch, notify)
 
 
 def _feature_errors(

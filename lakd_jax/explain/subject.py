@@ -1,7 +1,7 @@
 """Loads a finished run: student, teacher, images and past checkpoints."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +66,7 @@ def load(
         errors.ExportError: there is none, or another version made it.
         errors.LakdError: its images or its teacher are no longer available.
     """
-    settings = workdir.settings(directory)
-    try:
-        config = resolved.resolve(config_lib.from_dict(settings))
-    except ValueError as error:
-        raise errors.ExportError(f"{directory / workdir.CONFIG}: {error}") from error
+    config = _config(directory)
     folder = workdir.folder(directory)
     environment = single.environment(config, guard, notify, folder)
     student = single.load_network("student", config, environment, str(directory))
@@ -82,15 +78,51 @@ def load(
     return Subject(directory, config, environment, student, pixels, teacher, result)
 
 
-def past(subject: Subject) -> Iterator[tuple[int, PyTree]]:
+def other(subject: Subject, directory: Path) -> Subject:
+    """Returns another finished run, described with the data of `subject`.
+
+    Such as a baseline, or the run of the teacher. It has no teacher here.
+
+    Raises:
+        errors.ExportError: another version made it.
+        errors.TeacherError: its student is missing or damaged.
+    """
+    config = _config(directory)
+    student, _ = weights.student(directory / workdir.STUDENT, config.dtype)
+    result = workdir.read_json(directory / workdir.RESULT)
+    return dataclasses.replace(
+        subject,
+        directory=directory,
+        config=config,
+        student=student,
+        pixels=setup.pixels(config),
+        teacher=None,
+        result=result,
+    )
+
+
+def _config(directory: Path) -> resolved.Config:
+    """Returns the config of a finished run; raises ExportError if there is none."""
+    settings = workdir.settings(directory)
+    try:
+        return resolved.resolve(config_lib.from_dict(settings))
+    except ValueError as error:
+        raise errors.ExportError(f"{directory / workdir.CONFIG}: {error}") from error
+
+
+def past(
+    subject: Subject, steps: Collection[int] | None = None
+) -> Iterator[tuple[int, PyTree]]:
     """Yields (step, the student's variables) for every remaining checkpoint.
 
     The variables fit `subject.student.model`: the gates of virtual attention, which
-    only checkpoints have, are folded into the convolutions.
+    only checkpoints have, are folded into the convolutions. `steps` selects some.
     """
     folder = subject.directory / workdir.CHECKPOINTS
     model = subject.student.model.clone(vam=setup.vam_options(subject.config))
     for step in checkpoint.list_steps(folder):
+        if steps is not None and step not in steps:
+            continue
         _, arrays, _ = checkpoint.read_arrays(folder, step)
         averaged = subject.config.optim.ema_used
         student = part(arrays, "student", averaged=averaged)

@@ -58,6 +58,11 @@ def code(title: str, words: str) -> str:
     return f"<details>{head}<pre>{html.escape(words)}</pre></details>"
 
 
+def unfolding(title: str, part: str) -> str:
+    """Returns a part that unfolds when its title is clicked."""
+    return f"<details><summary>{html.escape(title)}</summary>{part}</details>"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns a table of plain text; all columns but the first are right-aligned."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)

@@ -128,7 +128,8 @@ class RunRecord:
         self.progress = Progress()
         self.saved = 0
         self._minival, self._evaluator = minival, evaluator
-        self._scales_of, self._scales = scales, {}
+        self._scales_of = scales
+        self._scales: Mapping[str, float] = {}
         self._best: PyTree = {}
         self._flushed = (0, 0.0)
         self._began = time.perf_counter()

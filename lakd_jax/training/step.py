@@ -138,6 +138,7 @@ def segment_step(
     is_whole = segment == segments.whole_student(spec)
     labels = spec.labels if is_whole else segments.labels_of(spec, state.params)
     optimizer = spec.optimizer if is_whole else spec.optimizer_of(labels)
+    changes: Any
     changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, changes)
     if spec.split_gradients:
