@@ -331,7 +331,7 @@ def test_flags_of_points_are_checked(main, tmp_path):
 def test_a_run_is_explained_by_its_points(tmp_path, monkeypatch):
     """Twelve steps, each with a checkpoint; teacher, student alone and student."""
     fields = {"method": "kd", "baselines": ("none",), "log_updates": True}
-    fields |= {"checkpoint__every_steps": 1, "checkpoint__keep": 12}
+    fields |= {"checkpoint__every_steps": 1, "checkpoint__keep": 12, "log_every": 1}
     monkeypatch.setitem(learnt.EXTENTS, "short", EXTENT)
     with tiny.environment():
         run = tmp_path / "run"
