@@ -283,7 +283,8 @@ def _pictures(
     }
     if curves:
         path = scratch / "points.png"
-        pictures.lines(path, curves, label="points on the foreground")
+        label = "points on the foreground"
+        pictures.lines(path, curves, label=label, logarithmic=False)
         yield page.picture(
             path, "Points on the foreground of each network over epochs."
         )

@@ -69,17 +69,24 @@ def curves(
 
 
 @canvas.any_script()
-def lines(path: canvas.Path, series: Mapping[str, Points], *, label: str) -> None:
+def lines(
+    path: canvas.Path,
+    series: Mapping[str, Points],
+    *,
+    label: str,
+    logarithmic: bool = True,
+) -> None:
     """Draws one panel of lines over epochs, each labelled at its end.
 
     Args:
       path: image file to write (1350 x 600 pixels); the suffix selects the format.
       series: points by name; values that are not finite are omitted.
       label: label of the vertical axis.
+      logarithmic: whether this axis is, if all series end above 0.
     """
     figure = canvas.new_figure(_SIZE[0], 600)
     axes = figure.add_subplot()
-    ends = _plot(axes, series, "{name}  {value:.3f}", log=True)
+    ends = _plot(axes, series, "{name}  {value:.3f}", log=logarithmic)
     _dress(axes, label, bool(ends))
     axes.set_xlabel("epoch", color=canvas.INK)
     _save(path, figure, [(axes, ends)], top=0.96, bottom=0.13)
