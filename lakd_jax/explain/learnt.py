@@ -122,7 +122,7 @@ def section(
         *_pictures(learnt, shown, scratch),
         _per_image(learnt, names),
         page.text(_sample(kept, extent, masks), note=True),
-        *(page.text(note, note=True) for note in _notes(learnt)),
+        *(page.text(note, note=True) for note in _notes(s, learnt)),
     ]
 
 
@@ -136,12 +136,12 @@ def networks(s: subject.Subject) -> list[Network]:
     """
     found = []
     if s.teacher and not s.teacher.network.model.WHOLE:
-        run = _teacher_run(s.teacher.network.source)
-        if run:
-            found.append(of_run(subject.other(s, run), "teacher"))
+        pixels = s.teacher.pixels
+        if run := _teacher_run(s.teacher.network.source):
+            history = of_run(subject.other(s, run), "teacher")
+            found.append(dataclasses.replace(history, pixels=pixels))
         else:
             model, variables = s.teacher.network.model, s.teacher.network.variables
-            pixels = s.teacher.pixels
             final = ((0,), (0.0,), lambda: iter([variables]))
             found.append(Network("teacher", model, pixels, *final))
     alone = s.directory / _ALONE
@@ -315,7 +315,9 @@ def _sample(kept: np.ndarray, extent: Extent, masks: Path | None) -> str:
     )
 
 
-def _notes(learnt: Sequence[Learnt]) -> Iterator[str]:
+def _notes(s: subject.Subject, learnt: Sequence[Learnt]) -> Iterator[str]:
+    if s.teacher and s.teacher.network.model.WHOLE:
+        yield "The teacher is left out: it is a function, or several networks."
     if any(len(one.network.steps) < ADVISED for one in learnt):
         yield (
             f"D and rho say little with fewer than {ADVISED} checkpoints: "

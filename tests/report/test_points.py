@@ -264,7 +264,7 @@ def two_networks(monkeypatch):
     ]
     monkeypatch.setattr(learnt, "networks", lambda s: found)
     environment = types.SimpleNamespace(dataset=tiny.dataset(), guard=interrupt.Guard())
-    return types.SimpleNamespace(environment=environment)
+    return types.SimpleNamespace(environment=environment, teacher=None)
 
 
 def cells(row):
