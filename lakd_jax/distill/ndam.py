@@ -8,8 +8,6 @@ the notation of Attention Transfer (Zagoruyko and Komodakis, arXiv 1612.03928),
 which is why absolute values are the default. Everything is float32, NHWC.
 """
 
-from collections.abc import Callable
-
 import einops
 import jax
 import jax.numpy as jnp
@@ -17,9 +15,12 @@ from flax import linen as nn
 
 from lakd_jax import fields
 from lakd_jax.distill.base import numerics
+from lakd_jax.models import pooling
 
 F_SUMS = ("abs", "signed", "square")
 NORMALISATIONS = ("mean", "l2", "max", "sigmoid", "none")
+
+adaptive_pool, resize_nearest = pooling.adaptive_pool, pooling.resize_nearest
 
 _EPS = 1e-8  # only an all-zero map feels it
 
@@ -41,38 +42,6 @@ def attention_map(features: jax.Array, kind: str) -> jax.Array:
     elif kind == "square":
         x = jnp.square(x)
     return jnp.sum(x, axis=-1, keepdims=True)
-
-
-def adaptive_pool(
-    x: jax.Array, height: int, width: int, reduce: Callable[..., jax.Array]
-) -> jax.Array:
-    """Pools to `height` x `width` cells that cover the map, any sizes.
-
-    Cell i of n over N pixels is floor(i N / n) .. ceil((i + 1) N / n) - 1, as in
-    PyTorch's AdaptiveAvgPool2d; neighbours overlap where n does not divide N. With
-    more cells than pixels, pixels are repeated.
-
-    Args:
-      x: (B, H, W, C).
-      height: rows of the result.
-      width: columns of the result.
-      reduce: `jnp.mean` or `jnp.max`.
-
-    Returns:
-      (B, height, width, C).
-    """
-    if x.shape[1] % height == 0 and x.shape[2] % width == 0:
-        pattern = "b (h rows) (w columns) c -> b h w c"
-        return einops.reduce(x, pattern, reduce, h=height, w=width)
-    if height % x.shape[1] == 0 and width % x.shape[2] == 0:
-        return resize_nearest(x, height, width)  # every cell is one pixel
-    for axis, cells in ((1, height), (2, width)):
-        size = x.shape[axis]
-        edges = [(i * size // cells, -((i + 1) * -size // cells)) for i in range(cells)]
-        pieces = [jax.lax.slice_in_dim(x, lo, hi, axis=axis) for lo, hi in edges]
-        pooled = [reduce(piece, axis=axis, keepdims=True) for piece in pieces]
-        x = jnp.concatenate(pooled, axis=axis)
-    return x
 
 
 def pooled_map(s: jax.Array, a: float, b: float, window: int, stride: int) -> jax.Array:
@@ -109,16 +78,6 @@ def pooled_map(s: jax.Array, a: float, b: float, window: int, stride: int) -> ja
     pattern = "b h w c -> b (h rows) (w columns) c"
     repeated = einops.repeat(coarse, pattern, rows=stride, columns=stride)
     return repeated[:, :height, :width]
-
-
-def resize_nearest(x: jax.Array, height: int, width: int) -> jax.Array:
-    """(B, H, W, C) enlarged to (B, height, width, C) by repeating values.
-
-    Pixel y of n takes pixel floor(y H / n), as in PyTorch's nearest mode.
-    """
-    rows = jnp.arange(height) * x.shape[1] // height
-    columns = jnp.arange(width) * x.shape[2] // width
-    return x[:, rows][:, :, columns]
 
 
 def normalise(w: jax.Array, kind: str) -> jax.Array:

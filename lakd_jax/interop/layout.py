@@ -8,7 +8,7 @@ import flax
 import numpy as np
 
 from lakd_jax import errors, fields, models
-from lakd_jax.models import chain, torch_names
+from lakd_jax.models import chain, projector, torch_names
 
 LISTED = 10  # keys named in an error message
 Path = tuple[str, ...]
@@ -22,12 +22,14 @@ def options(name: str, shapes: Shapes) -> dict[str, Any]:
     Raises errors.TeacherError if the classifier is missing or not a matrix.
     """
     try:
-        return models.family(name).options_from_torch(shapes)
+        found = models.family(name).options_from_torch(shapes)
     except KeyError as error:
         raise errors.TeacherError(
             f"the weights do not fit {name}: no usable {error.args[0]!r}, from which "
             "classes and options are read; check that the file holds the whole network"
         ) from error
+    borrowed = projector.of_torch(shapes)
+    return found | ({"projector": borrowed} if borrowed else {})
 
 
 class Entry(NamedTuple):
@@ -70,7 +72,7 @@ def table(
     model, shapes = _traced(name, tuple(sorted(options.items())))
     entries = {}
     for path, shape in shapes.items():
-        key = model.torch_key(path[1:], naming or model.NAMINGS[0])
+        key = model.key(path[1:], naming or model.NAMINGS[0])
         there = torch_shape(path, shape, model.torch_ones(key))
         entries[key] = Entry(path, shape, there)
     return entries
@@ -87,12 +89,20 @@ def nearest_table(
     return max(tables, key=lambda entries: sum(key in entries for key in found))
 
 
-def keys(name: str, naming: str) -> dict[Path, tuple[str, int]]:
+def keys(
+    name: str, naming: str, paths: collections.abc.Iterable[Path] = ()
+) -> dict[Path, tuple[str, int]]:
     """Returns path in our tree -> (PyTorch key, axes of length 1 at its end).
 
-    Covers all options of network `name`.
+    Covers all options of network `name`, and those of `paths` that are in a borrowed
+    head.
     """
-    result: dict[Path, tuple[str, int]] = {}
+    model = models.create(name, num_classes=1, **models.family(name).tree_options()[0])
+    result: dict[Path, tuple[str, int]] = {
+        path: (model.key(path[1:], naming), 0)
+        for path in paths
+        if path[1] == "head" and projector.any_of(path[1:])
+    }
     for chosen in models.family(name).tree_options():
         for key, entry in table(name, {"num_classes": 1, **chosen}, naming).items():
             ones = len(entry.torch_shape) - len(entry.shape)

@@ -82,7 +82,7 @@ def to_torch(
     """
     leaves: dict[layout.Path, Any] = flax.traverse_util.flatten_dict(dict(variables))
     naming = layout.naming(name, naming)
-    keys = layout.keys(name, naming)
+    keys = layout.keys(name, naming, leaves)
     shapes = {
         keys[path][0]: layout.torch_shape(path, leaf.shape, keys[path][1])
         for path, leaf in leaves.items()
@@ -226,7 +226,7 @@ def _has_stem(name: str, found: layout.Shapes) -> bool:
     stem: Any = jax.eval_shape(init, jax.random.key(0), images)
     paths = [path[1:] for path in flax.traverse_util.flatten_dict(stem)]
     return any(
-        all(model.torch_key(path, naming) in found for path in paths)
+        all(model.key(path, naming) in found for path in paths)
         for naming in model.NAMINGS
     )
 

@@ -303,6 +303,8 @@ def save(path: Path, variables: PyTree, network: Loaded, result: dict) -> None:
         else None,
         "result": result,
     }
+    if model.projector:  # for readers; the names of the arrays say it, too
+        card["projector"] = dataclasses.asdict(model.projector)
     interop.save_variables(path, variables, card)
 
 
@@ -342,9 +344,12 @@ def student(path: Path, dtype: str) -> tuple[Loaded, dict[str, Any]]:
         )
         # Called to check every key and shape; PyTorch's networks have no gates.
         weights = interop.to_torch(name, folding.without_gates(variables))
-        classes = interop.options_from_torch(name, weights)["num_classes"]
-        if classes != model.num_classes:
-            raise ValueError(f"it has {classes} classes, its card {model.num_classes}")
+        found = interop.options_from_torch(name, weights)
+        if found["num_classes"] != model.num_classes:
+            raise ValueError(
+                f"it has {found['num_classes']} classes, its card {model.num_classes}"
+            )
+        model = model.clone(projector=found.get("projector"))
         if card["vam"]:  # dynamic gates, which are not folded
             model = model.clone(vam=vam.Options(**card["vam"]))
         mean, std = (_channels(card[name]) for name in ("mean", "std"))

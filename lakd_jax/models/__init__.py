@@ -103,7 +103,8 @@ def create(name: str, *, num_classes: int, **options: Any) -> chain.Chain:
         num_classes: width of the logits, at least 1.
         **options: `dtype` (compute dtype, float32 by default), `folded` (without batch
             norms, see `folding`), `vam` (`vam.Options`, None by default; not for HMEs,
-            which have gates of their own) and the options of the family: for the
+            which have gates of their own), `projector` (`projector.Options`, None by
+            default; for heads of `layers.Head`) and the options of the family: for the
             three-stage CIFAR ResNets `shortcut`, "projection" (the default) or
             "identity".
 
@@ -115,14 +116,17 @@ def create(name: str, *, num_classes: int, **options: Any) -> chain.Chain:
         raise ValueError(f"num_classes must be an integer, not {num_classes!r}")
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, not {num_classes}")
-    common = ("dtype", "folded", "vam") if family(name).GATED else ("dtype", "folded")
+    common = ("dtype", "folded", "projector", *["vam"] * family(name).GATED)
     options = {"dtype": jnp.float32} | options
     options["dtype"] = _float_dtype(options["dtype"])
     for option, value in options.items():
         fields.check(f"option of {name}", option, [*allowed, *common])
         if option in allowed and (fault := option_fault(name, option, value)):
             raise ValueError(f"{option} of {name} {fault}")
-    return _builder(name)(num_classes=num_classes, **options)
+    model = _builder(name)(num_classes=num_classes, **options)
+    if model.projector and not model.takes_projector:
+        raise ValueError(f"projector of {name}: its head is not that of `layers.Head`")
+    return model
 
 
 def option_fault(name: str, option: str, value: Any) -> str:

@@ -23,6 +23,7 @@ from flax import linen as nn
 
 from lakd_jax import fields
 from lakd_jax.models import layers, smallest, torch_names
+from lakd_jax.models import projector as projector_lib
 from lakd_jax.models import vam as vam_lib
 
 JointFn = collections.abc.Callable[[str, jax.Array], jax.Array]
@@ -56,6 +57,8 @@ class Outputs:
             each, of which `logits` is the mean; else ().
         block_preacts: what `preacts` has for the ends of stages, for every block of
             `blocks`; () where `preacts` is.
+        last_map: (B, H, W, C), the map that `pooled` is the mean of; None where it is
+            the mean of none, as behind a norm of the pooled features.
     """
 
     logits: jax.Array
@@ -68,6 +71,7 @@ class Outputs:
     tokens: tuple[jax.Array, ...] = ()
     head_logits: tuple[jax.Array, ...] = ()
     block_preacts: tuple[tuple[jax.Array, ...], ...] = ()
+    last_map: jax.Array | None = None
 
 
 class Chain(torch_names.TorchNames, nn.Module, kw_only=True):
@@ -88,6 +92,8 @@ class Chain(torch_names.TorchNames, nn.Module, kw_only=True):
             `folding.fold`.
         vam: attention in the convolutions of the blocks (except depthwise ones and
             shortcuts) and of the head, see `models.vam`; None for none.
+        projector: what precedes the classifier of another network in the head, see
+            `models.projector`; None for a head of its own.
     """
 
     stage_sizes: tuple[int, ...]
@@ -95,6 +101,7 @@ class Chain(torch_names.TorchNames, nn.Module, kw_only=True):
     dtype: Any = jnp.float32
     folded: bool = False
     vam: vam_lib.Options | None = None
+    projector: projector_lib.Options | None = None
     tap_every: int = 1
 
     # Image size (height and width) that the family's networks are published for.
@@ -120,7 +127,7 @@ class Chain(torch_names.TorchNames, nn.Module, kw_only=True):
     def style(self) -> layers.Style:
         """The settings shared by the layers of all units."""
         init = type(self).KERNEL_INIT
-        return layers.Style(self.dtype, self.folded, init, self.vam)
+        return layers.Style(self.dtype, self.folded, init, self.vam, self.projector)
 
     @nn.nowrap
     def make_stem(self, name: str) -> nn.Module:
@@ -136,6 +143,11 @@ class Chain(torch_names.TorchNames, nn.Module, kw_only=True):
     def make_head(self, name: str) -> nn.Module:
         """Makes the module that maps the last joint to (logits, pooled)."""
         return layers.Head(self.num_classes, self.style, **self.HEAD, name=name)
+
+    @property
+    def takes_projector(self) -> bool:
+        """Whether its head may have a `projector`."""
+        return type(self.make_head("head")) is layers.Head
 
     @property
     def fixed_side(self) -> int:
@@ -260,7 +272,11 @@ class Chain(torch_names.TorchNames, nn.Module, kw_only=True):
         self, outputs: Outputs, h: jax.Array, train: bool, *, isolated: bool
     ) -> Outputs:
         """Completes the outputs of a pass that ran all stages, of which `h` came."""
-        logits, pooled, *head_logits = self.make_head("head")(h, train=train)
+        head, last_map, head_logits = self.make_head("head"), None, []
+        if type(head) is layers.Head:  # a subclass may have another `__call__`
+            logits, pooled, last_map = head.with_map(h, train=train)
+        else:
+            logits, pooled, *head_logits = head(h, train=train)
         positive, preacts = outputs.blocks, outputs.preacts
         block_preacts = outputs.block_preacts
         if self.PREACTIVATION:
@@ -277,6 +293,7 @@ class Chain(torch_names.TorchNames, nn.Module, kw_only=True):
             taps=self._taps(positive),
             head_logits=tuple(*head_logits),
             block_preacts=block_preacts,
+            last_map=last_map,
         )
 
     def _taps(self, blocks: tuple[tuple[jax.Array, ...], ...]) -> tuple[jax.Array, ...]:

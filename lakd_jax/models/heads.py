@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lakd_jax import errors
@@ -96,6 +98,24 @@ def classifier(model: chain.Chain, variables: PyTree) -> tuple[Any, Any]:
             "teacher, or another method"
         )
     return head[*found[0], "kernel"], head[*found[0], "bias"]
+
+
+def map_shape(model: chain.Chain, *sides: int) -> tuple[int, ...] | None:
+    """Returns the shape (H, W, C) of `Outputs.last_map`; None if there is none.
+
+    Args:
+        model: the network.
+        *sides: height and width of the images; none for `Chain.any_side`.
+    """
+    height, width = sides or (model.any_side,) * 2
+
+    def run(images: jax.Array) -> jax.Array | None:
+        outputs: Any = model.init_with_output(jax.random.key(0), images, train=False)[0]
+        return outputs.last_map
+
+    images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    found = jax.eval_shape(run, images)
+    return None if found is None else found.shape[1:]
 
 
 def _take(array: Any, axis: int, order: Sequence[int], path: _Path) -> np.ndarray:

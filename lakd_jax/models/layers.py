@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lakd_jax.models import pooling
+from lakd_jax.models import projector as projector_lib
 from lakd_jax.models import vam as vam_lib
 
 EPSILON = 1e-5  # for every batch norm
@@ -40,12 +42,15 @@ class Style:
         kernel_init: initialiser of the convolutions; by default He et al. 2015,
             "Delving Deep into Rectifiers", with the fan-out.
         vam: attention in the convolutions that are `gated`; None for none.
+        projector: what the head has before a classifier of another network; None for a
+            head with its own.
     """
 
     dtype: Any = jnp.float32
     folded: bool = False
     kernel_init: Callable[..., jax.Array] = he_normal_fan_out
     vam: vam_lib.Options | None = None
+    projector: projector_lib.Options | None = None
 
 
 def conv(
@@ -235,6 +240,57 @@ class Stem(nn.Module):
         return x, x
 
 
+class Projector(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions, each with batch norm and ReLU.
+
+    A map that is larger than `projector.Options.pooled` is pooled to that first.
+
+    Attributes:
+        style: settings shared by the network's layers, with those of the projector.
+    """
+
+    style: Style
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps (B, H, W, C) to (B, H', W', width)."""
+        options: Any = self.style.projector
+        style = dataclasses.replace(self.style, kernel_init=uniform_fan_in)
+        if options.pooled:
+            height, width = options.pooled
+            x = pooling.adaptive_pool(x, height, width, jnp.mean)
+        sizes = ((options.inner, 1), (options.inner, 3), (options.width, 1))
+        for i, (features, kernel) in enumerate(sizes, 1):
+            size = (features, kernel, 1)
+            x = nn.relu(conv_norm(x, *size, style, train=train, name=f"conv{i}"))
+        return x
+
+
+class Borrowed(nn.Module):
+    """A linear layer of another network, which is not trained.
+
+    Attributes:
+        features: of the result.
+        dtype: compute dtype.
+    """
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (B, D) to (B, features)."""
+        kernel = self.param(
+            "kernel", uniform_fan_in, (x.shape[-1], self.features), jnp.float32
+        )
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        x, kernel, bias = (
+            v.astype(self.dtype)
+            for v in (x, *map(jax.lax.stop_gradient, (kernel, bias)))
+        )
+        return x @ kernel + jnp.expand_dims(bias, 0)
+
+
 class Head(nn.Module):
     """Global average pool and linear classifier, with optional layers before them.
 
@@ -250,6 +306,10 @@ class Head(nn.Module):
             need.
         pooled_norm: whether a layer norm follows the pool, before the classifier.
         dropout: share of the pooled channels that are dropped in training.
+
+    With `style.projector` it is the projector, the pool and a borrowed classifier,
+    after the norm and ReLU of `entry_norm` if the family has these. The convolution,
+    the layer norm and dropout before the family's own classifier are left out with it.
     """
 
     num_classes: int
@@ -262,16 +322,29 @@ class Head(nn.Module):
     pooled_norm: bool = False
     dropout: float = 0.0
 
-    @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
         """Maps (B, H, W, C) to logits (B, classes) and pooled (B, C)."""
+        return self.with_map(x, train=train)[:2]
+
+    @nn.compact
+    def with_map(
+        self, x: jax.Array, *, train: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Returns also the map (B, H', W', C) that pooled is the mean of, if any."""
         if self.entry_norm:
             x = nn.relu(norm(self.style, train=train, name="entry_bn")(x))
+        if options := self.style.projector:
+            x = Projector(self.style, name=options.name)(x, train=train)
+            pooled = jnp.mean(x, (1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+            name = projector_lib.BORROWED
+            logits = Borrowed(self.num_classes, self.style.dtype, name=name)(pooled)
+            return logits, pooled, x
         if self.conv_features:
             size = (self.conv_features, 1, 1)
             layer = functools.partial(conv_norm, train=train, name="conv", gated=True)
             x = self.activation(layer(x, *size, self.style))
         dtype = jnp.promote_types(x.dtype, jnp.float32)
+        last_map = None if self.pooled_norm else x
         pooled = jnp.mean(x, (1, 2), dtype=dtype)
         if self.pooled_norm:
             style = dataclasses.replace(self.style, dtype=dtype)
@@ -287,6 +360,6 @@ class Head(nn.Module):
             name="dense",
         )
         if not (self.dropout and train):
-            return dense(pooled), pooled
+            return dense(pooled), pooled, last_map
         drop = nn.Dropout(self.dropout, deterministic=False, name="dropout")
-        return dense(drop(pooled)), pooled
+        return dense(drop(pooled)), pooled, last_map

@@ -5,6 +5,7 @@ import itertools
 from typing import Any, ClassVar
 
 from lakd_jax import fields
+from lakd_jax.models import projector
 
 Mapping = collections.abc.Mapping
 
@@ -37,6 +38,17 @@ class TorchNames:
     }
     # (pattern, replacement) pairs from other PyTorch names to the reference's.
     TORCH_ALIASES: ClassVar[tuple[tuple[str, str], ...]] = ()
+
+    def key(self, path: tuple[str, ...], naming: str) -> str:
+        """Returns the PyTorch key of the array at `path`, also in a borrowed head.
+
+        A borrowed classifier has the name of the family's, a projector its own.
+        """
+        if projector.in_head(path):
+            return ".".join((*path[1:-1], LEAVES[path[-1]]))
+        if path[0] == "head" and projector.is_borrowed(path):
+            path = ("head", "dense", path[-1])
+        return self.torch_key(path, naming)
 
     def torch_key(self, path: tuple[str, ...], naming: str) -> str:
         """Returns the published PyTorch key of the array at `path` in our tree.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lakd_jax.config import optimiser
-from lakd_jax.models import vam
+from lakd_jax.models import projector, vam
 
 PyTree = Any
 # Parameters of more than one axis that `optim.decay_mask` leaves out.
@@ -140,14 +140,15 @@ def _mask(labels: PyTree, masked: bool) -> Any:
 def decays(params: PyTree, *, masked: bool) -> PyTree:
     """Returns whether weight decay applies to each parameter.
 
-    It never applies to the gates of virtual attention. With `masked`
+    It never applies to the gates of virtual attention, nor to a classifier of another
+    network, which has no gradient either and so stays as it is. With `masked`
     (`optim.decay_mask`) it does not apply to vectors and scalars either, such as
     biases, the scales of norms and layer scales, nor to position embeddings and tokens.
     """
 
     def applies(path: tuple[Any, ...], leaf: Any) -> bool:
         names = [key.key for key in path]
-        if vam.is_gate(names):
+        if vam.is_gate(names) or projector.is_borrowed(names):
             return False
         return not masked or (leaf.ndim > 1 and names[-1] not in _UNDECAYED)
 
