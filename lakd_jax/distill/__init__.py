@@ -23,6 +23,7 @@ class Facts:
     reads_labels: bool
     least_batch: int
     teacher_reads: tuple[str, ...]
+    borrower: str = ""  # the part of a sum with `borrows_head`
 
     @property
     def reads_classes(self) -> bool:
@@ -66,6 +67,10 @@ def facts(name: str) -> Facts:
         reads_labels=any(one.reads_labels for one in found),
         least_batch=max(one.least_batch for one in found),
         teacher_reads=tuple(reads),
+        borrower=next(
+            (n for n, one in zip(parts(name), found, strict=True) if one.borrows_head),
+            "",
+        ),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from lakd_jax import errors, fields, paths
 from lakd_jax.explain import errors_made, learnt, measure, subject, taps
 from lakd_jax.hme import network, report
+from lakd_jax.models import projector
 from lakd_jax.report import page, pictures
 from lakd_jax.runs import pictures as pictures_lib
 from lakd_jax.runtime import interrupt
@@ -80,9 +81,11 @@ def _require_known(points: str, masks: str | Path) -> None:
 
 def _summary(s: subject.Subject) -> list[str]:
     last, result = s.result["test_last"], s.result
+    student = f"{result['student']}, {result['parameters']:,} parameters"
+    student += projector.words(s.student.model.projector)
     rows = [
         ["data", f"{s.environment.dataset.preview.name}, {result['classes']} classes"],
-        ["student", f"{result['student']}, {result['parameters']:,} parameters"],
+        ["student", student],
         ["method", result["method"]],
         ["epochs, seed", f"{result['epochs']}, {result['seed']}"],
         ["right on the test split", f"{last['right']} of {last['examples']}"],

@@ -7,6 +7,7 @@ from typing import Any
 
 from lakd_jax import config as config_lib
 from lakd_jax.data import preparation
+from lakd_jax.models import projector
 
 Facts = Mapping[str, Any]
 
@@ -91,7 +92,8 @@ def render(
     result = card["result"]
     parts = [
         f"# {card['network']}",
-        "A student trained by lakd_jax: the plain network, no teacher or adapters.",
+        "A student trained by lakd_jax: the plain network, no teacher or adapters."
+        + _head(card),
         _table(_facts(card, settings, environment, which)),
         "## Images",
         _images(card, settings),
@@ -107,13 +109,35 @@ def render(
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
+def _head(card: Facts) -> str:
+    """Describes a head that is not the network's own; "" for one that is."""
+    if not card.get("projector"):
+        return ""
+    found = projector.Options(**card["projector"])
+    first = ""
+    if found.pooled:
+        size = "x".join(map(str, found.pooled))
+        first = f"adaptive average pooling to {size}, then "
+    network = card["network"]
+    return (
+        f"\n\nIts head is not the {network}'s own. In place of what that has behind "
+        "the last stage (of a wide ResNet: behind the last norm and ReLU) it has the "
+        f"projector `{found.name}`, {first}three convolutions without bias (1x1 to "
+        f"{found.inner}, 3x3, 1x1 to {found.width} channels), each with batch norm and "
+        "ReLU (`conv1`, `bn1`, ... `bn3`), the mean over positions, and its teacher's "
+        "classifier under the name of the network's. All are in the files here, and in "
+        "the number of parameters. For PyTorch, add these layers to the network; "
+        "`interop.options_from_torch` finds them for JAX."
+    )
+
+
 def _facts(
     card: Facts, settings: Facts, environment: Facts, which: str
 ) -> dict[str, str]:
     result = card["result"]
     options = "".join(f", {k} {v}" for k, v in card["options"].items())
     facts = {
-        "network": card["network"] + options,
+        "network": card["network"] + options + projector.words(card.get("projector")),
         "parameters": f"{result['parameters']:,}",
         "classes": str(card["num_classes"]),
         "test accuracy": _accuracy(result, which),

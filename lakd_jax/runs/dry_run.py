@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from lakd_jax.config import resolved
+from lakd_jax.models import projector
 from lakd_jax.report import summary
 from lakd_jax.runs import single
 from lakd_jax.training import engine, feeds, setup
@@ -26,7 +27,8 @@ def one_step(
     score = evaluator(state.variables("student"), batch)
     plan = fit.plan
     lines = {
-        "student": _network(config.student.name, state.params["student"]),
+        "student": _network(config.student.name, state.params["student"])
+        + projector.words(job.student.model.projector),
         "method": f"{config.method}, {_count(state.params['method'])} parameters",
         "devices": f"{environment.mesh.size} x {jax.devices()[0].device_kind}",
         "steps": f"{plan.total_steps:,} = {plan.epochs} epochs x "

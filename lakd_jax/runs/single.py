@@ -19,8 +19,16 @@ from lakd_jax.runs import teacher_source, tracking
 from lakd_jax.runtime import backend, hosts, interrupt
 from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.store import workdir
+from lakd_jax.training import (
+    borrowed,
+    evaluate,
+    feeds,
+    loop,
+    setup,
+    teacher_outputs,
+    updates,
+)
 from lakd_jax.training import engine as engine_lib
-from lakd_jax.training import evaluate, feeds, loop, setup, teacher_outputs, updates
 from lakd_jax.training import phase as phase_lib
 from lakd_jax.training import record as record_lib
 from lakd_jax.training import spec as spec_lib
@@ -189,6 +197,15 @@ def training_job(
         teacher = None
     student = load_network("student", config, environment)
     student = weights.gated(student, setup.vam_options(config))
+    teacher_pixels = teacher.pixels if teacher else setup.pixels(config)
+    student = borrowed.student(
+        config,
+        student,
+        teacher.network if teacher else None,
+        borrowed.sizes(
+            setup.pixels(config), teacher_pixels, environment.dataset.train.shape
+        ),
+    )
     _check_last_batch(config, len(environment.dataset.train))
     _check_two_classes(config, environment)
     plan = _plan(config, len(environment.dataset.train), environment.mesh)
@@ -196,7 +213,7 @@ def training_job(
         config,
         student,
         teacher.network if teacher else None,
-        teacher_pixels=teacher.pixels if teacher else setup.pixels(config),
+        teacher_pixels=teacher_pixels,
         image_shape=environment.dataset.train.shape,
         steps_per_epoch=plan.steps_per_epoch,
         examples=len(environment.dataset.train),

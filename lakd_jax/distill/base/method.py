@@ -130,7 +130,8 @@ class Method(nn.Module):
     `Signals.teacher_suffix`; `teacher_reads`, what it reads of the teacher's outputs
     (`joints` stands for `Signals.teacher_joints`); `needs_logits`, whether modules
     before the last read the teacher's logits, and so cannot be run before its last
-    stage.
+    stage; `borrows_head`, whether the student is given the teacher's classifier behind
+    a projector, whose inner channels are the teacher's divided by its option `factor`.
 
     What the class declares for itself and not for its subclasses: `title`, its name in
     tables (by default the method's in capital letters); `about`, a note on its options
@@ -157,6 +158,7 @@ class Method(nn.Module):
     least_batch: ClassVar[int] = 1
     needs_heads: ClassVar[bool] = False
     needs_preacts: ClassVar[bool] = False
+    borrows_head: ClassVar[bool] = False
     teacher_reads: ClassVar[tuple[str, ...]] = ("logits",)
 
     @property
