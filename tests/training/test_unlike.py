@@ -21,8 +21,10 @@ CNN = functools.partial(tiny.SMALL, widths=(4, 4, 4))  # some need equal widths
 FLAT = toys.Flat
 NETWORKS = {"to_cnn": (CNN, FLAT), "to_flat": (FLAT, CNN)}  # student, teacher
 
-# DeiT's is for students with two heads, see test_transformers.py.
-METHODS = [name for name in distill.names() if name not in ("none", "deit")]
+# DeiT's is for students with two heads, see test_transformers.py, and SimKD's for those
+# with a projector, see test_simkd.py.
+OTHERS = ("none", "deit", "simkd")
+METHODS = [name for name in distill.names() if name not in OTHERS]
 STAGED = [name for name in METHODS if distill.facts(name).staged]
 FIELDS = {"crd": {"crd__negatives": 8}}
 # Modules that have no term, so that nothing trains them if the student is cut.
