@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from lakd_jax import errors, fields, paths
-from lakd_jax.explain import errors_made, learnt, measure, subject, taps
+from lakd_jax.explain import (
+    contribution,
+    errors_made,
+    learnt,
+    measure,
+    subject,
+    taps,
+)
 from lakd_jax.hme import network, report
 from lakd_jax.models import projector
 from lakd_jax.report import page, pictures
@@ -55,6 +62,7 @@ def run(
             ("Where it errs", _errors_made),
             ("Where the networks look", _attention),
             ("What each module has learnt", _modules),
+            ("What modules and masks contribute", contribution.section),
             ("How much was learnt", functools.partial(_learnt, points, masks)),
             ("Feature error in training", _feature_errors),
             ("Which taps attend to which", _taps),

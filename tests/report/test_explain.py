@@ -285,14 +285,16 @@ def test_the_report_is_whole_fetches_nothing_and_runs_nothing(finished):
         "Where it errs",
         "Where the networks look",
         "What each module has learnt",
+        "What modules and masks contribute",
         "Feature error in training",
         "Knowledge conflict",
     ]
-    # Two checkpoints with three modules each; plain and LAKD side by side.
-    assert len(re.findall("<td>module[123]</td>", text)) == 6
+    # Two checkpoints with three modules each, and what these and their masks contribute
+    # to both networks; plain and LAKD side by side.
+    assert len(re.findall("<td>module[123]</td>", text)) == 6 + 3 + 6
     assert "<th>lakd</th><th>none</th>" in text
     seen = Page(text)
-    assert seen.is_self_contained() and len(seen.pictures) == 4
+    assert seen.is_self_contained() and len(seen.pictures) == 5
     for address in seen.pictures:
         data = base64.b64decode(address.removeprefix("data:image/png;base64,"))
         pixels = picture(io.BytesIO(data))
