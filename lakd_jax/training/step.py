@@ -138,14 +138,14 @@ def segment_step(
     is_whole = segment == segments.whole_student(spec)
     labels = spec.labels if is_whole else segments.labels_of(spec, state.params)
     optimizer = spec.optimizer if is_whole else spec.optimizer_of(labels)
-    changes: Any
     changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, changes)
     if spec.split_gradients:
         grads = jax.tree.map(jnp.add, *grads)
     _add_norms(spec, segment, metrics, grads, params, labels)
     if spec.log_updates:
-        metrics[0].update(updates.norms(spec.student, changes["student"]))
+        moved: Any = changes
+        metrics[0].update(updates.norms(spec.student, moved["student"]))
     if segment.last + 1 == len(spec.partition.names):
         rate = spec.learning_rate(state.step)
         metrics[0]["learning_rate"] = jnp.float32(rate)

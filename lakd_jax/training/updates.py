@@ -34,7 +34,7 @@ def kernels(model: chain.Chain, tree: PyTree) -> dict[str, Any]:
     found = {}
     for stage, size in enumerate(model.stage_sizes, 1):
         block = tree.get(f"stage{stage}", {}).get(f"block{size}", {})
-        leaves = flax.traverse_util.flatten_dict(block)
+        leaves: dict[tuple[str, ...], Any] = flax.traverse_util.flatten_dict(block)
         paths = [path for path in leaves if path[-1] == "kernel"]
         if paths:
             largest = max(paths, key=lambda path: (math.prod(leaves[path].shape), path))
