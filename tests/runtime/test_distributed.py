@@ -78,10 +78,10 @@ def assert_close(one, other):
 
 
 @LONG
-def test_two_processes_train_as_two_devices_of_one(tmp_path, alone):
+def test_two_processes_train_as_two_devices_of_one(place, tmp_path, alone):
     """Promises 27, 30: eight steps, and 45 test images in batches of 16."""
-    (_, out, _), (_, other_out, other_err) = both(tmp_path / "two", PLAIN)
-    assert_close(finished(tmp_path / "two"), alone(tmp_path / "one", PLAIN))
+    (_, out, _), (_, other_out, other_err) = both(place / "two", PLAIN)
+    assert_close(finished(place / "two"), alone(tmp_path / "one", PLAIN))
     assert "Pictures, metrics and the student are in" in out
     lines = [line for line in other_out.splitlines() if not line.startswith("[Gloo]")]
     assert not lines and not other_err  # only process 0 prints

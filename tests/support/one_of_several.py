@@ -6,10 +6,9 @@ FIELDS are those of `tiny.small`, as JSON. The run is kept in FOLDER/run.
 """
 
 import json
-import pathlib
 import sys
 
-from lakd_jax import cli
+from lakd_jax import cli, paths
 from lakd_jax.runtime import hosts
 
 
@@ -24,9 +23,10 @@ def work(guard):
 
     single.data.load = lambda *a, **k: tiny.dataset(**tiny.COUNTS)
     models.register(tiny.NETWORK, tiny.SMALL)
-    config = tiny.small(pathlib.Path(folder), **json.loads(fields))
+    folder = paths.of(folder)
+    config = tiny.small(folder, **json.loads(fields))
     with hosts.together(), hosts.Guard() as own:
-        command.run(config, pathlib.Path(folder) / "run", guard=own)
+        command.run(config, folder / "run", guard=own)
 
 
 if __name__ == "__main__":
