@@ -54,7 +54,7 @@ def objects():
         yield found
 
 
-@pytest.fixture(params=["disk", "bucket"])
+@pytest.fixture(params=["disk", pytest.param("bucket", marks=pytest.mark.long)])
 def place(request, tmp_path):
     """A folder for a run: on the disk, then in a bucket."""
     if request.param == "disk":
