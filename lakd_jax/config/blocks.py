@@ -100,6 +100,12 @@ class Data:
         "share of the training split kept to choose the best epoch",
         fields.between(0, 0.5),
     )
+    per_class: int = field(
+        0,
+        "the student sees so many training images of each class, chosen by seed; a "
+        "teacher that is trained here sees all; 0: all",
+        _AT_LEAST_0,
+    )
     test_share: float = field(
         0.0,
         "share of the images to test on, for a set without a test split; 0: there is "

@@ -134,6 +134,7 @@ def of_teacher(config: Config) -> Config:
         "epochs": t.epochs,
         "optim.lr": t.lr or config.optim.lr,
         "optim.dot_delta": 0.0,  # there is one loss only
+        "data.per_class": 0,
         "student.name": t.name,
     }
     same = ("shortcut", "patch", "dropout", "drop_path", "layer_scale", "image_size")

@@ -79,6 +79,7 @@ def _engine_isolated(c: rules.Config, _: int) -> str | None:
     "data.pad",
     "data.test_resize",
     "data.max_bad",
+    "data.per_class",
 )
 def _streaming(c: rules.Config, _: int) -> str | None:
     d = c.data
@@ -94,6 +95,11 @@ def _streaming(c: rules.Config, _: int) -> str | None:
         return "data.streaming crops images to one size: set data.image_size, e.g. 224"
     if d.pad:
         return f"data.streaming crops images at random: set data.pad to 0, not {d.pad}"
+    if d.per_class:
+        return (
+            "data.per_class needs the labels of all images, which are read with them "
+            "from a stream: set it to 0, or data.streaming to False"
+        )
     if d.max_bad:
         return "data.max_bad is for data in memory: set it to 0 with data.streaming"
     if d.test_resize < d.image_size:

@@ -108,6 +108,28 @@ def stratified_mask(labels: np.ndarray, count: int) -> np.ndarray:
     return mask
 
 
+def few(found: Dataset, per_class: int, seed: int) -> Dataset:
+    """Keeps `per_class` training examples of every class, chosen at random by seed.
+
+    Raises:
+      DataError: a class has fewer.
+    """
+    # Sorts raw words, as `stratified_mask` does: stable across versions.
+    train = found.train
+    words = np.random.Philox(key=[seed, 1]).random_raw(len(train))
+    order, chosen = np.argsort(words, kind="stable"), []
+    for label, name in enumerate(found.classes):
+        of_class = order[train.labels[order] == label]
+        if len(of_class) < per_class:
+            raise errors.DataError(
+                f"data.per_class={per_class}, but class {name} has {len(of_class)} "
+                "training images: lower it, or set it to 0."
+            )
+        chosen.append(of_class[:per_class])
+    kept = train.take(np.sort(np.concatenate(chosen)))
+    return dataclasses.replace(found, train=kept)
+
+
 def mask_of_share(labels: np.ndarray, share: float, field: str) -> np.ndarray:
     """Selects a share of the examples by `stratified_mask`.
 

@@ -73,6 +73,7 @@ def load(
     teacher = None
     if distill.facts(config.method).needs_teacher:
         teacher = teacher_lib.load_recorded(directory, config, environment)
+    environment = single.of_student(config, environment)
     result = workdir.read_json(directory / workdir.RESULT)
     pixels = setup.pixels(config)
     return Subject(directory, config, environment, student, pixels, teacher, result)

@@ -72,7 +72,7 @@ def run(
         environment = dataclasses.replace(
             single.environment(c, guard, notify, folder), root=directory
         )
-        notify(_describe_data(environment))
+        notify(_describe_data(c, environment))
         teacher = None
         if any(distill.facts(m).needs_teacher for m in methods):
             teacher = teacher_lib.make(c, environment)
@@ -203,25 +203,28 @@ def dry_run(
     notify = hosts.notifier(notify)
     c = seeds.of_config(_begin(config, notify=notify), Path())[0].config
     environment = single.environment(c, guard, notify)
-    notify(_describe_data(environment))
+    notify(_describe_data(c, environment))
     teacher = None
     if distill.facts(c.method).needs_teacher:
         teacher = teacher_lib.stand_in(c, environment) or teacher_lib.make(
             c, environment
         )
+    environment = single.of_student(c, environment)
     with tempfile.TemporaryDirectory() as scratch:
         first = phase.first(c)
         job = single.training_job(first, Path(scratch), environment, teacher, dry=True)
         notify(dry_run_lib.one_step(c, environment, job, teacher))
 
 
-def _describe_data(environment: single.Environment) -> str:
+def _describe_data(config: resolved.Config, environment: single.Environment) -> str:
     d = environment.dataset
     height, width, _ = d.train.shape
     minival = f", {len(d.minival):,} minival" if d.minival else ""
+    few = config.data.per_class
     return (
         f"data {d.name}: {len(d.train):,} training{minival}, {len(d.test):,} test "
         f"images of {height}x{width}, {len(d.classes)} classes"
+        + (f"; the student sees {few} training images of each" if few else "")
     )
 
 

@@ -22,11 +22,14 @@ def train(
 ) -> dict[str, Any]:
     """Trains a student in all its phases; most have one, see `phase_run.train_one`.
 
+    `environment` is that of the teacher, see `single.of_student`.
+
     The first of two phases runs in `directory`/stage1. The second starts from the
     variables that the first kept: those of its best epoch on minival, or of its last
     epoch without a minival. `directory` has the same files as any run's, and
     `result.json` describes the first phase under "stage1".
     """
+    environment = single.of_student(config, environment)
     done = directory / workdir.RESULT
     phase, module = phase_lib.first(config), phase_lib.module_of(config.student.name)
     if module is None or hosts.first(done.exists):

@@ -11,6 +11,7 @@ import numpy as np
 
 from lakd_jax import data, distill, errors, paths
 from lakd_jax.config import resolved
+from lakd_jax.data import dataset as dataset_lib
 from lakd_jax.data import device, order, sources
 from lakd_jax.data.streaming import batches
 from lakd_jax.interop import downloads, published, weights
@@ -117,11 +118,7 @@ def environment(
     with guard.released():
         dataset = hosts.in_turn(load)
     hosts.agree({f"images of data.source {d.source}": dataset.fingerprint()})
-    if len(dataset.train) < config.batch_size:
-        raise errors.DataError(
-            f"data.source {d.source}: {len(dataset.train)} training images "
-            f"do not fill one batch; lower batch_size ({config.batch_size})."
-        )
+    _require_a_batch(config, seen(config, dataset))
     loaded = on_mesh(dataset, mesh_lib.data_mesh(), guard, notify)
     return dataclasses.replace(loaded, folder=folder)
 
@@ -142,6 +139,39 @@ def on_mesh(
     train, test = placed(dataset.train), placed(dataset.test)
     minival = placed(dataset.minival) if dataset.minival else None
     return Environment(dataset, train, minival, test, mesh, guard, notify)
+
+
+def of_student(config: resolved.Config, environment: Environment) -> Environment:
+    """Returns the environment of a student, which may see less (`data.per_class`).
+
+    Args:
+      config: of one run, with its seed.
+      environment: that of the teacher.
+    """
+    dataset = seen(config, environment.dataset)
+    if dataset is environment.dataset:
+        return environment
+    train = device.device_data(dataset.train, 0, environment.mesh)
+    return dataclasses.replace(environment, dataset=dataset, train=train)
+
+
+def seen(
+    config: resolved.Config, dataset: data.Dataset | batches.Dataset
+) -> data.Dataset | batches.Dataset:
+    """Returns the data set with those training images that the student sees."""
+    if not config.data.per_class or isinstance(dataset, batches.Dataset):
+        return dataset  # the rules of the config do not allow both
+    return dataset_lib.few(dataset, config.data.per_class, config.seed)
+
+
+def _require_a_batch(
+    config: resolved.Config, dataset: data.Dataset | batches.Dataset
+) -> None:
+    if len(dataset.train) < config.batch_size:
+        raise errors.DataError(
+            f"data.source {config.data.source}: {len(dataset.train)} training images "
+            f"do not fill one batch; lower batch_size ({config.batch_size})."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

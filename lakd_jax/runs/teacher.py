@@ -93,9 +93,8 @@ def _require_room(
     pixels: spec_lib.Pixels,
     environment: single.Environment,
 ) -> None:
-    teacher_source.require_room(
-        config, loaded, pixels, environment.dataset, environment.mesh
-    )
+    dataset = single.seen(config, environment.dataset)
+    teacher_source.require_room(config, loaded, pixels, dataset, environment.mesh)
 
 
 def _tested(

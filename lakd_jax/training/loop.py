@@ -41,6 +41,7 @@ class Fit:
         plan = self.plan
         with contextlib.ExitStack() as stack:
             stack.callback(self.engine.close)
+            self._compiled: set[tuple[int, ...]] = set()
             start = self._restore(stack)
             self.record.begin(stack, start)
             self._screen = stack.enter_context(
@@ -78,6 +79,7 @@ class Fit:
     def _advance(self, step: int, stop: int) -> int:
         """Dispatches the steps up to `stop` and reads their metrics."""
         unread: tuple[int, Any] | None = None
+        compiled = self._compiled
         try:
             while step < stop:
                 count = self.engine.together(self.record.alike(step, stop))
@@ -90,7 +92,10 @@ class Fit:
                 step = self._step
                 if previous:
                     self._read(*previous)
-                self._count_time(time.perf_counter() - began, images=rows.size)
+                # The first of its shape is compiled: its time says nothing of speed.
+                if rows.shape in compiled:
+                    self._count_time(time.perf_counter() - began, images=rows.size)
+                compiled.add(rows.shape)
                 self.guard.check()
         except interrupt.Interrupted:
             if unread:

@@ -93,8 +93,13 @@ class Trained:
     average: PyTree | None = None
 
     @property
-    def images_per_second(self) -> float:
-        """Returns the mean speed, excluding compilation, evaluation and saving."""
+    def images_per_second(self) -> float | None:
+        """Returns the mean speed, excluding compilation, evaluation and saving.
+
+        None if every step was part of a dispatch that was compiled.
+        """
+        if not self.progress.images:
+            return None
         return self.progress.images / max(self.progress.step_seconds, 1e-9)
 
 

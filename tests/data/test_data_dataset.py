@@ -68,6 +68,20 @@ def test_minival_is_taken_from_train_and_keeps_ids():
     np.testing.assert_array_equal(parted.test.images, full.test.images)
 
 
+def test_few_of_each_class_are_chosen_by_seed():
+    digits = data.load("digits")
+    train, few = digits.train, dataset.few(digits, 5, 0).train
+    assert np.bincount(few.labels).tolist() == [5] * 10
+    np.testing.assert_array_equal(few.images, train.images[few.ids])
+    np.testing.assert_array_equal(few.ids, dataset.few(digits, 5, 0).train.ids)
+    assert list(few.ids) != list(dataset.few(digits, 5, 1).train.ids)
+    # Those of fewer are among those of more.
+    assert set(few.ids) < set(dataset.few(digits, 6, 0).train.ids)
+    more = dataclasses.replace(digits, classes=(*digits.classes, "none"))
+    with pytest.raises(errors.DataError, match="class none has 0 training images"):
+        dataset.few(more, 5, 0)
+
+
 @pytest.mark.parametrize(
     ("source", "options", "field"),
     [

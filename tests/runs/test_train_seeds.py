@@ -81,3 +81,26 @@ def test_a_seed_that_diverges_is_named(tmp_path, cache):
 def test_faults_of_seeds_are_reported(fields, words, tmp_path):
     found = check_lib.problems(tiny.config(tmp_path, **fields), 1)
     assert any(words in line for line in found), found
+
+
+def test_students_see_few_images_and_their_teacher_all(tmp_path, cache):
+    lines = []
+    few = config(
+        cache, method="kd", data__per_class=8, batch_size=8, epochs=1, eval_every=9
+    )
+    guard = interrupt.Guard()
+    found = command.run(few, tmp_path / "w", guard=guard, notify=lines.append)
+    assert "the student sees 8 training images of each" in "".join(lines)
+    trained = {result["data"] for result in found["seeds"]}
+    assert len(trained) == 2  # each seed has its own 24 images
+    text = (tmp_path / "w" / "seed3" / "metrics.jsonl").read_text()
+    assert json.loads(text.splitlines()[-1])["step"] == 3
+    resolved_all = resolved.resolve(config_lib.changed(few, {"data.per_class": 0}))
+    bench = single_lib.environment(resolved_all, guard, str)
+    of_all = teacher._cached(resolved_all, bench)
+    assert (of_all / "result.json").exists()
+    result = json.loads((of_all / "result.json").read_text())
+    assert result["data"] == bench.dataset.fingerprint() not in trained
+    too_few = config_lib.changed(few, {"data.per_class": 2})
+    with pytest.raises(errors.DataError, match="do not fill one batch"):
+        command.run(too_few, tmp_path / "x", guard=guard, notify=str)
