@@ -14,7 +14,11 @@ PYTEST_ARGS ?=
 .PHONY: demo test setup lint types unit clean
 
 demo: setup
-	$(BIN)/python main.py --config=configs/digits_lakd.py --workdir=$(WORKDIR)
+	$(BIN)/python main.py --config=configs/demo.py --workdir=$(WORKDIR)
+	@echo
+	@echo "Look at: $(WORKDIR)/seed0/attention.png (where teacher and student look), curves.png"
+	@echo "Your own photos next: docs/your_own.md, --config.data.source=folder:DIR"
+	@echo "Results of real size, each with its command: RESULTS.md"
 
 test: lint types unit
 

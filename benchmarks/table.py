@@ -346,7 +346,8 @@ def request_of(chosen: argparse.Namespace) -> plan.Request:
         for given in chosen.teacher
         if not all(given.partition("="))
     ]
-    known, data = ("digits", "cifar10", "cifar100"), chosen.data or "digits"
+    known = ("digits", "cifar10", "cifar100", "svhn", "cinic10")
+    data = chosen.data or "digits"
     if data not in known and not data.removeprefix(plan.FOLDER):
         faults.append(f"--data={data}: names no folder")
     if data not in known and not data.startswith(plan.FOLDER):

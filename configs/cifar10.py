@@ -28,8 +28,4 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
 
     Empty parts default to resnet56,resnet20,lakd.
     """
-    c = config_lib.default()
-    c.data.source = "cifar10"
-    c.data.mean = (0.4914, 0.4822, 0.4465)
-    c.data.std = (0.2470, 0.2435, 0.2616)
-    return recipes.cifar(c, arg)
+    return recipes.cifar(recipes.images("cifar10"), arg)

@@ -34,4 +34,4 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
 
     Empty parts default to resnet56,resnet20,lakd.
     """
-    return recipes.cifar(config_lib.default(), arg)
+    return recipes.cifar(recipes.images("cifar100"), arg)

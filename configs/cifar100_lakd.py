@@ -12,8 +12,9 @@ last epoch only.
 """
 
 from lakd_jax import config as config_lib
+from lakd_jax.config import recipes
 
 
 def get_config(arg: str = "") -> config_lib.ConfigDict:
     """Returns the config for `arg`, TEACHER,STUDENT,METHOD; parts may be empty."""
-    return config_lib.with_pair(config_lib.default(), arg)
+    return config_lib.with_pair(recipes.images("cifar100"), arg)

@@ -31,6 +31,6 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
 
     Empty parts default to resnet56,resnet20,lakd.
     """
-    c = recipes.cifar(config_lib.default(), arg)
+    c = recipes.cifar(recipes.images("cifar100"), arg)
     c.data.policy = "fixmatch"
     return c

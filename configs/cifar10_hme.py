@@ -19,18 +19,17 @@ The paper's controls: method none, and none with --config.label_smoothing=0.1.
 """
 
 from lakd_jax import config as config_lib
+from lakd_jax.config import recipes
 
 
 def get_config(arg: str = "") -> config_lib.ConfigDict:
     """Returns the config for `arg`, TEACHER,STUDENT,METHOD; parts may be empty."""
-    c = config_lib.default()
+    c = recipes.images("cifar10")
     c.method = "kd"
     c.seed = 1029
     c.epochs = 300  # per stage
     c.batch_size = 128
-    c.data.source = "cifar10"
-    c.data.mean = (0.4914, 0.4822, 0.4465)
-    c.data.std = (0.2023, 0.1994, 0.2010)
+    c.data.std = (0.2023, 0.1994, 0.2010)  # as released
     c.student.name = "hme"
     c.teacher.name = "cifar_resnet50"
     c.teacher.epochs = 240

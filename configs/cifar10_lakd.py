@@ -12,12 +12,9 @@ meant for an accelerator; RESULTS.md has shorter ones on two CPU cores.
 """
 
 from lakd_jax import config as config_lib
+from lakd_jax.config import recipes
 
 
 def get_config(arg: str = "") -> config_lib.ConfigDict:
     """Returns the config for `arg`, TEACHER,STUDENT,METHOD; parts may be empty."""
-    c = config_lib.default()
-    c.data.source = "cifar10"
-    c.data.mean = (0.4914, 0.4822, 0.4465)
-    c.data.std = (0.2470, 0.2435, 0.2616)
-    return config_lib.with_pair(c, arg)
+    return config_lib.with_pair(recipes.images("cifar10"), arg)

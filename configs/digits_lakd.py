@@ -8,22 +8,17 @@ results of five seeds.
 """
 
 from lakd_jax import config as config_lib
+from lakd_jax.config import recipes
 
 
 def get_config(arg: str = "") -> config_lib.ConfigDict:
     """Returns the config for the method `arg`, lakd by default."""
-    c = config_lib.default()
+    c = recipes.images("digits")
     c.method = arg or "lakd"
     c.baselines = tuple(m for m in ("none", "kd") if m != c.method)
     c.epochs = 10
     c.batch_size = 64
     c.log_every = 10
-    c.data.source = "digits"
-    c.data.image_size = 16
-    c.data.mean = (0.3, 0.3, 0.3)
-    c.data.std = (0.35, 0.35, 0.35)
-    c.data.pad = 1
-    c.data.flip = False  # a mirrored digit is a different symbol
     c.student.name = "resnet8"
     c.teacher.name = "resnet20"
     c.optim.lr = 0.05

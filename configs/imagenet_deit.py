@@ -35,10 +35,9 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
 
     Empty parts default to resnet50,deit_small_distilled,deit.
     """
-    c = config_lib.default()
+    c = recipes.imagenet()
     c.update(method="deit", epochs=300, batch_size=1024, eval_batch_size=1024)
     c.label_smoothing = 0.1
-    recipes.imagenet(c)
     c.data.update(drop_last=True, policy="rand-2-9", erase=0.25, mixup=0.8, cutmix=1.0)
     c.optim.update(
         name="adamw",

@@ -39,9 +39,8 @@ from lakd_jax.interop import published
 
 def get_config(arg: str = "") -> config_lib.ConfigDict:
     """Returns the config for `arg`, TEACHER,STUDENT,METHOD; parts may be empty."""
-    c = config_lib.default()
+    c = recipes.imagenet()
     c.update(epochs=100, batch_size=512, eval_batch_size=512)
-    recipes.imagenet(c)
     c.optim.update(
         lr=0.2, lr_batch=512, weight_decay=1e-4, milestones=(30.0, 60.0, 90.0)
     )

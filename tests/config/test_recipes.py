@@ -13,7 +13,10 @@ STEPS = 782
 STATISTICS = {
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "cinic10": ((0.4789, 0.4723, 0.4305), (0.2421, 0.2383, 0.2587)),
 }
+SOURCES = {"svhn": "svhn_cropped", "cinic10": "folder:CINIC-10"}
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in commands.CONFIGS.glob("*.py")))
@@ -46,9 +49,10 @@ def test_argument_of_the_digits_is_a_method(arg, found):
 @pytest.mark.parametrize("data", STATISTICS)
 def test_protocol_is_the_fields(data):
     c = commands.get_config(data, "resnet56,resnet20,kd")
-    assert (c.data.source, c.method) == (data, "kd")
+    assert (c.data.source, c.method) == (SOURCES.get(data, data), "kd")
     assert (c.data.mean, c.data.std) == STATISTICS[data]
-    assert (c.data.pad, c.data.flip, c.data.minival) == (4, True, 0.0)
+    flip = data != "svhn"  # a mirrored digit is a different symbol
+    assert (c.data.pad, c.data.flip, c.data.minival) == (4, flip, 0.0)
     assert (c.epochs, c.batch_size) == (240, 64)
     assert order.steps_per_epoch(50_000, c.batch_size, c.data.drop_last) == STEPS
     last = order.batch_indices(0, STEPS - 1, 50_000, c.batch_size, c.data.drop_last)
