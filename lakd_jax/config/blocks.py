@@ -253,6 +253,11 @@ class Student(Network):
         "load student.init without its classifier, which is drawn from the seed: for "
         "weights of other classes",
     )
+    one_pass: bool = field(
+        False,
+        "batch norms take mean and variance of a batch in one pass: one exchange "
+        "between chips, not two; see docs/launch.md",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

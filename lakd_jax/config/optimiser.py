@@ -71,6 +71,10 @@ class Optim:
         "no decay of vectors (biases, scales of norms, layer scales), position "
         "embeddings and class tokens, as is usual with adamw",
     )
+    wide_sums: bool = field(
+        False,
+        "with dtype=bfloat16: sum gradients of kernels over the chips in float32",
+    )
     schedule: str = field(
         "step",
         "step | cosine | constant",

@@ -191,11 +191,9 @@ class _LocalLoss(nn.Module):
     @nn.compact
     def __call__(self, signals: method.Signals, *, train: bool) -> method.ModuleLoss:
         options, k = self.options, self.index
-        h = signals.student_joints[k].astype(jnp.float32)
-        z = jax.lax.stop_gradient(signals.teacher_joints[k]).astype(jnp.float32)
-        uncut = (
-            signals.student_uncut[k].astype(jnp.float32) if options.att_global else h
-        )
+        h = self._typed(signals.student_joints[k])
+        z = self._typed(jax.lax.stop_gradient(signals.teacher_joints[k]))
+        uncut = self._typed(signals.student_uncut[k]) if options.att_global else h
         adapted, adapted_uncut = self._adapt(h, uncut, z.shape[-1], train)
         u, v = adapters.match_size(adapted, z)
 
@@ -214,11 +212,15 @@ class _LocalLoss(nn.Module):
         if options.module_start_epochs:
             started = jnp.float32(signals.epoch >= options.module_start_epochs[k])
             weights = {name: started * w for name, w in weights.items()}
-        scale = jnp.maximum(jnp.mean(jnp.square(v)), 1e-12)
+        scale = jnp.maximum(jnp.mean(jnp.square(v.astype(jnp.float32))), 1e-12)
         error = jax.lax.stop_gradient(feature_loss(u, v, "mean")) / scale
         return method.ModuleLoss(
             terms=terms, weights=weights, diagnostics={"feature_error": error}
         )
+
+    def _typed(self, x: jax.Array) -> jax.Array:
+        """Returns `x` as float32, or as the networks compute (`maps`)."""
+        return x if self.options.maps == "dtype" else x.astype(jnp.float32)
 
     def _adapt(
         self, h: jax.Array, uncut: jax.Array, channels: int, train: bool
@@ -226,7 +228,7 @@ class _LocalLoss(nn.Module):
         """A(h) and A(uncut); one update of A's running statistics."""
         if self.options.adapter == "shape" and h.shape[-1] == channels:
             return h, uncut
-        adapter = adapters.Adapter(channels, name="adapter")
+        adapter = adapters.Adapter(channels, h.dtype, name="adapter")
         adapted = adapter(h, train=train)
         if not self.options.att_global:
             return adapted, adapted

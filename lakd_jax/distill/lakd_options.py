@@ -22,6 +22,7 @@ CHOICES = {
     "task": ("last", "aux_heads", "teacher_suffix"),
     "reduction": ("mean", "per_sample_sum"),
     "adapter": ("always", "shape"),
+    "maps": ("float32", "dtype"),
 }
 
 
@@ -55,6 +56,8 @@ class Options:
         sample's elements, mean over the batch.
       preact: Q12, joints are taken before the last ReLU; done by the step.
       adapter: `always` at every joint | `shape` only where channels differ.
+      maps: the type of features, adapters and their maps: `float32` | `dtype` that of
+        the networks, such as bfloat16; sums over them are float32 in any case.
       temperature: of KD, in the head and wherever logits are compared.
       standardise: the logits of KD in heads, see `kd.standardised`.
     """
@@ -139,6 +142,12 @@ class Options:
         "always",
         "always | shape: 1x1 convolution only where widths differ",
         fields.one_of(CHOICES["adapter"]),
+    )
+    maps: str = fields.field(
+        "float32",
+        "adapted features and their maps: float32 | dtype (of the networks), which "
+        "takes less memory and time on accelerators",
+        fields.one_of(CHOICES["maps"]),
     )
 
     def __post_init__(self):

@@ -102,11 +102,11 @@ def create(name: str, *, num_classes: int, **options: Any) -> chain.Chain:
         name: one of `names()`, or "wrn_D_K" of any depth D = 6n + 4 and width K.
         num_classes: width of the logits, at least 1.
         **options: `dtype` (compute dtype, float32 by default), `folded` (without batch
-            norms, see `folding`), `vam` (`vam.Options`, None by default; not for HMEs,
-            which have gates of their own), `projector` (`projector.Options`, None by
-            default; for heads of `layers.Head`) and the options of the family: for the
-            three-stage CIFAR ResNets `shortcut`, "projection" (the default) or
-            "identity".
+            norms, see `folding`), `one_pass` (statistics of batch norms), `vam`
+            (`vam.Options`, None by default; not for HMEs, which have gates of their
+            own), `projector` (`projector.Options`, None by default; for heads of
+            `layers.Head`) and the options of the family: for the three-stage CIFAR
+            ResNets `shortcut`, "projection" (the default) or "identity".
 
     Raises:
         ValueError: unknown name (the message suggests the nearest), option or value.
@@ -116,7 +116,8 @@ def create(name: str, *, num_classes: int, **options: Any) -> chain.Chain:
         raise ValueError(f"num_classes must be an integer, not {num_classes!r}")
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, not {num_classes}")
-    common = ("dtype", "folded", "projector", *["vam"] * family(name).GATED)
+    common = ("dtype", "folded", "one_pass", "projector")
+    common += ("vam",) * family(name).GATED
     options = {"dtype": jnp.float32} | options
     options["dtype"] = _float_dtype(options["dtype"])
     for option, value in options.items():

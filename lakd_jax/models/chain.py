@@ -92,6 +92,7 @@ class Chain(torch_names.TorchNames, nn.Module, kw_only=True):
             `folding.fold`.
         vam: attention in the convolutions of the blocks (except depthwise ones and
             shortcuts) and of the head, see `models.vam`; None for none.
+        one_pass: whether batch norms take the statistics of a batch in one pass.
         projector: what precedes the classifier of another network in the head, see
             `models.projector`; None for a head of its own.
     """
@@ -102,6 +103,7 @@ class Chain(torch_names.TorchNames, nn.Module, kw_only=True):
     folded: bool = False
     vam: vam_lib.Options | None = None
     projector: projector_lib.Options | None = None
+    one_pass: bool = False
     tap_every: int = 1
 
     # Image size (height and width) that the family's networks are published for.
@@ -127,7 +129,9 @@ class Chain(torch_names.TorchNames, nn.Module, kw_only=True):
     def style(self) -> layers.Style:
         """The settings shared by the layers of all units."""
         init = type(self).KERNEL_INIT
-        return layers.Style(self.dtype, self.folded, init, self.vam, self.projector)
+        return layers.Style(
+            *(self.dtype, self.folded, init, self.vam, self.projector, self.one_pass)
+        )
 
     @nn.nowrap
     def make_stem(self, name: str) -> nn.Module:

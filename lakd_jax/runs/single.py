@@ -151,6 +151,7 @@ def of_student(config: resolved.Config, environment: Environment) -> Environment
     dataset = seen(config, environment.dataset)
     if dataset is environment.dataset:
         return environment
+    assert isinstance(dataset, data.Dataset)  # see `seen`
     train = device.device_data(dataset.train, 0, environment.mesh)
     return dataclasses.replace(environment, dataset=dataset, train=train)
 

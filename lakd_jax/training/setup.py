@@ -143,6 +143,7 @@ def spec(
         mixing=_mixing(config, student.model.num_classes),
         average=average(config),
         accumulate=config.optim.accumulate,
+        wide_sums=config.optim.wide_sums,
         log_updates=config.log_updates,
         student_at=phase.student_at(student.model, steps_per_epoch),
         regularise=_gate_losses(config, student.model, partition, starts),
@@ -236,7 +237,7 @@ def _method(config: resolved.Config) -> method_lib.Method:
 
 
 def network_options(config: resolved.Config, part: str = "student") -> dict[str, Any]:
-    """Returns the options of `models.create` that the family of a network offers.
+    """Returns the options of `models.create` that a network offers and the config sets.
 
     All but the size of images, which may depend on the data.
     """
@@ -250,7 +251,10 @@ def network_options(config: resolved.Config, part: str = "student") -> dict[str,
     if module := phase_lib.module_of(block.name) if part == "student" else None:
         options |= module.network_options(config)
     offered = models.family(block.name).OPTIONS
-    return {name: value for name, value in options.items() if name in offered}
+    chosen = {name: value for name, value in options.items() if name in offered}
+    if part == "student" and config.student.one_pass:
+        chosen["one_pass"] = True
+    return chosen
 
 
 def vam_options(config: resolved.Config) -> vam.Options | None:

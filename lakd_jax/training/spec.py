@@ -76,6 +76,7 @@ class StepSpec:
       accumulate: the number of parts in which a batch is processed, see `accumulate`.
       student_at: returns the student in effect in a step, counted from 0; None if it
         never changes.
+      wide_sums: whether gradients of kernels are summed in float32, see `models.wide`.
       log_updates: whether the updates of each stage are measured, see `updates`.
       regularise: adds the losses that the student's units sowed, given their
         "intermediates" and the epoch; None if they sow none.
@@ -112,6 +113,7 @@ class StepSpec:
     mixing: mixing_lib.Mixing | None = None
     average: ema.Average | None = None
     accumulate: int = 1
+    wide_sums: bool = False
     log_updates: bool = False
     student_at: Callable[[Any], chain.Chain] | None = None
     regularise: Callable[..., tuple[method_lib.ModuleLoss, ...]] | None = None

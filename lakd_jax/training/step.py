@@ -12,7 +12,7 @@ import optax
 from lakd_jax.data import device
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.local import cuts
-from lakd_jax.models import chain
+from lakd_jax.models import chain, wide
 from lakd_jax.runtime import backend
 from lakd_jax.training import accumulate, dot, optim, segments, teacher_outputs, updates
 from lakd_jax.training import spec as spec_lib
@@ -201,7 +201,8 @@ def _gradient(
     total = dot.losses if spec.split_gradients else method_lib.total
 
     def objective(params: PyTree) -> tuple[Any, ForwardPass]:
-        result = forward(params)
+        with wide.sums(spec.wide_sums):
+            result = forward(params)
         return total(result[0]), result
 
     if not spec.split_gradients:

@@ -65,7 +65,7 @@ def test_a_plan_prints_the_table_of_results(name):
 def test_commands_in_the_documents_make_runs_without_faults(monkeypatch):
     monkeypatch.chdir(commands.ROOT)
     every = ["--plan converged converged_more converged_resnet20 converged_cifar100"]
-    for name in ("RESULTS.md", "README.md"):
+    for name in ("RESULTS.md", "README.md", "docs/guide.md"):
         text = (commands.ROOT / name).read_text().replace("\\\n", "")
         every += re.findall(r"^python -m benchmarks.table (.*)$", text, re.M)
     assert len(every) > 12

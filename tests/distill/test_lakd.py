@@ -20,6 +20,7 @@ TOGETHER = [
     ({"normalise": "sigmoid", "window": 0, "stride": 4, "att_global": True}, 4),
     (toys.LITERAL | {"attention": "inside", "task": "aux_heads"}, 5),
     ({"attention": "map", "att_global": True, "module_start_epochs": (0, 1)}, 2),
+    ({"maps": "dtype"}, 4),
     ({"attention": "logits", "task": "teacher_suffix", "att_global": True}, 5),
 ]
 
@@ -193,6 +194,29 @@ def test_every_reading_is_finite_in_float32(options, size):
     assert all(m.dtype == jnp.float32 for m in metrics.values())
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((value, metrics, grads)))
     assert grads[1][0].any()
+
+
+def test_maps_of_the_networks_type_are_close_and_summed_in_float32():
+    found = {}
+    for maps in lakd.CHOICES["maps"]:
+        signals, module, variables = random_signals({"maps": maps})
+        seen = signals.replace(
+            student_joints=tuple(x.astype("bfloat16") for x in signals.student_joints),
+            teacher_joints=tuple(x.astype("bfloat16") for x in signals.teacher_joints),
+        )
+        run = functools.partial(applied, module)
+        program = str(jax.make_jaxpr(run)(variables, seen))
+        # The adapter's convolution and what its norm puts out.
+        assert ("bf16[3,4,4,6] = conv" in program) == (maps == "dtype")
+        found[maps] = method.flatten_metrics(run(variables, seen))
+        exact = method.flatten_metrics(run(variables, signals))
+        assert all(x.dtype == jnp.float32 for x in found[maps].values())
+        if maps == "dtype":  # float32 networks: nothing changes
+            wanted = method.flatten_metrics(applied(*random_signals({})[1:], signals))
+            jax.tree.map(np.testing.assert_array_equal, exact, wanted)
+    for name, value in found["float32"].items():
+        np.testing.assert_allclose(found["dtype"][name], value, rtol=0.02)
+        assert "head" in name or found["dtype"][name] != value
 
 
 def test_no_choice_and_no_reading_is_left_out_of_those_that_are_run():

@@ -200,6 +200,21 @@ def test_training_updates_running_statistics_as_pytorch_does():
     np.testing.assert_allclose(new["var"], 0.9 + 0.1 * x.var((0, 1, 2)), rtol=1e-4)
 
 
+def test_statistics_in_one_pass_are_equal_unless_means_are_large():
+    x, found = batch(), {}
+    for one_pass in (False, True):
+        model, _ = network(one_pass=one_pass)
+        norm = layers.norm(model.style, train=True, name=None)
+        variables = norm.init(jax.random.key(0), x)
+        for mean in (0.5, 1000):
+            moved = norm.apply(variables, x + mean, mutable=["batch_stats"])[1]
+            found[one_pass, mean] = 10 * (moved["batch_stats"]["var"] - 0.9)
+    var = np.var(batch(), (0, 1, 2))
+    for key in ((False, 0.5), (True, 0.5), (False, 1000)):
+        np.testing.assert_allclose(found[key], var, rtol=2e-4)
+    assert np.abs(found[True, 1000] - var).max() > 1e-3
+
+
 @pytest.mark.parametrize("shortcut", ["projection", "identity"])
 def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32(shortcut):
     model, variables = network(shortcut=shortcut)

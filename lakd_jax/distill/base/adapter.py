@@ -1,5 +1,7 @@
 """Adapters that bring a student's feature map to the shape of the teacher's."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -43,15 +45,19 @@ def resize_like(u: jax.Array, v: jax.Array) -> jax.Array:
     return ndam.resize_nearest(small, height, width)
 
 
-def batch_norm(*, train: bool, name: str) -> nn.BatchNorm:
+def batch_norm(*, train: bool, name: str, dtype: Any = None) -> nn.BatchNorm:
     """Makes a batch norm with PyTorch's constants, as the parts of methods have it."""
     return nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        dtype=dtype,
+        name=name,
     )
 
 
 class Adapter(nn.Module):
-    """A of LAKD: 1x1 convolution without bias, then batch norm; float32.
+    """A of LAKD: 1x1 convolution without bias, then batch norm.
 
     Owned by its local module, trained with it and dropped after training. The
     paper's adapters, if it has any, are not known to us: this is FitNet's
@@ -59,16 +65,20 @@ class Adapter(nn.Module):
 
     Attributes:
       features: channels of the teacher's map.
+      dtype: of the maps; statistics are float32.
     """
 
     features: int
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """(B, H, W, C) -> (B, H, W, features) float32."""
-        x = x.astype(jnp.float32)
-        x = nn.Conv(self.features, (1, 1), use_bias=False, name="conv")(x)
-        return batch_norm(train=train, name="bn")(x)
+        """(B, H, W, C) -> (B, H, W, features) of `dtype`."""
+        conv = nn.Conv(
+            self.features, (1, 1), use_bias=False, dtype=self.dtype, name="conv"
+        )
+        x = conv(x.astype(self.dtype))
+        return batch_norm(train=train, name="bn", dtype=self.dtype)(x)
 
 
 def again(adapter: Adapter, x: jax.Array, *, train: bool) -> jax.Array:
@@ -83,8 +93,8 @@ def again(adapter: Adapter, x: jax.Array, *, train: bool) -> jax.Array:
       train: whether to normalise by the statistics of this batch.
 
     Returns:
-      (B, H, W, features) float32.
+      (B, H, W, features) of the adapter's type.
     """
-    free = Adapter(features=adapter.features, parent=None)
+    free = Adapter(adapter.features, adapter.dtype, parent=None)
     out, _ = free.apply(adapter.variables, x, train=train, mutable=["batch_stats"])
     return out
