@@ -10,6 +10,8 @@ import sys
 import commands
 import pytest
 
+from lakd_jax import distill, models
+
 DOCS = commands.ROOT / "docs"
 PAGES = ("quickstart.md", "your_own.md", "deploy.md")
 NEEDS = {"ONNX Runtime": ("jax2onnx", "onnxruntime"), "PyTorch": ("torch",)}
@@ -106,3 +108,13 @@ def test_links_lead_somewhere(page):
     text = (DOCS / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)[^)]*\)", text):
         assert pathlib.Path(DOCS, target).exists(), f"{page}: {target}"
+
+
+def test_the_readme_counts_what_there_is():
+    text = (commands.ROOT / "README.md").read_text(encoding="utf-8")
+    methods = len(distill.names()) - 1  # "none" is no method
+    assert f"{methods} methods and {len(models.names())} networks" in text
+    assert f"| losses | {methods}, and sums |" in text
+    assert len(text.splitlines()) <= 130
+    for name in set(distill.names()) - {"none"}:
+        assert f"`{name}`" in text, name
