@@ -2,13 +2,16 @@
 
     pip install "lakd-jax[tpu]"
     python -m benchmarks.aot --topology=v5e:2x4 --case=imagenet --method=lakd
+    pip install jax-cuda13-plugin jax-cuda13-pjrt  # of JAX's version
+    python -m benchmarks.aot --topology=h200:1 --case=cifar --method=lakd
 
 Nothing runs and no weights are made: shapes with the shardings of training go through
 the programs of the engines and of the evaluation, compiled by libtpu for the described
 chips. Memory is what its compiler reserves. Times are its own estimate of cycles, and
 the bound that the chip's arithmetic or memory sets. Compare figures only at the same
 --level: O1 takes less than half the time to compile, and 1.4 to 1.6 times the cycles.
-All figures are those of one chip. Programs:
+All figures are those of one chip. Of GPUs the compiler tells memory and collectives
+only, without the scratch space of cuDNN, which is not asked. Programs:
 
     fused       one step
     many        up to 50 steps, in a loop; figures of one turn
@@ -35,6 +38,11 @@ _ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # a killed process leaves its lock file
 }
+_ENVIRONMENT_OF_GPU = {
+    "JAX_PLATFORMS": "cpu",
+    "CUDA_VISIBLE_DEVICES": "-1",
+    "XLA_FLAGS": "--xla_gpu_autotune_level=0",  # there is nothing to try kernels on
+}
 _LEVELS = {
     "default": {},
     "O1": {"JAX_OPTIMIZATION_LEVEL": "O1", "JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1"},
@@ -52,11 +60,13 @@ class Chip:
       flops: bfloat16 operations per second.
       bandwidth: bytes per second.
       products: multiplications per cycle of all matrix units.
+      is_gpu: whether it is one; the others are TPUs.
     """
 
     flops: float
     bandwidth: float
     products: int
+    is_gpu: bool = False
 
     @property
     def clock(self) -> float:
@@ -68,6 +78,7 @@ CHIPS = {
     "v5e": Chip(197e12, 819e9, 4 * 128**2),
     "v5p": Chip(459e12, 2765e9, 8 * 128**2),
     "v6e": Chip(918e12, 1640e9, 4 * 256**2),
+    "h200": Chip(989e12, 4800e9, 132 * 4 * 512, is_gpu=True),
 }
 
 
@@ -76,7 +87,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--topology", default="v5e:2x2", help="CHIP:AxB[xC]")
+    parser.add_argument(
+        "--topology", default="v5e:2x2", help="CHIP:AxB[xC]; h200:COUNT"
+    )
     parser.add_argument("--slices", default=1, type=int)
     parser.add_argument("--case", default="cifar", help="tiny, cifar or imagenet")
     parser.add_argument("--pair", default="", help="TEACHER,STUDENT; of the case")
@@ -98,7 +111,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Compiles, prints and records."""
     chosen = parse(argv)
-    os.environ |= _ENVIRONMENT | _LEVELS[chosen.level]
+    chip = CHIPS[chosen.topology.split(":")[0]]
+    environment = _ENVIRONMENT_OF_GPU if chip.is_gpu else _ENVIRONMENT
+    os.environ |= environment | _LEVELS[chosen.level]
     from benchmarks import described  # imports JAX, which reads the environment
 
     mesh = described.mesh(chosen.topology, chosen.slices)
@@ -109,7 +124,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     made = described.Described(config, described.CASES[chosen.case], mesh)
     found = []
     for name, lowered in made.programs(chosen.program):
-        chip = CHIPS[chosen.topology.split(":")[0]]
         found.append({"name": name, **measure(lowered, chip)})
         print(json.dumps(found[-1]), flush=True)
     print(_write(chosen, fields, found))
@@ -120,15 +134,9 @@ def measure(lowered: Any, chip: Chip) -> dict[str, Any]:
     began = time.perf_counter()
     program = lowered.compile()
     took = time.perf_counter() - began
-    costs, memory = program.cost_analysis(), program.memory_analysis()
-    text = program.as_text()
-    arithmetic = costs["flops"] / chip.flops
-    traffic = costs["bytes accessed"] / chip.bandwidth
-    cycles = hlo.cycles(text)
+    memory, text = program.memory_analysis(), program.as_text()
     return {
         "compile_s": round(took, 1),
-        "flops": costs["flops"],
-        "bytes_accessed": costs["bytes accessed"],
         "argument_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
         "peak_bytes": memory.peak_memory_in_bytes,
@@ -136,6 +144,21 @@ def measure(lowered: Any, chip: Chip) -> dict[str, Any]:
         "float32_products": hlo.float32_products(text),
         "worst_padding": hlo.worst_padding(text),
         "copies": hlo.copies(text, _LARGE),
+        **_speed(program.cost_analysis(), hlo.cycles(text), chip),
+    }
+
+
+def _speed(
+    costs: dict[str, float], cycles: dict[str, int], chip: Chip
+) -> dict[str, Any]:
+    """Returns what a program takes by its compiler; nothing of it is told of GPUs."""
+    if chip.is_gpu:
+        return dict.fromkeys(_SUMMED)
+    arithmetic = costs["flops"] / chip.flops
+    traffic = costs["bytes accessed"] / chip.bandwidth
+    return {
+        "flops": costs["flops"],
+        "bytes_accessed": costs["bytes accessed"],
         "cycles": cycles,
         "estimate_ms": round(1e3 * sum(cycles.values()) / chip.clock, 3),
         "bound_ms": round(1e3 * max(arithmetic, traffic), 3),
@@ -164,7 +187,7 @@ def _write(
             name: max(one[name] for one in found)
             for name in ("temp_bytes", "peak_bytes")
         },
-        **{name: sum(one[name] for one in found) for name in _SUMMED},
+        **{name: _total([one[name] for one in found]) for name in _SUMMED},
         "collectives": _added([one["collectives"] for one in found]),
         "programs": found,
     }
@@ -174,6 +197,11 @@ def _write(
     path = chosen.results / f"{name}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
     return path
+
+
+def _total(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 def _added(found: list[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:

@@ -58,12 +58,50 @@ CASES = {
 }
 
 
+# What the compiler asks of a GPU, by NVIDIA on H200 and on compute capability 9.0.
+_H200 = """
+gpu_device_info {
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  cuda_compute_capability { major: 9 }
+  device_memory_size: 150754820096
+  memory_bandwidth: 4800000000000
+  l2_cache_size: 52428800
+  shared_memory_per_core: 233472
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  threads_per_core_limit: 2048
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}
+platform_name: "CUDA"
+device_description_str: "NVIDIA H200"
+runtime_version { major: 13 }
+dnn_version_info { major: 9 minor: 10 }
+"""
+
+
 def mesh(topology: str, slices: int = 1) -> jax.sharding.Mesh:
-    """Returns the chips of a TPU topology, such as v5e:2x4, as training uses them.
+    """Returns chips as training uses them: of TPUs, such as v5e:2x4, or h200:COUNT.
 
     Raises:
-      RuntimeError: libtpu is missing, or does not know the topology.
+      RuntimeError: libtpu (JAX's CUDA plugin) is missing, or does not know them.
     """
+    kind, _, count = topology.partition(":")
+    if kind == "h200":
+        found = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name="",
+            topology=f"1x1x{count}",
+            target_config=_H200,
+        )
+        return jax.sharding.Mesh(np.array(found.devices), ("data",))
     extra = {"num_slices": slices} if slices > 1 else {}
     found = topologies.get_topology_desc(
         platform="tpu", topology_name=topology, **extra

@@ -55,6 +55,13 @@ def test_the_clock_follows_from_the_arithmetic(chip, clock):
     assert aot.CHIPS[chip].clock == pytest.approx(clock, rel=0.01)
 
 
+def test_what_the_compiler_of_gpus_does_not_tell_is_null():
+    found = aot._speed({}, {}, aot.CHIPS["h200"])
+    assert set(found) == {"flops", "bytes_accessed", "estimate_ms", "bound_ms"}
+    assert set(found.values()) == {None} == {aot._total([1.0, None])}
+    assert aot._total([1.0, 2.0]) == 3.0
+
+
 def test_an_unknown_chip_is_refused(capsys):
     with pytest.raises(SystemExit):
         aot.parse(["--topology=v9:1x1"])
