@@ -23,6 +23,7 @@ class Facts:
     reads_labels: bool
     least_batch: int
     teacher_reads: tuple[str, ...]
+    per_example: bool = False
     borrower: str = ""  # the part of a sum with `borrows_head`
 
     @property
@@ -67,6 +68,9 @@ def facts(name: str) -> Facts:
         reads_labels=any(one.reads_labels for one in found),
         least_batch=max(one.least_batch for one in found),
         teacher_reads=tuple(reads),
+        per_example=all(
+            registry.get(n).fact("per_example", False) for n in parts(name)
+        ),
         borrower=next(
             (n for n, one in zip(parts(name), found, strict=True) if one.borrows_head),
             "",

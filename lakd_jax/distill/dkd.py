@@ -21,6 +21,7 @@ def dkd_loss(
     alpha: float,
     beta: float,
     temperature: float,
+    where: jax.Array | None = None,
 ) -> jax.Array:
     """T^2 (alpha TCKD + beta NCKD), means over the batch.
 
@@ -33,6 +34,7 @@ def dkd_loss(
       alpha: weight of TCKD; 1 in the paper.
       beta: weight of NCKD; 8 in most of the paper's CIFAR pairs.
       temperature: T > 0; 4 on CIFAR.
+      where: (B,) bool, the examples that count; None for all.
 
     Returns:
       Scalar float32, never negative but for rounding.
@@ -44,7 +46,7 @@ def dkd_loss(
         target_or_not(teacher, target), target_or_not(student, target)
     )
     nckd = numerics.divergence(others(teacher, target), others(student, target))
-    return temperature**2 * jnp.mean(alpha * tckd + beta * nckd)
+    return temperature**2 * jnp.mean(alpha * tckd + beta * nckd, where=where)
 
 
 def target_or_not(logits: jax.Array, target: jax.Array) -> jax.Array:
@@ -94,6 +96,7 @@ class DKD(term.LogitTerm):
         False, "z-scores of the logits; then temperature=2, weight=9"
     )
 
+    per_example: ClassVar[bool] = True
     two_classes: ClassVar[str | None] = "alpha"
     reads_labels: ClassVar[bool] = True
     pairs: ClassVar[method.Pairs] = {  # beta is 8 elsewhere
@@ -108,8 +111,9 @@ class DKD(term.LogitTerm):
 
     def losses(self, signals: method.Signals, *, train: bool) -> Sequence[Any]:
         """Returns the term `dkd`."""
+        given = (*self.logits(signals), signals.labels)
         options = (self.alpha, self.beta, self.temperature)
-        return [{"dkd": dkd_loss(*self.logits(signals), signals.labels, *options)}]
+        return [{"dkd": dkd_loss(*given, *options, signals.valid)}]
 
 
 METHODS = {"dkd": DKD}

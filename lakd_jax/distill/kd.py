@@ -23,6 +23,7 @@ def kd_loss(
     student_logits: jax.Array,
     teacher_logits: jax.Array,
     temperature: jax.Array | float,
+    where: jax.Array | None = None,
 ) -> jax.Array:
     """T^2 * mean over the batch of KL(p_T || p_S), p = softmax(logits / T).
 
@@ -32,14 +33,15 @@ def kd_loss(
     Args:
       student_logits, teacher_logits: (B, classes), any floating type.
       temperature: T > 0.
+      where: (B,) bool, the examples that count; None for all.
 
     Returns:
       Scalar float32, never negative.
     """
     both = numerics.frozen(student_logits, teacher_logits)
     log_s, log_t = (jax.nn.log_softmax(logits / temperature) for logits in both)
-    divergence = numerics.divergence(log_t, log_s)
-    return temperature**2 * jnp.mean(numerics.not_negative(divergence))
+    divergence = numerics.not_negative(numerics.divergence(log_t, log_s))
+    return temperature**2 * jnp.mean(divergence, where=where)
 
 
 def standardised(logits: jax.Array) -> jax.Array:
@@ -80,7 +82,7 @@ def head_terms(
     terms = {"head_ce": signals.cross_entropy(logits)}
     if standardise:
         logits, target = standardised(logits), standardised(target)
-    terms["head_kd"] = kd_loss(logits, target, temperature)
+    terms["head_kd"] = kd_loss(logits, target, temperature, signals.valid)
     return terms, {"head_ce": ce_weight, "head_kd": kd_weight}
 
 
@@ -88,6 +90,7 @@ class Plain(method.Method):
     """No teacher: cross-entropy with the labels in the one and last module."""
 
     title: ClassVar[str] = "alone"
+    per_example: ClassVar[bool] = True
     reads_labels: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
     teacher_reads: ClassVar[tuple[str, ...]] = ()
@@ -120,6 +123,7 @@ class KD(method.Method):
         False, "z-scores of the logits; then temperature=2, kd_weight=9"
     )
 
+    per_example: ClassVar[bool] = True
     reads_labels: ClassVar[bool] = False
 
     @nn.compact

@@ -30,7 +30,7 @@ from lakd_jax import fields
 from lakd_jax.distill import kd, ndam
 from lakd_jax.distill import lakd_options as options_lib
 from lakd_jax.distill.base import adapter as adapters
-from lakd_jax.distill.base import method
+from lakd_jax.distill.base import method, numerics
 from lakd_jax.distill.base import rules as rules_lib
 
 CHOICES = options_lib.CHOICES
@@ -41,34 +41,45 @@ needs_suffix = options_lib.needs_suffix
 Weighted = tuple[dict[str, jax.Array], dict[str, jax.Array | float]]
 
 
-def reduce_errors(errors: jax.Array, reduction: str) -> jax.Array:
+def reduce_errors(
+    errors: jax.Array, reduction: str, where: jax.Array | None = None
+) -> jax.Array:
     """(B, H, W, C) -> scalar: 1/N_l sum over elements (Q11).
 
-    `mean` divides by all elements, `per_sample_sum` by the batch size only.
+    `mean` divides by all elements, `per_sample_sum` by the batch size only. Examples
+    that are not `where` (B,) are left out.
     """
     fields.check("reduction", reduction, CHOICES["reduction"])
     if reduction == "mean":
-        return jnp.mean(errors)
-    return jnp.mean(jnp.sum(errors, axis=(1, 2, 3)))
+        return numerics.batch_mean(errors, where)
+    return jnp.mean(jnp.sum(errors, axis=(1, 2, 3)), where=where)
 
 
-def feature_loss(u: jax.Array, v: jax.Array, reduction: str) -> jax.Array:
+def feature_loss(
+    u: jax.Array, v: jax.Array, reduction: str, where: jax.Array | None = None
+) -> jax.Array:
     """L_lf = (1/N) sum |v - u|^2, the paper's layer feature loss.
 
     Args:
       u: (B, H, W, C), the student's adapted features.
       v: (B, H, W, C), the teacher's; gets no gradient.
       reduction: what N is, see `reduce_errors`.
+      where: (B,) bool, the examples that count; None for all.
 
     Returns:
       Scalar float32.
     """
     v = jax.lax.stop_gradient(v).astype(jnp.float32)
-    return reduce_errors(jnp.square(u.astype(jnp.float32) - v), reduction)
+    return reduce_errors(jnp.square(u.astype(jnp.float32) - v), reduction, where)
 
 
 def attention_loss(
-    u: jax.Array, v: jax.Array, mask: jax.Array, power: str, reduction: str
+    u: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    power: str,
+    reduction: str,
+    where: jax.Array | None = None,
 ) -> jax.Array:
     """L_att = (1/N) sum (What (u - v))^2: the feature error seen through the mask.
 
@@ -81,6 +92,7 @@ def attention_loss(
       mask: (B, H, W, 1), What; gets no gradient.
       power: `2` as above; `1` What (u-v)^2; `softmax` HW softmax_HW(What) (u-v)^2.
       reduction: what N is, see `reduce_errors`.
+      where: (B,) bool, the examples that count; None for all.
 
     Returns:
       Scalar float32; equal to `feature_loss` where What is 1 everywhere.
@@ -90,13 +102,15 @@ def attention_loss(
     w = jax.lax.stop_gradient(mask).astype(jnp.float32)
     errors = u.astype(jnp.float32) - v
     if power == "2":
-        return reduce_errors(jnp.square(w * errors), reduction)
+        return reduce_errors(jnp.square(w * errors), reduction, where)
     if power == "softmax":
         w = w.shape[1] * w.shape[2] * jax.nn.softmax(w, axis=(1, 2))
-    return reduce_errors(w * jnp.square(errors), reduction)
+    return reduce_errors(w * jnp.square(errors), reduction, where)
 
 
-def map_loss(student_map: jax.Array, teacher_map: jax.Array) -> jax.Array:
+def map_loss(
+    student_map: jax.Array, teacher_map: jax.Array, where: jax.Array | None = None
+) -> jax.Array:
     """L_att as a distance of maps (Q2 b): mean_B ||W_S/||W_S|| - W_T/||W_T||||^2.
 
     A sum over the pixels of each image, so that it lies in 0..2 (0..4 for signed
@@ -105,13 +119,14 @@ def map_loss(student_map: jax.Array, teacher_map: jax.Array) -> jax.Array:
     Args:
       student_map: (B, H, W, 1).
       teacher_map: (B, H, W, 1); gets no gradient.
+      where: (B,) bool, the examples that count; None for all.
 
     Returns:
       Scalar float32.
     """
     student = ndam.normalise(student_map, "l2")
     teacher = jax.lax.stop_gradient(ndam.normalise(teacher_map, "l2"))
-    return reduce_errors(jnp.square(student - teacher), "per_sample_sum")
+    return reduce_errors(jnp.square(student - teacher), "per_sample_sum", where)
 
 
 class LAKD(method.Method):
@@ -128,6 +143,7 @@ class LAKD(method.Method):
 
     options_class: ClassVar[Any] = Options
     rules: ClassVar[tuple[rules_lib.Rule, ...]] = options_lib.RULES
+    per_example: ClassVar[bool] = True
     local: ClassVar[bool] = True
     staged: ClassVar[bool] = True
     reads_labels: ClassVar[bool] = False
@@ -201,19 +217,19 @@ class _LocalLoss(nn.Module):
         _, attention_weight, feature_weight = options.weights
         weights["feature"] = feature_weight
         mask = options.mask(v)
+        reduction = (options.reduction, signals.valid)
         if options.attention == "inside":
-            terms["feature"] = attention_loss(
-                u, v, mask, options.power, options.reduction
-            )
+            terms["feature"] = attention_loss(u, v, mask, options.power, *reduction)
         else:
-            terms["feature"] = feature_loss(u, v, options.reduction)
+            terms["feature"] = feature_loss(u, v, *reduction)
             terms["attention"] = self._attention(signals, uncut, adapted_uncut, z)
             weights["attention"] = attention_weight
         if options.module_start_epochs:
             started = jnp.float32(signals.epoch >= options.module_start_epochs[k])
             weights = {name: started * w for name, w in weights.items()}
-        scale = jnp.maximum(jnp.mean(jnp.square(v.astype(jnp.float32))), 1e-12)
-        error = jax.lax.stop_gradient(feature_loss(u, v, "mean")) / scale
+        scale = numerics.batch_mean(jnp.square(v.astype(jnp.float32)), signals.valid)
+        error = jax.lax.stop_gradient(feature_loss(u, v, "mean", signals.valid))
+        error /= jnp.maximum(scale, 1e-12)
         return method.ModuleLoss(
             terms=terms, weights=weights, diagnostics={"feature_error": error}
         )
@@ -242,17 +258,19 @@ class _LocalLoss(nn.Module):
         u, v = adapters.match_size(adapted, z)
         if options.attention == "weight":
             mask = options.mask(v)
-            return attention_loss(u, v, mask, options.power, options.reduction)
+            reduction = (options.reduction, signals.valid)
+            return attention_loss(u, v, mask, options.power, *reduction)
         if options.attention == "map":
             # The student's own map: an adapter could match W for it.
             h, v = adapters.match_size(h, z)
-            return map_loss(options.map(h, "none"), options.map(v, "none"))
+            maps = (options.map(h, "none"), options.map(v, "none"))
+            return map_loss(*maps, signals.valid)
         mask = options.mask(z)
         ours = signals.teacher_suffix(
             self.index, mask * adapters.resize_like(adapted, z)
         )
         theirs = signals.teacher_suffix(self.index, mask * z)
-        return kd.kd_loss(ours, theirs, options.temperature)
+        return kd.kd_loss(ours, theirs, options.temperature, signals.valid)
 
     def _task(
         self, signals: method.Signals, h: jax.Array, adapted: jax.Array, z: jax.Array
@@ -291,7 +309,7 @@ def _head_loss(
     target = signals.teacher.logits
     if options.standardise:
         logits, target = kd.standardised(logits), kd.standardised(target)
-    terms[divergence] = kd.kd_loss(logits, target, options.temperature)
+    terms[divergence] = kd.kd_loss(logits, target, options.temperature, signals.valid)
     return terms, {
         ce: weight * options.ce_weight,
         divergence: weight * options.kd_weight,

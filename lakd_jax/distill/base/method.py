@@ -75,6 +75,9 @@ class Signals:
       examples: (B,) int32, the rows of the training split that the batch is made of.
       count: how many rows that has.
       key: of what the method draws in this step.
+      valid: (B,) bool, the rows that are examples; the others fill up the short last
+        batch of an epoch, and no loss may depend on them. None if all are examples, as
+        they always are for methods without `per_example`.
     """
 
     student: Any
@@ -104,6 +107,7 @@ class Signals:
     examples: jax.Array | None = None
     count: int = flax.struct.field(pytree_node=False, default=0)
     key: jax.Array | None = None
+    valid: jax.Array | None = None
 
     def cross_entropy(self, logits: jax.Array) -> jax.Array:
         """Returns the cross-entropy of logits (B, classes) with the labels.
@@ -111,8 +115,8 @@ class Signals:
         Labels are smoothed, mixed and weighted as the run demands. Scalar float32.
         """
         if self.soft_labels is not None:
-            return labels_lib.soft_cross_entropy(logits, self.soft_labels)
-        how = (self.label_smoothing, self.label_weights)
+            return labels_lib.soft_cross_entropy(logits, self.soft_labels, self.valid)
+        how = (self.label_smoothing, self.label_weights, self.valid)
         return labels_lib.smoothed_cross_entropy(logits, self.labels, *how)
 
 
@@ -134,10 +138,12 @@ class Method(nn.Module):
     a projector, whose inner channels are the teacher's divided by its option `factor`.
 
     What the class declares for itself and not for its subclasses: `title`, its name in
-    tables (by default the method's in capital letters); `about`, a note on its options
-    for docs/configuration.md; `pairs`, the options that the published recipes change by
-    the pair of networks. `options_class` is the dataclass of the field `options`, where
-    the options are one object. `rules` are checked before a run.
+    tables (by default the method's in capital letters); `per_example`, whether all its
+    losses are means over the examples `Signals.valid`, so that short batches may be
+    filled up; `about`, a note on its options for docs/configuration.md; `pairs`, the
+    options that the published recipes change by the pair of networks. `options_class`
+    is the dataclass of the field `options`, where the options are one object. `rules`
+    are checked before a run.
     """
 
     # The option that weighs the only part of the losses that can teach with two
@@ -145,6 +151,7 @@ class Method(nn.Module):
     two_classes: ClassVar[str | None] = None
 
     title: ClassVar[str] = ""
+    per_example: ClassVar[bool] = False
     about: ClassVar[str] = ""
     pairs: ClassVar[Pairs] = {}
     options_class: ClassVar[Any] = None

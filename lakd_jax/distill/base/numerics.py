@@ -37,6 +37,13 @@ def divergence(log_teacher: jax.Array, log_student: jax.Array) -> jax.Array:
     return jnp.sum(jnp.exp(log_teacher) * (log_teacher - log_student), -1)
 
 
+def batch_mean(x: jax.Array, where: jax.Array | None = None) -> jax.Array:
+    """Returns the mean of (B, ...), over the examples `where` (B,) or over all."""
+    if where is None:
+        return jnp.mean(x)
+    return jnp.mean(jnp.mean(x, tuple(range(1, x.ndim))), where=where)
+
+
 def logit_map(head: Callable[[jax.Array], jax.Array], features: jax.Array) -> jax.Array:
     """The logits of each position alone; where a head is linear, their mean is its own.
 
