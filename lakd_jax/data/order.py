@@ -51,6 +51,11 @@ def batch_indices(
     return permutation[batch * batch_size : (batch + 1) * batch_size]
 
 
+def filled(rows: np.ndarray, batch_size: int) -> np.ndarray:
+    """Returns the indices of a short batch, filled up to `batch_size` with -1."""
+    return np.pad(rows, (0, batch_size - len(rows)), constant_values=-1)
+
+
 @functools.lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, examples: int) -> np.ndarray:
     key = np.array([seed % 2**64, epoch], np.uint64)

@@ -69,6 +69,16 @@ def family(name: str) -> type[chain.Chain]:
     return _builder(name).func
 
 
+def meets_in_norms(name: str) -> bool:
+    """Returns whether examples of a batch are known to meet in batch norms only.
+
+    So it is of all built-in networks but those with phases, whose losses are sown.
+    """
+    if family(name).PHASES:
+        return False
+    return name in _BUILT_IN or wrn.from_name(name) is not None
+
+
 def name_of(model: chain.Chain) -> str:
     """Returns the name of a network that `create` made; else that of its class."""
     for name in names():

@@ -268,6 +268,7 @@ def training_job(
         batch_size=plan.batch_size,
         drop_last=plan.drop_last,
         steps=plan.total_steps,
+        fills=plan.fills,
     )
     source = teacher_source.source(
         config,
@@ -446,4 +447,5 @@ def _plan(
         save_every=config.checkpoint.every_steps or steps_per_epoch,
         steps_per_dispatch=config.steps_per_dispatch or default,
         keep=config.checkpoint.keep,
+        fills=setup.fills(config, examples),
     )

@@ -79,12 +79,16 @@ def of_run(
     batch_size: int,
     drop_last: bool,
     steps: int,
+    fills: bool = False,
 ) -> device.DeviceData | Run:
-    """Returns the training split as a run with this seed and `steps` reads it."""
+    """Returns the training split as a run with this seed and `steps` reads it.
+
+    With `fills`, streamed batches that are short are filled up to `batch_size`.
+    """
     if isinstance(data, device.DeviceData):
         return device.rekeyed(data, seed, mesh)
     sizes = (batch_size, drop_last, steps)
-    batches = batches_lib.Training(data.split, seed, *sizes, data.share())
+    batches = batches_lib.Training(data.split, seed, *sizes, data.share(), fills)
     keys = mesh_lib.replicate(device.keys(seed), mesh)
     return Run(data, batches, keys, notify)
 

@@ -9,6 +9,8 @@ import dataclasses
 import time
 from typing import Any
 
+import numpy as np
+
 from lakd_jax.report import progress as progress_lib
 from lakd_jax.runtime import interrupt
 from lakd_jax.training import engine as engine_lib
@@ -94,7 +96,8 @@ class Fit:
                     self._read(*previous)
                 # The first of its shape is compiled: its time says nothing of speed.
                 if rows.shape in compiled:
-                    self._count_time(time.perf_counter() - began, images=rows.size)
+                    images = np.sum(rows >= 0).item()
+                    self._count_time(time.perf_counter() - began, images)
                 compiled.add(rows.shape)
                 self.guard.check()
         except interrupt.Interrupted:

@@ -26,7 +26,10 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The length of a run, and how often it logs, evaluates and saves."""
+    """The length of a run, and how often it logs, evaluates and saves.
+
+    With `fills`, the short last batch of an epoch is filled up, see `StepSpec`.
+    """
 
     batch_size: int
     drop_last: bool
@@ -37,6 +40,7 @@ class Plan:
     save_every: int
     steps_per_dispatch: int
     keep: int
+    fills: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -187,6 +191,7 @@ class RunRecord:
         """
         plan = self.plan
         short = plan.examples % plan.batch_size and not plan.drop_last
+        short = short and not plan.fills
         ends = stop % plan.steps_per_epoch == 0
         return max(stop - step - (1 if short and ends else 0), 1)
 
@@ -198,7 +203,10 @@ class RunRecord:
         plan = self.plan
         data = (plan.examples, plan.batch_size, plan.drop_last)
         steps = range(step, step + count)
-        return np.stack([order.batch_indices(self.seed, at, *data) for at in steps])
+        rows = [order.batch_indices(self.seed, at, *data) for at in steps]
+        if plan.fills:
+            rows = [order.filled(row, plan.batch_size) for row in rows]
+        return np.stack(rows)
 
     def note(self, first: int, metrics: Mapping[str, Any]) -> None:
         """Adds the metrics (n,) of a dispatch to the window.

@@ -67,12 +67,14 @@ class Batch:
       examples: (B,) int32, rows of the training split.
       noise: the random key of this step, for dropout and for the method.
       soft_labels: (B, classes) float32 of mixed images; None if they are not mixed.
+      valid: (B,) bool, the rows that are examples; None if all are.
     """
 
     labels: jax.Array
     examples: jax.Array
     noise: jax.Array
     soft_labels: jax.Array | None = None
+    valid: jax.Array | None = None
 
 
 def of_student(spec: spec_lib.StepSpec) -> tuple[Segment, ...]:
@@ -94,14 +96,19 @@ def start(
     data: device.DeviceData,
     indices: jax.Array,
 ) -> tuple[Boundary, Batch]:
-    """Returns the first segment's inputs in step number `step`, and the batch."""
+    """Returns the first segment's inputs in step number `step`, and the batch.
+
+    If short batches are filled up, `indices` of -1 stand for rows that do not count.
+    """
+    valid = spec_lib.shared(spec, indices >= 0) if spec.fills else None
+    indices = spec_lib.filled(spec, indices)
     images, labels = spec_lib.batch(spec, step, data, indices)
     noise = jax.random.fold_in(data.noise, step)
     soft = None
     if spec.mixing:
         key = jax.random.fold_in(noise, _MIXING)
         images, soft = spec_lib.shared(spec, spec.mixing(key, images, labels))
-    return of_images(spec, images), Batch(labels, indices, noise, soft)
+    return of_images(spec, images), Batch(labels, indices, noise, soft, valid)
 
 
 def of_images(spec: spec_lib.StepSpec, images: jax.Array) -> Boundary:

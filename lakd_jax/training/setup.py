@@ -84,6 +84,25 @@ def class_weights(
     return tuple((len(labels) / (classes * counts)).tolist())
 
 
+def fills(config: resolved.Config, examples: int) -> bool:
+    """Returns whether an epoch's short last batch is filled up, see `spec.StepSpec`.
+
+    It is where padding can be kept out of everything else: the method must say so, the
+    network be one of ours, and no image be mixed with another.
+    """
+    if config.data.drop_last or examples < config.batch_size:
+        return False
+    name, d = config.student.name, config.data
+    return (
+        examples % config.batch_size > 0
+        and distill.facts(config.method).per_example
+        and models.meets_in_norms(name)
+        and not config.student.vam.enabled
+        and not (d.mixup or d.cutmix)
+        and config.optim.accumulate == 1
+    )
+
+
 def spec(
     config: resolved.Config,
     student: weights.Loaded,
@@ -142,6 +161,7 @@ def spec(
         distortion=_distortion(config),
         mixing=_mixing(config, student.model.num_classes),
         average=average(config),
+        fills=fills(config, examples),
         accumulate=config.optim.accumulate,
         wide_sums=config.optim.wide_sums,
         log_updates=config.log_updates,

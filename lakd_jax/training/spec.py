@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -73,6 +74,8 @@ class StepSpec:
       distortion: what else changes training images.
       mixing: how the images of a batch are mixed; None if they are not.
       average: how the moving average of the student is updated; None for no average.
+      fills: whether short batches are filled up to `batch_size`, with rows that no
+        statistic and no loss depends on, so that all steps share one program.
       accumulate: the number of parts in which a batch is processed, see `accumulate`.
       student_at: returns the student in effect in a step, counted from 0; None if it
         never changes.
@@ -112,6 +115,7 @@ class StepSpec:
     distortion: distortion_lib.Distortion = distortion_lib.Distortion()
     mixing: mixing_lib.Mixing | None = None
     average: ema.Average | None = None
+    fills: bool = False
     accumulate: int = 1
     wide_sums: bool = False
     log_updates: bool = False
@@ -151,6 +155,11 @@ def batch(
         indices = shared(spec, indices)
     images = augmented(spec, data, indices, spec.view(step))
     return shared(spec, (images, data.at(indices)[1]))
+
+
+def filled(spec: StepSpec, indices: jax.Array) -> jax.Array:
+    """Returns indices of which all can be read: what fills a batch is example 0."""
+    return jnp.maximum(indices, 0) if spec.fills else indices
 
 
 def augmented(

@@ -12,7 +12,7 @@ import optax
 from lakd_jax.data import device
 from lakd_jax.distill.base import method as method_lib
 from lakd_jax.local import cuts
-from lakd_jax.models import chain, wide
+from lakd_jax.models import chain, masking, wide
 from lakd_jax.runtime import backend
 from lakd_jax.training import accumulate, dot, optim, segments, teacher_outputs, updates
 from lakd_jax.training import spec as spec_lib
@@ -85,6 +85,8 @@ def train_step(
     indices: jax.Array,
 ) -> tuple[state_lib.TrainState, spec_lib.Metrics]:
     """Makes one update from the examples at `indices` (B,) of the training split.
+
+    See `segments.start` for short batches.
 
     Each segment is updated as soon as its losses are computed, and the next one waits
     for the update. This frees the segment's activations before the next one allocates
@@ -180,7 +182,7 @@ def _learn(
     above = below  # not read after the last segment
     if segment.last + 1 == len(spec.partition.names):
         correct = jnp.argmax(student.logits, -1) == batch.labels
-        shared["accuracy"] = jnp.mean(correct, dtype=jnp.float32)
+        shared["accuracy"] = jnp.mean(correct, dtype=jnp.float32, where=batch.valid)
     elif teacher_pass is not None:
         joint = spec.partition.student_joints[segment.last]
         end = segments.end_activation(student, joint)
@@ -226,9 +228,10 @@ def _forward(
     state = dataclasses.replace(state, params=params)
     signals, student = observe(spec, segment, state, teacher_pass, below, batch)
     names = list(state.collections)
-    losses, method = spec.method.apply(
-        state.variables("method"), signals, train=True, mutable=names
-    )
+    with masking.norms_over(batch.valid):
+        losses, method = spec.method.apply(
+            state.variables("method"), signals, train=True, mutable=names
+        )
     if spec.regularise:
         losses = spec.regularise(losses, student.get(_SOWN, {}), epoch=signals.epoch)
     collections = {
@@ -271,16 +274,17 @@ def observe(
         cut = None
         if segment.first != segment.last:
             cut = cuts.joint_function(spec.partition, scale, replace)
-        outputs: Any = model.apply(
-            variables,
-            inputs,
-            train=True,
-            joint=cut,
-            after=after,
-            until=until,
-            mutable=[*state.collections, _SOWN],
-            rngs={"dropout": batch.noise},
-        )
+        with masking.norms_over(batch.valid):
+            outputs: Any = model.apply(
+                variables,
+                inputs,
+                train=True,
+                joint=cut,
+                after=after,
+                until=until,
+                mutable=[*state.collections, _SOWN],
+                rngs={"dropout": batch.noise},
+            )
         return outputs
 
     student, collections = run(spec.cut_scale)
@@ -306,6 +310,7 @@ def observe(
         examples=batch.examples,
         count=spec.examples,
         key=batch.noise,
+        valid=batch.valid,
     )
     if spec.uncut:
         # The values are identical; the compiler merges the two forward passes.

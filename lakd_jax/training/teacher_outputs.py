@@ -156,7 +156,7 @@ def of_batch(
     """Returns the source for the batch at `indices` (B,) in step number `step`."""
     if not isinstance(source, TeacherOutputs):
         return source
-    view = spec.view(step)
+    view, indices = spec.view(step), spec_lib.filled(spec, indices)
     rows = jax.tree.map(lambda x: x[view, indices], source)
     return spec_lib.shared(spec, rows)
 

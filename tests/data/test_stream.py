@@ -201,6 +201,18 @@ def test_a_batch_that_devices_cannot_share_is_whole_everywhere(photos):
     assert batch.images.shape[0] == 6 and batch.images.is_fully_replicated
 
 
+def test_a_short_batch_is_filled_up_after_its_examples(photos):
+    split = loaded(photos).train
+    short = training(split)[5]
+    filled = dataclasses.replace(training(split), fills=True)[5]
+    assert (short.total, filled.total) == (1, 16)
+    for field in ("images", "labels", "ids"):
+        ours, expected = (getattr(part.split, field) for part in (filled, short))
+        np.testing.assert_array_equal(ours[:1], expected)
+        assert len(ours) == 16
+    assert set(filled.split.ids[1:]) == {split.chosen[0]}
+
+
 def test_every_test_image_counts_exactly_once(photos):
     """Promise 27: on streamed input, 21 images in batches of 16."""
     stream, seen = feeds.Stream(loaded(photos).test, mesh_of(8)), []

@@ -164,7 +164,10 @@ class Batches(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """The batches of a run by step, in the order of `order.batch_indices`."""
+    """The batches of a run by step, in the order of `order.batch_indices`.
+
+    With `fills`, a short last batch is filled up with the first example.
+    """
 
     split: Streamed
     seed: int
@@ -172,6 +175,7 @@ class Training:
     drop_last: bool
     steps: int
     share: Share
+    fills: bool = False
 
     def __len__(self) -> int:
         return self.steps
@@ -181,6 +185,8 @@ class Training:
         count = len(self.split)
         sizes = (count, self.batch_size, self.drop_last)
         rows = order.batch_indices(self.seed, number, *sizes)
+        if self.fills:
+            rows = np.maximum(order.filled(rows, self.batch_size), 0)
         epoch = number // order.steps_per_epoch(*sizes)
         examples = [
             _train_example(self.split, int(row), self.seed, epoch)
