@@ -142,12 +142,7 @@ def on_mesh(
 
 
 def of_student(config: resolved.Config, environment: Environment) -> Environment:
-    """Returns the environment of a student, which may see less (`data.per_class`).
-
-    Args:
-      config: of one run, with its seed.
-      environment: that of the teacher.
-    """
+    """Returns the environment of a student from that of its teacher, see `seen`."""
     dataset = seen(config, environment.dataset)
     if dataset is environment.dataset:
         return environment
@@ -159,7 +154,7 @@ def of_student(config: resolved.Config, environment: Environment) -> Environment
 def seen(
     config: resolved.Config, dataset: data.Dataset | batches.Dataset
 ) -> data.Dataset | batches.Dataset:
-    """Returns the data set with those training images that the student sees."""
+    """Returns the data set with those images that a student sees (`data.per_class`)."""
     if not config.data.per_class or isinstance(dataset, batches.Dataset):
         return dataset  # the rules of the config do not allow both
     return dataset_lib.few(dataset, config.data.per_class, config.seed)
