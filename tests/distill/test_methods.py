@@ -110,19 +110,6 @@ def test_blank_pages_stay_finite(name, what):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_variable_of_it_belongs_to_a_module(name):
-    made = compiled(name)
-    new = observed(name)[2]
-    labels = made.lesson.labels({"method": made.params})
-    assert set(jax.tree.leaves(labels)) <= {0, 1, 2}
-    made.lesson.labels({"method": made.stats})  # raises where a path belongs to none
-    assert jax.tree.structure(new) == jax.tree.structure(made.stats)
-    for before, after in zip(*map(jax.tree.leaves, (made.stats, new)), strict=True):
-        assert np.shape(before) == np.shape(after)
-        assert before.dtype == after.dtype
-
-
-@pytest.mark.parametrize("name", METHODS)
 def test_a_small_step_against_the_gradient_lowers_it_as_foretold(name):
     """So it can be learnt: what falls is the value, by the step times the slope."""
     made, passes, stats = compiled(name), networks(name), observed(name)[2]

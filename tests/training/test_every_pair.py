@@ -124,7 +124,7 @@ EXAMPLES, BATCH = 16, 8
 
 @pytest.fixture(scope="module", autouse=True)
 def known():
-    """Configs may name the networks; the data of all steps."""
+    """Configs may name the networks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "_NETWORKS", {**models._NETWORKS, **NETWORKS})
         yield
@@ -208,10 +208,13 @@ def traced(method, pair, **fields):
 
 
 def assert_a_step(method, spec, before, after, metrics):
-    """Asserts that a step may follow it, and that each module and term is reported."""
+    """Asserts that a step may follow it, and what its variables and metrics are."""
     assert jax.tree.structure(after) == jax.tree.structure(before)
     for old, new in zip(*map(jax.tree.leaves, (before, after)), strict=True):
         assert (old.shape, old.dtype) == (new.shape, new.dtype)
+    for parts in (before.params, *before.collections.values()):
+        # Raises where a variable belongs to no module.
+        cuts.label_tree(parts, spec.partition, spec.student)
     found = {(x.shape, x.dtype.name) for x in jax.tree.leaves(metrics)}
     assert found == {((), "float32")}
     modules = spec.partition.names
