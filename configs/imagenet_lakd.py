@@ -8,7 +8,7 @@ SGD at 0.2 for batches of 512 (scaled linearly for others), momentum 0.9, weight
 1e-4, learning rate divided by 10 after 30, 60 and 90 epochs; random resized crops of
 224 and horizontal flips; evaluation on the central 224 of 256; bfloat16. kd and the
 head of lakd: 0.5 CE + 0.5 KD at T = 1; dkd, rld: T = 1, beta 0.5 (2 for mobilenet_v1),
-one epoch of warm-up; wkd_l, wkd_f: as published for these two pairs.
+one epoch of warm-up; wkd_l, wkd_f, deepkd: as published for these two pairs.
 
 Teacher: torchvision's first weights of the network, if it has any (--mode=teachers).
 They are fetched once into `teacher.cache`, checked, and evaluated first: 73.3 % for
@@ -52,10 +52,13 @@ def get_config(arg: str = "") -> config_lib.ConfigDict:
     beta = 2.0 if mobile else 0.5
     c.dkd.update(temperature=1.0, beta=beta, warmup_epochs=1.0)
     c.rld.update(temperature=1.0, alpha_temperature=1.0, beta=beta, warmup_epochs=1.0)
+    c.deepkd.update(temperature=1.0, beta=1.0, warmup_epochs=1.0, others_delta=0.05)
+    c.deepkd.share_epochs = (0.0, 100.0)
     c.wkd_l.update(weight=30.0, temperature=2.0, decay_after_epochs=0.0)
     c.wkd_f.update(weight=0.02, mean_weight=2.0, grid=4, decay_after_epochs=0.0)
     c.wkd_f.projector = "bottleneck"
     if mobile:
+        c.deepkd.update(beta=2.0, others_delta=0.075)
         c.wkd_l.update(weight=25.0, sharpness=2.0)
         c.wkd_f.update(weight=0.005, decay_after_epochs=30.0)
     return c

@@ -168,6 +168,12 @@ def between(low: float, high: float) -> Check:
     return lambda v: "" if low <= v <= high else fault + _number(v)
 
 
+def inside(low: float, high: float) -> Check:
+    """Numbers between `low` and `high`, neither included."""
+    fault = f"must be between {_number(low)} and {_number(high)}, is "
+    return lambda v: "" if low < v < high else fault + _number(v)
+
+
 def finite(value: Any) -> str:
     """Anything but infinities and NaN."""
     fine = not isinstance(value, float) or math.isfinite(value)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lakd_jax import config as config_lib
 from lakd_jax import distill
 from lakd_jax.config import optimiser, rules
 
@@ -100,6 +101,59 @@ def _hme(c: rules.Config, _: int) -> str | None:
             )
 
 
+# The fields of built-in methods that shift the momenta of some of their losses.
+_SHIFTS = tuple(
+    m.shift for name in distill.names() for m in distill.facts(name).momenta
+)
+
+
+def _shifts(c: rules.Config) -> dict[str, float]:
+    """Returns, by field, what is added to momenta; {} if nothing is to any."""
+    values = config_lib.flat(c)
+    facts = map(distill.facts, rules.methods(c))
+    found = {m.shift: values[m.shift] for one in facts for m in one.momenta}
+    return found if any(found.values()) else {}
+
+
+@rules.reads(*rules.METHODS, *_SHIFTS, "optim.momentum")
+def _shifted_momenta(c: rules.Config, _: int) -> str | None:
+    for field, shift in _shifts(c).items():
+        momentum = c.optim.momentum + shift
+        if not 0 <= momentum < 1:
+            return (
+                f"{field} is {shift:g}: with optim.momentum={c.optim.momentum:g} the "
+                f"momentum {momentum:g} must be at least 0 and below 1"
+            )
+
+
+@rules.reads(
+    *rules.METHODS,
+    *_SHIFTS,
+    "optim.name",
+    "optim.nesterov",
+    "optim.clip_norm",
+    "student.name",
+)
+def _shifted(c: rules.Config, _: int) -> str | None:
+    shifts = _shifts(c)
+    refused = {f"optim.name={c.optim.name} has none": c.optim.name != "sgd"}
+    found = [reason for reason, holds in (refused | _unsplit(c)).items() if holds]
+    if shifts and found:
+        return (
+            f"{', '.join(shifts)} are for losses with a momentum each, but {found[0]}: "
+            "set them to 0"
+        )
+
+
+def _unsplit(c: rules.Config) -> dict[str, bool]:
+    """Returns reasons why losses cannot have a momentum each, and whether they hold."""
+    return {
+        "student.name=hme has its own optimisers": c.student.name == "hme",
+        "it does not support optim.nesterov": c.optim.nesterov,
+        "it does not support optim.clip_norm": c.optim.clip_norm > 0,
+    }
+
+
 @rules.reads("optim.dot_delta", "optim.momentum")
 def _dot_momenta(c: rules.Config, _: int) -> str | None:
     delta, momentum = c.optim.dot_delta, c.optim.momentum
@@ -118,6 +172,7 @@ def _dot_momenta(c: rules.Config, _: int) -> str | None:
     "student.name",
     "local.engine",
     "local.cut_scale",
+    *_SHIFTS,
 )
 def _dot(c: rules.Config, _: int) -> str | None:
     if not c.optim.dot_delta:
@@ -125,14 +180,12 @@ def _dot(c: rules.Config, _: int) -> str | None:
     cut = [m for m in rules.methods(c) if distill.facts(m).local]
     refused = {
         "method none has no loss but that of the labels": c.method == "none",
-        "student.name=hme has its own optimisers": c.student.name == "hme",
         f"local.engine={c.local.engine} trains modules separately": c.local.engine
         != "fused",
         f"method {''.join(cut[:1])} trains modules separately unless local.cut_scale "
         "is above 0": cut and c.local.cut_scale <= 0,
-        "it does not support optim.nesterov": c.optim.nesterov,
-        "it does not support optim.clip_norm": c.optim.clip_norm > 0,
+        f"{', '.join(_shifts(c))} set the momenta": bool(_shifts(c)),
     }
-    found = [reason for reason, holds in refused.items() if holds]
+    found = [reason for reason, holds in (refused | _unsplit(c)).items() if holds]
     if found:
         return f"optim.dot_delta is {c.optim.dot_delta:g}, but {found[0]}: set it to 0"

@@ -12,7 +12,11 @@ registry.discover(__name__, __path__)
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """The properties of a method that a run depends on; see `method.Method`."""
+    """The properties of a method that a run depends on; see `method.Method`.
+
+    In `momenta` each shift is a field of the config. Of a sum they are those of the
+    first part that declares some.
+    """
 
     local: bool
     staged: bool
@@ -25,6 +29,7 @@ class Facts:
     teacher_reads: tuple[str, ...]
     per_example: bool = False
     borrower: str = ""  # the part of a sum with `borrows_head`
+    momenta: tuple[method.Momentum, ...] = ()
 
     @property
     def reads_classes(self) -> bool:
@@ -75,6 +80,16 @@ def facts(name: str) -> Facts:
             (n for n, one in zip(parts(name), found, strict=True) if one.borrows_head),
             "",
         ),
+        momenta=next(filter(None, map(_momenta, parts(name))), ()),
+    )
+
+
+def _momenta(name: str) -> tuple[method.Momentum, ...]:
+    """Returns the momenta of a single method, with fields of the config as shifts."""
+    sources = option_sources(name)
+    return tuple(
+        momentum._replace(shift=sources[momentum.shift])
+        for momentum in registry.get(name).cls.momenta
     )
 
 

@@ -36,8 +36,8 @@ def in_parts(spec: spec_lib.StepSpec, learn: Learn, params: PyTree) -> Learn:
       params: the parameters that it differentiates by.
     """
     zeros = jax.tree.map(jnp.zeros_like, params)
-    if spec.split_gradients:
-        zeros = dot.SplitGradients(zeros, zeros)
+    if spec.momenta:
+        zeros = dot.split(spec.momenta, [zeros for _ in spec.momenta])
     return functools.partial(_learn, spec, learn, zeros)
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 import optax
 
-from lakd_jax import models
+from lakd_jax import distill, models
 from lakd_jax.config import resolved
 from lakd_jax.data import device
 from lakd_jax.distill.base import method as method_lib
@@ -58,15 +58,26 @@ class Phase:
     ) -> optax.GradientTransformation:
         """Returns the optimiser for parameters with these labels."""
         o, rate = self.config.optim, self.learning_rate(steps_per_epoch)
-        if o.dot_delta:
+        if groups := self.momenta():
             return dot.sgd(
                 rate,
+                groups,
                 momentum=o.momentum,
-                delta=o.dot_delta,
                 weight_decay=o.weight_decay,
                 decay_mask=o.decay_mask,
             )
         return optim.create(o, rate, labels)
+
+    def momenta(self) -> dot.Groups:
+        """Returns the groups of loss terms with a momentum each; () for one of all."""
+        if delta := self.config.optim.dot_delta:
+            return dot.of_delta(delta)
+        values = self.config.flat()
+        groups = tuple(
+            dot.Group(m.name, values[m.shift], m.terms, m.decays)
+            for m in distill.facts(self.config.method).momenta
+        )
+        return groups if any(group.shift for group in groups) else ()
 
     def student_at(
         self, student: chain.Chain, steps_per_epoch: int

@@ -154,7 +154,7 @@ def spec(
         weight_decay=config.optim.weight_decay,
         labels=None,
         mesh=mesh,
-        split_gradients=config.optim.dot_delta > 0,
+        momenta=phase.momenta(),
         decay_mask=config.optim.decay_mask,
         class_weights=class_weights,
         label_smoothing=config.label_smoothing,

@@ -17,7 +17,7 @@ from lakd_jax.distill.base import method as method_lib
 from lakd_jax.local import cuts
 from lakd_jax.models import chain
 from lakd_jax.runtime import mesh as mesh_lib
-from lakd_jax.training import ema
+from lakd_jax.training import dot, ema
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -66,8 +66,8 @@ class StepSpec:
       labels: the index of the module that owns each parameter.
       optimizer_of: makes the optimiser for a part of the parameters, given the labels
         of that part; `optimizer` is the one for all parameters.
-      split_gradients: whether the optimiser takes the gradient of the task losses and
-        that of all others separately, see `dot`.
+      momenta: the groups of loss terms whose gradients the optimiser takes separately,
+        see `dot`; () for one gradient of all.
       decay_mask: whether weight decay leaves out some parameters, see `optim.decays`.
       class_weights: of the labels' cross-entropy, per class; () weighs them alike.
       label_smoothing: the share of each label that all classes divide.
@@ -108,7 +108,7 @@ class StepSpec:
     labels: PyTree
     mesh: Mesh
     optimizer_of: Callable[[PyTree], optax.GradientTransformation]
-    split_gradients: bool = False
+    momenta: dot.Groups = ()
     decay_mask: bool = False
     class_weights: tuple[float, ...] = ()
     label_smoothing: float = 0.0

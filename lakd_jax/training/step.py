@@ -142,8 +142,8 @@ def segment_step(
     optimizer = spec.optimizer if is_whole else spec.optimizer_of(labels)
     changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, changes)
-    if spec.split_gradients:
-        grads = jax.tree.map(jnp.add, *grads)
+    if spec.momenta:
+        grads = dot.summed(grads)
     _add_norms(spec, segment, metrics, grads, params, labels)
     if spec.log_updates:
         moved: Any = changes
@@ -195,24 +195,27 @@ def _gradient(
     forward: Callable[[PyTree], ForwardPass],
     params: PyTree,
 ) -> tuple[PyTree, ForwardPass]:
-    """Returns the gradient of the summed losses, or `dot.SplitGradients` if configured.
+    """Returns the gradient of the summed losses; by `dot.split` if there are groups.
 
     For a module's parameters, the gradient of the sum is the gradient of the module's
     own loss, since the cuts block all other gradients (or scale them by `cut_scale`).
     """
-    total = dot.losses if spec.split_gradients else method_lib.total
+    groups = spec.momenta
+    total = functools.partial(dot.losses, groups) if groups else method_lib.total
 
     def objective(params: PyTree) -> tuple[Any, ForwardPass]:
         with wide.sums(spec.wide_sums):
             result = forward(params)
         return total(result[0]), result
 
-    if not spec.split_gradients:
+    if not groups:
         return jax.grad(objective, has_aux=True)(params)
     _, backward, result = jax.vjp(objective, params, has_aux=True)
-    one, zero = jnp.float32(1), jnp.float32(0)
-    (task,), (others,) = backward((one, zero)), backward((zero, one))
-    return dot.SplitGradients(task, others), result
+    grads = []
+    for group in groups:
+        (grad,) = backward(tuple(jnp.float32(group is other) for other in groups))
+        grads.append(grad)
+    return dot.split(groups, grads), result
 
 
 def _forward(

@@ -28,6 +28,7 @@ STATEFUL = ("crd", "ctkd", "kdpp", "ofd")
 PER_EXAMPLE = (
     *("ab", "catkd", "dkd", "fitnet", "fsp", "ft", "kdsvd", "nkd", "nst", "review"),
     *("sdd", "ttm", "vid", "wttm", "fam", "rld", "wkd_l", "wkd_f", "ofa", "srrl"),
+    "deepkd",
 )
 FIELDS = {"crd": {"crd__negatives": 16}}
 

@@ -10,7 +10,7 @@ import pytest
 from lakd_jax import config as config_lib
 from lakd_jax import distill, errors
 from lakd_jax.config import resolved
-from lakd_jax.distill import dist, dkd, kd, nkd, rld, wkd
+from lakd_jax.distill import deepkd, dist, dkd, kd, nkd, rld, wkd
 from lakd_jax.runs import single
 
 LOGITS = np.random.default_rng(0).normal(0, 2, (2, 16, 3)).astype(np.float32)
@@ -30,6 +30,7 @@ def scale(loss, classes):
         lambda s, t: dkd.dkd_loss(s, t, LABELS, 0.0, 8.0, 4.0),
         lambda s, t: dist.dist_loss(s, t, 1.0, 0.0, 4.0),
         lambda s, t: rld.mcd_loss(s, t, LABELS, 1.0),
+        lambda s, t: deepkd.nckd_loss(s, t, LABELS, 1.0, s.shape[-1]),
         lambda s, t: wkd.logit_distance(s, t, LABELS, 1 - jnp.eye(s.shape[-1]), 1.0),
         lambda s, t: (
             nkd.nkd_loss(s, t, LABELS, 1.5, 1.0) - nkd.nkd_loss(s, t, LABELS, 0.0, 1.0)

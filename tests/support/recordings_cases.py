@@ -44,6 +44,7 @@ _NEEDS = {
     "wkd_l": {"wkd_l.decay_after_epochs": 1.0, "wkd_l.weight": 6.0},
     "wkd_f": {"wkd_f.decay_after_epochs": 1.0, "wkd_f.weight": 0.001},
     "ofa": {"ofa.eps": (1.0, 1.1, 1.2, 1.3)},
+    "deepkd": {"deepkd.warmup_epochs": 2.0, "deepkd.share_epochs": (0.0, 2.0)},
 }
 METHODS = {name: _NEEDS.get(name, {}) for name in distill.names()}
 CUT, UNCUT = {"local.cut_scale": 0.0}, {"local.cut_scale": 1.0}

@@ -15,7 +15,7 @@ from lakd_jax import errors
 from lakd_jax.config import check
 from lakd_jax.runs import single
 from lakd_jax.runtime import backend
-from lakd_jax.training import dot, step, teacher_outputs
+from lakd_jax.training import step, teacher_outputs
 
 LONG = pytest.mark.long
 SGD = {"optim__momentum": 0.0, "optim__weight_decay": 0.0, "optim__warmup_epochs": 0.0}
@@ -114,18 +114,23 @@ def test_parts_take_less_memory(tmp_path):
     assert sizes[4] < 0.75 * sizes[1]
 
 
-@pytest.mark.parametrize("fields", [{"optim__dot_delta": 0.09}, {"optim__ema": 0.9}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"optim__dot_delta": 0.09}, {"method": "deepkd"}, {"optim__ema": 0.9}],
+)
 def test_other_options_go_with_it(fields, tmp_path):
     """Traced only: what is accumulated has the structure that the optimiser takes."""
-    setting = steps.small(tmp_path, 1, method="kd", optim__accumulate=4, **fields)
+    fields = {"method": "kd", "optim__accumulate": 4} | fields
+    setting = steps.small(tmp_path, 1, **fields)
     spec, *arguments = setting
     function = functools.partial(step.train_step, spec)
     state, metrics = jax.eval_shape(function, *arguments, steps.rows(1)[0])
     assert jax.tree.structure(state) == jax.tree.structure(setting[1])
     assert metrics["accuracy"].shape == ()
-    assert spec.split_gradients == ("optim__dot_delta" in fields)
-    if spec.split_gradients:
-        assert isinstance(state.opt_state[0], dot.SplitGradients)
+    assert bool(spec.momenta) == ("optim__ema" not in fields)
+    if spec.momenta:
+        names = tuple(group.name for group in spec.momenta)
+        assert state.opt_state[0]._fields == names
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ decided by where the forward pass is cut (`lakd_jax.local.cuts`), never here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import flax
 import jax
@@ -18,11 +18,28 @@ from lakd_jax.distill.base import labels as labels_lib
 from lakd_jax.distill.base import rules as rules_lib
 
 STORABLE = ("logits", "joints")  # of what methods read of a teacher, see `Method`
+TASK = ("head_ce", "task_ce")  # loss terms computed from the labels
 
 
 # {(pattern of the teacher's name, of the student's): {option: value}}. Patterns are
 # those of `fnmatch`; of several that match, later ones win.
 Pairs = Mapping[tuple[str, str], Mapping[str, float]]
+
+
+class Momentum(NamedTuple):
+    """A momentum that some of the loss terms have for themselves.
+
+    Attributes:
+      name: of the group of terms.
+      shift: the option of the method that is added to `optim.momentum` for them.
+      terms: their names; () for all terms that no other group has.
+      decays: whether weight decay is part of this group's gradient.
+    """
+
+    name: str
+    shift: str
+    terms: tuple[str, ...] = ()
+    decays: bool = False
 
 
 def _no_suffix(k: int, activation: jax.Array) -> jax.Array:
@@ -143,7 +160,9 @@ class Method(nn.Module):
     filled up; `about`, a note on its options for docs/configuration.md; `pairs`, the
     options that the published recipes change by the pair of networks. `options_class`
     is the dataclass of the field `options`, where the options are one object. `rules`
-    are checked before a run.
+    are checked before a run. `momenta` groups the terms of the whole loss where SGD is
+    to have a momentum for each group; one group has all other terms, and one the weight
+    decay.
     """
 
     # The option that weighs the only part of the losses that can teach with two
@@ -156,6 +175,7 @@ class Method(nn.Module):
     pairs: ClassVar[Pairs] = {}
     options_class: ClassVar[Any] = None
     rules: ClassVar[tuple[rules_lib.Rule, ...]] = ()
+    momenta: ClassVar[tuple[Momentum, ...]] = ()
 
     local: ClassVar[bool] = False
     staged: ClassVar[bool] = False
