@@ -227,6 +227,7 @@ def test_modules_hand_the_teacher_images_as_it_takes_them():
         flip=False,
         distortion=distortion.Distortion(),
         mixing=None,
+        fills=False,
         mesh=mesh,
     )
     held = device.device_data(split, 0, mesh)

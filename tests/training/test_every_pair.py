@@ -88,7 +88,20 @@ REFUSED = {  # method: {kind: words of the reason}
 }
 TAKES_ALL = (
     *("none", "kd", "lakd", "afd", "rtk", "dkd", "dist", "nkd", "ttm", "wttm", "ctkd"),
-    *("mlkd", "rld", "wkd_l", "ofa", "at", "sp", "rkd", "pkt", "nst", "cc", "crd"),
+    *(
+        "deepkd",
+        "mlkd",
+        "rld",
+        "wkd_l",
+        "ofa",
+        "at",
+        "sp",
+        "rkd",
+        "pkt",
+        "nst",
+        "cc",
+        "crd",
+    ),
     *("vid", "fitnet", "ab", "ft", "ofd", "review", "wkd_f", "srrl", "kdpp", "fam"),
     "cd",
 )
