@@ -72,6 +72,7 @@ class Engine(abc.ABC):
     def run(self, rows: np.ndarray) -> Any:
         """Starts one step per row of `rows` (n, B), positions in the training split.
 
+        A batch that is filled up has -1 at the end, see `segments.start`.
         Returns without waiting; pass the result to `read`.
         """
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_train_engines as engines
+import test_train_resume as resume
 import test_train_step as steps
 import test_transformers as transformers
 import tiny
@@ -16,6 +17,7 @@ from lakd_jax import distill, models
 from lakd_jax.config import resolved
 from lakd_jax.data import order
 from lakd_jax.models import masking
+from lakd_jax.runtime import backend
 from lakd_jax.training import record as record_lib
 from lakd_jax.training import setup
 
@@ -159,6 +161,32 @@ def test_only_a_class_itself_says_that_its_losses_are_per_example(monkeypatch):
     monkeypatch.setitem(table, "mine", dataclasses.replace(table["kd"], cls=Mine))
     assert not distill.facts("mine").per_example
     assert distill.facts("kd").per_example
+
+
+@LONG
+def test_a_run_that_fills_up_compiles_one_program_less(tmp_path, monkeypatch):
+    """Three epochs of 70 images, five steps each, the last one of 6 images."""
+    compiled, count = backend.compiled, []
+    monkeypatch.setattr(
+        backend, "compiled", lambda *given: [count.append(1), compiled(*given)][1]
+    )
+    programs = []
+    for lab in resume.lab_of(tmp_path, train=70):
+        fields = {"method": "none", "optim__lr": 0.01}
+        for folder in ("short", "filled"):
+            count.clear()
+            lab.train(tmp_path / folder, **fields)
+            programs.append(len(count))
+            ours = models._BUILT_IN | {tiny.NETWORK}
+            monkeypatch.setattr(models, "_BUILT_IN", ours)
+    assert programs[0] == programs[1] + 1
+    short, filled = (resume.finished(tmp_path / n) for n in ("short", "filled"))
+    steps.assert_close(filled[0], short[0], rtol=1e-4, atol=2e-6)
+    for line, expected in zip(filled[2], short[2], strict=True):
+        assert line["step"] == expected["step"]
+        np.testing.assert_allclose(
+            line.get("loss", 0), expected.get("loss", 0), rtol=1e-4
+        )
 
 
 def test_a_filled_batch_is_like_the_others(tmp_path):
