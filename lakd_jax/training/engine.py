@@ -349,6 +349,6 @@ class Modules(Engine):
         replicated: Any = mesh_lib.replicated(self._meshes[k])
         boundary = segments.Boundary(over_batch, over_batch)
         soft = over_batch if self._spec.mixing else None
-        valid = over_batch if self._spec.fills else None
+        valid = replicated if self._spec.fills else None
         batch = segments.Batch(over_batch, over_batch, replicated, soft, valid)
         return boundary, batch

@@ -100,7 +100,7 @@ def start(
 
     If short batches are filled up, `indices` of -1 stand for rows that do not count.
     """
-    valid = spec_lib.shared(spec, indices >= 0) if spec.fills else None
+    valid = indices >= 0 if spec.fills else None
     indices = spec_lib.filled(spec, indices)
     images, labels = spec_lib.batch(spec, step, data, indices)
     noise = jax.random.fold_in(data.noise, step)

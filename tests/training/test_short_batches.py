@@ -12,6 +12,7 @@ import test_train_resume as resume
 import test_train_step as steps
 import test_transformers as transformers
 import tiny
+from flax import linen as nn
 
 from lakd_jax import distill, models
 from lakd_jax.config import resolved
@@ -48,9 +49,16 @@ def both(setting):
     return one, steps.train(filling(setting), [FULL, filled])
 
 
+def assert_equal(one, other, rounding=2e-6):
+    """Compares two trees; rounding errors are those of an array's largest numbers."""
+    for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
+        scale = max(1.0, float(jnp.max(jnp.abs(b))))
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=rounding * scale)
+
+
 def assert_equal_steps(setting):
     for (state, metrics), (ours, found) in zip(*both(setting), strict=True):
-        steps.assert_close(ours, state, rtol=2e-5, atol=1e-6)
+        assert_equal(ours, state)
         steps.assert_same_metrics(found, metrics, rtol=2e-5)
 
 
@@ -105,10 +113,18 @@ def test_draws_for_the_first_examples_do_not_depend_on_their_number():
 # ------------------------------------------------------------------ batch norms
 
 
-def test_a_norm_leaves_rows_out():
-    x = jnp.asarray(np.random.default_rng(0).normal(2, 3, (6, 2, 2, 3)), jnp.float32)
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ({"use_fast_variance": False}, (6, 2, 2, 3)),  # as networks have it
+        ({}, (6, 3)),  # as methods have it
+        ({"use_scale": False, "use_bias": False, "dtype": jnp.bfloat16}, (6, 4, 3)),
+    ],
+)
+def test_a_norm_leaves_rows_out(options, shape):
+    x = jnp.asarray(np.random.default_rng(0).normal(2, 3, shape), jnp.float32)
     valid = jnp.arange(6) < 4
-    norm = models.layers.norm(models.layers.Style(), train=True, name=None)
+    norm = nn.BatchNorm(use_running_average=False, momentum=0.9, **options)
     variables = norm.init(jax.random.key(0), x)
 
     def run(x, valid):
@@ -116,13 +132,23 @@ def test_a_norm_leaves_rows_out():
             return norm.apply(variables, x, mutable=["batch_stats"])
 
     (ours, stats), (expected, moved) = run(x, valid), run(x[:4], None)
-    np.testing.assert_allclose(ours[:4], expected, rtol=1e-5, atol=1e-6)
+    assert ours.dtype == expected.dtype
+    ours, expected = (np.asarray(y, np.float32) for y in (ours, expected))
+    small = 1e-2 if "dtype" in options else 1e-5
+    np.testing.assert_allclose(ours[:4], expected, rtol=small, atol=1e-6)
     steps.assert_close(stats, moved, rtol=1e-6)
     noisy, same = run(x.at[4:].multiply(100), valid)
     np.testing.assert_array_equal(noisy[:4], ours[:4])
     steps.assert_close(same, stats, rtol=0)
     with pytest.raises(ValueError, match="norm of 6 rows in a batch of 5"):
         run(x, valid[:5])
+
+
+def test_a_norm_over_other_axes_is_refused():
+    norm = nn.BatchNorm(use_running_average=False, axis=1)
+    variables = norm.init(jax.random.key(0), x := jnp.ones((4, 3, 2)))
+    with pytest.raises(ValueError, match="`axis`"), masking.norms_over(x[:, 0, 0] > 0):
+        norm.apply(variables, x, mutable=["batch_stats"])
 
 
 # ------------------------------------------------------------------- where it is done
