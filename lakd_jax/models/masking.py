@@ -60,7 +60,8 @@ def _normalised(norm: nn.BatchNorm, x: jax.Array, weights: jax.Array) -> jax.Arr
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
     def mean(values: jax.Array) -> jax.Array:
-        return weights @ jnp.mean(values, axes[1:])
+        # A sum, not a product of matrices, which TPUs would compute in bfloat16.
+        return jnp.sum(jnp.expand_dims(weights, 1) * jnp.mean(values, axes[1:]), 0)
 
     average = mean(wide)
     if norm.use_fast_variance:
