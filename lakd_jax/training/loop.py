@@ -95,8 +95,9 @@ class Fit:
                 if previous:
                     self._read(*previous)
                 # The first of its shape is compiled: its time says nothing of speed.
+                images = np.sum(rows >= 0).item()
+                self.record.progress.images += images
                 if rows.shape in compiled:
-                    images = np.sum(rows >= 0).item()
                     self._count_time(time.perf_counter() - began, images)
                 compiled.add(rows.shape)
                 self.guard.check()
@@ -141,7 +142,7 @@ class Fit:
         self.record.note(first, self.engine.read(pending))
 
     def _count_time(self, seconds: float, images: int = 0) -> None:
-        self.record.progress.images += images
+        self.record.progress.timed_images += images
         self.record.progress.step_seconds += seconds
 
     def _flush(self, step: int) -> None:

@@ -71,8 +71,9 @@ class Progress:
       best_step, best_right: the step and the number of correct predictions of the best
         evaluation, the first one in a tie.
       seconds: the wall time of the run.
-      step_seconds: the wall time of its steps only.
-      images: the number of images processed in `step_seconds`.
+      images: the number of images of all steps.
+      step_seconds: the wall time of steps, without those that waited for a compiler.
+      timed_images: the number of images processed in `step_seconds`.
     """
 
     window: list[dict[str, float]] = dataclasses.field(default_factory=list)
@@ -80,8 +81,9 @@ class Progress:
     best_step: int = 0
     best_right: int = -1
     seconds: float = 0.0
-    step_seconds: float = 0.0
     images: int = 0
+    step_seconds: float = 0.0
+    timed_images: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +104,9 @@ class Trained:
 
         None if every step was part of a dispatch that was compiled.
         """
-        if not self.progress.images:
+        if not self.progress.timed_images:
             return None
-        return self.progress.images / max(self.progress.step_seconds, 1e-9)
+        return self.progress.timed_images / max(self.progress.step_seconds, 1e-9)
 
 
 class RunRecord:
@@ -170,7 +172,7 @@ class RunRecord:
         self.progress = Progress(**extra)
         self._began -= self.progress.seconds
         self.saved = step
-        self._flushed = self.progress.images, self.progress.step_seconds
+        self._flushed = self.progress.timed_images, self.progress.step_seconds
         return step, state_lib.TrainState.from_tree(arrays["train"])
 
     def begin(self, stack: contextlib.ExitStack, step: int) -> None:
@@ -245,8 +247,12 @@ class RunRecord:
         means = {n: sum(row[n] for row in window) / len(window) for n in window[0]}
         self._writer.write(step, "train", means)
         images, seconds = self._flushed  # the speed since the last flush
-        speed = (progress.images - images) / max(progress.step_seconds - seconds, 1e-9)
-        self._flushed = progress.images, progress.step_seconds
+        images, seconds = (
+            progress.timed_images - images,
+            progress.step_seconds - seconds,
+        )
+        speed = images / max(seconds, 1e-9)
+        self._flushed = progress.timed_images, progress.step_seconds
         window.clear()
         return means, speed
 

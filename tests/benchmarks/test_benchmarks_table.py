@@ -401,7 +401,8 @@ def test_methods_of_a_seed_see_the_same_images_in_the_same_order(tmp_path):
             teacher,
         )
         steps = job.record.plan.total_steps
-        rows = [job.record.rows(step, 1).tolist() for step in range(steps)]
+        rows = [job.record.rows(step, 1)[0] for step in range(steps)]
+        rows = [row[row >= 0].tolist() for row in rows]  # some methods fill them up
         keys = [jax.random.key_data(k).tolist() for k in (job.data.key, job.data.noise)]
         return rows, keys, (job.spec.pad, job.spec.flip)
 
