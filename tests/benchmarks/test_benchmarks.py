@@ -61,6 +61,7 @@ def test_a_plan_prints_the_table_of_results(name):
     )
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_commands_in_the_documents_make_runs_without_faults(monkeypatch):
     monkeypatch.chdir(commands.ROOT)

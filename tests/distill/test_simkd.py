@@ -296,6 +296,7 @@ def run(tmp_path_factory, tiny_data):
     return lakd_jax.train(tiny.small(folder, **fields), folder / "r")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("tiny_data")
 class TestRun:
     def test_the_trained_network_is_the_one_that_is_read_again(self, run):

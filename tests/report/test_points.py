@@ -271,6 +271,7 @@ def cells(row):
     return re.findall("<td>(.*?)</td>", row)
 
 
+@pytest.mark.long
 def test_networks_are_reported_side_by_side(two_networks, tmp_path, monkeypatch):
     monkeypatch.setattr(learnt, "_usable", lambda g, f: np.arange(4) != 2)
     told = []
@@ -290,6 +291,7 @@ def test_networks_are_reported_side_by_side(two_networks, tmp_path, monkeypatch)
     assert told[-1] == "knowledge points: student, kd, 2 of 2"
 
 
+@pytest.mark.long
 def test_without_comparable_images_there_is_no_table(
     two_networks, tmp_path, monkeypatch
 ):
