@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from lakd_jax import fields
 from lakd_jax.distill import dkd
-from lakd_jax.distill.base import method, numerics, term
+from lakd_jax.distill.base import method, numerics
 from lakd_jax.distill.base import rules as rules_lib
 
 _LEAST = 2  # classes; the label may be one of them
@@ -53,10 +53,10 @@ def tckd_loss(
     """
     label = jax.nn.one_hot(labels, student_logits.shape[-1], dtype=bool)
     student, teacher = (
-        dkd.target_or_not(logits / temperature, label)
+        logits / temperature
         for logits in numerics.frozen(student_logits, teacher_logits)
     )
-    return temperature**2 * jnp.mean(numerics.divergence(teacher, student))
+    return temperature**2 * jnp.mean(dkd.tckd(student, teacher, label))
 
 
 def nckd_loss(
@@ -82,11 +82,9 @@ def nckd_loss(
     """
     student, teacher = numerics.frozen(student_logits, teacher_logits)
     label = jax.nn.one_hot(labels, student.shape[-1], dtype=bool)
-    masked = label | ~highest(teacher, top)
-    log_s, log_t = (
-        dkd.others(logits / temperature, masked) for logits in (student, teacher)
-    )
-    return temperature**2 * jnp.mean(numerics.divergence(log_t, log_s))
+    left_out = label | ~highest(teacher, top)
+    student, teacher = (logits / temperature for logits in (student, teacher))
+    return temperature**2 * jnp.mean(dkd.nckd(student, teacher, left_out))
 
 
 def highest(logits: jax.Array, top: jax.Array | int) -> jax.Array:
@@ -116,18 +114,9 @@ def _schedule(options: Any, run: rules_lib.Run) -> str:
     return ""
 
 
-class DeepKD(term.LogitTerm):
+class DeepKD(dkd.DKD):
     """ce_weight CE + weight * (alpha `tckd_loss` + beta `nckd_loss`)."""
 
-    weight: float = 1.0
-    warmup_epochs: float = 20.0
-    alpha: float = fields.field(
-        1.0, "of the label against all other classes", fields.at_least(0)
-    )
-    beta: float = fields.field(
-        8.0, "of the others among themselves; by the pair", fields.at_least(0)
-    )
-    temperature: float = fields.field(4.0, check=fields.above(0))
     shares: tuple[float, ...] = fields.field(
         (0.05, 1.0),
         "of the classes, the teacher's highest, that beta's loss sees at share_epochs; "
@@ -152,14 +141,10 @@ class DeepKD(term.LogitTerm):
         "optimiser",
         fields.inside(-1, 1),
     )
-    standardise: bool = fields.field(
-        False, "z-scores of the logits; then temperature=2, weight=9"
-    )
 
     title: ClassVar[str] = "DeepKD"
-    two_classes: ClassVar[str | None] = "alpha"
-    reads_labels: ClassVar[bool] = True
-    rules: ClassVar[tuple[rules_lib.Rule, ...]] = (*term.LogitTerm.rules, _schedule)
+    per_example: ClassVar[bool] = False  # its means are over all rows
+    rules: ClassVar[tuple[rules_lib.Rule, ...]] = (*dkd.DKD.rules, _schedule)
     momenta: ClassVar[tuple[method.Momentum, ...]] = (
         method.Momentum("task", "task_delta", method.TASK),
         method.Momentum("target", "target_delta", ("tckd",), decays=True),

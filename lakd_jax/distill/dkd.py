@@ -42,11 +42,32 @@ def dkd_loss(
     target = jax.nn.one_hot(labels, student_logits.shape[-1], dtype=bool)
     both = numerics.frozen(student_logits, teacher_logits)
     student, teacher = (logits / temperature for logits in both)
-    tckd = numerics.divergence(
+    each = alpha * tckd(student, teacher, target) + beta * nckd(
+        student, teacher, target
+    )
+    return temperature**2 * jnp.mean(each, where=where)
+
+
+def tckd(student: jax.Array, teacher: jax.Array, target: jax.Array) -> jax.Array:
+    """Returns KL (B,) of "the label or not".
+
+    Args:
+      student, teacher: logits (B, classes) over the temperature, float32.
+      target: (B, classes) bool, the label's place.
+    """
+    return numerics.divergence(
         target_or_not(teacher, target), target_or_not(student, target)
     )
-    nckd = numerics.divergence(others(teacher, target), others(student, target))
-    return temperature**2 * jnp.mean(alpha * tckd + beta * nckd, where=where)
+
+
+def nckd(student: jax.Array, teacher: jax.Array, left_out: jax.Array) -> jax.Array:
+    """Returns KL (B,) of some classes among themselves.
+
+    Args:
+      student, teacher: logits (B, classes) over the temperature, float32.
+      left_out: (B, classes) bool, the label's place, and what else takes no part.
+    """
+    return numerics.divergence(others(teacher, left_out), others(student, left_out))
 
 
 def target_or_not(logits: jax.Array, target: jax.Array) -> jax.Array:
@@ -64,20 +85,20 @@ def target_or_not(logits: jax.Array, target: jax.Array) -> jax.Array:
     return jax.nn.log_softmax(jnp.stack([label, others], -1))
 
 
-def others(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """Log-probabilities of the classes other than the label among themselves.
+def others(logits: jax.Array, left_out: jax.Array) -> jax.Array:
+    """Log-probabilities of the classes that are not left out among themselves.
 
     Args:
       logits: (B, classes) float32.
-      target: (B, classes) bool, the label's place.
+      left_out: (B, classes) bool.
 
     Returns:
-      (B, classes); 0 in the label's place.
+      (B, classes); 0 in the places left out.
     """
     log_p = logits - jax.nn.logsumexp(
-        jnp.where(target, -jnp.inf, logits), -1, keepdims=True
+        jnp.where(left_out, -jnp.inf, logits), -1, keepdims=True
     )
-    return jnp.where(target, 0.0, log_p)
+    return jnp.where(left_out, 0.0, log_p)
 
 
 class DKD(term.LogitTerm):

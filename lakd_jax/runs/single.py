@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from lakd_jax import data, distill, errors, paths
+from lakd_jax import data, distill, paths
 from lakd_jax.config import resolved
 from lakd_jax.data import dataset as dataset_lib
 from lakd_jax.data import device, order, sources
 from lakd_jax.data.streaming import batches
 from lakd_jax.interop import downloads, published, weights
 from lakd_jax.models import chain
-from lakd_jax.runs import teacher_source, tracking
+from lakd_jax.runs import checks, teacher_source, tracking
 from lakd_jax.runtime import backend, hosts, interrupt
 from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.store import workdir
@@ -33,6 +33,7 @@ from lakd_jax.training import engine as engine_lib
 from lakd_jax.training import phase as phase_lib
 from lakd_jax.training import record as record_lib
 from lakd_jax.training import spec as spec_lib
+from lakd_jax.training import state as state_lib
 
 PyTree = Any
 Notify = Callable[[str], None]
@@ -118,7 +119,7 @@ def environment(
     with guard.released():
         dataset = hosts.in_turn(load)
     hosts.agree({f"images of data.source {d.source}": dataset.fingerprint()})
-    _require_a_batch(config, seen(config, dataset))
+    checks.a_batch(config, len(seen(config, dataset).train))
     loaded = on_mesh(dataset, mesh_lib.data_mesh(), guard, notify)
     return dataclasses.replace(loaded, folder=folder)
 
@@ -158,16 +159,6 @@ def seen(
     if not config.data.per_class or isinstance(dataset, batches.Dataset):
         return dataset  # the rules of the config do not allow both
     return dataset_lib.few(dataset, config.data.per_class, config.seed)
-
-
-def _require_a_batch(
-    config: resolved.Config, dataset: data.Dataset | batches.Dataset
-) -> None:
-    if len(dataset.train) < config.batch_size:
-        raise errors.DataError(
-            f"data.source {config.data.source}: {len(dataset.train)} training images "
-            f"do not fill one batch; lower batch_size ({config.batch_size})."
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,19 +212,10 @@ def training_job(
     config = phase.config
     if not distill.facts(config.method).needs_teacher:
         teacher = None
-    student = load_network("student", config, environment)
-    student = weights.gated(student, setup.vam_options(config))
     teacher_pixels = teacher.pixels if teacher else setup.pixels(config)
-    student = borrowed.student(
-        config,
-        student,
-        teacher.network if teacher else None,
-        borrowed.sizes(
-            setup.pixels(config), teacher_pixels, environment.dataset.train.shape
-        ),
-    )
-    _check_last_batch(config, len(environment.dataset.train))
-    _check_two_classes(config, environment)
+    student = _student(config, environment, teacher, teacher_pixels)
+    checks.last_batch(config, len(environment.dataset.train))
+    checks.two_classes(config, len(environment.dataset.classes), environment.notify)
     plan = _plan(config, len(environment.dataset.train), environment.mesh)
     spec, first_state = setup.spec(
         config,
@@ -254,10 +236,9 @@ def training_job(
     score = evaluator(
         config, student, setup.pixels(config), environment, spec.student_at
     )
-    minival, seed = environment.minival, config.seed
     train_data = feeds.of_run(
         environment.train,
-        seed,
+        config.seed,
         environment.mesh,
         environment.notify,
         batch_size=plan.batch_size,
@@ -278,25 +259,54 @@ def training_job(
     )
     return TrainingJob(
         phase,
-        record_lib.RunRecord(
-            plan,
-            directory,
-            seed,
-            first_state,
-            minival,
-            score,
-            average_used=config.optim.ema > 0 and config.optim.ema_used,
-            tracked=record_lib.Tracked(
-                config.trackers, tracking.about(config, directory, environment.root)
-            ),
-            scales=functools.partial(updates.first_norms, student.model)
-            if config.log_updates
-            else None,
-        ),
+        _record(config, environment, plan, directory, student, first_state, score),
         spec,
         student,
         source,
         train_data,
+    )
+
+
+def _student(
+    config: resolved.Config,
+    environment: Environment,
+    teacher: Teacher | None,
+    teacher_pixels: spec_lib.Pixels,
+) -> weights.Loaded:
+    """Returns the student with what a method adds to it: gates, a borrowed head."""
+    student = load_network("student", config, environment)
+    student = weights.gated(student, setup.vam_options(config))
+    sizes = borrowed.sizes(
+        setup.pixels(config), teacher_pixels, environment.dataset.train.shape
+    )
+    network = teacher.network if teacher else None
+    return borrowed.student(config, student, network, sizes)
+
+
+def _record(
+    config: resolved.Config,
+    environment: Environment,
+    plan: record_lib.Plan,
+    directory: Path,
+    student: weights.Loaded,
+    first_state: Callable[[], state_lib.TrainState],
+    score: evaluate.Evaluator,
+) -> record_lib.RunRecord:
+    """Returns what is written of a training, and when."""
+    about = tracking.about(config, directory, environment.root)
+    scales = None
+    if config.log_updates:
+        scales = functools.partial(updates.first_norms, student.model)
+    return record_lib.RunRecord(
+        plan,
+        directory,
+        config.seed,
+        first_state,
+        environment.minival,
+        score,
+        average_used=config.optim.ema > 0 and config.optim.ema_used,
+        tracked=record_lib.Tracked(config.trackers, about),
+        scales=scales,
     )
 
 
@@ -384,44 +394,6 @@ def evaluator(
         environment.guard,
         model_at,
     )
-
-
-def _check_last_batch(config: resolved.Config, examples: int) -> None:
-    """Raises ConfigError if an epoch's short last batch is too small, or indivisible.
-
-    Full batches are checked with the other fields, before any data is loaded.
-    """
-    least = distill.facts(config.method).least_batch
-    left, parts = examples % config.batch_size, config.optim.accumulate
-    needed = f"method {config.method} needs at least {least}"
-    if parts > 1:
-        needed = f"optim.accumulate needs a multiple of {parts}"
-        needed += f", at least {parts * least}" if least > 1 else ""
-    if config.data.drop_last or (left % parts == 0 and not 0 < left < parts * least):
-        return
-    raise errors.ConfigError(
-        [
-            f"batch_size is {config.batch_size}, which leaves {left} of {examples} "
-            f"training images for the last batch of an epoch; {needed}: set "
-            "data.drop_last, or another batch_size"
-        ]
-    )
-
-
-def _check_two_classes(config: resolved.Config, environment: Environment) -> None:
-    """Raises ConfigError if a method learns nothing from the teacher with two classes.
-
-    The number of classes is known with the data only. A part that cannot teach is
-    reported.
-    """
-    if len(environment.dataset.classes) != 2:
-        return
-    for name in distill.parts(config.method):
-        fault, remark = distill.with_two_classes(name, config.method_options(name))
-        if fault:
-            raise errors.ConfigError([fault])
-        if remark:
-            environment.notify(remark)
 
 
 def _plan(

@@ -204,8 +204,7 @@ def _gradient(
     total = functools.partial(dot.losses, groups) if groups else method_lib.total
 
     def objective(params: PyTree) -> tuple[Any, ForwardPass]:
-        with wide.sums(spec.wide_sums):
-            result = forward(params)
+        result = forward(params)
         return total(result[0]), result
 
     if not groups:
@@ -229,9 +228,9 @@ def _forward(
 ) -> ForwardPass:
     """Runs a segment of the student, and the method on it."""
     state = dataclasses.replace(state, params=params)
-    signals, student = observe(spec, segment, state, teacher_pass, below, batch)
     names = list(state.collections)
-    with masking.norms_over(batch.valid):
+    with wide.sums(spec.wide_sums), masking.norms_over(batch.valid):
+        signals, student = observe(spec, segment, state, teacher_pass, below, batch)
         losses, method = spec.method.apply(
             state.variables("method"), signals, train=True, mutable=names
         )
@@ -277,17 +276,16 @@ def observe(
         cut = None
         if segment.first != segment.last:
             cut = cuts.joint_function(spec.partition, scale, replace)
-        with masking.norms_over(batch.valid):
-            outputs: Any = model.apply(
-                variables,
-                inputs,
-                train=True,
-                joint=cut,
-                after=after,
-                until=until,
-                mutable=[*state.collections, _SOWN],
-                rngs={"dropout": batch.noise},
-            )
+        outputs: Any = model.apply(
+            variables,
+            inputs,
+            train=True,
+            joint=cut,
+            after=after,
+            until=until,
+            mutable=[*state.collections, _SOWN],
+            rngs={"dropout": batch.noise},
+        )
         return outputs
 
     student, collections = run(spec.cut_scale)

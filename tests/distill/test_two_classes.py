@@ -1,7 +1,5 @@
 """Two classes: losses that cannot teach are refused or reported."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,7 @@ from lakd_jax import config as config_lib
 from lakd_jax import distill, errors
 from lakd_jax.config import resolved
 from lakd_jax.distill import deepkd, dist, dkd, kd, nkd, rld, wkd
-from lakd_jax.runs import single
+from lakd_jax.runs import checks
 
 LOGITS = np.random.default_rng(0).normal(0, 2, (2, 16, 3)).astype(np.float32)
 LABELS = np.arange(16) % 2
@@ -45,9 +43,7 @@ def check(method, classes=2, **fields):
     lines = []
     changes = {"method": method} | {k.replace("__", "."): v for k, v in fields.items()}
     config = config_lib.changed(config_lib.default(), changes)
-    dataset = types.SimpleNamespace(classes=("a", "b", "c")[:classes])
-    environment = types.SimpleNamespace(dataset=dataset, notify=lines.append)
-    single._check_two_classes(resolved.resolve(config), environment)
+    checks.two_classes(resolved.resolve(config), classes, lines.append)
     return lines
 
 

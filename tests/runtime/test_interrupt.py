@@ -98,7 +98,7 @@ def test_a_closed_terminal_does_not_end_a_save(tmp_path):
     process = processes.start("-c", _TALKATIVE, tmp_path / "saved", terminal=slave)
     os.close(slave)
     with open(master, "rb", buffering=0) as shown:
-        # The whole line: the end of one that is cut off would be an error before the signal.
+        # The whole line: to write the end of it would fail before the signal comes.
         assert b"".join(iter(lambda: shown.read(1), b"\n")) == b"ready\r"
     process.send_signal(signal.SIGHUP)  # the kernel does, to the terminal's session
     assert process.wait(timeout=60) == 0

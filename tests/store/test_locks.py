@@ -114,6 +114,7 @@ def test_a_dead_process_of_this_machine_is_taken_over_at_once():
         silent(stored, **facts)
         second = claim(stored)
         second.acquire()
+        assert stored.writes == 3  # the first's, one that is refused, the second's
         second.release()
 
 

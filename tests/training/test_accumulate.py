@@ -13,7 +13,7 @@ import tiny
 
 from lakd_jax import errors
 from lakd_jax.config import check
-from lakd_jax.runs import single
+from lakd_jax.runs import checks
 from lakd_jax.runtime import backend
 from lakd_jax.training import step, teacher_outputs
 
@@ -156,8 +156,8 @@ def test_a_last_batch_must_divide(tmp_path):
     config = tiny.config(tmp_path, **fields)
     for left, says in ((6, "a multiple of 4"), (4, "of 4, at least 8: set data.drop")):
         with pytest.raises(errors.ConfigError, match=f"leaves {left} of .*{says}"):
-            single._check_last_batch(config, 32 + left)
-    single._check_last_batch(config, 32)
-    single._check_last_batch(config, 40)
+            checks.last_batch(config, 32 + left)
+    checks.last_batch(config, 32)
+    checks.last_batch(config, 40)
     dropped = tiny.config(tmp_path, **fields, data__drop_last=True)
-    single._check_last_batch(dropped, 38)
+    checks.last_batch(dropped, 38)

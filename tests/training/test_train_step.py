@@ -15,7 +15,7 @@ from lakd_jax import errors
 from lakd_jax.config import resolved
 from lakd_jax.data import device
 from lakd_jax.interop import weights
-from lakd_jax.runs import single
+from lakd_jax.runs import checks
 from lakd_jax.runtime import mesh as mesh_lib
 from lakd_jax.training import setup, step
 from lakd_jax.training import spec as spec_lib
@@ -272,7 +272,7 @@ def test_a_last_batch_of_one_is_rejected_if_batch_norm_needs_more(tmp_path):
     with pytest.raises(
         errors.ConfigError, match="leaves 1 of 33 .* set data.drop_last"
     ):
-        single._check_last_batch(config, 33)
-    single._check_last_batch(config, 34)
+        checks.last_batch(config, 33)
+    checks.last_batch(config, 34)
     for other in ({"data__drop_last": True}, {"method": "kd"}):
-        single._check_last_batch(tiny.config(tmp_path, **(fields | other)), 33)
+        checks.last_batch(tiny.config(tmp_path, **(fields | other)), 33)
