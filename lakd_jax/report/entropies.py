@@ -51,4 +51,4 @@ def entropies(
     bar = figure.colorbar(scale, cax=figure.add_axes(place))
     bar.ax.tick_params(labelsize=6)
     bar.set_label("entropy", fontsize=7, color=canvas.INK)
-    figure.savefig(path, dpi=canvas.DPI)
+    canvas.save(figure, path)

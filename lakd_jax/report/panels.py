@@ -54,7 +54,7 @@ def curves(
         axis.set_xlabel("share of the pixels", fontsize=8)
     axes[0, 0].legend(fontsize=7, frameon=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=canvas.DPI)
+    canvas.save(figure, path)
 
 
 def _panel(axis: Any, lines: Sequence[Line], shares: Sequence[float]) -> None:
