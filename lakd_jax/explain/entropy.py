@@ -17,11 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lakd_jax.models import pooling
+
 PyTree = Any
 # Maps variables and inputs (n, H, W, 3) to features (n, ...).
 Features = Callable[[PyTree, jax.Array], jax.Array]
-# Returns noise (n, H, W, 3) for the number of a round; `INITIAL` scales the error.
-Noise = Callable[[jax.Array | int], jax.Array]
+Network = Callable[[jax.Array], jax.Array]  # `Features` of given variables
+# Maps an image's number, a round's number (`INITIAL` for what scales the error) and a
+# shape (n, H, W, 3) to standard normal noise.
+Noise = Callable[[jax.Array, jax.Array | int, tuple[int, ...]], jax.Array]
+State = dict[str, jax.Array]  # of the fit of one image between rounds
 
 INITIAL = -1
 CELLS = 16  # per side of the grid
@@ -96,71 +101,104 @@ def entropy(sigma: Any) -> Any:
     return log(sigma) + _CONSTANT
 
 
-def enlarged(grid: jax.Array, height: int, width: int) -> jax.Array:
-    """Returns (H, W, 1) from a square grid, by the nearest cell as in PyTorch."""
-    count = len(grid)
-    rows, columns = (np.arange(n) * count // n for n in (height, width))
-    return grid[rows][:, columns, None]
+def normal(number: jax.Array, i: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
+    """Returns the noise of image `number` in round `i`; depends on nothing else."""
+    key = jax.random.fold_in(jax.random.key(0), number)
+    return jax.random.normal(jax.random.fold_in(key, i + 1), shape)
 
 
-def fit(
-    features: Features,
-    variables: PyTree,
-    image: jax.Array,
-    noise: Noise,
-    settings: Settings,
-) -> dict[str, jax.Array]:
-    """Fits noise to one image; returns the entries of `Fit` without the first axis.
+class Fitter:
+    """Fits noise to the same images for any variables of one network.
 
-    Args:
-        features: of the network in evaluation mode; negative values count as 0.
-        variables: of the network.
-        image: (H, W, 3) as the network receives it.
-        noise: standard normal, differs from round to round.
-        settings: of the fit.
+    One program makes one round of several images, as many as `_PROGRAM` allows. A loop
+    over the rounds inside a program would take four to six times as long on CPU, where
+    XLA runs convolutions inside loops on one thread and with slower kernels.
     """
-    height, width = image.shape[:2]
-    clean = jax.nn.relu(features(variables, image[None]))
 
-    def error(sigma: jax.Array, draws: jax.Array) -> jax.Array:
-        noisy = image[None] + enlarged(sigma, height, width)[None] * draws
-        return jnp.mean(jnp.square(jax.nn.relu(features(variables, noisy)) - clean))
+    def __init__(
+        self,
+        features: Features,
+        images: np.ndarray,
+        settings: Settings,
+        noise: Noise = normal,
+    ):
+        """Prepares the fit.
 
-    start = jnp.full((cells(min(height, width)),) * 2, _SIGMA, jnp.float32)
-    scale = error(start, noise(INITIAL))
-    divisor = jnp.where(scale > 0, scale, 1.0)
+        Args:
+            features: of the network in evaluation mode; negative values count as 0.
+            images: (N, H, W, 3) as the network receives them.
+            settings: of the fit.
+            noise: differs from round to round; is traced.
+        """
+        self._images = np.asarray(images, np.float32)
+        self._rounds = settings.rounds
+        _, height, width, _ = self._images.shape
+        together = _PROGRAM // (settings.draws * height * width)
+        self._together = max(1, min(together, len(self._images)))
+        shape = (settings.draws, *self._images.shape[1:])
 
-    def objective(sigma: jax.Array, draws: jax.Array, weight: jax.Array) -> Any:
-        value = error(sigma, draws) / divisor
-        mean = jnp.mean(entropy(sigma))
-        return value - weight * mean, (value, mean)
+        def start(variables: PyTree, image: jax.Array, number: jax.Array) -> State:
+            draws = noise(number, INITIAL, shape)
+            network = functools.partial(features, variables)
+            return _start(network, image, draws, settings)
 
-    def one_round(carry: dict[str, jax.Array], i: jax.Array) -> Any:
-        sigma = jnp.clip(carry["sigma"], _LOWEST, _HIGHEST)
-        gradient, (value, mean) = jax.grad(objective, has_aux=True)(
-            sigma, noise(i), carry["weight"]
+        def one_round(
+            state: State,
+            variables: PyTree,
+            image: jax.Array,
+            number: jax.Array,
+            i: jax.Array,
+        ) -> tuple[State, dict[str, jax.Array]]:
+            draws = noise(number, i, shape)
+            network = functools.partial(features, variables)
+            return _one_round(state, network, image, draws, i, settings)
+
+        self._start = jax.jit(jax.vmap(start, (None, 0, 0)))
+        self._one_round = jax.jit(
+            jax.vmap(one_round, (0, None, 0, 0, None)), donate_argnums=0
         )
-        distance = jnp.abs(mean - settings.target)
-        is_nearer = carry["active"] & (distance < carry["distance"])
-        highest = jnp.maximum(carry["highest"], mean)
-        at_check = carry["active"] & (i + 1 == settings.check_after)
-        ends = at_check & (highest > settings.target)
-        after = carry | {
-            "sigma": sigma - settings.learning_rate * gradient,
-            "best": jnp.where(is_nearer, sigma, carry["best"]),
-            "round": jnp.where(is_nearer, i, carry["round"]),
-            "distance": jnp.where(is_nearer, distance, carry["distance"]),
-            "highest": highest,
-            "rounds": carry["rounds"] + carry["active"],
-            "weight": carry["weight"]
-            * jnp.where(at_check & ~ends, settings.raised, 1.0),
-            "active": carry["active"] & ~ends,
-        }
-        return after, (mean, value)
 
-    first = {
-        "sigma": start,
-        "best": start,
+    def __call__(self, variables: PyTree, check: Callable[[], None]) -> Fit:
+        """Returns the fit for `variables`; `check` is called before each round."""
+        numbers, parts = np.arange(len(self._images)), []
+        variables = jax.device_put(variables)  # once, not in every round
+        for start in range(0, len(numbers), self._together):
+            # The last program takes images that were fitted before, if it must.
+            begin = max(0, min(start, len(numbers) - self._together))
+            found = self._fit(variables, numbers[begin : begin + self._together], check)
+            parts.append(jax.tree.map(lambda x, n=start - begin: x[n:], found))
+        return Fit(**jax.tree.map(lambda *x: np.concatenate(x), *parts))
+
+    def _fit(
+        self, variables: PyTree, numbers: np.ndarray, check: Callable[[], None]
+    ) -> dict[str, np.ndarray]:
+        """Returns the attributes of `Fit` for the images of these numbers."""
+        inputs = variables, *jax.device_put((self._images[numbers], numbers))
+        state, histories = self._start(*inputs), []
+        for i in range(self._rounds):
+            check()
+            state, values = self._one_round(state, *inputs, i)
+            # Waits for the round before, while this one runs: with all rounds queued,
+            # an interruption would have to wait for the last of them.
+            jax.block_until_ready(histories[-1:])
+            histories.append(values)
+        kept = {name: state[name] for name in ("scale", "round", "rounds", "weight")}
+        kept["sigma"] = state["best"]
+        kept, histories = jax.device_get((kept, histories))
+        return kept | jax.tree.map(lambda *x: np.stack(x, 1), *histories)
+
+
+def _start(
+    network: Network, image: jax.Array, draws: jax.Array, settings: Settings
+) -> State:
+    """Returns the state of an image (H, W, 3) before its first round."""
+    sigma = jnp.full((cells(min(image.shape[:2])),) * 2, _SIGMA, jnp.float32)
+    clean = jax.nn.relu(network(image[None]))
+    return {
+        "clean": clean,
+        "scale": _error(sigma, clean, network, image, draws),
+        "sigma": sigma,
+        "best": sigma,
         "round": jnp.int32(0),
         "distance": jnp.float32(jnp.inf),
         "highest": jnp.float32(-jnp.inf),
@@ -168,47 +206,52 @@ def fit(
         "weight": jnp.float32(settings.weight),
         "active": jnp.bool_(True),
     }
-    last, (entropies, errors) = jax.lax.scan(
-        one_round, first, jnp.arange(settings.rounds)
-    )
-    kept = {name: last[name] for name in ("round", "rounds", "weight")}
-    histories = {"entropies": entropies, "errors": errors}
-    return {"sigma": last["best"], "scale": scale} | kept | histories
 
 
-class Fitter:
-    """Fits noise to the same images for any variables of one network.
+def _error(
+    sigma: jax.Array,
+    clean: jax.Array,
+    network: Network,
+    image: jax.Array,
+    draws: jax.Array,
+) -> jax.Array:
+    """Returns the mean squared error of the feature with noise of deviation `sigma`."""
+    each = pooling.resize_nearest(sigma[None, ..., None], *image.shape[:2])
+    noisy = image[None] + each * draws
+    return jnp.mean(jnp.square(jax.nn.relu(network(noisy)) - clean))
 
-    Several images are processed by one program, as many as `_PROGRAM` allows.
-    """
 
-    def __init__(self, features: Features, images: np.ndarray, settings: Settings):
-        """Prepares the fit; `images` are (N, H, W, 3) as the network receives them."""
-        self._images = np.asarray(images, np.float32)
-        _, height, width, _ = self._images.shape
-        together = _PROGRAM // (settings.draws * height * width)
-        self._together = max(1, min(together, len(self._images)))
-        shape = (settings.draws, *self._images.shape[1:])
+def _one_round(
+    state: State,
+    network: Network,
+    image: jax.Array,
+    draws: jax.Array,
+    i: jax.Array,
+    settings: Settings,
+) -> tuple[State, dict[str, jax.Array]]:
+    """Returns the state after round `i`; and its mean entropy and relative error."""
+    divisor = jnp.where(state["scale"] > 0, state["scale"], 1.0)
 
-        def of_image(variables: PyTree, image: jax.Array, number: jax.Array) -> Any:
-            key = jax.random.fold_in(jax.random.key(0), number)
+    def objective(sigma: jax.Array) -> Any:
+        error = _error(sigma, state["clean"], network, image, draws)
+        mean = jnp.mean(entropy(sigma))
+        return error / divisor - state["weight"] * mean, (error / divisor, mean)
 
-            def noise(i: jax.Array | int) -> jax.Array:
-                return jax.random.normal(jax.random.fold_in(key, i + 1), shape)
-
-            return fit(features, variables, image, noise, settings)
-
-        self._run = jax.jit(jax.vmap(of_image, in_axes=(None, 0, 0)))
-
-    def __call__(self, variables: PyTree, check: Callable[[], None]) -> Fit:
-        """Returns the fit for `variables`; `check` is called between programs."""
-        numbers, parts = np.arange(len(self._images)), []
-        for start in range(0, len(numbers), self._together):
-            check()
-            # The last program takes images that were fitted before, if it must.
-            begin = max(0, min(start, len(numbers) - self._together))
-            chosen = numbers[begin : begin + self._together]
-            found = jax.device_get(self._run(variables, self._images[chosen], chosen))
-            parts.append(jax.tree.map(lambda x, n=start - begin: x[n:], found))
-        merged = functools.partial(jax.tree.map, lambda *x: np.concatenate(x))
-        return Fit(**merged(*parts))
+    sigma = jnp.clip(state["sigma"], _LOWEST, _HIGHEST)
+    gradient, (error, mean) = jax.grad(objective, has_aux=True)(sigma)
+    distance = jnp.abs(mean - settings.target)
+    is_nearer = state["active"] & (distance < state["distance"])
+    highest = jnp.maximum(state["highest"], mean)
+    at_check = state["active"] & (i + 1 == settings.check_after)
+    ends = at_check & (highest > settings.target)
+    after = state | {
+        "sigma": sigma - settings.learning_rate * gradient,
+        "best": jnp.where(is_nearer, sigma, state["best"]),
+        "round": jnp.where(is_nearer, i, state["round"]),
+        "distance": jnp.where(is_nearer, distance, state["distance"]),
+        "highest": highest,
+        "rounds": state["rounds"] + state["active"],
+        "weight": state["weight"] * jnp.where(at_check & ~ends, settings.raised, 1.0),
+        "active": state["active"] & ~ends,
+    }
+    return after, {"entropies": mean, "errors": error}

@@ -17,6 +17,7 @@ from PIL import Image
 
 from lakd_jax import errors, explain
 from lakd_jax.explain import entropy, learnt, points, regions, subject
+from lakd_jax.models import pooling
 from lakd_jax.runs import command
 from lakd_jax.runtime import interrupt
 from lakd_jax.store import workdir
@@ -58,20 +59,25 @@ CASES = {
 }
 
 
+def is_initial(i):
+    """Whether `i` stands for the first draws; the number of a round is traced."""
+    return not isinstance(i, jax.Array) and i == entropy.INITIAL
+
+
 @functools.cache
 def fitted(case):
+    """The attributes of the one image's `Fit`."""
     initial, later = nhwc("kq_noise_init"), nhwc("kq_noise")
 
-    def noise(i):
-        return initial if isinstance(i, int) else later[i % len(later)]
+    def noise(number, i, shape):
+        return initial if is_initial(i) else later[i % len(later)]
 
-    image = nhwc("kq_image")[0]
-
-    def run():
-        return entropy.fit(features, VARIABLES, image, noise, CASES[case])
-
+    fitter = entropy.Fitter(features, nhwc("kq_image"), CASES[case], noise)
     with jax.default_matmul_precision("highest"):
-        return jax.device_get(jax.jit(run)())
+        fit = fitter(VARIABLES, lambda: None)
+    return {
+        field.name: getattr(fit, field.name)[0] for field in dataclasses.fields(fit)
+    }
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -96,12 +102,15 @@ def test_the_weight_is_raised_only_where_the_target_was_not_passed():
 
 
 def test_cells_are_the_nearest_ones():
-    grid = jnp.arange(256.0).reshape(16, 16)
+    grid = np.arange(256.0, dtype=np.float32).reshape(16, 16)
+
+    def enlarged(side):
+        return pooling.resize_nearest(grid[None, ..., None], side, side)[0, ..., 0]
+
     repeated = np.repeat(np.repeat(grid, 2, 0), 2, 1)
-    np.testing.assert_array_equal(entropy.enlarged(grid, 32, 32)[..., 0], repeated)
+    np.testing.assert_array_equal(enlarged(32), repeated)
     at = np.arange(20) * 16 // 20
-    uneven = entropy.enlarged(grid, 20, 20)[..., 0]
-    np.testing.assert_array_equal(uneven, np.asarray(grid)[at][:, at])
+    np.testing.assert_array_equal(enlarged(20), grid[at][:, at])
     assert (entropy.cells(8), entropy.cells(227)) == (8, 16)
 
 
@@ -114,10 +123,9 @@ def left_half(variables, x):
 def fitter_results():
     images = 1 + np.random.default_rng(0).random((3, 8, 8, 3), np.float32)
     settings = entropy.Settings(rounds=12, draws=64, check_after=9, weight=7.0)
-    checks = []
+    fitter, checks = entropy.Fitter(left_half, images, settings), []
 
     def run(together, scale):
-        fitter = entropy.Fitter(left_half, images, settings)
         fitter._together = together
         return fitter({"scale": jnp.float32(scale)}, lambda: checks.append(1))
 
@@ -129,13 +137,35 @@ def test_entropy_is_lower_where_the_network_looks(fitter_results):
     assert together.grids.shape == (3, 8, 8)
     left, right = together.grids[..., :4], together.grids[..., 4:]
     assert left.max() < right.min()
-    assert len(checks) == 1 + 2 + 1
+    assert len(checks) == 12 * (1 + 2 + 1)  # every round of every program
 
 
 def test_images_do_not_depend_on_the_others_in_their_program(fitter_results):
     together, two_by_two, *_ = fitter_results
     np.testing.assert_allclose(two_by_two.sigma, together.sigma, rtol=1e-5)
     assert np.abs(together.sigma[0] - together.sigma[1]).max() > 1e-4
+
+
+def test_all_rounds_are_one_program_and_can_be_interrupted_between():
+    """Noise is drawn by Python code once per program that is compiled."""
+    images = np.ones((2, 4, 4, 3), np.float32)
+    traced, checks = [], []
+
+    def noise(number, i, shape):
+        traced.append(is_initial(i))
+        return entropy.normal(number, i, shape)
+
+    def interrupted():
+        checks.append(1)
+        if len(checks) == 3:
+            raise interrupt.Interrupted
+
+    fitter = entropy.Fitter(left_half, images, entropy.Settings(5, 2), noise)
+    with pytest.raises(interrupt.Interrupted):
+        fitter({"scale": jnp.float32(1)}, interrupted)
+    again = fitter({"scale": jnp.float32(2)}, lambda: None)
+    assert traced == [True, False]
+    assert len(checks) == 3 and again.errors.shape == (2, 5)
 
 
 def test_a_network_that_ignores_the_image_has_no_scale(fitter_results):
