@@ -153,7 +153,7 @@ def nonzero(tree):
     return any(map(np.any, jax.tree.leaves(jax.device_get(tree))))
 
 
-@pytest.mark.parametrize("soft", [True, False])
+@pytest.mark.parametrize("soft", [pytest.param(True, marks=pytest.mark.long), False])
 def test_property_6_hard_gates_and_dead_experts_do_not_learn(soft):
     model, variables = network()
     model = model.clone(temperature=1.0 if soft else None)

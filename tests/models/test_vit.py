@@ -55,6 +55,7 @@ def test_evaluation_is_timms(golden):
     assert sum(leaf.size for leaf in leaves) == expected["param_count"]
 
 
+@pytest.mark.long
 def test_input_gradient_is_timms():
     """Of 224x224 pixels this takes minutes without the compiler's optimisations."""
     model, variables, images = network(TINY)

@@ -73,7 +73,7 @@ def started(tmp_path, **fields):
     return config, environment, lines
 
 
-@pytest.mark.parametrize("method", ["kd", "lakd"])
+@pytest.mark.parametrize("method", [pytest.param("kd", marks=pytest.mark.long), "lakd"])
 def test_a_module_of_nnx_teaches(method, tmp_path):
     """LAKD cuts the student in two; the maps pair by their share of depth."""
     register()

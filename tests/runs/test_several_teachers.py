@@ -91,7 +91,8 @@ def test_each_is_tested_and_the_combination_is_the_teacher(files, tmp_path):
     assert teacher.parameters == sum(member.parameters for member in teacher.members)
 
 
-@pytest.mark.parametrize("method", [pytest.param("kd", marks=pytest.mark.long), "lakd"])
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["kd", "lakd"])
 def test_one_of_several_is_a_teacher(method, files, tmp_path):
     """The same steps, to rounding: LAKD runs its modules one by one."""
     params = []
@@ -111,6 +112,7 @@ def test_one_of_several_is_a_teacher(method, files, tmp_path):
     )
 
 
+@pytest.mark.long
 def test_a_run_is_recorded_and_found_again(files, tmp_path):
     run, fields = tmp_path / "run", {"teacher__combine": "confidence"}
     result = command.run(settings(tmp_path, files, **fields), run, **tiny.quiet())
@@ -136,6 +138,7 @@ def test_a_run_is_recorded_and_found_again(files, tmp_path):
         teacher_lib.load_recorded(run, config, environment)
 
 
+@pytest.mark.long
 def test_stored_outputs_depend_on_how_they_are_combined(files, tmp_path):
     folders = []
     for combine in ("mean", "confidence"):

@@ -213,6 +213,7 @@ def made_teacher(directory, **fields):
     return teacher_lib.make(config, environment)
 
 
+@pytest.mark.long
 def test_teacher_is_folded_and_fed_at_the_size_it_was_trained_at(run):
     """Folding keeps the right answers, and the parameters reported."""
     plain = made_teacher(run, teacher__image_size=12, teacher__fold=False)

@@ -144,6 +144,7 @@ def unbroken(lab):
     return run
 
 
+@LONG
 def test_a_run_stopped_again_and_again_ends_as_the_unbroken_one(lab, unbroken, place):
     """Promises 9, 12: in an evaluation, within an epoch, and at its end."""
     fields, parts = {"method": "none"}, place / "parts"

@@ -83,6 +83,7 @@ def test_faults_of_seeds_are_reported(fields, words, tmp_path):
     assert any(words in line for line in found), found
 
 
+@LONG
 def test_students_see_few_images_and_their_teacher_all(tmp_path, cache):
     lines = []
     few = config(

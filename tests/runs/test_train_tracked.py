@@ -35,6 +35,7 @@ def run(config, directory, guard=None):
     command.run(config, directory, guard=guard, notify=lambda line: None)
 
 
+@pytest.mark.long
 def test_a_stopped_run_is_tracked_as_a_whole_run_also_from_its_middle(tmp_path, seen):
     """Promise 12: no record is missing, and none comes twice."""
     fields = {"method": "none", "epochs": 2, "log_every": 3, "compile_cache": ""}

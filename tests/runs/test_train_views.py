@@ -125,6 +125,7 @@ def test_views_repeat_those_of_the_first_epochs(lakd):
     assert [int(free.view(jnp.int32(10 * epoch))) for epoch in range(5)] == [*range(5)]
 
 
+@LONG
 def test_stored_outputs_are_those_of_the_teacher_on_that_view(lakd):
     (spec, _, variables, data), cache = lakd
     stored = kept(lakd[0], cache)

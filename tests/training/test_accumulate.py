@@ -31,6 +31,7 @@ def step_lengths(after, before):
     return jax.tree.map(np.subtract, after.params, before.params)
 
 
+@LONG
 def test_without_batch_norm_parts_are_the_whole_batch(tmp_path):
     """With the stored outputs of a teacher, whose rows must go with the examples."""
     spec, state, _, data = steps.small(
@@ -102,6 +103,7 @@ def test_engines_accumulate_alike(kind, devices, trained):
     steps.assert_close(ours, fused, rtol=2e-4, atol=2e-6)
 
 
+@LONG
 def test_parts_take_less_memory(tmp_path):
     """A program holds the activations of one part, next to the images of all."""
     spec, *arguments = steps.small(tmp_path, 1, method="none")

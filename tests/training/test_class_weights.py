@@ -86,10 +86,11 @@ def test_what_it_does_not_go_with(tmp_path):
     assert "optim.class_weights does not go with label_smoothing=0.1" in line
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("weights", "same"),
     [
-        pytest.param((3.0, 3.0, 3.0), True, marks=pytest.mark.long),
+        ((3.0, 3.0, 3.0), True),
         ((1.0, 2.0, 8.0), False),
     ],
 )

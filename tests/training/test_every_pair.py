@@ -304,13 +304,14 @@ CELLS = [
 def quick(name, kind):
     """Whether a cell is not long.
 
-    Pairs that are alike, or unlike in widths alone, are; so are most of methods that
-    read no maps of the teacher: its logits and pooled features, which all networks have
-    in the same form, differ in width at most.
+    One is quick of each method: networks of unlike depth if it reads maps of the
+    teacher, else a transformer, as logits and pooled features, which all networks have
+    in the same form, differ in width at most. Of two methods all unlike kinds are.
     """
     facts = distill.facts(name)
     maps = facts.staged or not {"logits", "pooled"}.issuperset(facts.teacher_reads)
-    return kind == "to_vit" or (kind in ("deeper", "from_vit") and maps)
+    one = "deeper" if maps else "to_vit"
+    return kind == one or (name in ("lakd", "ofa") and kind in ("from_vit", "to_vit"))
 
 
 @pytest.mark.parametrize(

@@ -34,18 +34,14 @@ def setting_of(tmp_path, function, **fields):
     return spec, state, {"params": arrays}, data
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "fields",
     [
         {"method": "lakd"},  # every module alone
-        *(
-            pytest.param(fields, marks=pytest.mark.long)
-            for fields in (
-                {"method": "kd"},
-                {"method": "lakd", "optim__accumulate": 2},
-                {"method": "crd+at", "crd__negatives": 8},
-            )
-        ),
+        {"method": "kd"},
+        {"method": "lakd", "optim__accumulate": 2},
+        {"method": "crd+at", "crd__negatives": 8},
     ],
     ids=lambda fields: "-".join(map(str, fields.values())),
 )

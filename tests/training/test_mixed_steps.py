@@ -51,6 +51,7 @@ def test_steps_do_without_mixing_by_default(tmp_path):
     assert spec.mixing is None
 
 
+@LONG
 def test_a_short_batch_on_eight_devices_is_mixed_as_on_one(tmp_path):
     """Its partners are on other devices: the batch is reversed as a whole."""
     row = steps.rows(1, 12)[0]

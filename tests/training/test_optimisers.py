@@ -54,6 +54,7 @@ def test_engines_train_alike_with_adamw(kind, devices, trained):
     assert len(counts) == 2 and all(count == 3 for count in counts)
 
 
+@LONG
 def test_decay_norm_is_of_what_is_decayed(trained):
     """With the mask, these are the kernels, in the student and in the adapters."""
     state, metrics = trained("fused")

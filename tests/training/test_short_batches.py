@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import marks
 import numpy as np
 import pytest
 import test_train_engines as engines
@@ -23,7 +24,6 @@ from lakd_jax.training import record as record_lib
 from lakd_jax.training import setup
 
 LONG = pytest.mark.long
-QUICK = ("lakd", "dkd")
 METHODS = [n for n in distill.names() if distill.facts(n).per_example]
 # Options of LAKD that reduce in other places.
 VARIANTS = {
@@ -62,9 +62,7 @@ def assert_equal_steps(setting):
         assert_equal(found, metrics)
 
 
-@pytest.mark.parametrize(
-    "method", [n if n in QUICK else pytest.param(n, marks=LONG) for n in METHODS]
-)
+@pytest.mark.parametrize("method", marks.others_long(METHODS, ["dkd"]))
 def test_a_filled_step_is_the_short_step(method, tmp_path):
     fields = {"label_smoothing": 0.1} if method == "dkd" else {}
     setting = steps.small(tmp_path, 1, method=method, **fields)

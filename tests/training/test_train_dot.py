@@ -186,7 +186,7 @@ PLAIN = {
 SPLIT = {"kd": {"optim__dot_delta": 0.09}, "deepkd": {"deepkd__task_delta": 0.09}}
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", [pytest.param("kd", marks=pytest.mark.long), "deepkd"])
 def test_steps_use_split_gradients(name, tmp_path):
     """The first step equals plain SGD, with momenta still zero; the second differs."""
 

@@ -74,9 +74,9 @@ def trained(tmp_path_factory):
     ("kind", "shape", "devices"),
     [
         ("dispatch", "stages", 1),
-        ("dispatch", "blocks", 1),
-        ("dispatch", "pooled", 1),
-        ("dispatch", "unlike", 1),
+        pytest.param("dispatch", "blocks", 1, marks=LONG),
+        pytest.param("dispatch", "pooled", 1, marks=LONG),
+        pytest.param("dispatch", "unlike", 1, marks=LONG),
         pytest.param("dispatch", "fed", 1, marks=LONG),
         pytest.param("pipeline", "blocks", 3, marks=LONG),
         pytest.param("pipeline", "fed", 3, marks=LONG),

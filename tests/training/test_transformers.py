@@ -53,6 +53,7 @@ def test_engines_drop_the_same_examples(kind, devices, fields, trained):
     steps.assert_close(ours[0].params, fused[0].params, rtol=2e-4, atol=2e-6)
 
 
+@pytest.mark.long
 def test_every_weight_is_trained(trained):
     after, _, before = trained("fused")
     params = (x.variables("student")["params"] for x in (after, before))

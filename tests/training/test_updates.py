@@ -91,7 +91,9 @@ def trained(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("kind", ["fused", "dispatch"])
+@pytest.mark.parametrize(
+    "kind", ["fused", pytest.param("dispatch", marks=pytest.mark.long)]
+)
 def test_logged_norms_are_those_of_the_updates(kind, trained):
     model, states, metrics = trained(kind)
     weights = [updates.kernels(model, s.params["student"]) for s in states]
