@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Measures throughput on an accelerator, for RESULTS.md: both pairs at both batch sizes,
-# KD and LAKD, both types, against compiled PyTorch and, if PEER names one, another
-# library.
+# KD and LAKD, both types, against compiled PyTorch or what else PEER names.
 #
 #   benchmarks/accelerator.sh        # all parts, then the table
 #   benchmarks/accelerator.sh 1 2    # these parts
@@ -10,7 +9,7 @@
 # minutes. Every measurement is recorded when it is made and is not repeated, so the
 # same command continues where a limit stopped it. The sizes can be set from outside:
 #
-#   PAIRS="resnet14,resnet8" BATCHES=4 TORCH=eager benchmarks/accelerator.sh \
+#   PAIRS="resnet14,resnet8" BATCHES=4 PEER=torch-eager benchmarks/accelerator.sh \
 #     --rounds=2 --steps=1 --matmul_side=64 --copy_mib=1
 #
 # Exit codes: 0 all is recorded; 1 something cannot be measured here; 3 a limit was
@@ -23,8 +22,7 @@ PAIRS=${PAIRS:-resnet32x4,resnet8x4 resnet56,resnet20}
 BATCHES=${BATCHES:-64 1024}
 METHODS=${METHODS:-kd,lakd}
 DTYPES=${DTYPES:-float32,bfloat16}
-TORCH=${TORCH:-compile}
-PEER=${PEER:-}
+PEER=${PEER:-torch-compile}
 LIMIT_S=${LIMIT_S:-300}
 RESULTS=${RESULTS:-benchmarks/results/throughput}
 
@@ -47,7 +45,7 @@ for batch in $BATCHES; do
     # An interrupt first: it lets Python give the device back.
     timeout --signal=INT --kill-after=20 "$LIMIT_S" \
       "$PYTHON" -m benchmarks.throughput --pair="$pair" --batch="$batch" \
-      --method="$METHODS" --dtype="$DTYPES" --torch="$TORCH" --peer="$PEER" \
+      --method="$METHODS" --dtype="$DTYPES" --peer="$PEER" \
       --results="$RESULTS" "${flags[@]}"
     case $? in
       0) ;;

@@ -1,4 +1,4 @@
-"""Builds and compiles our training step on random images, as training does."""
+"""Builds and compiles our training step on random or given images, as training does."""
 
 import dataclasses
 import functools
@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks import work as work_lib
 from lakd_jax import config as config_lib
 from lakd_jax import data, distill, interop
 from lakd_jax.config import resolved
@@ -37,7 +38,7 @@ class Setup:
 
     Attributes:
       config: resolved.
-      split: random images (N, 32, 32, 3) uint8 and labels, on the host.
+      split: images (N, 32, 32, 3) uint8 and labels, on the host.
       state: ours before the first step.
       teacher: variables as the step takes them, batch norms folded; None without.
       teacher_torch: the teacher in PyTorch's names, not folded; None without.
@@ -59,8 +60,39 @@ class Setup:
 
     def rows(self, count: int, seed: int) -> np.ndarray:
         """Returns positions (count, B) of random examples."""
-        shape = (count, self.config.batch_size)
-        return np.random.default_rng(seed).integers(0, EXAMPLES, shape, np.int32)
+        shape, most = (count, self.config.batch_size), len(self.split)
+        return np.random.default_rng(seed).integers(0, most, shape, np.int32)
+
+    def work(self, order: np.ndarray, *, anew: bool) -> work_lib.Work:
+        """Returns what others need to train the same (see `work.Work`)."""
+        c = self.config
+        adapters: tuple[Any, ...] = ()
+        if c.method == "lakd":
+            method = jax.device_get(self.state.params["method"])
+            adapters = tuple(method[f"module{k}"]["adapter"] for k in (1, 2, 3))
+        return work_lib.Work(
+            platform=jax.default_backend(),
+            teacher=c.teacher.name,
+            student=c.student.name,
+            method=c.method,
+            dtype=c.dtype,
+            methods={name: dict(c.methods[name]) for name in ("kd", "lakd")},
+            images=self.split.images,
+            labels=self.split.labels,
+            classes=_classes(self.split),
+            order=order,
+            anew=anew,
+            mean=tuple(c.data.mean),
+            std=tuple(c.data.std),
+            pad=c.data.pad,
+            flip=c.data.flip,
+            lr=c.optim.lr,
+            momentum=c.optim.momentum,
+            weight_decay=c.optim.weight_decay,
+            student_weights=self.student_torch,
+            teacher_weights=self.teacher_torch,
+            adapters=adapters,
+        )
 
 
 def configure(
@@ -88,14 +120,18 @@ def typed(fields: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def setup(config: resolved.Config) -> Setup:
-    """Makes random images and weights on one device; folds the teacher if it is set."""
+def setup(config: resolved.Config, split: data.Split | None = None) -> Setup:
+    """Makes weights, and random images without a split, on one device.
+
+    The teacher is that of `teacher.init`, if given, and folded if that is set.
+    """
     mesh = Mesh(np.array(jax.local_devices()[:1]), ("data",))
-    split = _images()
-    student, teacher = _network(config, "student"), None
+    split = _images() if split is None else split
+    classes = _classes(split)
+    student, teacher = _network(config, "student", classes), None
     original = None
     if distill.facts(config.method).needs_teacher:
-        teacher = _with_weights(_network(config, "teacher"))
+        teacher = _with_weights(_network(config, "teacher", classes))
         original = interop.to_torch(config.teacher.name, teacher.variables or {})
         if config.teacher.fold:
             model, variables = folding.fold(teacher.model, teacher.variables)
@@ -106,8 +142,8 @@ def setup(config: resolved.Config) -> Setup:
         teacher,
         teacher_pixels=setup_lib.pixels(config),
         image_shape=split.images.shape[1:],
-        steps_per_epoch=EXAMPLES // config.batch_size,
-        examples=EXAMPLES,
+        steps_per_epoch=len(split) // config.batch_size,
+        examples=len(split),
         mesh=mesh,
     )
     return Setup(
@@ -130,20 +166,26 @@ def _images() -> data.Split:
     )
 
 
-def _network(config: resolved.Config, part: str) -> weights.Loaded:
+def _classes(split: data.Split) -> int:
+    return int(split.labels.max()) + 1
+
+
+def _network(config: resolved.Config, part: str, classes: int) -> weights.Loaded:
     network = getattr(config, part)
     return weights.load(
         part,
         network.name,
-        "",
+        network.init,
         dtype=config.dtype,
-        num_classes=CLASSES,
+        num_classes=classes,
         options=setup_lib.network_options(config, part),
         data_size=32,
     )
 
 
 def _with_weights(loaded: weights.Loaded) -> weights.Loaded:
+    if loaded.variables is not None:
+        return loaded
     init = jax.jit(functools.partial(loaded.model.init, train=False))
     images = np.zeros((1, 32, 32, 3), np.float32)
     variables = jax.device_get(init(jax.random.key(0), images))
@@ -153,13 +195,16 @@ def _with_weights(loaded: weights.Loaded) -> weights.Loaded:
 class Ours:
     """Our step, compiled when the object is made; a `timing.Subject`.
 
+    The steps are on the rows of `order` (S, B), whose number is a multiple of
+    `steps_per_dispatch`; the first is made alone.
+
     Attributes:
       facts: figures that are known before timing, for the record.
     """
 
     name = "ours"
 
-    def __init__(self, made: Setup, steps_per_dispatch: int):
+    def __init__(self, made: Setup, steps_per_dispatch: int, order: np.ndarray):
         self._made = made
         # The step donates its state, and others start from the same one.
         self._state = mesh_lib.replicate(made.state, made.spec.mesh)
@@ -167,7 +212,7 @@ class Ours:
         one = self._compile(1)
         compiled = time.perf_counter() - began
         self._program, self._several = one, steps_per_dispatch
-        self._batches = itertools.cycle([made.rows(1, 0)])
+        self._batches = itertools.cycle(order[:, None])
         self.run(1)
         self.facts = {
             "compile_s": compiled,
@@ -179,8 +224,8 @@ class Ours:
             began = time.perf_counter()
             self._program = self._compile(steps_per_dispatch)
             self.facts["compile_dispatch_s"] = time.perf_counter() - began
-        rows = [made.rows(steps_per_dispatch, seed) for seed in range(1, 9)]
-        self._batches = itertools.cycle(rows)
+            rows = order.reshape(-1, steps_per_dispatch, order.shape[1])
+            self._batches = itertools.cycle(rows)
 
     def run(self, steps: int) -> None:
         """Runs at least `steps` steps, in whole dispatches, and waits for the last."""
@@ -198,6 +243,13 @@ class Ours:
         """Returns the peak since the process began, if the device counts it."""
         stats = jax.local_devices()[0].memory_stats()
         return stats.get("peak_bytes_in_use") if stats else None
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """See `timing.Subject`."""
+        variables = self._state.variables("student")
+        apply = jax.jit(functools.partial(self._made.spec.student.apply, train=False))
+        parts = np.array_split(images, -(-len(images) // 256))
+        return np.concatenate([apply(variables, part).logits for part in parts])
 
     def _compile(self, count: int) -> Any:
         made = self._made

@@ -1,19 +1,26 @@
 """Measures training throughput: ours, a PyTorch baseline and other libraries.
 
     python -m benchmarks.throughput --pair=resnet32x4,resnet8x4 --method=kd,lakd
-        --batch=64,1024 --dtype=float32,bfloat16 --torch --peer=torchdistill
+        --batch=64,1024 --dtype=float32,bfloat16 --peer=torch,torchdistill
+    python -m benchmarks.throughput --pair=resnet20,resnet8 --method=kd --peer=keras
+        --epochs=5 --images=DIR --teacher=FILE
     python -m benchmarks.throughput --table
 
-All train the same pair on the same random 32x32 images of 100 classes, including the
-teacher's pass, on the first local device, in turn. `--torch` adds our own PyTorch step
-(benchmarks/torch_step.py); without a value it is compiled on accelerators and eager on
-CPUs. `--peer` adds a public library with its own loop (benchmarks/peers.py):
-`torchdistill`, or the folder of an mdistiller checkout.
+All train the same pair, including the teacher's pass, on the first local device, in
+turn. `--peer` names what is compared with ours: `torch`, our own PyTorch step
+(benchmarks/torch_step.py), eager and compiled, or only one of `torch-eager`,
+`torch-compile`, `torch-cudagraphs`; and public libraries with loops of their own
+(benchmarks/peers.py, keras_step.py): `keras` (keras.distillation on JAX),
+`torchdistill`, `mdistiller` (`--mdistiller=DIR` is a checkout).
+
+Images are random ones of 100 classes, and all run in one process. With `--epochs` they
+are those of an image folder, every subject has a process of its own, and memory and
+accuracy are measured, too (benchmarks/same_run.py).
 
 Results are kept in one file per (device, pair, batch, dtype) under --results; a method
 is not measured again if its file has all that is requested. Sizes left at 0 are: one
-step per round on CPUs and 50, in one dispatch, elsewhere; matrices of 2048 on CPUs and
-8192 elsewhere, arrays of 256 MiB and 1 GiB, for the ceilings.
+step per round on CPUs and 50, in one dispatch, elsewhere (20 with --epochs); matrices
+of 2048 on CPUs and 8192 elsewhere, arrays of 256 MiB and 1 GiB, for the ceilings.
 """
 
 import argparse
@@ -30,7 +37,15 @@ from typing import Any
 
 import jax
 
-from benchmarks import flag_types, ours, throughput_table, timing
+from benchmarks import (
+    ceilings,
+    flag_types,
+    ours,
+    same_run,
+    subjects,
+    throughput_table,
+    timing,
+)
 from lakd_jax import version
 from lakd_jax.runtime import backend
 from lakd_jax.store import workdir
@@ -38,8 +53,7 @@ from lakd_jax.store import workdir
 RESULTS = Path(__file__).parent / "results" / "throughput"
 METHODS = ("none", "kd", "lakd")  # those that the baseline has, too
 DTYPES = ("float32", "bfloat16")
-KINDS = ("auto", "eager", "compile", "cudagraphs")  # of the baseline
-_PACKAGES = ("jax", "jaxlib", "flax", "torch", "torchdistill")
+_PACKAGES = ("jax", "jaxlib", "flax", "keras", "torch", "torchdistill")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -50,8 +64,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--method", default="kd,lakd", type=_list, help=f"of {', '.join(METHODS)}")
     add("--batch", default="64", type=_list)
     add("--dtype", default="float32", type=_list, help="float32, bfloat16 or both")
-    add("--torch", nargs="?", const="auto", default="", type=_list, metavar="KINDS")
-    add("--peer", default="", help="torchdistill, or an mdistiller checkout's folder")
+    add("--peer", default="", type=_list, help=f"of {', '.join(subjects.PEERS)}")
+    add("--mdistiller", default="", help="folder of its checkout")
+    add("--epochs", default=0, type=int, help="train that long, a process each")
+    add("--images", default="", help="with --epochs: folder of train/ and test/")
+    add("--per_class", default=0, type=int, help="with --epochs: the first; 0: all")
+    add("--teacher", default="", help="with --epochs: file of the teacher's weights")
     add("--rounds", default=20, type=int, help="timed; each is a step or more of all")
     add("--warm_up", default=3, type=int, help="rounds before")
     add("--steps", default=0, type=int, help="of each in a round")
@@ -60,11 +78,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--results", default=RESULTS, type=flag_types.path, help="of the records")
     add("--table", action="store_true", help="only print what is recorded")
     chosen = parser.parse_args(arguments)
-    for flag, known in (("method", METHODS), ("dtype", DTYPES), ("torch", KINDS)):
+    known_values = {"method": METHODS, "dtype": DTYPES, "peer": tuple(subjects.PEERS)}
+    for flag, known in known_values.items():
         if unknown := set(getattr(chosen, flag)) - set(known):
             parser.error(f"--{flag}: {', '.join(unknown)}; has {', '.join(known)}")
-    if (chosen.torch or chosen.peer) and not importlib.util.find_spec("torch"):
-        parser.error("--torch and --peer need PyTorch: pip install torch")
+    needed = {"keras" if peer == "keras" else "torch" for peer in chosen.peer}
+    if missing := [p for p in sorted(needed) if not importlib.util.find_spec(p)]:
+        parser.error(f"--peer needs this: pip install {' '.join(missing)}")
+    if "mdistiller" in chosen.peer and not _is_checkout(chosen.mdistiller):
+        parser.error("--peer=mdistiller: --mdistiller=DIR is a checkout of it")
+    if bool(chosen.epochs) != bool(chosen.images):
+        parser.error("--epochs and --images go together")
     return chosen
 
 
@@ -72,15 +96,18 @@ def _list(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
 
+def _is_checkout(folder: str) -> bool:
+    return bool(folder) and (Path(folder) / "mdistiller" / "engine").is_dir()
+
+
 def resolve(chosen: argparse.Namespace) -> argparse.Namespace:
     """Fills in what depends on the device."""
     backend.prepare(cache="")
     cpu = jax.default_backend() == "cpu"
-    chosen.steps = chosen.steps or (1 if cpu else 50)
+    if not chosen.epochs:
+        chosen.steps = chosen.steps or (1 if cpu else 50)
     chosen.matmul_side = chosen.matmul_side or (2048 if cpu else 8192)
     chosen.copy_mib = chosen.copy_mib or (256 if cpu else 1024)
-    if chosen.torch == ["auto"]:
-        chosen.torch = ["eager" if cpu else "compile"]
     return chosen
 
 
@@ -88,19 +115,9 @@ def record_path(chosen: argparse.Namespace, batch: str, dtype: str) -> Path:
     """Returns the file of this measurement, named after what is measured."""
     kind = re.sub(r"[^a-z0-9]+", "-", jax.local_devices()[0].device_kind.lower())
     pair = chosen.pair.replace(",", "-")
-    return chosen.results / f"{kind}-{pair}-b{batch}-{dtype}.json"
-
-
-def names(chosen: argparse.Namespace, method: str) -> list[str]:
-    """Returns the names of what is measured with this method."""
-    found = ["ours", *(f"torch {kind}" for kind in chosen.torch)]
-    if chosen.peer:
-        from benchmarks import peers  # needs PyTorch
-
-        adapter = peers.find(chosen.peer)
-        if method in adapter.methods:
-            found.append(adapter.name)
-    return found
+    trained = f"-{chosen.epochs}-epochs" if chosen.epochs else ""
+    trained += f"-{chosen.per_class}-per-class" if chosen.per_class else ""
+    return chosen.results / f"{kind}-{pair}-b{batch}-{dtype}{trained}.json"
 
 
 def measure(
@@ -115,20 +132,22 @@ def measure(
     load = os.getloadavg()
     made = ours.setup(ours.configure(teacher, student, method, batch, dtype))
     several = 1 if jax.default_backend() == "cpu" else chosen.steps
-    subjects, failed = [ours.Ours(made, several)], {}
-    for name in names(chosen, method)[1:]:
+    work = made.work(made.rows(64, 1), anew=False)
+    runs: list[timing.Subject] = [ours.Ours(made, several, made.rows(8 * several, 1))]
+    failed = {}
+    for name in subjects.names(chosen.peer, method)[1:]:
         try:
-            subjects.append(_other(name, chosen.peer, made))
+            runs.append(subjects.make(name, work, chosen.mdistiller))
         except Exception as error:  # whatever a compiler may raise
-            if name not in ("torch compile", "torch cudagraphs"):
+            if name not in subjects.COMPILED:
                 raise
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             print(f"{name} left out: {failed[name]}", flush=True)
     times = timing.interleaved(
-        subjects, rounds=chosen.rounds, steps=chosen.steps, warm_up=chosen.warm_up
+        runs, rounds=chosen.rounds, steps=chosen.steps, warm_up=chosen.warm_up
     )
-    peaks = {s.name: s.peak_bytes() for s in subjects}  # before the ceilings' arrays
-    best = timing.ceilings(dtype, chosen.matmul_side, chosen.copy_mib)
+    peaks = {s.name: s.peak_bytes() for s in runs}  # before the ceilings' arrays
+    best = ceilings.measure(dtype, chosen.matmul_side, chosen.copy_mib)
     return {
         **environment(chosen, method, batch, dtype),
         "load_before": load[0],
@@ -137,18 +156,9 @@ def measure(
         "ratios": timing.ratios(times, "ours"),
         "subjects": {
             s.name: _summary(s.facts, times[s.name], batch, best, peaks[s.name])
-            for s in subjects
+            for s in runs
         },
     }
-
-
-def _other(name: str, peer: str, made: ours.Setup) -> timing.Subject:
-    from benchmarks import peers, torch_step  # PyTorch is needed only here
-
-    torch_step.prepare(_threads())
-    if name.startswith("torch "):
-        return torch_step.Torch(made, name.removeprefix("torch "))
-    return peers.find(peer).make(made)
 
 
 def _summary(
@@ -166,7 +176,7 @@ def _summary(
         "process_peak_bytes": peak,
     }
     if "flops" in facts:
-        figures["reached"] = timing.roofline(facts, best, seconds["median"])
+        figures["reached"] = ceilings.roofline(facts, best, seconds["median"])
     return facts | figures
 
 
@@ -179,8 +189,8 @@ def environment(
         "method": method,
         "batch": batch,
         "dtype": dtype,
-        "torch": ",".join(chosen.torch),
-        "peer": Path(chosen.peer).name,
+        "peer": ",".join(chosen.peer),
+        "mdistiller": "CHECKOUT" if chosen.mdistiller else "",
         "rounds": chosen.rounds,
         "warm_up": chosen.warm_up,
         "steps": chosen.steps,
@@ -192,15 +202,16 @@ def environment(
         "command": shlex.join(["python", "-m", "benchmarks.throughput", *flags]),
         "rounds": chosen.rounds,
         "steps_per_round": chosen.steps,
-        "threads": _threads(),
-        "host_cpu": _cpu_name(),
-        "versions": _versions(),
     }
 
 
-def _threads() -> int:
-    """Returns the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+def machine() -> dict[str, Any]:
+    """Returns cores, processor and versions."""
+    return {
+        "threads": subjects.threads(),
+        "host_cpu": _cpu_name(),
+        "versions": _versions(),
+    }
 
 
 def _cpu_name() -> str:
@@ -225,18 +236,24 @@ def update(chosen: argparse.Namespace, method: str, batch: str, dtype: str) -> N
     path = record_path(chosen, batch, dtype)
     record = workdir.read_json(path) if path.exists() else {"methods": {}}
     kept = record["methods"].get(method, {"subjects": {}, "failed": {}})
-    if set(names(chosen, method)) <= kept["subjects"].keys() | kept["failed"].keys():
+    if (
+        set(subjects.names(chosen.peer, method))
+        <= kept["subjects"].keys() | kept["failed"].keys()
+    ):
         print(f"{path.name}: has {method}", flush=True)
         return
     print(f"{path.name}: {method}", flush=True)
     began = time.perf_counter()
-    record["methods"][method] = measure(chosen, method, int(batch), dtype)
+    how = same_run.measure if chosen.epochs else measure
+    record["methods"][method] = machine() | how(chosen, method, int(batch), dtype)
     record |= {
         "device": jax.local_devices()[0].device_kind,
         "pair": chosen.pair.split(","),
         "batch": int(batch),
         "dtype": dtype,
     }
+    if chosen.epochs:
+        record["epochs"] = chosen.epochs
     path.parent.mkdir(parents=True, exist_ok=True)
     workdir.write_json(path, record)
     print(throughput_table.render([throughput_table.only(record, method)]))

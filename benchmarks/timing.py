@@ -1,12 +1,11 @@
-"""Times subjects in turn, with statistics, and measures a device's best rates."""
+"""Times subjects in turn, with statistics. Imports no JAX."""
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 
 class Unusable(Exception):
@@ -29,6 +28,9 @@ class Subject(Protocol):
 
     def peak_bytes(self) -> int | None:
         """Returns the device's peak memory so far; None if it is not counted."""
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """Returns the student's logits (N, classes) of normalised (N, H, W, 3)."""
 
 
 def interleaved(
@@ -76,53 +78,4 @@ def ratios(times: Mapping[str, Sequence[float]], of: str) -> dict[str, dict]:
         name: spread([t / base for t, base in zip(values, times[of], strict=True)])
         for name, values in times.items()
         if name != of
-    }
-
-
-def ceilings(dtype: str, side: int, mebibytes: int) -> dict[str, float]:
-    """Measures the best rates of this device: of a matrix product, and of a copy.
-
-    Args:
-      dtype: of the product.
-      side: of its two square matrices.
-      mebibytes: size of the array that is read once and written once.
-    """
-    matrix = jnp.ones((side, side), jnp.dtype(dtype)) / side  # its own square
-    product = _fastest(jax.jit(lambda x: x @ x), matrix)
-    array = jnp.zeros((mebibytes * 2**20 // 4,), jnp.float32)
-    size = array.nbytes
-    # In place: on CPUs a new array costs more than the copy, as its pages are new.
-    copy = _fastest(jax.jit(lambda x: x + 1, donate_argnums=0), array)
-    return {
-        "matmul_side": side,
-        "copy_mib": mebibytes,
-        "flops_per_s": 2 * side**3 / product,
-        "bytes_per_s": 2 * size / copy,
-    }
-
-
-def _fastest(program: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
-    """Returns the least seconds of ten calls, each on the previous result."""
-    seconds = []
-    for _ in range(11):
-        began = time.perf_counter()
-        x = jax.block_until_ready(program(x))
-        seconds.append(time.perf_counter() - began)
-    return min(seconds[1:])
-
-
-def roofline(facts: Mapping[str, Any], best: Mapping[str, float], s: float) -> dict:
-    """Computes the rates of a step of `s` seconds, also as a share of the roofline.
-
-    The share is the least time that the ceilings `best` allow, for the operations or
-    for the bytes, divided by the time taken. Bytes are those that XLA counts, some of
-    which caches save, so on CPUs the share is approximate.
-    """
-    compute = facts["flops"] / best["flops_per_s"]
-    memory = facts["bytes"] / best["bytes_per_s"]
-    return {
-        "flops_per_s": facts["flops"] / s,
-        "bytes_per_s": facts["bytes"] / s,
-        "roofline_share": max(compute, memory) / s,
-        "bound": "compute" if compute >= memory else "memory",
     }

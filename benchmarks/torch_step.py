@@ -10,35 +10,34 @@ losses through torch.compile; `cudagraphs` also replays it as CUDA graphs.
 import itertools
 import time
 
-import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import fusion
 
-from benchmarks import ours, timing
+from benchmarks import timing
+from benchmarks import work as work_lib
 
 _MODES = {"compile": None, "cudagraphs": "reduce-overhead"}
 _DEPTHS = (8, 14, 20, 32, 44, 56, 110)
-_WIDTHS = {f"resnet{d}": (16, 16, 32, 64) for d in _DEPTHS}
-_WIDTHS |= {f"resnet{d}x4": (32, 64, 128, 256) for d in (8, 32)}
+WIDTHS = {f"resnet{d}": (16, 16, 32, 64) for d in _DEPTHS}
+WIDTHS |= {f"resnet{d}x4": (32, 64, 128, 256) for d in (8, 32)}
 _EPS = 1e-8  # in the mask's mean
 
 
-def device() -> torch.device:
+def device(platform: str) -> torch.device:
     """Returns the device of PyTorch, the one that JAX uses.
 
     Raises:
       timing.Unusable: JAX has an accelerator that this PyTorch cannot use.
     """
-    platform = jax.default_backend()
     if platform == "cpu":
         return torch.device("cpu")
     if platform != "gpu" or not torch.cuda.is_available():
         raise timing.Unusable(
             f"JAX computes on {platform} and PyTorch {torch.__version__} cannot: "
-            "install a PyTorch for it, or leave out --torch and --peer."
+            "install a PyTorch for it, or leave out --peer."
         )
     return torch.device("cuda")
 
@@ -51,19 +50,34 @@ def prepare(threads: int) -> None:
     torch.backends.cudnn.benchmark = True
 
 
+class PadShortcut(nn.Module):
+    """Keeps every second row and column, and pads channels with zeros."""
+
+    def __init__(self, old: int, new: int):
+        super().__init__()
+        before = (new - old) // 2
+        self.pads = (0, 0, 0, 0, before, new - old - before)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (B, old, H, W) to (B, new, H / 2, W / 2)."""
+        return F.pad(x[:, :, ::2, ::2], self.pads)
+
+
 class Block(nn.Module):
     """Two 3x3 convolutions with a shortcut."""
 
-    def __init__(self, old: int, new: int, stride: int):
+    def __init__(self, old: int, new: int, stride: int, projection: bool):
         super().__init__()
         self.conv1 = nn.Conv2d(old, new, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(new)
         self.conv2 = nn.Conv2d(new, new, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(new)
         self.downsample = nn.Identity()
-        if old != new or stride != 1:
-            conv = nn.Conv2d(old, new, 1, stride, bias=False)
-            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(new))
+        if old == new and stride == 1:
+            return
+        conv = nn.Conv2d(old, new, 1, stride, bias=False)
+        projected = nn.Sequential(conv, nn.BatchNorm2d(new))
+        self.downsample = projected if projection else PadShortcut(old, new)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (B, C, H, W) to (B, new, H / stride, W / stride)."""
@@ -72,25 +86,25 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A CIFAR ResNet of three stages.
+    """A CIFAR ResNet of three stages; shortcuts are projections, or pad with zeros.
 
     Raises:
       timing.Unusable: the network is not one of these.
     """
 
-    def __init__(self, name: str, classes: int):
+    def __init__(self, name: str, classes: int, projection: bool):
         super().__init__()
-        if name not in _WIDTHS:
-            known = ", ".join(_WIDTHS)
+        if name not in WIDTHS:
+            known = ", ".join(WIDTHS)
             raise timing.Unusable(f"PyTorch networks here: {known}; {name} is none")
-        widths = self.widths = _WIDTHS[name]
+        widths = self.widths = WIDTHS[name]
         blocks = (int(name.removeprefix("resnet").removesuffix("x4")) - 2) // 6
         self.conv1 = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         for stage in (1, 2, 3):
             new, stride = widths[stage], 1 if stage == 1 else 2
-            first = Block(widths[stage - 1], new, stride)
-            rest = (Block(new, new, 1) for _ in range(blocks - 1))
+            first = Block(widths[stage - 1], new, stride, projection)
+            rest = (Block(new, new, 1, projection) for _ in range(blocks - 1))
             setattr(self, f"layer{stage}", nn.Sequential(first, *rest))
         self.fc = nn.Linear(widths[-1], classes)
 
@@ -113,14 +127,20 @@ class ResNet(nn.Module):
         return self.joints(x, False)[0]
 
 
-def network(name: str, weights: dict[str, np.ndarray]) -> ResNet:
+def network(name: str, weights: work_lib.Weights) -> ResNet:
     """Returns `name` with weights in PyTorch's names (`interop.to_torch`)."""
-    net = ResNet(name, len(weights["fc.bias"]))
+    projection = any(".downsample." in key for key in weights)
+    net = ResNet(name, len(weights["fc.bias"]), projection)
+    load(net, weights)
+    return net
+
+
+def load(net: nn.Module, weights: work_lib.Weights) -> None:
+    """Loads weights into a network; each must have all that the other has."""
     state = {key: torch.tensor(value) for key, value in weights.items()}
     missing, surplus = net.load_state_dict(state, strict=False)
     lost = [key for key in missing if not key.endswith("num_batches_tracked")]
     assert not lost and not surplus, (lost, surplus)
-    return net
 
 
 def fold(net: nn.Module) -> nn.Module:
@@ -156,19 +176,22 @@ class Torch:
     isolated, masks of mean 1 and adapters everywhere.
     """
 
-    def __init__(self, made: ours.Setup, kind: str):
-        self.name, self._config = f"torch {kind}", made.config
-        self._device = device()
+    def __init__(self, work: work_lib.Work, kind: str):
+        self.name, self._work = f"torch {kind}", work
+        self._device = device(work.platform)
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
-        self._bfloat16 = made.config.dtype == "bfloat16"
-        self._load(made)
-        self._data(made)
+        self._bfloat16 = work.dtype == "bfloat16"
+        self._load()
+        self._data()
         modules = [self.student, *self.adapters]
         parameters = [p for m in modules for p in m.parameters()]
-        o = made.config.optim
         self._optimizer = torch.optim.SGD(
-            parameters, o.lr, o.momentum, weight_decay=o.weight_decay, fused=True
+            parameters,
+            work.lr,
+            work.momentum,
+            weight_decay=work.weight_decay,
+            fused=True,
         )
         self._loss, self._graphs = self._whole, kind == "cudagraphs"
         if kind != "eager":
@@ -205,41 +228,44 @@ class Torch:
         if self._cuda:
             torch.cuda.synchronize()
 
-    def _load(self, made: ours.Setup) -> None:
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """See `timing.Subject`."""
+        return predict(self.student, images, self._device)
+
+    def _load(self) -> None:
         """Puts networks and adapters with our weights on the device."""
-        c, last = made.config, torch.channels_last
-        student = network(c.student.name, made.student_torch).train()
+        work, last = self._work, torch.channels_last
+        student = network(work.student, work.student_weights).train()
         self.student = student.to(self._device, memory_format=last)
-        self.adapters: list[nn.Module] = []
         self.teacher = None
-        if made.teacher_torch is None:
+        self.adapters = [
+            _adapter(parameters).train().to(self._device, memory_format=last)
+            for parameters in work.adapters
+        ]
+        if work.teacher_weights is None:
             return
-        teacher = fold(network(c.teacher.name, made.teacher_torch).eval())
+        teacher = fold(network(work.teacher, work.teacher_weights).eval())
         kind = torch.bfloat16 if self._bfloat16 else torch.float32
         self.teacher = teacher.to(self._device, kind, memory_format=last)
         self.teacher.requires_grad_(False)
-        if c.method == "lakd":
-            method = jax.device_get(made.state.params["method"])
-            adapters = [_adapter(method[f"module{k}"]["adapter"]) for k in (1, 2, 3)]
-            self.adapters = [
-                m.train().to(self._device, memory_format=last) for m in adapters
-            ]
 
-    def _data(self, made: ours.Setup) -> None:
+    def _data(self) -> None:
         """Puts padded images (N, H + 2 pad, W + 2 pad, 3) and labels on the device."""
-        d, images = made.config.data, torch.tensor(made.split.images)
+        work, images = self._work, torch.tensor(self._work.images)
         self._side = images.shape[1]
-        padded = F.pad(images, (0, 0, d.pad, d.pad, d.pad, d.pad))
+        padded = F.pad(images, (0, 0, work.pad, work.pad, work.pad, work.pad))
         self._images = padded.to(self._device)
-        self._labels = torch.tensor(made.split.labels).long().to(self._device)
-        mean, std = (torch.tensor(x, device=self._device) for x in (d.mean, d.std))
+        self._labels = torch.tensor(work.labels).long().to(self._device)
+        mean, std = (
+            torch.tensor(x, device=self._device) for x in (work.mean, work.std)
+        )
         self._scale, self._shift = 1 / (255 * std), -mean / std
-        rows = torch.tensor(made.rows(64, 1)).long().to(self._device)
+        rows = torch.tensor(work.order).long().to(self._device)
         self._batches = itertools.cycle(rows)
 
     def _pixels(self, indices: torch.Tensor) -> torch.Tensor:
         """Returns cropped, mirrored, normalised images (B, 3, H, W), channels last."""
-        d, where = self._config.data, self._device
+        d, where = self._work, self._device
         count, line = len(indices), torch.arange(self._side, device=where)
         top, left = torch.randint(0, 2 * d.pad + 1, (2, count, 1), device=where)
         columns = line.expand(count, -1)
@@ -252,17 +278,17 @@ class Torch:
 
     def _whole(self, indices: torch.Tensor) -> torch.Tensor:
         """Computes the loss of the examples at `indices` (B,), a float32 scalar."""
-        c, labels = self._config, self._labels[indices]
+        work, labels = self._work, self._labels[indices]
         x = self._pixels(indices)
         with torch.autocast(self._device.type, torch.bfloat16, self._bfloat16):
-            logits, ends = self.student.joints(x, cut=c.method == "lakd")
+            logits, ends = self.student.joints(x, cut=work.method == "lakd")
         hard = F.cross_entropy(logits.float(), labels)
         if self.teacher is None:
             return hard
         with torch.no_grad():
             inputs = x.to(torch.bfloat16) if self._bfloat16 else x
             theirs, targets = self.teacher.joints(inputs, cut=False)
-        kd = c.methods["kd"]
+        kd = work.methods["kd"]
         soft = kd_loss(logits, theirs, kd["temperature"])
         loss = kd["ce_weight"] * hard + kd["kd_weight"] * soft
         for adapter, h, z in zip(self.adapters, ends, targets, strict=False):
@@ -271,13 +297,25 @@ class Torch:
 
     def _local(self, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Computes L_lf + L_att from (B, C, H, W): adapted map u, teacher's map v."""
-        k, errors = self._config.methods["lakd"], u - v
+        k, errors = self._work.methods["lakd"], u - v
         with torch.no_grad():
             w = mask(v, k["a"], k["b"], k["window"])
         attention = (w * errors).square().mean()
         return k["feature_weight"] * errors.square().mean() + (
             k["attention_weight"] * attention
         )
+
+
+def predict(net: nn.Module, images: np.ndarray, where: torch.device) -> np.ndarray:
+    """Computes logits (N, classes) of normalised images (N, H, W, 3)."""
+    net.eval()
+    with torch.no_grad():
+        found = [
+            net(torch.tensor(part).permute(0, 3, 1, 2).to(where)).float().cpu().numpy()
+            for part in np.array_split(images, -(-len(images) // 256))
+        ]
+    net.train()
+    return np.concatenate(found)
 
 
 def _adapter(params: dict) -> nn.Module:

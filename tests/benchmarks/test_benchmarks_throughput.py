@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import ours, throughput, timing
+from benchmarks import ours, subjects, throughput, timing
 from lakd_jax import interop
 from lakd_jax.training import step
 
 torch = pytest.importorskip("torch")
-from benchmarks import peers, torch_step  # noqa: E402
+from benchmarks import torch_step  # noqa: E402
 
 # PyTorch's own, when its optimisers and fused modules are first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -45,7 +45,8 @@ def test_the_baseline_takes_our_steps(method, monkeypatch):
     rows = made.rows(2, 7)
     losses, student = two_steps_of_ours(made, rows)
     monkeypatch.setattr(torch_step.Torch, "run", lambda self, steps: None)
-    baseline = torch_step.Torch(made, "eager")
+    work = made.work(made.rows(4, 1), anew=False)
+    baseline = torch_step.Torch(work, "eager")
     theirs = [float(baseline.step(torch.tensor(row).long())) for row in rows]
     np.testing.assert_allclose(theirs, losses, rtol=1e-4)
     after = baseline.student.state_dict()
@@ -59,7 +60,8 @@ def test_the_baseline_takes_our_steps(method, monkeypatch):
 def test_a_crop_of_the_baseline_is_a_window_of_the_padded_image(monkeypatch):
     made = setup("none", **{"data.pad": 2, "data.flip": True})
     monkeypatch.setattr(torch_step.Torch, "run", lambda self, steps: None)
-    baseline = torch_step.Torch(made, "eager")
+    work = made.work(made.rows(4, 1), anew=False)
+    baseline = torch_step.Torch(work, "eager")
     config, seen = made.config.data, set()
     image = np.pad(made.split.images[5], ((2, 2), (2, 2), (0, 0)))
     unit = (image / 255 - np.array(config.mean)) / np.array(config.std)
@@ -77,7 +79,7 @@ def test_a_crop_of_the_baseline_is_a_window_of_the_padded_image(monkeypatch):
 
 
 def test_a_record_has_all_that_is_promised(tmp_path, capsys):
-    flags = [*TINY, "--method=kd", "--torch=eager", f"--results={tmp_path}"]
+    flags = [*TINY, "--method=kd", "--peer=torch-eager", f"--results={tmp_path}"]
     throughput.main(flags)
     record = json.loads((tmp_path / "cpu-resnet8-resnet8-b4-float32.json").read_text())
     assert record["pair"] == ["resnet8", "resnet8"]
@@ -106,16 +108,33 @@ def test_a_record_has_all_that_is_promised(tmp_path, capsys):
 
 
 def test_what_is_left_to_the_device_is_filled_in():
-    chosen = throughput.resolve(throughput.parse(["--torch"]))
-    assert (chosen.torch, chosen.steps) == (["eager"], 1)  # tests run on CPUs
-    assert throughput.parse([]).torch == []
+    chosen = throughput.resolve(throughput.parse([]))
+    assert (chosen.peer, chosen.steps) == ([], 1)  # tests run on CPUs
 
 
-@pytest.mark.parametrize("flag", ["--method=afd", "--dtype=int8", "--torch=fast"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--method=afd",
+        "--dtype=int8",
+        "--peer=fast",
+        "--peer=mdistiller",
+        "--epochs=1",
+        "--images=DIR",
+    ],
+)
 def test_what_nobody_can_measure_is_refused(flag, capsys):
     with pytest.raises(SystemExit):
         throughput.parse([flag])
     assert flag.split("=")[0] in capsys.readouterr().err
+
+
+def test_a_name_stands_for_the_subjects_that_have_the_method():
+    both = ["torch", "keras", "torch-eager"]
+    compiled = ["ours", "torch eager", "torch compile"]
+    assert subjects.names(both, "kd") == [*compiled, "keras"]
+    assert subjects.names(both, "lakd") == compiled
+    assert subjects.names(["mdistiller"], "lakd") == ["ours"]
 
 
 def test_turns_and_pairs():
@@ -142,9 +161,14 @@ def test_turns_and_pairs():
 CHECKOUT = {
     "models": """
 import torch
+class Net(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x.flatten(1)), {}
+    def load_state_dict(self, state, strict):
+        assert "layer1.0.conv1.weight" in state
+        return [], []
 def net(num_classes):
-    flat = torch.nn.Flatten()
-    return torch.nn.Sequential(flat, torch.nn.Linear(3072, num_classes))
+    return Net(3072, num_classes)
 cifar_model_dict = {"resnet8": (net, None)}
 """,
     "distillers": """
@@ -167,7 +191,7 @@ class BaseTrainer:
         self.distiller, self.cfg = distiller, cfg
     def train_iter(self, data, epoch, train_meters):
         image = data[0].cuda(non_blocking=True)
-        logits = self.distiller.module.student(image)
+        logits, _ = self.distiller.module.student(image)
         seen.append((self.cfg, self.distiller.training, logits.shape))
 """,
 }
@@ -179,8 +203,11 @@ def test_a_checkout_makes_steps_with_its_own_trainer(tmp_path, monkeypatch):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    peer = peers.find(str(tmp_path)).make(setup("kd"))
+    made = setup("kd")
+    work = made.work(made.rows(4, 1), anew=False)
+    peer = subjects.make("mdistiller", work, str(tmp_path))
     peer.run(2)
+    assert peer.predict(np.zeros((3, 32, 32, 3), np.float32)).shape == (3, ours.CLASSES)
     seen = sys.modules["mdistiller.engine.trainer"].seen
     for name in [n for n in sys.modules if n.split(".")[0] == "mdistiller"]:
         del sys.modules[name]
@@ -190,13 +217,8 @@ def test_a_checkout_makes_steps_with_its_own_trainer(tmp_path, monkeypatch):
     assert (settings.KD.TEMPERATURE, settings.SOLVER.MOMENTUM) == (4.0, 0.9)
 
 
-def test_an_unknown_peer_is_refused_with_what_there_is(tmp_path):
-    with pytest.raises(timing.Unusable, match="give torchdistill"):
-        peers.find(str(tmp_path))
-
-
 def test_missing_pytorch_is_reported_before_any_work(monkeypatch, capsys):
     monkeypatch.setattr(throughput.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        throughput.parse([*TINY, "--torch"])
-    assert "pip install torch" in capsys.readouterr().err
+        throughput.parse([*TINY, "--peer=torch,keras"])
+    assert "pip install keras torch" in capsys.readouterr().err
