@@ -92,6 +92,7 @@ class Setup:
             student_weights=self.student_torch,
             teacher_weights=self.teacher_torch,
             adapters=adapters,
+            seed=c.seed,
         )
 
 

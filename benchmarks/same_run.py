@@ -96,11 +96,12 @@ def prepare(
     if chosen.per_class:
         train = train.take(_first(train.labels, chosen.per_class))
     fields = {"data.mean": _MEAN, "data.std": _STD, "epochs": chosen.epochs}
+    fields["seed"] = chosen.seed
     # Relative paths start elsewhere in a run.
     fields["teacher.init"] = os.path.abspath(chosen.teacher) if chosen.teacher else ""
     config = ours.configure(*chosen.pair.split(","), method, batch, dtype, fields)
     made = ours.setup(config, train)
-    order = _order(len(train), batch, chosen.epochs)
+    order = _order(len(train), batch, chosen.epochs, chosen.seed)
     return dataclasses.replace(
         made.work(order, anew=True),
         fields=fields,
@@ -115,11 +116,11 @@ def _first(labels: np.ndarray, count: int) -> np.ndarray:
     return np.sort(np.concatenate(places))
 
 
-def _order(examples: int, batch: int, epochs: int) -> np.ndarray:
+def _order(examples: int, batch: int, epochs: int, seed: int) -> np.ndarray:
     """Returns positions (S, B), every epoch in another order."""
     steps = examples // batch
     shuffled = [
-        np.random.default_rng(epoch).permutation(examples)[: steps * batch]
+        np.random.default_rng((epoch, seed)).permutation(examples)[: steps * batch]
         for epoch in range(epochs)
     ]
     return np.concatenate(shuffled).reshape(-1, batch).astype(np.int32)
@@ -202,6 +203,7 @@ def _command(chosen: argparse.Namespace, method: str, batch: int, dtype: str) ->
         "peer": ",".join(chosen.peer),
         "epochs": chosen.epochs,
         "per_class": chosen.per_class or "",
+        "seed": chosen.seed,
         "images": "IMAGES",
         "teacher": f"WEIGHTS/{Path(chosen.teacher).name}" if chosen.teacher else "",
         "mdistiller": "CHECKOUT" if chosen.mdistiller else "",

@@ -51,7 +51,7 @@ def make(name: str, work: work_lib.Work, checkout: str) -> timing.Subject:
         return keras_step.Keras(work)
     from benchmarks import peers, torch_step
 
-    torch_step.prepare(threads())
+    torch_step.prepare(threads(), work.seed)
     if name == "torchdistill":
         return peers.Torchdistill(work)
     if name == "mdistiller":

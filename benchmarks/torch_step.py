@@ -42,8 +42,9 @@ def device(platform: str) -> torch.device:
     return torch.device("cuda")
 
 
-def prepare(threads: int) -> None:
+def prepare(threads: int, seed: int) -> None:
     """Sets threads and TF32 as in JAX, and selects the fastest convolutions."""
+    torch.manual_seed(seed)
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True

@@ -45,6 +45,7 @@ class Work:
       student_weights: before the first step.
       teacher_weights: batch norms not folded; None without a teacher.
       adapters: our parameters of LAKD's adapters, from the first module on.
+      seed: of the crops of those that crop by other random numbers than ours.
       fields: of our config, those that differ from the defaults.
       test_images: (M, H, W, 3) uint8; None without a test.
       test_labels: (M,) int32; None without a test.
@@ -71,6 +72,7 @@ class Work:
     student_weights: Weights
     teacher_weights: Weights | None
     adapters: tuple[Any, ...] = ()
+    seed: int = 0
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     test_images: np.ndarray | None = None
     test_labels: np.ndarray | None = None
@@ -85,7 +87,7 @@ class Work:
 
         Endless. For those that leave augmentation to the user's data loader.
         """
-        rng, pad = np.random.default_rng(0), self.pad
+        rng, pad = np.random.default_rng(self.seed), self.pad
         padded = np.pad(self.images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
         made = (
             (normalised(self, self._crops(padded, row, rng)), self.labels[row], row)

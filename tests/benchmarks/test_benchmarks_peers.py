@@ -187,7 +187,9 @@ def test_normalised_is_of_values_in_0_to_1():
 
 
 def test_every_epoch_has_each_example_once_in_another_order():
-    order = same_run._order(10, 3, 2)
+    order = same_run._order(10, 3, 2, 0)
+    assert order.tolist() == same_run._order(10, 3, 2, 0).tolist()
+    assert order.tolist() != same_run._order(10, 3, 2, 1).tolist()
     assert order.shape == (6, 3)
     epochs = order[:3].ravel(), order[3:].ravel()
     assert [len(set(epoch)) for epoch in epochs] == [9, 9]
