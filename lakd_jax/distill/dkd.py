@@ -110,7 +110,7 @@ class DKD(term.LogitTerm):
         1.0, "of the label against all other classes", fields.at_least(0)
     )
     beta: float = fields.field(
-        8.0, "of the others among themselves; 6 for VGG", fields.at_least(0)
+        8.0, "of the others among themselves; by the pair", fields.at_least(0)
     )
     temperature: float = fields.field(4.0, check=fields.above(0))
     standardise: bool = fields.field(

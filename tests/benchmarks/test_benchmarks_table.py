@@ -416,9 +416,8 @@ def test_methods_of_a_seed_see_the_same_images_in_the_same_order(tmp_path):
 @pytest.mark.long
 def test_command_on_digits_is_stopped_continues_and_then_only_prints(tmp_path):
     command = [sys.executable, "-m", "benchmarks.table", "--data=digits"]
-    command += ["--pairs=resnet8:resnet8", "--methods=none", "--seeds=1"]
-    command += ["--arm=KD T 2=kd:kd.temperature=2"]
-    command += ["--epochs=1", "--budget=1", f"--out={tmp_path}"]
+    command += ["--pairs=resnet8:resnet8", "--methods=none", "--seeds=1", "--epochs=1"]
+    command += ["--arm=KD T 2=kd:kd.temperature=2", "--budget=1", f"--out={tmp_path}"]
     command += ["--override=teacher.floor=0.01"]
     folder = tmp_path / "records"
 
