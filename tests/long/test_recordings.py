@@ -8,7 +8,7 @@ import recordings_cases
 
 from lakd_jax import distill
 
-RELATIVE = 1e-5
+RELATIVE = 5e-5  # processors round otherwise: NST was 2.5e-5 off on another one
 FLOOR = 1e-7  # of the largest value of the same kind: below it all is rounding
 
 
@@ -71,9 +71,9 @@ def test_what_differs_is_found(held):
     leaf = "train/opt_state/2/trace/student/stem/conv/kernel"
     norm, product = expected["run"]["leaves"][leaf]
     assert changed(lambda run: None) == []
-    within = [norm * (1 + 5e-6), product]
+    within = [norm * (1 + 3e-5), product]
     assert changed(lambda run: run["leaves"].update({leaf: within})) == []
-    for values in ([norm * (1 + 3e-5), product], [norm, -product]):
+    for values in ([norm * (1 + 1e-4), product], [norm, -product]):
         (line,) = changed(lambda run, v=values: run["leaves"].update({leaf: v}))
         assert line.startswith(f"run: {leaf}: ")
     assert changed(lambda run: run["leaves"].pop(leaf)) == [f"run: {leaf} is gone"]
