@@ -1,4 +1,4 @@
-"""Measures how much of an image a network discards: the entropy per region.
+"""Measures what a network discards of an image: the entropy per region.
 
 Cheng et al., "Explaining Knowledge Distillation by Quantifying the Knowledge" (CVPR
 2020, arXiv 2003.03622), section 3, with the numbers of the authors' code. Noise of a

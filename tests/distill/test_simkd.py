@@ -72,7 +72,7 @@ def found(case, train):
         return jax.device_get(run(joint, params))
 
 
-def require(key, got):
+def assert_golden(key, got):
     norm = GOLDEN.get(f"{key}/norm")
     if norm is not None:
         np.testing.assert_allclose(np.linalg.norm(got), norm, rtol=newer.CLOSE)
@@ -84,12 +84,12 @@ def require(key, got):
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_the_public_ones(case, mode):
     (value, (ours, logits, _)), (grad, _) = found(case, mode == "train")
-    require(f"simkd/{case}/{mode}_out", ours)
-    require(f"simkd/{case}/{mode}_logits", logits)
+    assert_golden(f"simkd/{case}/{mode}_out", ours)
+    assert_golden(f"simkd/{case}/{mode}_logits", logits)
     np.testing.assert_allclose(
         value, GOLDEN[f"simkd/{case}/{mode}_loss"], rtol=newer.CLOSE
     )
-    require(f"simkd/{case}/{mode}_loss/grad_s", grad)
+    assert_golden(f"simkd/{case}/{mode}_loss/grad_s", grad)
 
 
 def test_gradients_of_the_projector_are_the_public_ones():
@@ -98,10 +98,10 @@ def test_gradients_of_the_projector_are_the_public_ones():
         layer = grads["projector"][name]
         wanted = f"simkd/equal/train_loss/grad_transfer.{index}"
         if "kernel" in layer:
-            require(f"{wanted}.weight", newer.as_torch(layer["kernel"]))
+            assert_golden(f"{wanted}.weight", newer.as_torch(layer["kernel"]))
         else:
-            require(f"{wanted}.weight", layer["scale"])
-            require(f"{wanted}.bias", layer["bias"])
+            assert_golden(f"{wanted}.weight", layer["scale"])
+            assert_golden(f"{wanted}.bias", layer["bias"])
 
 
 def test_running_statistics_are_the_public_ones():
@@ -112,10 +112,10 @@ def test_running_statistics_are_the_public_ones():
     for name, index in LAYERS[1::2]:
         old, now = (tree["projector"][name] for tree in (before, new))
         key = f"simkd/equal/after_step/transfer.{index}"
-        require(f"{key}.running_mean", now["mean"])
+        assert_golden(f"{key}.running_mean", now["mean"])
         batch = (now["var"] - 0.9 * old["var"]) / 0.1
         unbiased = 0.9 * old["var"] + 0.1 * batch * n / (n - 1)
-        require(f"{key}.running_var", unbiased)
+        assert_golden(f"{key}.running_var", unbiased)
 
 
 def test_maps_of_other_channels_or_larger_ones_are_no_projectors():
