@@ -2,9 +2,10 @@
 
 The part of `benchmarks.throughput` behind --epochs. All have the same images in the
 same order, the same first weights and the same teacher, and crop and mirror by their
-own random numbers. The training itself is what is timed: each makes a few steps, then
-the next one does, until all have finished their epochs; then all are tested. The
-learning rate is constant, and an epoch's incomplete batch is left out.
+own random numbers (with --plain not at all: all see the same pixels). The training
+itself is what is timed: each makes a few steps, then the next one does, until all have
+finished their epochs; then all are tested. The learning rate is constant, and an
+epoch's incomplete batch is left out.
 """
 
 import argparse
@@ -97,6 +98,8 @@ def prepare(
         train = train.take(_first(train.labels, chosen.per_class))
     fields = {"data.mean": _MEAN, "data.std": _STD, "epochs": chosen.epochs}
     fields["seed"] = chosen.seed
+    if chosen.plain:
+        fields |= {"data.pad": 0, "data.flip": False}
     # Relative paths start elsewhere in a run.
     fields["teacher.init"] = os.path.abspath(chosen.teacher) if chosen.teacher else ""
     config = ours.configure(*chosen.pair.split(","), method, batch, dtype, fields)
@@ -211,4 +214,5 @@ def _command(chosen: argparse.Namespace, method: str, batch: int, dtype: str) ->
         "warm_up": chosen.warm_up,
     }
     words = [f"--{flag}={value}" for flag, value in flags.items() if value != ""]
+    words += ["--plain"] if chosen.plain else []
     return shlex.join(["python", "-m", "benchmarks.throughput", *words])

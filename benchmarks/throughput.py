@@ -69,6 +69,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--epochs", default=0, type=int, help="train that long, a process each")
     add("--images", default="", help="with --epochs: folder of train/ and test/")
     add("--per_class", default=0, type=int, help="with --epochs: the first; 0: all")
+    add("--plain", action="store_true", help="with --epochs: no crops, no mirroring")
     add("--seed", default=0, type=int, help="with --epochs: weights, order and crops")
     add("--teacher", default="", help="with --epochs: file of the teacher's weights")
     add("--rounds", default=20, type=int, help="timed; each is a step or more of all")
@@ -119,6 +120,7 @@ def record_path(chosen: argparse.Namespace, batch: str, dtype: str) -> Path:
     trained = f"-{chosen.epochs}-epochs" if chosen.epochs else ""
     trained += f"-{chosen.per_class}-per-class" if chosen.per_class else ""
     trained += f"-seed{chosen.seed}" if chosen.seed else ""
+    trained += "-plain" if chosen.plain else ""
     return chosen.results / f"{kind}-{pair}-b{batch}-{dtype}{trained}.json"
 
 

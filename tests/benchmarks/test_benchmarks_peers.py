@@ -246,13 +246,14 @@ def test_a_training_in_turn_is_recorded(tmp_path, capfd):
         [
             *("--pair=resnet8,resnet8", "--method=kd", "--batch=8", "--epochs=3"),
             *("--peer=torch-eager", f"--images={tmp_path}/images", "--warm_up=1"),
-            *("--steps=2", f"--results={tmp_path}/results"),
+            *("--steps=2", "--plain", f"--results={tmp_path}/results"),
         ]
     )
     [file] = (tmp_path / "results").iterdir()
     record = json.loads(file.read_text())
     method = record["methods"]["kd"]
     assert str(tmp_path) not in json.dumps(record)
+    assert file.stem.endswith("-plain") and method["command"].endswith(" --plain")
     assert (method["turns"], method["train_images"], method["test_images"]) == (
         4,
         36,
