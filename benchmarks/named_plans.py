@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import gate_entropy, plan, records
+from benchmarks import gate_entropy, plan, records, table_text
 from lakd_jax import errors
 from lakd_jax.report import table
 from lakd_jax.runs import rows
@@ -283,11 +283,17 @@ def store(wanted: Plan, path: Path) -> records.File:
 def render(
     wanted: Plan, runs: Sequence[plan.Job], kept: Mapping[str, records.Record]
 ) -> str:
-    """Returns the table of the runs that are finished, with standard deviations."""
+    """Returns the table of the runs that are finished.
+
+    Several seeds of arms beside KD get 95 % intervals, also of the difference to it.
+    """
     found = [(run.label, kept[run.name]) for run in runs if run.name in kept]
     done = [(label, record) for label, record in found if "result" in record]
     if not done:
         return "no run has ended yet"
     if wanted.gates:
         return gate_entropy.render(done)
+    arms = [plan.arm_of(title, spec) for title, spec in wanted.arms.items()]
+    if wanted.seeds > 1 and any(arm.method == table_text.BASELINE for arm in arms):
+        return table_text.compared(arms, runs, kept)
     return table.render_seeds([rows.row(r["result"], label) for label, r in done])

@@ -21,6 +21,10 @@ _HEADER = (
     "note",
 )
 _WORDS = (0, len(_HEADER) - 1)
+_ACCURACIES = (
+    "Test accuracy: mean +- half of the 95 % interval (Student's t) and the number "
+    "of seeds. last - KD: of the same seeds, with the interval of the differences."
+)
 
 Records = Mapping[str, records.Record]
 
@@ -84,6 +88,35 @@ def _teacher(
     return [*cells, _published(request.data, pair, "teacher"), note]
 
 
+def compared(arms: Sequence[plan.Arm], jobs: Sequence[plan.Job], kept: Records) -> str:
+    """Returns the accuracies of arms that one table of runs without pairs has."""
+    body = [[arm.title, *_accuracies(arms, arm, jobs, kept)] for arm in arms]
+    grid = table.grid((*_HEADER[:4], _HEADER[-1]), body, (0, 4))
+    return f"{grid}\n\n{_ACCURACIES}"
+
+
+def _accuracies(
+    arms: Sequence[plan.Arm],
+    arm: plan.Arm,
+    students: Sequence[plan.Job],
+    kept: Records,
+) -> list[str]:
+    """Returns last, best on minival, the difference to KD, and the seeds not run."""
+    jobs = [job for job in students if job.arm == arm.name]
+    results, difference = _results(jobs, kept), None
+    plain = [a.name for a in arms if a.method == BASELINE and not a.overrides]
+    if arm.name not in plain:
+        base = _results((job for job in students if job.arm in plain[:1]), kept)
+        difference = intervals.paired(_last(results), _last(base))
+    missing = [str(job.seed) for job in jobs if job.name not in kept]
+    return [
+        _interval(intervals.of(list(_last(results).values()))),
+        _interval(intervals.of(_best(results))),
+        difference.text(sign=True) if difference else "-",
+        f"not run: seed {', '.join(missing)}" if missing else "",
+    ]
+
+
 def _arm(
     request: plan.Request,
     arm: plan.Arm,
@@ -92,23 +125,11 @@ def _arm(
     kept: Records,
 ) -> list[str]:
     """Returns the row of all seeds of an arm that are finished."""
-    results, difference = _results(jobs, kept), None
-    plain = [a.name for a in request.arms if a.method == BASELINE and not a.overrides]
-    if arm.name not in plain:
-        base = _results((job for job in students if job.arm in plain[:1]), kept)
-        difference = intervals.paired(_last(results), _last(base))
-    missing = [str(job.seed) for job in jobs if job.name not in kept]
+    *accuracies, missing = _accuracies(request.arms, arm, students, kept)
     # A published number is of the method as it is.
     cited = _published(request.data, jobs[0].pair, arm.method)
-    return [
-        arm.title,
-        _interval(intervals.of(list(_last(results).values()))),
-        _interval(intervals.of(_best(results))),
-        difference.text(sign=True) if difference else "-",
-        *_costs(jobs, kept),
-        "-" if arm.overrides else cited,
-        f"not run: seed {', '.join(missing)}" if missing else "",
-    ]
+    costs = _costs(jobs, kept)
+    return [arm.title, *accuracies, *costs, "-" if arm.overrides else cited, missing]
 
 
 def _failures(
@@ -161,11 +182,7 @@ def _published(data: str, pair: tuple[str, str], method: str) -> str:
 def _legend(request: plan.Request, kept: Records, cited: Sequence[str]) -> str:
     """Returns what the columns mean, and where the runs ran."""
     done = [record for record in kept.values() if "result" in record]
-    lines = [
-        "Test accuracy: mean +- half of the 95 % interval (Student's t) and the number "
-        "of seeds. last - KD: of the same seeds, with the interval of the differences. "
-        "Time is that of a seed."
-    ]
+    lines = [f"{_ACCURACIES} Time is that of a seed."]
     if any(_peak(record) is not None for record in done):
         on = any((r["memory"] or {}).get("device") is not None for r in done)
         what = "the device" if on else "the process, data and compiler included"
