@@ -38,6 +38,8 @@ Options = options_lib.Options
 needs_logits = options_lib.needs_logits
 needs_suffix = options_lib.needs_suffix
 
+_LOCAL = ("feature", "attention")  # terms of every module, weighed by `Options.share`
+
 Weighted = tuple[dict[str, jax.Array], dict[str, jax.Array | float]]
 
 
@@ -224,6 +226,10 @@ class _LocalLoss(nn.Module):
             terms["feature"] = feature_loss(u, v, *reduction)
             terms["attention"] = self._attention(signals, uncut, adapted_uncut, z)
             weights["attention"] = attention_weight
+        if options.feature_floor < 1:
+            share = options.share(signals.epoch)
+            falling = {name: share * weights[name] for name in terms if name in _LOCAL}
+            weights |= falling
         if options.module_start_epochs:
             started = jnp.float32(signals.epoch >= options.module_start_epochs[k])
             weights = {name: started * w for name, w in weights.items()}

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lakd_jax import fields
 from lakd_jax.distill import kd, ndam
@@ -72,6 +73,13 @@ class Options:
     )
     attention_weight: float = fields.field(1.0, "of L_att", fields.at_least(0))
     feature_weight: float = fields.field(1.0, "of L_lf", fields.at_least(0))
+    feature_floor: float = fields.field(
+        1.0,
+        "share of the weights of L_att and L_lf that is left at the end, to which they "
+        "fall by a cosine; 1: constant",
+        fields.between(0, 1),
+    )
+    epochs: int = fields.field(240, source="epochs")
     alpha: float = fields.field(
         0.5,
         "preset=literal: L = alpha L_h + (1-alpha) s L_att + beta L_lf",
@@ -165,6 +173,11 @@ class Options:
         if self.preset == "literal":
             return self.alpha, (1 - self.alpha) * self.att_scale, self.beta
         return self.head_weight, self.attention_weight, self.feature_weight
+
+    def share(self, epoch: jax.Array) -> jax.Array:
+        """Returns the share of the weights of L_att and L_lf in effect at `epoch`."""
+        turn = jnp.cos(jnp.pi * jnp.minimum(epoch / self.epochs, 1.0))
+        return self.feature_floor + (1 - self.feature_floor) * (1 + turn) / 2
 
     def mask(self, features: jax.Array) -> jax.Array:
         """Returns What of features (B, H, W, C): (B, H, W, 1), no gradient."""

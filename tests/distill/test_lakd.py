@@ -255,6 +255,21 @@ def test_modules_start_at_their_epochs():
     assert early[0] == 0 and late[0] > 0 and early[1] == late[1] > 0
 
 
+def test_weights_of_features_fall_to_their_floor():
+    options = {"feature_floor": 0.2, "feature_weight": 10, "epochs": 8}
+    signals, module, variables = random_signals(options)
+
+    def weights(epoch):
+        seen = signals.replace(epoch=jnp.float32(epoch))
+        return applied(module, variables, seen)[1].weights
+
+    for epoch, share in ((0, 1.0), (4, 0.6), (8, 0.2), (9, 0.2)):
+        found = weights(epoch)
+        assert float(found["feature"]) == pytest.approx(10 * share, rel=1e-6)
+        assert float(found["attention"]) == pytest.approx(share, rel=1e-6)
+        assert found["head_ce"] == 0.1 and found["head_kd"] == 0.9
+
+
 def test_wrong_options_name_the_field():
     with pytest.raises(
         ValueError, match="attention is 'wieght'; did you mean 'weight'"
