@@ -169,28 +169,6 @@ PLANS = {
     "converged": _cifar10(
         {"KD": "kd", "LAKD cut": "lakd", "alone": "none", "DKD": "dkd"}, 3, "epochs=100"
     ),
-    # Ways to a better LAKD, to choose from.
-    "candidates": _cifar10(
-        {
-            "LAKD cut": "lakd",
-            "weights fall": f"lakd:{_WEIGHTS.format(10)},lakd.feature_floor=0.1",
-            "opens and weights fall": (
-                f"lakd:lakd.opens=1,{_WEIGHTS.format(10)},lakd.feature_floor=0.01"
-            ),
-            "heads 0.1": "lakd:lakd.task=aux_heads,lakd.aux_weight=0.1",
-            "overlap": "lakd:lakd.overlap=1",
-            "coarse": "lakd:lakd.coarse=0.5",
-            "starts": "lakd:local.module_start_epochs=(0,3,6)",
-            "opens": "lakd:lakd.opens=1",
-            "weights 10": f"lakd:{_WEIGHTS.format(10)}",
-            "LAKD uncut": "lakd:local.cut_scale=1",
-            "KD": "kd",
-        },
-        1,
-        "epochs=30",
-        "teacher.views=4",
-        "teacher.views_mib=8192",
-    ),
     "converged_more": _cifar10(
         {
             "LAKD cut, weights 10": f"lakd:{_WEIGHTS.format(10)}",

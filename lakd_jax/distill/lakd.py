@@ -154,9 +154,8 @@ class LAKD(method.Method):
 
     @property
     def needs_uncut(self) -> bool:
-        """Whether `Signals.student_uncut` is read, or the student is one segment."""
-        options = self.options
-        return options.att_global or options.overlap or options.opens > 0
+        """Whether `Signals.student_uncut` is read."""
+        return self.options.att_global
 
     @property
     def needs_suffix(self) -> bool:
@@ -223,11 +222,6 @@ class _LocalLoss(nn.Module):
         reduction = (options.reduction, signals.valid)
         if options.attention == "inside":
             terms["feature"] = attention_loss(u, v, mask, options.power, *reduction)
-        elif options.coarse:
-            e = u.astype(jnp.float32) - jax.lax.stop_gradient(v.astype(jnp.float32))
-            for name, x in {"feature": e, "attention": mask * e}.items():
-                terms[name] = _by_stage(options, signals, x)
-            weights["attention"] = attention_weight
         else:
             terms["feature"] = feature_loss(u, v, *reduction)
             terms["attention"] = self._attention(signals, uncut, adapted_uncut, z)
@@ -303,19 +297,6 @@ class _LocalLoss(nn.Module):
                 self.index, adapters.resize_like(adapted, z)
             )
         return _head_loss(options, signals, logits, "task", options.aux_weight)
-
-
-def _by_stage(options: Options, signals: method.Signals, e: jax.Array) -> jax.Array:
-    """The mean square of errors (B, H, W, C), pooled as `coarse` has it now."""
-
-    def level(n: int) -> jax.Array:
-        pooled = ndam.adaptive_pool(e, n, n, jnp.mean) if n else e
-        return reduce_errors(jnp.square(pooled), options.reduction, signals.valid)
-
-    part = jnp.floor(3 * signals.epoch / (options.coarse * options.epochs))
-    levels = [level(n) for n in (1, 2, 4, 0)]
-    chosen = jnp.minimum(part.astype(jnp.int32), 3)
-    return jnp.sum(jnp.stack(levels) * jax.nn.one_hot(chosen, 4))
 
 
 def _head_loss(

@@ -80,21 +80,6 @@ class Options:
         fields.between(0, 1),
     )
     epochs: int = fields.field(240, source="epochs")
-    coarse: float = fields.field(
-        0.0,
-        "share of the training in which maps are compared pooled, a third of it each "
-        "to 1x1, 2x2 and 4x4; 0: never",
-        fields.between(0, 1),
-    )
-    opens: float = fields.field(
-        0.0,
-        "share of the gradient through the cuts at the end, to which it rises by a "
-        "cosine; 0: none",
-        fields.between(0, 1),
-    )
-    overlap: bool = fields.field(
-        False, "a module's loss also reaches the module before it"
-    )
     alpha: float = fields.field(
         0.5,
         "preset=literal: L = alpha L_h + (1-alpha) s L_att + beta L_lf",

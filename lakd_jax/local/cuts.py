@@ -202,9 +202,6 @@ def cut(h: jax.Array, scale: float) -> jax.Array:
     Raises:
       ValueError: g is out of range.
     """
-    if isinstance(scale, jax.Array):
-        stopped = jax.lax.stop_gradient(h)
-        return stopped + scale * (h - stopped)
     if not 0 <= scale <= 1:
         raise ValueError(f"local.cut_scale must be from 0 to 1, is {scale:g}")
     if scale == 1:

@@ -288,13 +288,7 @@ def observe(
         )
         return outputs
 
-    own: Any = getattr(spec.method, "options", None)
-    if getattr(own, "opens", 0):
-        epoch = state.step.astype(jnp.float32) / spec.steps_per_epoch
-        turn = jnp.cos(jnp.pi * jnp.minimum(epoch / own.epochs, 1.0))
-        student, collections = run(own.opens * (1 - turn) / 2)
-    else:
-        student, collections = run(spec.cut_scale)
+    student, collections = run(spec.cut_scale)
 
     def features(outputs: chain.Outputs) -> tuple[jax.Array, ...]:
         where = (outputs, joints, segment)
@@ -319,35 +313,7 @@ def observe(
         key=batch.noise,
         valid=batch.valid,
     )
-    if getattr(own, "overlap", False):
-        # Each module once more with the one before it; the compiler merges the passes.
-        ends = segments.activations(student, joints, segment)
-        over, last = [], student
-        for k in segment.modules:
-            pair = segments.Segment(max(k - 1, 0), k)
-            begin, end = pair.span(joints)
-            below_pair = inputs
-            if pair.first:
-                below_pair = jax.lax.stop_gradient(ends[pair.first - 1])
-            last, _ = model.apply(
-                variables,
-                below_pair,
-                train=True,
-                after=begin,
-                until=end,
-                mutable=[*state.collections, _SOWN],
-                rngs={"dropout": batch.noise},
-            )
-            top = dataclasses.replace(pair, first=k)
-            where = (spec.student, last, joints, top)
-            over.append(segments.features(*where, preact=spec.preact)[-1])
-        signals = dataclasses.replace(
-            signals,
-            student_joints=tuple(over),
-            student=last,
-            student_uncut=tuple(over),
-        )
-    elif spec.uncut and not getattr(own, "opens", 0):
+    if spec.uncut:
         # The values are identical; the compiler merges the two forward passes.
         uncut = features(run(1.0)[0])
         signals = dataclasses.replace(signals, student_uncut=uncut)
