@@ -67,6 +67,7 @@ _LOCAL = {
 _THREE = {"KD": "kd", "LAKD cut": "lakd", "DKD": "dkd"}
 _FEATURES = "lakd:lakd.head_loss=ce,lakd.attention_weight=0,local.cut_scale=1"
 _WEIGHTS = "lakd.feature_weight={0},lakd.attention_weight={0}"
+_PROGRESSIVE = f"lakd:{_WEIGHTS.format(10)},lakd.feature_floor=0.01,local.cut_end=1"
 _SWEEP = (
     *(_WEIGHTS.format(weight) for weight in ("0.3", "3", "10")),
     "local.cut_scale=0.1",
@@ -167,7 +168,32 @@ PLANS = {
     "convnext_atto": _adamw("convnext_atto", 2),
     # As long as the literature trains.
     "converged": _cifar10(
-        {"KD": "kd", "LAKD cut": "lakd", "alone": "none", "DKD": "dkd"}, 3, "epochs=100"
+        {
+            "KD": "kd",
+            "LAKD cut": "lakd",
+            "LAKD progressive": _PROGRESSIVE,
+            "alone": "none",
+            "DKD": "dkd",
+        },
+        3,
+        "epochs=100",
+    ),
+    # Readings of "progressive", to choose from on minival: few epochs and few views.
+    "progressive": _cifar10(
+        {
+            "LAKD cut": "lakd",
+            "weights fall": f"lakd:{_WEIGHTS.format(10)},lakd.feature_floor=0.1",
+            "cuts open, weights fall": _PROGRESSIVE,
+            "cuts open": "lakd:local.cut_end=1",
+            "modules start in turn": "lakd:local.module_start_epochs=(0,3,6)",
+            "weights 10": f"lakd:{_WEIGHTS.format(10)}",
+            "LAKD uncut": "lakd:local.cut_scale=1",
+            "KD": "kd",
+        },
+        1,
+        "epochs=30",
+        "teacher.views=4",
+        "teacher.views_mib=8192",
     ),
     "converged_more": _cifar10(
         {

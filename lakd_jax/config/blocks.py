@@ -391,6 +391,12 @@ class Local:
         "...).",
         values.share_or_method,
     )
+    cut_end: float = field(
+        -1.0,
+        "cut_scale at the end, to which it changes by a cosine, such as 1: features "
+        "first, answers last. -1: it stays",
+        values.share_or_method,
+    )
     module_input: str = field(
         "student", "Q10: student | teacher", fields.one_of(("student", "teacher"))
     )

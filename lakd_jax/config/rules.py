@@ -81,13 +81,24 @@ def _kd_weights(c: Config, _: int) -> str | None:
         return "kd.ce_weight and kd.kd_weight are both 0: nothing is learnt"
 
 
-@reads(*METHODS, "local.cut_scale")
+@reads(*METHODS, "local.cut_scale", "local.cut_end")
 def _cut_scale(c: Config, _: int) -> str | None:
-    if c.local.cut_scale not in (-1, 1) and not staged(c):
+    for name in ("cut_scale", "cut_end"):
+        share = getattr(c.local, name)
+        if share not in (-1, 1) and not staged(c):
+            return (
+                f"local.{name} is {share:g}, but method {c.method} has no loss in the "
+                "modules before the last: set it to -1, or add a method that has, as "
+                "in kd+at"
+            )
+
+
+@reads("local.cut_end", "local.module_input")
+def _cut_end(c: Config, _: int) -> str | None:
+    if c.local.cut_end > 0 and c.local.module_input == "teacher":
         return (
-            f"local.cut_scale is {c.local.cut_scale:g}, but method {c.method} has no "
-            "loss in the modules before the last: set it to -1, or add a method that "
-            "has, as in kd+at"
+            f"local.cut_end is {c.local.cut_end:g}, but no gradient crosses a cut with "
+            "local.module_input=teacher: set it to -1, or module_input to student"
         )
 
 

@@ -172,6 +172,7 @@ def _dot_momenta(c: rules.Config, _: int) -> str | None:
     "student.name",
     "local.engine",
     "local.cut_scale",
+    "local.cut_end",
     *_SHIFTS,
 )
 def _dot(c: rules.Config, _: int) -> str | None:
@@ -183,7 +184,7 @@ def _dot(c: rules.Config, _: int) -> str | None:
         f"local.engine={c.local.engine} trains modules separately": c.local.engine
         != "fused",
         f"method {''.join(cut[:1])} trains modules separately unless local.cut_scale "
-        "is above 0": cut and c.local.cut_scale <= 0,
+        "is above 0": cut and max(c.local.cut_scale, c.local.cut_end) <= 0,
         f"{', '.join(_shifts(c))} set the momenta": bool(_shifts(c)),
     }
     found = [reason for reason, holds in (refused | _unsplit(c)).items() if holds]

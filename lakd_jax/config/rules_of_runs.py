@@ -46,6 +46,7 @@ _LAKD_FIELDS = ("lakd.att_global", "lakd.task", "lakd.head_loss", "lakd.preact")
 @rules.reads(
     "local.engine",
     "local.cut_scale",
+    "local.cut_end",
     "student.vam.enabled",
     "student.name",
     "teacher.name",
@@ -59,6 +60,7 @@ def _engine_isolated(c: rules.Config, _: int) -> str | None:
     logits = lakd.needs_logits(c.lakd.task, c.lakd.head_loss)
     obstacles = {
         "local.cut_scale above 0": c.local.cut_scale > 0,
+        "local.cut_end above 0": c.local.cut_end > 0,
         "lakd.att_global": c.lakd.att_global,
         "student.vam.enabled": c.student.vam.enabled,
         f"lakd.task={c.lakd.task} with lakd.head_loss=ce+kd": logits,

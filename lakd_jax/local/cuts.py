@@ -190,32 +190,32 @@ def _balanced(
         raise ValueError(f"local.modules: {error}") from None
 
 
-def cut(h: jax.Array, scale: float) -> jax.Array:
+def cut(h: jax.Array, scale: float | jax.Array) -> jax.Array:
     """Returns `h` unchanged, with its gradient multiplied by `scale`.
 
     0 isolates the module below (the separation of LAKD), 1 is end-to-end training.
 
     Args:
       h: any array.
-      scale: g in [0, 1].
+      scale: g in [0, 1]; an array is not checked.
 
     Raises:
       ValueError: g is out of range.
     """
-    if not 0 <= scale <= 1:
-        raise ValueError(f"local.cut_scale must be from 0 to 1, is {scale:g}")
-    if scale == 1:
-        return h
     stopped = jax.lax.stop_gradient(h)
-    if scale == 0:
-        return stopped
+    if isinstance(scale, jax.Array):
+        scale = scale.astype(h.dtype)
+    elif not 0 <= scale <= 1:
+        raise ValueError(f"local.cut_scale must be from 0 to 1, is {scale:g}")
+    elif scale in (0, 1):
+        return h if scale else stopped
     # Not g h + (1 - g) sg(h), which may round to a value other than h.
     return stopped + scale * (h - stopped)
 
 
 def joint_function(
     partition: Partition,
-    scale: float,
+    scale: float | jax.Array,
     replace: Mapping[str, jax.Array] | None = None,
 ) -> Callable[[str, jax.Array], jax.Array] | None:
     """Returns the `joint` argument of a student's `apply` that isolates its modules.

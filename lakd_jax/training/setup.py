@@ -130,13 +130,15 @@ def spec(
     local = config.local
     partition = _partition(config, student, teacher)
     starts = local.module_start_epochs if facts.local else ()
+    cut_scale = facts.cut_scale if local.cut_scale < 0 else local.cut_scale
     draft = spec_lib.StepSpec(
         student=student.model,
         teacher=teacher.model if teacher else None,
         method=method,
         partition=partition,
         facts=facts,
-        cut_scale=facts.cut_scale if local.cut_scale < 0 else local.cut_scale,
+        cut_scale=cut_scale,
+        opening=_opening(cut_scale, local.cut_end, config.epochs * steps_per_epoch),
         module_input=local.module_input if facts.local else "student",
         uncut=method.needs_uncut,
         starts=starts,
@@ -175,6 +177,16 @@ def spec(
         draft, optimizer=draft.optimizer_of(labels), labels=labels
     )
     return finished, FirstState(finished, init, student.variables, phase)
+
+
+def _opening(
+    start: float, end: float, steps: int
+) -> Callable[[jax.Array], jax.Array] | None:
+    """Returns the share of the gradient kept at cuts by step; None if it stays."""
+    if end < 0 or end == start:
+        return None
+    left = optax.cosine_decay_schedule(1.0, steps)
+    return lambda step: jnp.asarray(end + (start - end) * left(step))
 
 
 def _partition(

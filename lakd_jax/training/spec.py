@@ -55,6 +55,7 @@ class StepSpec:
       partition: the student's modules and the teacher's matching joints.
       cut_scale: the share of the gradient kept at each cut, from 0 (isolated) to 1
         (end to end).
+      opening: this share by step, in place of `cut_scale`; None if it stays.
       module_input: "student" or "teacher", whose activation at the joint below each
         module is its input.
       uncut: whether the method also receives joints whose gradients cross the cuts.
@@ -109,6 +110,7 @@ class StepSpec:
     mesh: Mesh
     optimizer_of: Callable[[PyTree], optax.GradientTransformation]
     momenta: dot.Groups = ()
+    opening: Callable[[jax.Array], jax.Array] | None = None
     decay_mask: bool = False
     class_weights: tuple[float, ...] = ()
     label_smoothing: float = 0.0
@@ -130,7 +132,7 @@ class StepSpec:
         values, which may be averaged over all modules, and with pre-activations of
         networks that compute them in the norm at the entry of the next unit.
         """
-        if self.teacher is None or self.regularise or self.student_at:
+        if self.teacher is None or self.regularise or self.student_at or self.opening:
             return False
         if not self.facts.local or self.uncut or self.method.needs_logits:
             return False

@@ -272,7 +272,7 @@ def observe(
         ends = joints[segment.first : segment.last + 1]
         replace = dict(zip(ends, teacher_pass.activations, strict=True))
 
-    def run(scale: float) -> tuple[chain.Outputs, PyTree]:
+    def run(scale: float | jax.Array) -> tuple[chain.Outputs, PyTree]:
         cut = None
         if segment.first != segment.last:
             cut = cuts.joint_function(spec.partition, scale, replace)
@@ -288,7 +288,8 @@ def observe(
         )
         return outputs
 
-    student, collections = run(spec.cut_scale)
+    opening = spec.opening
+    student, collections = run(opening(state.step) if opening else spec.cut_scale)
 
     def features(outputs: chain.Outputs) -> tuple[jax.Array, ...]:
         where = (outputs, joints, segment)

@@ -176,6 +176,7 @@ def test_all_faults_at_once():
             ({"local__engine": "dispatch", **fields}, f"separately, which {named}")
             for fields, named in (
                 ({"local__cut_scale": 0.5}, "local.cut_scale above 0"),
+                ({"local__cut_end": 0.5}, "local.cut_end above 0"),
                 ({"lakd__att_global": True}, "lakd.att_global"),
                 ({"lakd__task": "aux_heads"}, "lakd.task=aux_heads with"),
                 ({"student__vam__enabled": True}, "student.vam.enabled"),

@@ -277,6 +277,11 @@ def test_what_holds_of_a_sum_holds_of_one_of_its_parts():
     [
         ({"method": "dkd+at", "at__weight": -1.0}, "at.weight must be at least 0"),
         ({"method": "dkd", "local__cut_scale": 0.0}, "no loss in the modules before"),
+        ({"method": "dkd", "local__cut_end": 0.5}, "no loss in the modules before"),
+        (
+            {"local__cut_end": 0.5, "local__module_input": "teacher"},
+            "no gradient crosses a cut",
+        ),
         (
             {"method": "sp", "sp__weight": 0.0, "sp__ce_weight": 0.0},
             "nothing is learnt",

@@ -124,6 +124,7 @@ def test_a_module_needs_only_its_part_of_the_teacher(lakd, tmp_path):
     [
         ({}, 3),
         ({"local.cut_scale": 0.5}, 1),
+        ({"local.cut_end": 1.0}, 1),
         ({"lakd.att_global": True}, 1),
         ({"lakd.task": "aux_heads"}, 1),
         ({"method": "kd"}, 1),

@@ -197,6 +197,20 @@ def test_without_features_lakd_uncut_is_plain_training(tmp_path):
     assert_close(lakd.params["student"], plain.params["student"], atol=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, pytest.param(1.0, marks=LONG)])
+def test_cuts_open_over_the_training(share, tmp_path):
+    """A step at the end, the middle or the start is that of the constant share."""
+    after = []
+    for own in ({"local__cut_end": 1.0}, {"local__cut_scale": share}):
+        fields = {"method": "lakd", "epochs": 10, "optim__schedule": "constant"}
+        spec, state, *rest = small(tmp_path, 1, **fields, **own)
+        state = dataclasses.replace(state, step=jnp.int32(100 * share))
+        after += train((spec, state, *rest), rows(1))
+    (opening, metrics), (constant, expected) = after
+    assert_close(opening.params, constant.params, rtol=1e-5, atol=1e-7)
+    assert_same_metrics(metrics, expected)
+
+
 def test_teacher_is_fed_with_its_own_normalisation(tmp_path):
     """Promise 18: the teacher's logits equal those of a direct call."""
     spec, state, teacher, data = small(tmp_path, 1, method="kd")
