@@ -185,6 +185,7 @@ PLANS = {
             "weights fall": f"lakd:{_WEIGHTS.format(10)},lakd.feature_floor=0.1",
             "cuts open, weights fall": _PROGRESSIVE,
             "cuts open": "lakd:local.cut_end=1",
+            "heads 0.1": "lakd:lakd.task=aux_heads,lakd.aux_weight=0.1",
             "modules start in turn": "lakd:local.module_start_epochs=(0,3,6)",
             "weights 10": f"lakd:{_WEIGHTS.format(10)}",
             "LAKD uncut": "lakd:local.cut_scale=1",

@@ -89,7 +89,7 @@ def _teacher(
 
 
 def compared(arms: Sequence[plan.Arm], jobs: Sequence[plan.Job], kept: Records) -> str:
-    """Returns the accuracies of arms that one table of runs without pairs has."""
+    """Returns one table of accuracies, for runs that all have the same pair."""
     body = [[arm.title, *_accuracies(arms, arm, jobs, kept)] for arm in arms]
     grid = table.grid((*_HEADER[:4], _HEADER[-1]), body, (0, 4))
     return f"{grid}\n\n{_ACCURACIES}"

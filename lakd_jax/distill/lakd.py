@@ -228,8 +228,7 @@ class _LocalLoss(nn.Module):
             weights["attention"] = attention_weight
         if options.feature_floor < 1:
             share = options.share(signals.epoch)
-            falling = {name: share * weights[name] for name in terms if name in _LOCAL}
-            weights |= falling
+            weights |= {name: share * weights[name] for name in terms if name in _LOCAL}
         if options.module_start_epochs:
             started = jnp.float32(signals.epoch >= options.module_start_epochs[k])
             weights = {name: started * w for name, w in weights.items()}

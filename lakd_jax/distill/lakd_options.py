@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lakd_jax import fields
 from lakd_jax.distill import kd, ndam
@@ -176,8 +177,8 @@ class Options:
 
     def share(self, epoch: jax.Array) -> jax.Array:
         """Returns the share of the weights of L_att and L_lf in effect at `epoch`."""
-        turn = jnp.cos(jnp.pi * jnp.minimum(epoch / self.epochs, 1.0))
-        return self.feature_floor + (1 - self.feature_floor) * (1 + turn) / 2
+        fall = optax.cosine_decay_schedule(1.0, self.epochs, self.feature_floor)
+        return jnp.asarray(fall(epoch))
 
     def mask(self, features: jax.Array) -> jax.Array:
         """Returns What of features (B, H, W, C): (B, H, W, 1), no gradient."""

@@ -138,7 +138,9 @@ def spec(
         partition=partition,
         facts=facts,
         cut_scale=cut_scale,
-        opening=_opening(cut_scale, local.cut_end, config.epochs * steps_per_epoch),
+        opening=_opening(
+            cut_scale, local.cut_end, phase.config.epochs * steps_per_epoch
+        ),
         module_input=local.module_input if facts.local else "student",
         uncut=method.needs_uncut,
         starts=starts,
