@@ -34,7 +34,7 @@ def _free_programs():
     """Without it a worker keeps every program of every module: several GiB.
 
     Garbage is collected here only: JAX's tracing makes so many objects that looking
-    for garbage among them takes a fifth of the time of all tests.
+    for garbage among them takes a sixth of the tests' time.
     """
     gc.disable()
     yield
