@@ -34,7 +34,7 @@ def _free_programs():
     """Without it a worker keeps every program of every module: several GiB.
 
     Garbage is collected here only: JAX's tracing makes so many objects that looking
-    for garbage among them takes a sixth of the tests' time.
+    for garbage among them takes a tenth of the time of tests that trace much.
     """
     gc.disable()
     yield
